@@ -1,0 +1,53 @@
+// Which of the instruction sets that were built this machine runs; `__builtin_cpu_supports` also asks the operating
+// system.
+#include "dispatch.h"
+
+#define MPSEARCH_BACKEND(isa)                                      \
+    Backend {                                                      \
+        #isa, Kernels {                                            \
+            isa::quantize, isa::dequantize, isa::pack, isa::unpack \
+        }                                                          \
+    }
+
+#if defined(MPSEARCH_HAS_baseline)
+MPSEARCH_DECLARE_KERNELS(baseline)
+#endif
+#if defined(MPSEARCH_HAS_avx2)
+MPSEARCH_DECLARE_KERNELS(avx2)
+#endif
+#if defined(MPSEARCH_HAS_avx512)
+MPSEARCH_DECLARE_KERNELS(avx512)
+#endif
+#if defined(MPSEARCH_HAS_neon)
+MPSEARCH_DECLARE_KERNELS(neon)
+#endif
+
+namespace mpsearch {
+
+static std::vector<Backend> find_backends() {
+    std::vector<Backend> found;
+#if defined(MPSEARCH_HAS_baseline)
+    found.push_back(MPSEARCH_BACKEND(baseline));
+#endif
+#if defined(MPSEARCH_HAS_neon)
+    found.push_back(MPSEARCH_BACKEND(neon));
+#endif
+#if defined(MPSEARCH_HAS_avx2)
+    const bool has_avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (has_avx2) found.push_back(MPSEARCH_BACKEND(avx2));
+#if defined(MPSEARCH_HAS_avx512)
+    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (has_avx2 && has_avx512) found.push_back(MPSEARCH_BACKEND(avx512));
+#endif
+#endif
+    return found;
+}
+
+const std::vector<Backend>& backends() {
+    static const std::vector<Backend> found = find_backends();
+    return found;
+}
+
+}  // namespace mpsearch

@@ -1,0 +1,145 @@
+"""Choosing backends, threads and forks, and what happens where the compiled module is missing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from mpsearch import kernels
+from mpsearch.errors import InputError
+
+HOW = {"bits": 3, "group_size": 64, "symmetric": False}
+RATIOS = torch.linspace(1, 0.4, 13)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def test_names() -> None:
+    assert kernels.available_backends()[0] == "reference"
+    assert kernels.active_backend() == kernels.available_backends()[-1]
+    with kernels.use_backend("reference"):
+        assert kernels.active_backend() == "reference"
+    with (
+        pytest.raises(InputError, match=r"Kernel backend 'sse9' is not available here\. There is: reference"),
+        kernels.use_backend("sse9"),
+    ):
+        pass
+    assert kernels.active_backend() == kernels.available_backends()[-1]
+
+
+@pytest.mark.parametrize("backend", kernels.available_backends())
+def test_thread_counts_agree(backend: str, threads) -> None:
+    torch.manual_seed(0)
+    rows = 7 if backend == "reference" else 301
+    weight = torch.randn(rows, 1003)
+    results = []
+    with kernels.use_backend(backend):
+        for n in (1, 2, 5):
+            threads(n)
+            codes, scales, zero_points = kernels.quantize(weight, ratios=RATIOS, **HOW)
+            packed = kernels.pack(codes, 3)
+            restored = kernels.dequantize(packed, scales, zero_points, bits=3, rows=rows, columns=1003, group_size=64)
+            fake = kernels.fake_quantize(weight, **HOW)
+            results.append((codes, scales, zero_points, packed, restored, fake, kernels.unpack(packed, 3, codes.numel())))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_large_outputs_written_past_the_caches(threads) -> None:
+    """Above 32 MB the kernels stream their stores; rows of an odd length leave most groups unaligned."""
+    threads(2)
+    torch.manual_seed(0)
+    for columns in (2049, 2048):
+        weight = torch.randn(4200, columns)
+        codes, scales, zero_points = kernels.quantize(weight, **HOW)
+        fake = kernels.fake_quantize(weight, **HOW)
+        restored = kernels.dequantize(
+            kernels.pack(codes, 3), scales, zero_points, bits=3, rows=4200, columns=columns, group_size=64
+        )
+        assert torch.equal(fake, restored)
+        assert torch.equal(fake[:50], kernels.fake_quantize(weight[:50], **HOW))
+        assert torch.equal(fake[-50:], kernels.fake_quantize(weight[-50:], **HOW))
+
+
+def test_calls_from_several_python_threads(threads) -> None:
+    threads(2)
+    torch.manual_seed(0)
+    weights = [torch.randn(100 + i, 700) for i in range(8)]
+    expected = [kernels.fake_quantize(w, ratios=RATIOS, **HOW) for w in weights]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            got = list(pool.map(lambda w: kernels.fake_quantize(w, ratios=RATIOS, **HOW), weights))
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def _bytes_of(weight: torch.Tensor) -> bytes:
+    return kernels.fake_quantize(weight, ratios=RATIOS, **HOW).numpy().tobytes()
+
+
+def _send_bytes(weight: torch.Tensor, queue) -> None:
+    queue.put(_bytes_of(weight))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_starts_its_own_workers(threads) -> None:
+    threads(2)
+    torch.manual_seed(0)
+    weight = torch.randn(200, 700)
+    expected = _bytes_of(weight)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_send_bytes, args=(weight, queue))
+    child.start()
+    try:
+        assert queue.get(timeout=60) == expected
+    finally:
+        child.join(10)
+        child.kill()
+
+
+def test_gradients_are_not_followed() -> None:
+    weight = torch.randn(4, 64, requires_grad=True)
+    assert not kernels.fake_quantize(weight, **HOW).requires_grad
+    with kernels.use_backend("reference"):
+        assert not kernels.fake_quantize(weight, **HOW).requires_grad
+
+
+BLOCK_COMPILED = "import sys; sys.modules['mpsearch.kernels._cpu'] = None\n"
+USE = "import torch, mpsearch.kernels as k; how = dict(bits=4, group_size=4, symmetric=True)\n"
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "MPSEARCH_REQUIRE_KERNELS": "", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_missing_kernels_warn_once_at_first_use() -> None:
+    call = "k.fake_quantize(torch.ones(2, 8), **how)\n"
+    asked_for = "with k.use_backend('reference'): " + call + "print('no warning yet', file=sys.stderr)\n"
+    run = run_python(BLOCK_COMPILED + USE + "print(k.available_backends())\n" + asked_for + 2 * call)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == "('reference',)\n"
+    quiet, _, warned = run.stderr.partition("no warning yet")
+    assert quiet == ""
+    assert warned.count("UserWarning: mpsearch's compiled kernels are missing") == 1
+
+
+def test_missing_kernels_are_an_error_where_required() -> None:
+    run = run_python(BLOCK_COMPILED + USE, MPSEARCH_REQUIRE_KERNELS="1")
+    assert run.returncode != 0
+    assert "ImportError: The compiled kernels are missing" in run.stderr
