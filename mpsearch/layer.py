@@ -1,0 +1,123 @@
+"""What the search knows of one weight, and how a weight is seen as a matrix of output channels.
+
+Every weight is handled as a matrix `[rows, columns]`, one row an output channel, so that quantizers, kernels and costs need
+no notion of convolutions. `weight_rows` and `from_rows` are the only two places that know a module's own layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import InputError
+
+# The kinds of module whose weight may be quantized, and the word used for each.
+KINDS: dict[type[nn.Module], str] = {
+    nn.Linear: "linear",
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+    nn.ConvTranspose1d: "conv_transpose1d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
+    nn.Embedding: "embedding",
+}
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One weight tensor that may be quantized.
+
+    `name` is the qualified name of the (first) module that owns it, `shape` has output channels first (a transposed
+    convolution's weight is turned round: `[out, in / groups, *kernel]`), `macs` are the multiply-accumulates of one sample,
+    `group` names the layers that must share a scheme, `modules` are all modules that own this weight (more than one: tied).
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    macs: int
+    group: str
+    modules: tuple[str, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class LayerGroup:
+    """Layers that must share a scheme; most groups have one layer and its name."""
+
+    name: str
+    layers: tuple[LayerSpec, ...]
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return sum(layer.numel for layer in self.layers)
+
+
+def kind_of(module: nn.Module) -> str | None:
+    """The word for a module whose weight may be quantized, `None` for any other."""
+    return next((kind for cls, kind in KINDS.items() if isinstance(module, cls)), None)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+
+
+def weight_rows(module: Any) -> Tensor:
+    """The module's weight as `[out, in / groups, *kernel]` (Linear `[out, in]`, Embedding `[entries, features]`).
+
+    A view where the layout already has output channels first. A transposed convolution holds `[in, out / groups, *kernel]`;
+    its rows come back as a copy in which row `o` of group `g` holds what reaches output channel `g * out / groups + o`.
+    """
+    weight = module.weight.detach()
+    if not _is_transposed(module):
+        return weight
+    groups = module.groups
+    split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    return split.transpose(1, 2).reshape(groups * weight.shape[1], weight.shape[0] // groups, *weight.shape[2:])
+
+
+def from_rows(module: Any, rows: Tensor) -> Tensor:
+    """The inverse of `weight_rows`: `rows` in the module's own layout."""
+    if not _is_transposed(module):
+        return rows.reshape(module.weight.shape)
+    groups = module.groups
+    split = rows.reshape(groups, rows.shape[0] // groups, *rows.shape[1:])
+    return split.transpose(1, 2).reshape(module.weight.shape)
+
+
+def rows_shape(module: Any) -> tuple[int, ...]:
+    """The shape of `weight_rows(module)`, without the copy."""
+    shape = tuple(module.weight.shape)
+    if _is_transposed(module):
+        return (shape[1] * module.groups, shape[0] // module.groups, *shape[2:])
+    return shape
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raise `InputError` naming the layer where a weight is NaN or infinite."""
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise InputError(
+            f"Layer '{name}' has {bad} weights of {weight.numel()} that are NaN or infinite. Load a sound checkpoint."
+        )
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hex digest of all parameters and buffers (names, shapes, dtypes, bytes): tells two models apart, or two states of one."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The shelf of models; its contract is in `base.py`."""

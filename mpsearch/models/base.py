@@ -1,0 +1,67 @@
+"""What a model on this shelf is, and how its weights are loaded.
+
+A model is any callable that takes keyword arguments and returns an `nn.Module` with float32 weights, trained and in eval
+mode; `conf/model/<name>.yaml` points at it. Nothing else is asked of it: layers are found by running it once (`trace`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mpsearch.errors import InputError
+
+M = TypeVar("M", bound=nn.Module)
+
+# Counts the training steps of a batch norm; inference never reads it and many checkpoints drop it.
+STEP_COUNTER = "num_batches_tracked"
+
+
+def load_weights(model: M, path: str | Path, ignore: str | None = None) -> M:
+    """Fill `model` in place from a `.safetensors` file and return it in eval mode.
+
+    Every parameter and buffer must be in the file with its shape and a floating-point dtype (step counters of batch norms
+    may be absent), and nothing else, except tensors whose name starts with `ignore`. Raises `InputError` otherwise.
+    """
+    path = Path(path).expanduser()
+    stored = {name: tensor for name, tensor in _read(path).items() if ignore is None or not name.startswith(ignore)}
+    wanted = model.state_dict()
+    missing = [name for name in wanted if name not in stored and name.rpartition(".")[2] != STEP_COUNTER]
+    unexpected = [name for name in stored if name not in wanted]
+    if missing or unexpected:
+        parts = [
+            f"{len(names)} {what} ({_some(names)})" for what, names in (("missing", missing), ("unexpected", unexpected)) if names
+        ]
+        raise InputError(
+            f"The weights in {path} are not those of {type(model).__name__}: of {len(wanted)} tensors {' and '.join(parts)}. "
+            "Check that the file belongs to this model and depth."
+        )
+    for name, tensor in stored.items():
+        if tensor.shape != wanted[name].shape:
+            raise InputError(
+                f"'{name}' in {path} has shape {list(tensor.shape)}, the model needs {list(wanted[name].shape)}. "
+                "Check that the file belongs to this model."
+            )
+        if wanted[name].is_floating_point() and not tensor.is_floating_point():
+            raise InputError(f"'{name}' in {path} is {tensor.dtype}; a float checkpoint is needed, not a quantized one.")
+    model.load_state_dict(stored, strict=False)
+    return model.eval()
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise InputError(f"There is no weights file {path}. Give the path of a .safetensors file.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(f"{path} is not a whole .safetensors file ({error}). Copy or download it again.") from error
+
+
+def _some(names: Collection[str], shown: int = 3) -> str:
+    first = ", ".join(f"'{name}'" for name in list(names)[:shown])
+    return first if len(names) <= shown else f"{first}, …"

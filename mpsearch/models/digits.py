@@ -1,0 +1,61 @@
+"""A small residual network for handwritten digits whose weights come with the package: the example that needs no download.
+
+55,664 weights in 10 layers of 144 to 20,736: large enough that the layers differ in how much they mind, small enough that
+an evaluation takes milliseconds. `scripts/train_digits.py` trains it and writes `digits.safetensors` beside this file.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpsearch.models.base import load_weights
+
+# Tensors of this prefix in digits.safetensors are the indices of the data splits, which `tasks/digits.py` reads.
+SPLIT_PREFIX = "split."
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut, a 1x1 convolution where the shape changes."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or c_in != c_out:
+            self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, c_in, h, w] -> [n, c_out, h / stride, w / stride]."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class DigitsNet(nn.Module):
+    """Gray images float32 [n, 1, 8, 8] in 0..1 -> logits [n, 10]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1, bias=False)
+        self.stem_bn = nn.BatchNorm2d(16)
+        self.block1 = Block(16, 16, stride=1)
+        self.block2 = Block(16, 32, stride=2)
+        self.block3 = Block(32, 48, stride=2)
+        self.linear = nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [n, 10]."""
+        x = F.relu(self.stem_bn(self.stem(x)))
+        x = self.block3(self.block2(self.block1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def digits() -> DigitsNet:
+    """The trained network, in eval mode."""
+    with resources.as_file(resources.files("mpsearch.models") / "digits.safetensors") as path:
+        return load_weights(DigitsNet(), path, ignore=SPLIT_PREFIX)

@@ -1,0 +1,41 @@
+"""Clip search: of many clipped ranges, each group takes the one with the least squared error.
+
+The error is weighted by the second moment of the input where calibration gives it: for a layer y = W x with independent
+inputs, E|dy|^2 = sum_j dW_j^2 E[x_j^2], so that what is minimized is the error of the layer's output (the diagonal of the
+objective of GPTQ, Frantar et al. 2023, eq. 1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mpsearch.errors import InputError
+from mpsearch.quantizers.base import Quantizer, clip_ratios, kernel_codes
+from mpsearch.schemes.integer import Integer
+
+
+@dataclass(frozen=True)
+class ClipSearch(Quantizer):
+    """Tries `n_candidates` clip ratios from 1 down to `min_ratio` of a group's range; robust, fast, and the default.
+
+    A symmetric code has one level more on one side (-2 -1 0 1 for two bits); the search also tries the scale's other sign, so
+    that this level serves the side that needs it.
+    """
+
+    n_candidates: int = 80
+    min_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.n_candidates < 2 or not 0 < self.min_ratio < 1:
+            raise InputError(
+                f"Clip search needs n_candidates >= 2 and 0 < min_ratio < 1; {self.n_candidates} and {self.min_ratio} came."
+            )
+
+    def codes(
+        self, matrix: Tensor, scheme: Integer, group_size: int, importance: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The codes of the best ratio of each group."""
+        ratios = clip_ratios(self.n_candidates, self.min_ratio, both_signs=scheme.symmetric and scheme.bits > 1)
+        return kernel_codes(matrix, scheme, group_size, ratios, importance)

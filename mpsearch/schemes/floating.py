@@ -1,0 +1,48 @@
+"""Plain floating-point storage: float16, bfloat16, float32. Needs no quantizer; rounding to nearest is all there is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mpsearch.errors import InputError
+from mpsearch.schemes.base import QuantizedTensor, QuantScheme
+
+FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Float(QuantScheme):
+    """A weight stored in the floating-point `format`."""
+
+    format: Literal["float16", "bfloat16", "float32"]
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise InputError(f"A float scheme's format is one of {', '.join(FORMATS)}; {self.format!r} came.")
+
+    def storage_bits(self, shape: tuple[int, ...]) -> int:
+        """The format's bits for each weight."""
+        return 8 * FORMATS[self.format].itemsize * math.prod(shape)
+
+    def quantize(self, weight: Tensor) -> QuantizedTensor:
+        """`weight` (float32, any shape) rounded to nearest; a value beyond float16's 65,504 is an `InputError`."""
+        values = weight.to(FORMATS[self.format])
+        if not torch.isfinite(values).all():
+            raise InputError(
+                f"A weight of {float(weight.abs().max()):g} does not fit in {self.format}. Use bf16 or fp32 for this layer."
+            )
+        return QuantizedTensor(self, tuple(weight.shape), {"values": values})
+
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        """The values in float32."""
+        return tensors["values"].to(torch.float32).reshape(shape)
+
+    def describe(self) -> str:
+        """The format's name."""
+        return self.format

@@ -1,0 +1,79 @@
+"""Integers of 1 to 8 bits with a scale (and a zero point) for each tensor, channel, or group of weights in a row.
+
+A weight is a matrix `[rows, columns]`, one row an output channel. `w ~ (code - zero_point) * scale`, codes unsigned and packed
+densely; symmetric schemes store no zero point (it is the middle code; for one bit the two levels are -scale/2 and +scale/2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mpsearch import kernels
+from mpsearch.errors import InputError
+from mpsearch.schemes.base import QuantScheme
+
+SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Integer(QuantScheme):
+    """`bits`-wide integer codes; one scale for each `group_size` weights of a row, or for a "channel", or for the "tensor".
+
+    Example: weight `[64, 3, 3, 3]`, `bits=4`, `group_size=9`: 64 rows of 27 columns, 3 groups a row, scales `[64, 3]`;
+    864 bytes of codes + 384 of float16 scales, and 192 of uint8 zero points where not `symmetric`.
+    """
+
+    bits: int
+    group_size: int | Literal["channel", "tensor"] = "channel"
+    symmetric: bool = True
+    scale_dtype: Literal["float16", "float32"] = "float16"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 8:
+            raise InputError(f"An integer scheme has 1 to 8 bits; bits={self.bits} came. For more, use fp16, bf16 or fp32.")
+        whole = isinstance(self.group_size, int) and not isinstance(self.group_size, bool) and self.group_size >= 1
+        if not whole and self.group_size not in ("channel", "tensor"):
+            raise InputError(f"group_size is a whole number of weights from 1, 'channel' or 'tensor'; {self.group_size!r} came.")
+        if self.scale_dtype not in SCALE_DTYPES:
+            raise InputError(f"scale_dtype is 'float16' or 'float32'; {self.scale_dtype!r} came.")
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(rows, columns, group size) of the matrix that is quantized: one row for the whole tensor, else one a channel."""
+        numel = math.prod(shape)
+        if self.group_size == "tensor":
+            return (1, numel, max(numel, 1))
+        rows = shape[0]
+        columns = numel // rows if rows else 0
+        return (rows, columns, max(columns, 1) if self.group_size == "channel" else int(self.group_size))
+
+    def storage_bits(self, shape: tuple[int, ...]) -> int:
+        """Dense codes padded to a byte + scales + a zero point byte for each group where not symmetric."""
+        rows, columns, group_size = self.grid(shape)
+        n_groups = rows * math.ceil(columns / group_size)
+        codes = 8 * math.ceil(rows * columns * self.bits / 8)
+        return codes + n_groups * (8 * SCALE_DTYPES[self.scale_dtype].itemsize + (0 if self.symmetric else 8))
+
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        """`(code - zero_point) * scale`, float32."""
+        rows, columns, group_size = self.grid(shape)
+        matrix = kernels.dequantize(
+            tensors["codes"],
+            tensors["scales"],
+            tensors.get("zero_points"),
+            bits=self.bits,
+            rows=rows,
+            columns=columns,
+            group_size=group_size,
+        )
+        return matrix.reshape(shape)
+
+    def describe(self) -> str:
+        """For example "4-bit integer, symmetric, a float16 scale a channel"."""
+        each = {"channel": "a channel", "tensor": "a tensor"}.get(str(self.group_size), f"for {self.group_size} weights")
+        return f"{self.bits}-bit integer, {'symmetric' if self.symmetric else 'asymmetric'}, a {self.scale_dtype} scale {each}"

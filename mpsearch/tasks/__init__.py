@@ -1,0 +1,1 @@
+"""The shelf of tasks; its contract is in `base.py`."""

@@ -1,0 +1,78 @@
+"""Any `.npz` file with samples `x` and class numbers `y`: the shortest way from one's own data to a search."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mpsearch.errors import InputError, did_you_mean
+from mpsearch.tasks.base import SPLITS
+from mpsearch.tasks.classification import Classification, draw_splits, scale_images
+
+LAYOUTS = ("channels_first", "channels_last")
+
+
+class Arrays(Classification):
+    """The three splits drawn disjointly, with `seed`, from one `.npz`.
+
+    In the file: `x` float or uint8, [n, features], [n, channels, *space] or, with layout "channels_last",
+    [n, *space, channels]; `y` whole numbers [n]. uint8 is divided by 255, then (x - mean) / std is taken for each channel where
+    these are given. A size of `None` is a third of the data. Raises `InputError` for files and sizes that are not so.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        n_calibration: int | None = None,
+        n_search: int | None = None,
+        n_confirm: int | None = None,
+        seed: int = 0,
+        batch_size: int = 250,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        layout: str = "channels_first",
+        n_classes: int | None = None,
+    ) -> None:
+        if layout not in LAYOUTS:
+            raise InputError(f"There is no layout '{layout}'." + did_you_mean(layout, LAYOUTS))
+        path = Path(path).expanduser()
+        x, y = read_npz(path)
+        if not (x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating)) or x.ndim < 2:
+            raise InputError(f"x in {path} is {x.dtype} {list(x.shape)}; it must be a float type or uint8, with samples first.")
+        if len(x) != len(y):
+            raise InputError(f"{path} has {len(x):,} samples in x and {len(y):,} labels in y. They must be as many.")
+        if layout == "channels_last":
+            x = np.moveaxis(x, -1, 1)
+        sizes = dict(zip(SPLITS, (n_calibration, n_search, n_confirm), strict=True))
+        drawn = draw_splits(len(x), sizes, seed, str(path))
+        labels = torch.from_numpy(y.astype(np.int64))
+        calibration, search, confirm = (
+            (scale_images(x[index], mean, std), labels[torch.from_numpy(index)]) for index in drawn.values()
+        )
+        origins = {split: path.name for split in SPLITS}
+        super().__init__(calibration, search, confirm, n_classes=n_classes, batch_size=batch_size, origins=origins)
+
+
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """`x` (any numbers) and `y` (whole numbers [n]) of an `.npz` file. Objects are never unpickled.
+
+    Raises `InputError` where there is no such file, where it is damaged, or where x or y is missing or of another kind.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no data file {path}. Give the path of an .npz file with arrays x and y.")
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files if name in ("x", "y")}
+            names = list(file.files)
+    except Exception as error:  # a damaged file can raise anything, from zlib.error to tokenize.TokenError
+        raise InputError(f"{path} is not a whole .npz file of plain arrays ({error}). Save it again with numpy.savez.") from error
+    for name in ("x", "y"):
+        if name not in arrays:
+            raise InputError(f"{path} has no array '{name}', only {names}. Save it with numpy.savez(path, x=…, y=…).")
+    x, y = arrays["x"], arrays["y"]
+    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
+        raise InputError(f"y in {path} is {y.dtype} {list(y.shape)}; it must be whole numbers [n], a class number a sample.")
+    return x, y

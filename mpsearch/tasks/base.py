@@ -1,0 +1,77 @@
+"""What a task is: the data in three splits, how a model is run on them, and what is measured of its logits.
+
+A task knows nothing of quantization or devices. The engine moves batches to where the model is and asks `forward`, `quality`
+and `cross_entropy`; a new task is a subclass with `batches`, and a YAML in `conf/task/`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpsearch.trace import tensors_in
+
+# Calibration data set scales, search data score proposals, confirmation data are never seen by the search.
+SPLITS = ("calibration", "search", "confirm")
+
+# Inputs (a tensor, or a tuple or mapping that holds tensors) and targets, both with n samples first, on the CPU.
+Batch = tuple[Any, Tensor]
+
+
+class Task(ABC):
+    """Data and measurement; see the methods for what a subclass may change."""
+
+    quality_name: str = "accuracy"
+    """What `quality` measures, as a reader would say it; higher is better."""
+
+    @abstractmethod
+    def batches(self, split: str) -> Sequence[Batch]:
+        """The batches of one of `SPLITS`: the same ones in the same order every time, no sample in two splits."""
+
+    def forward(self, model: nn.Module, inputs: Any) -> Tensor:
+        """The model's logits [n, classes] for the inputs of one batch."""
+        return model(inputs)
+
+    def quality(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Quality of each sample, float32 [n], higher is better; here 1 where the largest logit is the target's, else 0."""
+        return (logits.argmax(-1) == targets).float()
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each sample in nats, float32 [n]."""
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+
+    def describe(self, split: str) -> str:
+        """One short phrase for the report, as in "400 samples"."""
+        return f"{sum(len(targets) for _, targets in self.batches(split)):,} samples"
+
+    def fingerprint(self) -> str:
+        """SHA-256 (64 hex digits) over the data of all splits: tells two data sets apart when a run is resumed.
+
+        The same samples in other batches have the same fingerprint. Computed once and kept.
+        """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        total = hashlib.sha256()
+        for split in SPLITS:
+            # One hash for each tensor of a batch, fed batch after batch, so that the batch size does not matter.
+            streams: dict[int, Any] = {}
+            for batch in self.batches(split):
+                for i, tensor in enumerate(tensors_in(batch)):
+                    start = hashlib.sha256(f"{split} {i} {tensor.dtype} {list(tensor.shape[1:])}".encode())
+                    streams.setdefault(i, start).update(_bytes(tensor))
+            for stream in streams.values():
+                total.update(stream.digest())
+        return total.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -1,0 +1,135 @@
+"""CIFAR-10 from a folder: as `.npz` files, or as the Python batches that its makers distribute.
+
+Those batches are pickles, which can run any code when they are opened; here they are read by an unpickler that can build
+numpy arrays and nothing else.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpsearch.errors import InputError
+from mpsearch.tasks.arrays import read_npz
+from mpsearch.tasks.classification import Classification, draw_splits, scale_images
+
+# Of ImageNet, not of CIFAR-10: the published ResNet checkpoints (models/resnet.py) were trained with these.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+IMAGE_SHAPE = (32, 32, 3)
+
+
+class Cifar10(Classification):
+    """Images float32 [n, 3, 32, 32], normalized, ten classes.
+
+    `data_dir` holds `train_*.npz` and `test_*.npz` (x uint8 [n, 32, 32, 3], y uint8 [n]) or `data_batch_1` … `data_batch_5` and
+    `test_batch`, also in a folder `cifar-10-batches-py` in it. Calibration and search images are drawn with `seed` from the
+    training images; the confirm split is the first `n_confirm` test images, all of them where that is `None`. A network has
+    usually been trained on the former, so that its accuracy on the search split flatters it: read that of the confirm split.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        n_calibration: int = 1000,
+        n_search: int = 2000,
+        n_confirm: int | None = None,
+        seed: int = 0,
+        batch_size: int = 250,
+    ) -> None:
+        data_dir = Path(data_dir).expanduser()
+        train_paths, test_paths = find_files(data_dir)
+        train_x, train_y = _read_all(train_paths)
+        drawn = draw_splits(
+            len(train_x), {"calibration": n_calibration, "search": n_search}, seed, f"The training part of {data_dir}"
+        )
+        calibration, search = (_prepare(train_x[index], train_y[index]) for index in drawn.values())
+        test_x, test_y = _read_all(test_paths)
+        n_test = len(test_x) if n_confirm is None else n_confirm
+        if not 1 <= n_test <= len(test_x):
+            raise InputError(
+                f"n_confirm is {n_test:,}; the test part of {data_dir} has {len(test_x):,} images. Give 1 to that, or null."
+            )
+        confirm = _prepare(test_x[:n_test], test_y[:n_test])
+        origins = {"calibration": "CIFAR-10 train", "search": "CIFAR-10 train", "confirm": "CIFAR-10 test"}
+        super().__init__(calibration, search, confirm, n_classes=10, batch_size=batch_size, origins=origins)
+
+
+def find_files(data_dir: Path) -> tuple[list[Path], list[Path]]:
+    """The files of training and of test images, `.npz` before Python batches, or `InputError` saying what was looked for."""
+    if not data_dir.is_dir():
+        raise InputError(f"There is no folder {data_dir} to read CIFAR-10 from. Set task.data_dir to where it is.")
+    for folder, train, test in (
+        (data_dir, "train_*.npz", "test_*.npz"),
+        (data_dir, "data_batch_[1-5]", "test_batch"),
+        (data_dir / "cifar-10-batches-py", "data_batch_[1-5]", "test_batch"),
+    ):
+        found = sorted(folder.glob(train)), sorted(folder.glob(test))
+        if all(found):
+            return found
+    raise InputError(
+        f"No CIFAR-10 in {data_dir}: looked for train_*.npz and test_*.npz, for data_batch_1 to 5 and test_batch, there and in "
+        "cifar-10-batches-py. Unpack the Python version of CIFAR-10 there, or set task.data_dir to where it is."
+    )
+
+
+def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A Python batch: x uint8 [n, 32, 32, 3], y int64 [n]. Raises `InputError` for whatever is no such batch."""
+    try:
+        with path.open("rb") as file:
+            # In the distributed files, which Python 2 wrote, the keys are bytes.
+            batch = {_text(key): value for key, value in _ArrayUnpickler(file, encoding="bytes").load().items()}
+        x = np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        y = np.asarray(batch["labels"], np.int64)
+    except InputError as error:
+        raise InputError(f"{path} is not a CIFAR-10 batch: {error}") from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise InputError(
+            f"{path} is not a whole CIFAR-10 batch ({type(error).__name__}: {error}). Unpack the archive again."
+        ) from error
+    return x, y
+
+
+# Both names under which numpy arrays have been pickled (numpy 1 and 2), and nothing that does more than make arrays.
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds numbers, text, lists, dicts and numpy arrays; refuses every other class and function."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED:
+            raise InputError(f"it asks for '{module}.{name}', which a batch of images has no use for; it was not run.")
+        return _ALLOWED[module, name]
+
+
+def _text(key: bytes | str) -> str:
+    return key.decode() if isinstance(key, bytes) else key
+
+
+def _read_all(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """x uint8 [n, 32, 32, 3] and y of all files, end to end."""
+    pairs = [read_npz(path) if path.suffix == ".npz" else read_batch(path) for path in paths]
+    for path, (x, y) in zip(paths, pairs, strict=True):
+        if x.dtype != np.uint8 or x.shape[1:] != IMAGE_SHAPE or len(x) != len(y):
+            raise InputError(
+                f"{path} holds x {x.dtype} {list(x.shape)} and {len(y):,} labels; CIFAR-10 is uint8 [n, 32, 32, 3] and n labels."
+            )
+    return np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs])
+
+
+def _prepare(pixels: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """uint8 [n, 32, 32, 3] -> float32 [n, 3, 32, 32], normalized; labels -> int64."""
+    return scale_images(pixels.transpose(0, 3, 1, 2), MEAN, STD), torch.from_numpy(labels.astype(np.int64))

@@ -1,0 +1,113 @@
+"""What all tests share: where the real models and data sets are, and networks small enough to quantize a thousand times."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mpsearch.allocation import SearchSpace
+from mpsearch.calibrate import calibrate
+from mpsearch.engine import QuantEngine, load_batches, other_bits
+from mpsearch.fold import fold_batch_norms
+from mpsearch.models.digits import digits
+from mpsearch.quantizers.clip_search import ClipSearch
+from mpsearch.schemes.integer import Integer
+from mpsearch.tasks.classification import Classification
+from mpsearch.tasks.digits import Digits
+from mpsearch.trace import trace_layers
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder of real models and data sets; a test that asks for it is skipped where there is none."""
+    folder = Path(os.environ.get("MPSEARCH_DATA", ROOT / ".." / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real models and data sets at {folder}; set MPSEARCH_DATA to where they are")
+    return folder
+
+
+class TinyNet(nn.Module):
+    """Images [n, 2, 6, 6] -> logits [n, 5]: three layers, one of them without a bias, and a batch norm that is not searched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 6, 3, stride=2, groups=2, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.last = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.second(F.relu(self.first(x)))))
+        return self.last(x.mean((2, 3)))
+
+
+def tiny_net(seed=0):
+    torch.manual_seed(seed)
+    net = TinyNet().eval()
+    with torch.no_grad():
+        net.norm.running_var.mul_(0.05)
+        net.last.weight.mul_(8)
+    return net
+
+
+def tiny_task(n=30, seed=0, batch_size=16, shape=(2, 6, 6)):
+    """Three different splits of noise with a mean, `n` samples each in batches of unequal size, random labels."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def split():
+        return torch.randn(n, *shape, generator=generator) + 0.5, torch.randint(5, (n,), generator=generator)
+
+    return Classification(split(), split(), split(), n_classes=5, batch_size=batch_size)
+
+
+def make_engine(model, task, schemes=None, *, pin=(), quantizer=None, **options):
+    """An engine as the search sets it up; `schemes` default to 2, 4 and 8 bits."""
+    schemes = schemes or {f"w{bits}": Integer(bits) for bits in (2, 4, 8)}
+    layers = trace_layers(model, task.forward, task.batches("calibration")[0][0])
+    space = SearchSpace.build(layers, schemes, pin, other_bits(model, layers))
+    moments = calibrate(model, task, layers, load_batches(task, "calibration", "cpu"))
+    return QuantEngine(model, task, space, dict.fromkeys(schemes, quantizer or ClipSearch(20)), moments, **options)
+
+
+def digits_engine(schemes=None, **options):
+    """The embedded network on the digits, batch norms folded."""
+    model, task = digits(), Digits()
+    fold_batch_norms(model, task.forward, task.batches("calibration")[0][0])
+    model.requires_grad_(True)
+    return make_engine(model, task, schemes, **options)
+
+
+def state(model):
+    """Everything of a model that must be as it was: names, values, flags, gradients."""
+    return {
+        name: (tensor.clone(), tensor.data_ptr(), tensor.requires_grad, tensor.grad)
+        for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())
+    }
+
+
+def assert_same_state(model, before):
+    after = state(model)
+    assert after.keys() == before.keys()
+    for name, (value, address, requires_grad, grad) in before.items():
+        assert torch.equal(after[name][0].flatten().view(torch.uint8), value.flatten().view(torch.uint8)), name
+        assert after[name][1:] == (address, requires_grad, grad), name
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """How to make the small things: `tiny.net()`, `tiny.task()`, `tiny.engine(net, task)`; and what shows one unchanged."""
+    return SimpleNamespace(
+        net=tiny_net, task=tiny_task, engine=make_engine, digits=digits_engine, state=state, assert_same_state=assert_same_state
+    )
+
+
+@pytest.fixture(scope="session")
+def trained():
+    """One engine of the trained digits network for all tests that only ask it for scores."""
+    return digits_engine({f"w{bits}": Integer(bits) for bits in (2, 3, 4, 8)})

@@ -1,0 +1,255 @@
+"""The shelf of quantizers: the promises of `quantizers/base.py`, kept by every one, and what sets them apart."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from mpsearch.errors import InputError
+from mpsearch.quantizers.base import InputMoments, Quantizer, clip_ratios
+from mpsearch.quantizers.clip_search import ClipSearch
+from mpsearch.quantizers.percentile import Percentile
+from mpsearch.quantizers.round_to_nearest import RoundToNearest
+from mpsearch.schemes.floating import Float
+from mpsearch.schemes.integer import Integer
+
+CONF = Path(__file__).parents[2] / "conf" / "quantizer"
+NEAREST = RoundToNearest()
+SCHEMES = [
+    Integer(bits, group_size, symmetric, scale_dtype)
+    for bits in range(1, 9)
+    for group_size in ("tensor", "channel", 16, 5)
+    for symmetric in (True, False)
+    for scale_dtype in ("float16", "float32")
+]
+
+
+@pytest.fixture(params=sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+def quantizer(request):
+    found = instantiate(OmegaConf.load(request.param), _convert_="object")
+    assert isinstance(found, Quantizer)
+    return found
+
+
+def weights(shape=(8, 3, 3, 3), seed=0):
+    """Heavier tails than a bell curve, as trained weights have."""
+    torch.manual_seed(seed)
+    return torch.randn(shape) * torch.rand(shape).add(0.2).reciprocal()
+
+
+def moments(columns, k=1, seed=1):
+    torch.manual_seed(seed)
+    return InputMoments(torch.randn(k, columns), torch.rand(k, columns) ** 4 + 1e-3)
+
+
+def squared(quantized, weight, importance=None):
+    """The (weighted) squared error; `importance` [k, columns] holds for rows that divide by k."""
+    error = (quantized.dequantize() - weight).flatten(1).double().square()
+    if importance is not None:
+        error = error * importance.double().repeat_interleave(len(error) // len(importance), 0)
+    return error.sum().item()
+
+
+def test_error_falls_with_bits(quantizer):
+    weight = weights()
+    for group_size in ("tensor", "channel", 9):
+        errors = [squared(quantizer.quantize(weight, Integer(bits, group_size)), weight) for bits in range(2, 9)]
+        assert all(b < a for a, b in itertools.pairwise(errors)), errors
+        assert errors[-1] < 1e-3 * weight.square().sum()
+
+
+def test_shapes_and_dtypes(quantizer):
+    weight = weights((6, 2, 3))
+    for scheme in SCHEMES:
+        quantized = quantizer.quantize(weight, scheme, moments(6, k=2))
+        rows, columns, size = scheme.grid((6, 2, 3))
+        groups = (rows, -(-columns // size))
+        assert quantized.scheme == scheme
+        assert tuple(quantized.tensors) == ("codes", "scales", *(() if scheme.symmetric else ("zero_points",)))
+        assert tuple(quantized.tensors["scales"].shape) == groups
+        assert str(quantized.tensors["scales"].dtype) == f"torch.{scheme.scale_dtype}"
+        assert 8 * quantized.nbytes == scheme.storage_bits((6, 2, 3))
+        assert torch.isfinite(quantized.dequantize()).all()
+
+
+def test_weight_is_left_alone_and_the_result_is_the_same_again(quantizer):
+    weight = weights()
+    before = weight.clone()
+    one, other = (quantizer.quantize(weight, Integer(3, 16, symmetric=False), moments(27)) for _ in range(2))
+    assert torch.equal(weight, before)
+    for name, tensor in one.tensors.items():
+        assert torch.equal(tensor, other.tensors[name])
+
+
+def test_one_bit_keeps_the_sign(quantizer):
+    weight = weights((4, 40))
+    dense = quantizer.quantize(weight, Integer(1)).dequantize()
+    assert torch.equal(dense.sign(), weight.sign())
+    assert all(row.abs().unique().numel() == 1 for row in dense)
+
+
+def test_zeros_stay_zeros(quantizer):
+    for scheme in (Integer(1), Integer(2), Integer(8, "tensor"), Integer(4, 5, symmetric=False)):
+        assert torch.equal(quantizer.quantize(torch.zeros(3, 7), scheme).dequantize(), torch.zeros(3, 7))
+
+
+def test_floats_are_rounded_by_all_alike(quantizer):
+    weight = weights()
+    assert torch.equal(quantizer.quantize(weight, Float("float16")).dequantize(), weight.half().float())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_counted(quantizer, bad):
+    weight = weights((4, 9))
+    weight[1, 3] = bad
+    for scheme in (Integer(4), Integer(4, "tensor", symmetric=False), Integer(2, 4)):
+        with pytest.raises(InputError, match="1 of 36 weights are NaN or infinite"):
+            quantizer.quantize(weight, scheme)
+
+
+def test_scales_beyond_float16_are_said(quantizer):
+    with pytest.raises(InputError, match="a scale exceeds the largest float16"):
+        quantizer.quantize(torch.full((2, 4), 1e6), Integer(2))
+    large = quantizer.quantize(torch.full((2, 4), 1e6), Integer(2, scale_dtype="float32")).dequantize()
+    assert torch.allclose(large, torch.full((2, 4), 1e6))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_clip_search_is_never_worse_than_nearest(scheme):
+    """The ratio 1 is among the candidates, so the searched (weighted) error of no group can be larger."""
+    for weight, k in ((weights(), 1), (weights((8, 2, 3, 3)), 4), (weights((5, 33)), 1)):
+        columns = weight[0].numel()
+        given = moments(columns, k)
+        for importance in (None, given):
+            clipped = ClipSearch().quantize(weight, scheme, importance)
+            nearest = NEAREST.quantize(weight, scheme)
+            weighting = None if importance is None else importance.second_moment
+            assert squared(clipped, weight, weighting) <= squared(nearest, weight, weighting) * (1 + 1e-6)
+
+
+def test_clip_search_is_much_better_at_few_bits():
+    weight = weights((64, 200))
+    for bits, factor in ((2, 2.0), (3, 1.5), (4, 1.2)):
+        assert factor * squared(ClipSearch().quantize(weight, Integer(bits)), weight) < squared(
+            NEAREST.quantize(weight, Integer(bits)), weight
+        )
+
+
+def test_clip_search_gives_the_extra_level_to_the_side_that_needs_it():
+    """Two bits stand for -2 -1 0 1: exact for (-1, 2), but only with a negative scale."""
+    weight = torch.tensor([[2.0, 1.0, 0.0, -1.0, 2.0, 2.0]])
+    quantized = ClipSearch(n_candidates=181, min_ratio=0.1).quantize(weight, Integer(2, scale_dtype="float32"))
+    assert quantized.tensors["scales"].item() < 0
+    assert squared(quantized, weight) < 1e-6 < squared(NEAREST.quantize(weight, Integer(2)), weight)
+
+
+def outliers():
+    """400 weights a channel of standard deviation 1, one of them replaced by one of 50 sigma, in a column of its own."""
+    torch.manual_seed(3)
+    weight = torch.randn(16, 400)
+    columns = torch.randperm(400)[:16]
+    weight[torch.arange(16), columns] = 50.0
+    inliers = torch.ones(16, 400, dtype=torch.bool)
+    inliers[torch.arange(16), columns] = False
+    return weight, inliers, columns
+
+
+def test_one_outlier_ruins_round_to_nearest_but_not_a_clipped_range():
+    """At 4 bits a step of 50 / 7 rounds nearly every weight to 0; where the range ends near 3 sigma the noise is 1/50 of that."""
+    weight, inliers, columns = outliers()
+    importance = torch.ones(1, 400)
+    importance[0, columns] = 1e-6  # inputs that are hardly ever on: what the outlier itself loses does not count
+    weighted = InputMoments(torch.zeros(1, 400), importance)
+
+    def noise(quantizer, given=None):
+        error = quantizer.quantize(weight, Integer(4), given).dequantize() - weight
+        return (error[inliers].square().sum() / weight[inliers].square().sum()).item()
+
+    nearest = noise(NEAREST)
+    assert 0.8 < nearest < 1.2
+    assert noise(Percentile(99.5)) < nearest / 50
+    assert noise(ClipSearch(min_ratio=0.02), weighted) < nearest / 50
+
+
+def test_clip_search_clips_outliers_where_that_pays():
+    """Without importance the outlier counts as well: one of 6 sigma among 400 is clipped, and the sum of all errors falls."""
+    weight, inliers, _ = outliers()
+    weight[~inliers] = 6.0
+    error = {}
+    for quantizer in (NEAREST, ClipSearch()):
+        change = quantizer.quantize(weight, Integer(3)).dequantize() - weight
+        error[quantizer] = change[inliers].square().sum().item(), change.square().sum().item()
+    assert error[ClipSearch()][0] < error[NEAREST][0] / 2.5
+    assert error[ClipSearch()][1] < error[NEAREST][1] / 2
+
+
+def test_importance_changes_the_choice():
+    weight = weights((4, 64))
+    left, right = torch.full((1, 64), 1e-4), torch.full((1, 64), 1e-4)
+    left[:, :32] = 1
+    right[:, 32:] = 1
+    none = torch.zeros(1, 64)
+    for_left, for_right = (ClipSearch().quantize(weight, Integer(3), InputMoments(none, x)) for x in (left, right))
+    assert not torch.equal(for_left.tensors["scales"], for_right.tensors["scales"])
+    assert squared(for_left, weight, left) < squared(for_right, weight, left)
+    assert squared(for_right, weight, right) < squared(for_left, weight, right)
+    for other in (NEAREST, Percentile()):
+        one, two = (other.quantize(weight, Integer(3), InputMoments(none, x)).tensors["scales"] for x in (left, right))
+        assert torch.equal(one, two)
+
+
+def test_importance_of_a_grouped_convolution_belongs_to_its_rows():
+    """Two groups of two rows, whatever the granularity: the second moments of one do not reach the rows of the other."""
+    weight = weights((4, 3, 3))
+    one, other = moments(9, k=2, seed=1), moments(9, k=2, seed=1)
+    other.second_moment[1] = other.second_moment[1].flip(0)
+    for group_size in ("channel", 4):
+        a, b = (ClipSearch().quantize(weight, Integer(2, group_size), m).dequantize() for m in (one, other))
+        assert torch.equal(a[:2], b[:2])
+        assert not torch.equal(a[2:], b[2:])
+    whole = ClipSearch().quantize(weight, Integer(2, "tensor"), one)
+    alone = ClipSearch().quantize(
+        weight.reshape(1, 36),
+        Integer(2),
+        InputMoments(torch.zeros(1, 36), one.second_moment.repeat_interleave(2, 0).reshape(1, 36)),
+    )
+    assert torch.equal(whole.dequantize().flatten(), alone.dequantize().flatten())
+
+
+def test_percentile_is_that_of_numpy():
+    weight = weights((3, 101))
+    low, high = torch.quantile(weight, 0.05, dim=1, keepdim=True), torch.quantile(weight, 0.95, dim=1, keepdim=True)
+    most = torch.quantile(weight.abs(), 0.95, dim=1, keepdim=True)
+    expected = {
+        False: NEAREST.quantize(weight.clamp(low, high), Integer(4, symmetric=False)),
+        True: NEAREST.quantize(weight.clamp(-most, most), Integer(4)),
+    }
+    for symmetric, nearest in expected.items():
+        quantized = Percentile(95.0).quantize(weight, Integer(4, symmetric=symmetric))
+        assert torch.allclose(quantized.dequantize(), nearest.dequantize(), atol=1e-3)
+    assert torch.equal(
+        Percentile(100.0).quantize(weight, Integer(4, 7)).dequantize(), NEAREST.quantize(weight, Integer(4, 7)).dequantize()
+    )
+
+
+def test_ratios():
+    assert torch.allclose(clip_ratios(4, 0.1, both_signs=False), torch.tensor([1.0, 0.7, 0.4, 0.1]))
+    assert torch.allclose(clip_ratios(2, 0.5, both_signs=True), torch.tensor([1.0, -1.0, 0.5, -0.5]))
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: ClipSearch(n_candidates=1), "n_candidates >= 2 and 0 < min_ratio < 1; 1 and 0.1 came"),
+        (lambda: ClipSearch(min_ratio=0), "80 and 0 came"),
+        (lambda: ClipSearch(min_ratio=1.0), "80 and 1.0 came"),
+        (lambda: Percentile(50), "above 50 and at most 100; 50 came"),
+        (lambda: Percentile(100.1), "above 50 and at most 100; 100.1 came"),
+    ],
+)
+def test_settings_are_checked(build, sentence):
+    with pytest.raises(InputError, match=sentence):
+        build()
