@@ -1,0 +1,181 @@
+"""An allocation (group -> scheme name) and the space of all there are.
+
+An allocation holds names only, so that an old results table opens without our classes. In tables it is one character a
+group, keyed by `space.json`: that is short, greppable, and of fixed width.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from mpsearch.errors import InputError, did_you_mean
+from mpsearch.layer import LayerGroup, LayerSpec
+from mpsearch.schemes.base import QuantScheme
+
+ALPHABET = string.digits + string.ascii_letters
+
+
+class Allocation(Mapping[str, str]):
+    """Immutable, hashable mapping group -> scheme name; a group that is left out stays as it is in the model (float32)."""
+
+    def __init__(self, schemes: Mapping[str, str] | Iterable[tuple[str, str]] = ()) -> None:
+        self._schemes = dict(schemes)
+        self._hash = hash(frozenset(self._schemes.items()))
+
+    def __getitem__(self, group: str) -> str:
+        return self._schemes[group]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._schemes)
+
+    def __len__(self) -> int:
+        return len(self._schemes)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Allocation) and self._schemes == other._schemes
+
+    def __repr__(self) -> str:
+        return f"Allocation({self._schemes})"
+
+    def to_json(self) -> str:
+        """One line of JSON, groups in their order."""
+        return json.dumps(self._schemes, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Everything there is to choose from: groups in forward order, schemes by name, and the choices that each group has.
+
+    `other_bits` are the bits of what is not searched: biases, norms, buffers, and weights kept float.
+    """
+
+    groups: tuple[LayerGroup, ...]
+    schemes: Mapping[str, QuantScheme]
+    choices: tuple[tuple[str, ...], ...]
+    other_bits: int = 0
+
+    @classmethod
+    def build(
+        cls, layers: Sequence[LayerSpec], schemes: Mapping[str, QuantScheme], pin: Sequence[str] = (), other_bits: int = 0
+    ) -> SearchSpace:
+        """Group `layers` by their `group`; `pin` narrows choices: "layer3.*:w4|w8", later pins win, no match is an error."""
+        if not schemes:
+            raise InputError("No scheme to choose from came. Name at least one: 'scheme=[w4,w8]'.")
+        if len(schemes) > len(ALPHABET):
+            raise InputError(f"{len(schemes)} schemes came; at most {len(ALPHABET)} can be searched at once.")
+        members: dict[str, list[LayerSpec]] = {}
+        for layer in layers:
+            members.setdefault(layer.group, []).append(layer)
+        groups = tuple(LayerGroup(name, tuple(group)) for name, group in members.items())
+        choices = {group.name: tuple(schemes) for group in groups}
+        for text in pin:
+            pattern, names = _parse_pin(text, schemes)
+            matched = [g.name for g in groups if any(fnmatch.fnmatchcase(n, pattern) for n in (g.name, *_names(g)))]
+            if not matched:
+                raise InputError(
+                    f"The pin '{text}' matches no layer.{did_you_mean(pattern, [n for g in groups for n in _names(g)])}"
+                )
+            choices.update(dict.fromkeys(matched, names))
+        return cls(groups, dict(schemes), tuple(choices.values()), other_bits)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The groups' names."""
+        return tuple(group.name for group in self.groups)
+
+    @cached_property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """All searched layers."""
+        return tuple(layer for group in self.groups for layer in group.layers)
+
+    @cached_property
+    def scheme_names(self) -> tuple[str, ...]:
+        """The schemes' names, in the order in which they were given."""
+        return tuple(self.schemes)
+
+    @cached_property
+    def numel(self) -> int:
+        """Number of searched weights."""
+        return sum(group.numel for group in self.groups)
+
+    @cached_property
+    def storage_bits(self) -> np.ndarray:
+        """int64 `[n_groups, n_schemes]`: what each group weighs in each scheme, allowed there or not."""
+        return np.array(
+            [[sum(s.storage_bits(layer.shape) for layer in g.layers) for s in self.schemes.values()] for g in self.groups],
+            dtype=np.int64,
+        ).reshape(len(self.groups), len(self.schemes))
+
+    @cached_property
+    def allowed(self) -> np.ndarray:
+        """bool `[n_groups, n_schemes]`: which scheme each group may take."""
+        return np.array([[name in names for name in self.schemes] for names in self.choices], dtype=bool)
+
+    @property
+    def log10_combinations(self) -> float:
+        """The number of allocations, as a power of ten."""
+        return sum(math.log10(len(names)) for names in self.choices)
+
+    def allocation(self, choice: Sequence[int] | np.ndarray) -> Allocation:
+        """From scheme indices, one a group."""
+        return Allocation(zip(self.names, (self.scheme_names[i] for i in choice), strict=True))
+
+    def choice(self, allocation: Mapping[str, str]) -> np.ndarray:
+        """intp `[n_groups]`: the inverse of `allocation`."""
+        index = {name: i for i, name in enumerate(self.scheme_names)}
+        return np.array([index[allocation[name]] for name in self.names], dtype=np.intp)
+
+    def uniform(self, scheme: str) -> Allocation:
+        """Every group in `scheme`, pinned groups in their own choice that comes nearest to it in size."""
+        j = self.scheme_names.index(scheme)
+        distance = np.where(self.allowed, np.abs(self.storage_bits - self.storage_bits[:, [j]]), np.iinfo(np.int64).max)
+        return self.allocation(distance.argmin(axis=1))
+
+    def encode(self, allocation: Allocation) -> str:
+        """One character a group."""
+        return "".join(ALPHABET[i] for i in self.choice(allocation))
+
+    def decode(self, text: str) -> Allocation:
+        """The inverse of `encode`; `ValueError` where the text does not fit this space."""
+        index = [ALPHABET.find(c) for c in text]
+        if len(text) != len(self.groups) or not all(0 <= i < len(self.schemes) for i in index):
+            raise ValueError(f"'{text}' is no allocation of {len(self.groups)} groups and {len(self.schemes)} schemes")
+        return self.allocation(index)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: all of it, schemes by their fields."""
+        return {
+            "schemes": {name: {"code": ALPHABET[i], **s.fields()} for i, (name, s) in enumerate(self.schemes.items())},
+            "groups": [
+                {"name": g.name, "choices": list(names), "layers": [asdict(layer) for layer in g.layers]}
+                for g, names in zip(self.groups, self.choices, strict=True)
+            ],
+            "other_bits": self.other_bits,
+        }
+
+
+def _names(group: LayerGroup) -> tuple[str, ...]:
+    return tuple(name for layer in group.layers for name in layer.modules)
+
+
+def _parse_pin(text: str, schemes: Mapping[str, QuantScheme]) -> tuple[str, tuple[str, ...]]:
+    pattern, colon, names = text.rpartition(":")
+    chosen = tuple(name for name in names.split("|") if name)
+    if not colon or not pattern or not chosen:
+        raise InputError(f"A pin reads 'pattern:scheme' or 'pattern:scheme|scheme'; '{text}' came.")
+    for name in chosen:
+        if name not in schemes:
+            raise InputError(f"The pin '{text}' names a scheme '{name}' that is not searched.{did_you_mean(name, schemes)}")
+    return pattern, tuple(name for name in schemes if name in chosen)

@@ -1,0 +1,64 @@
+"""A budget is a limit on a cost; all of them hold for proposals, fronts and exports alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpsearch.allocation import SearchSpace
+from mpsearch.costs.base import Cost, CostTable
+from mpsearch.errors import InputError, did_you_mean
+
+# Costs are sums of floats; an allocation that meets its limit exactly must not fail by their last bit.
+ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`table.of(choice) <= limit`."""
+
+    table: CostTable
+    limit: float
+
+    def allows(self, choice: np.ndarray | Sequence[int]) -> bool:
+        """Whether an allocation (scheme indices) is within this budget."""
+        return self.table.of(choice) <= self.limit * (1 + ROUNDING)
+
+    @property
+    def room(self) -> float:
+        """What is left for the searched groups: the limit less the constant part."""
+        return self.limit * (1 + ROUNDING) - self.table.constant
+
+    def __str__(self) -> str:
+        return f"{self.table.column} <= {self.limit:,.10g}"
+
+
+def read_budgets(limits: Mapping[str, Any], costs: Mapping[str, Cost], space: SearchSpace) -> tuple[Budget, ...]:
+    """The budgets that were given (`None` is none), each checked against the smallest allocation there is."""
+    budgets = []
+    for name, limit in limits.items():
+        if limit is None:
+            continue
+        if name not in costs:
+            raise InputError(f"There is no cost '{name}' to budget.{did_you_mean(name, costs)}")
+        budget = Budget(costs[name].table(space), costs[name].parse(limit))
+        if not np.isfinite(budget.limit) or budget.limit <= 0:
+            raise InputError(f"budget.{name} is above 0; {limit} came.")
+        smallest = np.where(space.allowed, budget.table.values, np.inf).argmin(axis=1)
+        if not budget.allows(smallest):
+            raise InputError(
+                f"The budget {budget} is below the least there is, {budget.table.of(smallest):,.10g}: {_mix(space, smallest)}. "
+                "Raise the budget, add a smaller scheme, or loosen a pin."
+            )
+        budgets.append(budget)
+    return tuple(budgets)
+
+
+def _mix(space: SearchSpace, choice: np.ndarray) -> str:
+    used = [space.scheme_names[i] for i in choice]
+    if len(set(used)) == 1:
+        return f"every layer at {used[0]}"
+    return ", ".join(f"{used.count(name)} layers at {name}" for name in dict.fromkeys(used))

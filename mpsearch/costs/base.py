@@ -1,0 +1,48 @@
+"""The contract of the costs: what an allocation costs, as a table that adds up over the groups.
+
+A cost that adds up can be budgeted, solved for and repaired without running anything: that is all the search asks of it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from mpsearch.allocation import SearchSpace
+from mpsearch.errors import InputError
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """`constant` + the sum of each group's entry in `values` (float64 `[n_groups, n_schemes]`) is an allocation's cost."""
+
+    name: str
+    column: str
+    values: np.ndarray
+    constant: float
+
+    def of(self, choice: np.ndarray | Sequence[int]) -> float:
+        """The cost of an allocation, given as scheme indices."""
+        return self.constant + float(self.values[np.arange(len(self.values)), np.asarray(choice, dtype=np.intp)].sum())
+
+
+class Cost(ABC):
+    """A cost; its conf file adds it as `cost.<name>` and `budget.<name>`."""
+
+    name: ClassVar[str]
+    column: ClassVar[str]
+
+    @abstractmethod
+    def table(self, space: SearchSpace) -> CostTable:
+        """What every choice of every group costs."""
+
+    def parse(self, text: str | float) -> float:
+        """A limit as the user writes it; `InputError` where it is no number."""
+        try:
+            return float(text)
+        except (TypeError, ValueError):
+            raise InputError(f"budget.{self.name} is a number; '{text}' came.") from None

@@ -1,0 +1,71 @@
+"""Size, in the three ways people speak of it; all count the same bits: codes, scales, zero points, padding, tied weights once."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpsearch.allocation import SearchSpace
+from mpsearch.costs.base import Cost, CostTable
+from mpsearch.errors import InputError
+
+UNITS = {"": 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def parse_bytes(text: str | float) -> int:
+    """120000, "120kB", "1.5 MB" or "512KiB" as bytes."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]*)\s*", str(text))
+    try:
+        if match is None:
+            raise ValueError
+        return int(float(match[1]) * UNITS[match[2]])
+    except (ValueError, KeyError, OverflowError):
+        raise InputError(f"'{text}' is no size. Write bytes, or a number with one of {', '.join(list(UNITS)[1:])}.") from None
+
+
+def bits_of(space: SearchSpace, choice: np.ndarray) -> int:
+    """Bits of the searched groups as stored."""
+    return int(space.storage_bits[np.arange(len(space.groups)), choice].sum())
+
+
+@dataclass(frozen=True)
+class Bytes(Cost):
+    """`size_bytes`: all parameters and buffers as stored, with what is kept float."""
+
+    name = "bytes"
+    column = "size_bytes"
+
+    def table(self, space: SearchSpace) -> CostTable:
+        """Bytes of each group in each scheme; what is not searched is the constant."""
+        return CostTable(self.name, self.column, space.storage_bits / 8, space.other_bits / 8)
+
+    def parse(self, text: str | float) -> float:
+        """Bytes, with or without a unit."""
+        return float(parse_bytes(text))
+
+
+@dataclass(frozen=True)
+class AverageBits(Cost):
+    """`average_bits`: bits of the searched layers, all overhead counted, for each of their weights."""
+
+    name = "bits"
+    column = "average_bits"
+
+    def table(self, space: SearchSpace) -> CostTable:
+        """Each group's share of the average."""
+        return CostTable(self.name, self.column, space.storage_bits / space.numel, 0.0)
+
+
+@dataclass(frozen=True)
+class Fraction(Cost):
+    """`fraction`: `size_bytes` over the same model's in float32."""
+
+    name = "fraction"
+    column = "fraction"
+
+    def table(self, space: SearchSpace) -> CostTable:
+        """Each group's share of the float32 size."""
+        whole = 32 * space.numel + space.other_bits
+        return CostTable(self.name, self.column, space.storage_bits / whole, space.other_bits / whole)

@@ -1,0 +1,99 @@
+"""What makes one set of measured allocations better than another: the non-dominated ones, their hypervolume, and their knee.
+
+Everything is minimized. Losses that span decades (KL divergences) are compared in log10: in linear KL even random search scores
+95 % of the hypervolume, so linear axes say nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mpsearch.errors import InputError
+
+KL_FLOOR = 1e-5  # nats; below it a KL divergence over some thousand samples is noise, and equal to none at all
+
+
+def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
+    """Mask [n] of the `points` [n, k], all axes minimized, that no other point equals or beats on every axis.
+
+    Of identical points the first is kept.
+
+    Raises:
+        InputError: a coordinate is NaN.
+    """
+    points = np.asarray(points, dtype=np.float64)
+    if points.ndim != 2:
+        raise ValueError(f"points must be [n, k], not {points.shape}.")
+    _no_nan("points", points)
+    order = np.lexsort(points.T[::-1])  # stable, so that a point can be dominated by earlier ones only
+    ranked = points[order]
+    mask = np.zeros(len(points), dtype=bool)
+    if points.shape[1] == 2:
+        best_before = np.concatenate(([np.inf], np.minimum.accumulate(ranked[:, 1])[:-1]))[: len(points)]
+        better = ranked[:, 1] < best_before
+        better[:1] = True  # also where it is infinite
+        mask[order[better]] = True
+        return mask
+    kept = np.empty_like(ranked)
+    n_kept = 0
+    for index, point in zip(order, ranked, strict=True):
+        if not (kept[:n_kept] <= point).all(1).any():
+            kept[n_kept] = point
+            n_kept += 1
+            mask[index] = True
+    return mask
+
+
+def hypervolume(average_bits: ArrayLike, kl: ArrayLike, reference_bits: float, reference_kl: float) -> float:
+    """Area (bits x decades) that the points dominate below the reference, on the axes average bits and log10 max(KL, 1e-5).
+
+    `average_bits` [n] and `kl` [n], nats. The reference is the worst corner: (bits of uniform 8-bit, KL of uniform 2-bit). Points
+    beyond it contribute nothing. More is better.
+
+    Example: the one point (4 bits, KL 0.01) below the reference (8 bits, KL 1) has 4 bits x 2 decades = 8.
+
+    Raises:
+        InputError: something is NaN.
+    """
+    bits, kl = np.asarray(average_bits, dtype=np.float64), np.asarray(kl, dtype=np.float64)
+    if bits.ndim != 1 or bits.shape != kl.shape:
+        raise ValueError(f"average_bits and kl must be [n] alike, not {bits.shape} and {kl.shape}.")
+    for name, values in (("average_bits", bits), ("kl", kl), ("the reference", np.array([reference_bits, reference_kl]))):
+        _no_nan(name, values)
+    log_kl, log_reference = np.log10(np.maximum(kl, KL_FLOOR)), np.log10(max(reference_kl, KL_FLOOR))
+    inside = (bits < reference_bits) & (log_kl < log_reference)
+    points = np.stack([bits, log_kl], axis=1)[inside]
+    points = points[non_dominated(points)]
+    points = points[np.argsort(points[:, 0])]  # bits rise, KL falls
+    widths = np.diff(points[:, 0], append=reference_bits)
+    return float((widths * (log_reference - points[:, 1])).sum())
+
+
+def knee(cost: ArrayLike, loss: ArrayLike) -> int:
+    """Index of the point of a front that lies farthest below the chord between its ends, the cheapest and the dearest point.
+
+    `cost` [n] and `loss` [n] of the front's points, in any order; the axes are the cost and log10 max(loss, 1e-5), each
+    normalised to the ends. Where no point lies below the chord, an end is returned.
+
+    Raises:
+        InputError: there is no point, or something is NaN.
+    """
+    cost = np.asarray(cost, dtype=np.float64)
+    log_loss = np.log10(np.maximum(np.asarray(loss, dtype=np.float64), KL_FLOOR))
+    if not len(cost):
+        raise InputError("There is no point on the front to choose from.")
+    _no_nan("cost", cost)
+    _no_nan("loss", log_loss)
+    first, last = np.argmin(cost), np.argmax(cost)
+    across, down = cost[last] - cost[first], log_loss[first] - log_loss[last]
+    if not (across > 0 and down > 0):
+        return int(np.lexsort((cost, log_loss))[0])
+    return int(np.argmax(1 - (cost - cost[first]) / across - (log_loss - log_loss[last]) / down))
+
+
+def _no_nan(name: str, values: NDArray[np.float64]) -> None:
+    if np.isnan(values).any():
+        raise InputError(
+            f"{name} holds NaN ({int(np.isnan(values).sum())} of {values.size} numbers): leave failed evaluations out."
+        )

@@ -1,0 +1,1 @@
+"""What proposes the next allocation; the contract is in `base.py`."""

@@ -1,0 +1,66 @@
+"""Budgets: as they are written, and checked against the smallest allocation before anything is measured."""
+
+import numpy as np
+import pytest
+
+from mpsearch.allocation import SearchSpace
+from mpsearch.budget import read_budgets
+from mpsearch.costs.size import AverageBits, Bytes, Fraction
+from mpsearch.errors import InputError
+from mpsearch.layer import LayerSpec
+from mpsearch.schemes.integer import Integer
+
+COSTS = {"bytes": Bytes(), "bits": AverageBits(), "fraction": Fraction()}
+# 1,000 channels of 1,000 weights: 250,000 bytes of codes at 2 bits, 500,000 at 4, and 2,000 of scales
+LAYERS = [LayerSpec(name, "linear", (1000, 1000), 10**6, name, (name,)) for name in ("one", "two", "three")]
+
+
+def space(pin=(), other_bits=8 * 4000):
+    return SearchSpace.build(LAYERS, {"w2": Integer(2), "w4": Integer(4)}, pin, other_bits)
+
+
+def test_without_a_limit_there_is_no_budget():
+    assert read_budgets(dict.fromkeys(COSTS), COSTS, space()) == ()
+
+
+def test_every_limit_that_is_given_counts():
+    budgets = read_budgets({"bytes": "1.2 MB", "bits": None, "fraction": 0.1}, COSTS, space())
+    assert [(b.table.name, b.limit) for b in budgets] == [("bytes", 1_200_000.0), ("fraction", 0.1)]
+
+
+def test_what_meets_the_limit_exactly_is_within():
+    smallest = 3 * 252_000 + 4000
+    (budget,) = read_budgets({"bytes": smallest}, COSTS, space())
+    assert budget.allows([0, 0, 0])
+    assert not budget.allows([0, 1, 0])
+    mixed = 2 * 252_000 + 502_000
+    (in_bits,) = read_budgets({"bits": 8 * mixed / 3e6}, COSTS, space())
+    (in_fraction,) = read_budgets({"fraction": (mixed + 4000) / (12e6 + 4000)}, COSTS, space())
+    for budget in (in_bits, in_fraction):
+        for choice in ([0, 0, 1], [0, 1, 0], [1, 0, 0]):
+            assert budget.allows(choice)
+            assert budget.table.values[np.arange(3), choice].sum() <= budget.room
+        assert not budget.allows([0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("limits", "pin", "sentences"),
+    [
+        ({"bytes": "750kB"}, (), ["size_bytes <= 750,000", "below the least there is, 760,000: every layer at w2", "Raise the"]),
+        ({"bytes": 1_259_999}, ("one:w4", "two:w4"), ["<= 1,259,999 ", "least there is, 1,260,000: 2 layers at w4, 1 "]),
+        ({"bits": 2}, (), ["average_bits <= 2 ", "2.016: every layer at w2"]),
+        ({"bits": 3}, ("*:w4",), ["4.016: every layer at w4", "loosen a pin"]),
+        ({"fraction": 0.05}, (), ["fraction <= 0.05 ", "0.0633"]),
+        ({"bytes": 0}, (), ["budget.bytes is above 0; 0 came"]),
+        ({"bits": -3}, (), ["budget.bits is above 0; -3 came"]),
+        ({"bits": "nan"}, (), ["budget.bits is above 0; nan came"]),
+        ({"fraction": "half"}, (), ["budget.fraction is a number; 'half' came"]),
+        ({"bits": [3]}, (), ["budget.bits is a number"]),
+        ({"byte": 10}, (), ["no cost 'byte' to budget", "Did you mean 'bytes'"]),
+    ],
+)
+def test_a_wrong_limit_is_said_with_numbers(limits, pin, sentences):
+    with pytest.raises(InputError) as caught:
+        read_budgets(limits, COSTS, space(pin))
+    for sentence in sentences:
+        assert sentence in str(caught.value)
