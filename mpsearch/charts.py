@@ -1,0 +1,153 @@
+"""The figures. Each is drawn from a table that lies beside it, so that a reader can redraw it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+# Nats; below it a KL divergence measured in float32 is rounding.
+KL_FLOOR = 1e-6
+SEARCH, CONFIRM, UNIFORM, FLOAT, PICK = "#1f6feb", "#d1561a", "#6e7781", "#1a7f37", "#bf3989"
+
+
+def pareto(
+    front: pd.DataFrame,
+    uniform: pd.DataFrame,
+    evaluations: pd.DataFrame,
+    folder: Path,
+    *,
+    quality: str,
+    float_quality: Mapping[str, float],
+    limits_bytes: Mapping[str, float],
+    picked: str | None = None,
+) -> None:
+    """`pareto.png` and `.svg`: loss and quality against size, both splits, uniform allocations, budgets, float, the pick.
+
+    `front` and `uniform` have the columns of `front.csv`, `uniform` also `scheme`; `evaluations` those of `evaluations.csv`;
+    `picked` is the allocation (JSON) to mark.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.4), layout="constrained")
+    scale = 1e3 if front.size_bytes.max() < 1e6 else 1e6
+    unit = "kB" if scale == 1e3 else "MB"
+    tried = evaluations[(evaluations.split == "search") & (evaluations.origin != "float")]
+    left.scatter(
+        tried.size_bytes / scale, _floor(tried.loss), s=9, c=SEARCH, alpha=0.2, lw=0, label=f"{len(tried)} allocations tried"
+    )
+    for split, color, marker, fill in (("search", SEARCH, "o", True), ("confirm", CONFIRM, "D", False)):
+        points = front[front.split == split]
+        if points.empty:
+            continue
+        face = color if fill else "white"
+        style = {"color": color, "marker": marker, "ms": 4.5, "mfc": face, "lw": 1.3}
+        left.plot(points.size_bytes / scale, _floor(points.loss), label=f"front, {split} split", **style)
+        low, high = points[quality] - points[f"{quality}_low"], points[f"{quality}_high"] - points[quality]
+        right.errorbar(
+            points.size_bytes / scale,
+            100 * points[quality],
+            yerr=100 * np.clip([low, high], 0, None),
+            elinewidth=0.8,
+            capsize=2,
+            alpha=1.0 if split == "confirm" else 0.45,
+            label=f"front, {split} split",
+            **style,
+        )
+    shown = "confirm" if (uniform.split == "confirm").any() else "search"
+    points = uniform[uniform.split == shown]
+    for axes, y in ((left, _floor(points.loss)), (right, 100 * points[quality])):
+        axes.plot(points.size_bytes / scale, y, "s--", color=UNIFORM, ms=6, lw=0.8, label=f"uniform, {shown} split")
+        for x, value, name in zip(points.size_bytes / scale, y, points.scheme, strict=True):
+            axes.annotate(name, (x, value), xytext=(5, 5), textcoords="offset points", color=UNIFORM, fontsize=9)
+        for name, limit in limits_bytes.items():
+            axes.axvline(limit / scale, color="black", lw=1, ls=":")
+            axes.annotate(name, (limit / scale, 0.02), xycoords=("data", "axes fraction"), rotation=90, ha="right", fontsize=9)
+        axes.set_xlabel(f"size of all parameters and buffers as stored ({unit})")
+        axes.grid(alpha=0.25)
+    _mark_pick(left, right, front, picked, quality, scale)
+    for split, value in float_quality.items():
+        color = CONFIRM if split == "confirm" else SEARCH
+        right.axhline(100 * value, color=color, lw=1, ls="-.", alpha=0.8, label=f"float model, {split} split: {100 * value:.2f}")
+    left.set(yscale="log", ylabel="loss: KL to the float model (nats)", title="Loss against size (lower left is better)")
+    right.set(ylabel=f"{quality} (%), 95 % interval paired with float", title=f"{quality.capitalize()} against size")
+    _zoom(right, front, quality, float_quality)
+    left.legend(fontsize=9)
+    right.legend(fontsize=9, loc="lower right")
+    _save(figure, folder, "pareto", svg=True)
+
+
+def layers(bits: pd.DataFrame, schemes: pd.DataFrame, folder: Path, picked: int | None = None) -> None:
+    """`layers.png`: a row a point (index: its label), a column a group; colour: bits a weight, all overhead; text: scheme."""
+    rows, columns = bits.shape
+    figure, axes = plt.subplots(figsize=(min(3.5 + 0.42 * columns, 40), 1.8 + 0.3 * rows), layout="constrained")
+    image = axes.imshow(bits.to_numpy(), aspect="auto", cmap="viridis", vmin=1, vmax=max(8.0, float(bits.to_numpy().max())))
+    axes.set_xticks(range(columns), bits.columns, rotation=90, fontsize=8)
+    axes.set_yticks(range(rows), bits.index, fontsize=8)
+    if columns * rows <= 1500:
+        for i, j in np.ndindex(rows, columns):
+            color = "white" if bits.iat[i, j] < 6 else "black"
+            axes.text(j, i, schemes.iat[i, j], ha="center", va="center", fontsize=7, color=color)
+    if picked is not None:
+        axes.get_yticklabels()[picked].set(color=PICK, fontweight="bold")
+        axes.add_patch(plt.Rectangle((-0.5, picked - 0.5), columns, 1, fill=False, ec=PICK, lw=2))
+    figure.colorbar(image, ax=axes, label="bits a weight, scales included", pad=0.01)
+    axes.set(title="Bits of each layer along the front", xlabel="layer or group, in forward order", ylabel="average bits")
+    _save(figure, folder, "layers")
+
+
+def sensitivity(values: pd.DataFrame, unit: str, metric: str, folder: Path) -> None:
+    """`sensitivity.png`: a row a scheme, a column a group, the sensitivity as colour (log); blank where it is not positive."""
+    rows, columns = values.shape
+    data = values.to_numpy(dtype=float)
+    data = np.where(np.isfinite(data) & (data > 0), data, np.nan)
+    figure, axes = plt.subplots(figsize=(min(3.5 + 0.42 * columns, 40), 2.6 + 0.35 * rows), layout="constrained")
+    if np.isnan(data).all():
+        axes.text(0.5, 0.5, "no positive sensitivity", transform=axes.transAxes, ha="center")
+    else:
+        low, high = np.nanmin(data), np.nanmax(data)
+        image = axes.imshow(data, aspect="auto", cmap="magma_r", norm=LogNorm(low, high if high > low else low * 10))
+        figure.colorbar(image, ax=axes, label=f"{metric} ({unit})", pad=0.01)
+    axes.set_xticks(range(columns), values.columns, rotation=90, fontsize=8)
+    axes.set_yticks(range(rows), values.index, fontsize=9)
+    axes.set(title="How much the model minds when one layer alone takes a scheme", xlabel="layer or group, in forward order")
+    _save(figure, folder, "sensitivity")
+
+
+def _mark_pick(left: Axes, right: Axes, front: pd.DataFrame, picked: str | None, quality: str, scale: float) -> None:
+    chosen = front[front.allocation == picked]
+    for axes, column, factor in ((left, "loss", 1.0), (right, quality, 100.0)):
+        y = chosen[column] * factor
+        if not chosen.empty:
+            y = _floor(y) if column == "loss" else y
+            x = chosen.size_bytes / scale
+            axes.scatter(x, y, label="picked", s=260, facecolors="none", edgecolors=PICK, linewidths=2, zorder=5)
+
+
+def _zoom(axes: Axes, front: pd.DataFrame, quality: str, float_quality: Mapping[str, float]) -> None:
+    """Cut the quality axis at what is of use: a point at chance level must not flatten all the others."""
+    best = 100 * max(*float_quality.values(), front[quality].max()) if float_quality else 100 * front[quality].max()
+    worst = 100 * front[quality].min()
+    middle = 100 * front[quality].median()
+    bottom = max(worst, middle - 4 * max(best - middle, 1.0) - 8)
+    axes.set_ylim(bottom - 0.04 * (best - bottom) - 0.1, best + 0.06 * (best - bottom) + 0.1)
+
+
+def _floor(loss: pd.Series) -> pd.Series:
+    return loss.clip(lower=KL_FLOOR)
+
+
+def _save(figure: Figure, folder: Path, name: str, svg: bool = False) -> None:
+    for suffix in ("png", "svg") if svg else ("png",):
+        temporary = folder / f".{name}.tmp.{suffix}"
+        figure.savefig(temporary, dpi=130)
+        temporary.replace(folder / f"{name}.{suffix}")
+    plt.close(figure)

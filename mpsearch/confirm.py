@@ -1,0 +1,74 @@
+"""The front and the uniform allocations, scored again on data that the search never saw.
+
+Confirmation never filters, for that would be selecting on it: a point that is overtaken there is marked, and whether the
+difference is more than chance is said beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mpsearch.engine import FLOAT, paired_interval
+from mpsearch.evaluation import Evaluation
+from mpsearch.progress import phase
+from mpsearch.result import SearchResult
+from mpsearch.search import Evaluator
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """A point on the confirm split, beside the float model and its rivals there.
+
+    `scheme` names a uniform allocation, `None` a point of the front. `drop` is the float model's quality less this one's, with
+    its paired 95 % interval. `overtaken_by` is the smallest measured point that is no larger and has a lower loss (`None`: not
+    overtaken), `overtaken_surely` says that its quality is higher by more than the paired interval of their difference.
+    """
+
+    evaluation: Evaluation
+    scheme: str | None
+    drop: float
+    drop_low: float
+    drop_high: float
+    overtaken_by: Evaluation | None
+    overtaken_surely: bool
+
+    @property
+    def as_good_as_float(self) -> bool:
+        """The interval of the drop contains 0: not significantly different."""
+        return self.drop_low <= 0 <= self.drop_high
+
+
+def confirm(evaluate: Evaluator, result: SearchResult) -> list[Confirmed]:
+    """Score the front's points and the uniform allocations on the confirm split; smallest first, front before uniform."""
+    named: list[tuple[Evaluation, str | None]] = [*((e, None) for e in result.front), *((e, s) for s, e in result.uniform)]
+    with phase("confirm", len(named) + 1) as advance:
+        baseline = evaluate(FLOAT, "float", "confirm")
+        advance("float")
+        measured = []
+        for point, scheme in named:
+            measured.append((evaluate(point.allocation, point.origin, "confirm"), scheme))
+            advance(f"{point.average_bits:.2f} bits")
+    points = [e for e, _ in measured]
+    return [_compare(evaluate, e, scheme, baseline, points) for e, scheme in measured]
+
+
+def _compare(
+    evaluate: Evaluator, point: Evaluation, scheme: str | None, baseline: Evaluation, points: Sequence[Evaluation]
+) -> Confirmed:
+    rivals = [e for e in points if e.size_bytes <= point.size_bytes and e.loss < point.loss and e.feasible]
+    rival = min(rivals, key=lambda e: e.size_bytes, default=None)
+    surely = False
+    if rival is not None:
+        ours = evaluate.engine.score(point.allocation, "confirm").qualities
+        theirs = evaluate.engine.score(rival.allocation, "confirm").qualities
+        surely = paired_interval(theirs - ours)[0] > 0
+    return Confirmed(
+        evaluation=point,
+        scheme=scheme,
+        drop=baseline.quality - point.quality,
+        drop_low=baseline.quality - point.quality_high,
+        drop_high=baseline.quality - point.quality_low,
+        overtaken_by=rival,
+        overtaken_surely=surely,
+    )

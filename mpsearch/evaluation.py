@@ -1,0 +1,72 @@
+"""What was measured: the score of an allocation, the evaluation that records it with its costs, and each layer alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mpsearch.allocation import Allocation, SearchSpace
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a task reports of a model on one split.
+
+    `loss` is the mean KL divergence (nats) from the float model's predictions to this one's, `cross_entropy` the mean in nats,
+    `quality` the mean of the task's own measure. `quality_low` and `quality_high` bound its 95 % interval *relative to the float
+    model*: a bootstrap of the paired differences on the same samples, laid round the float model's quality. `noise` is the
+    power of the logits' change over the power of the float logits. `qualities` are the samples' own, float32 `[n]`.
+    """
+
+    loss: float
+    cross_entropy: float
+    quality: float
+    quality_low: float
+    quality_high: float
+    noise: float
+    qualities: np.ndarray = field(repr=False, compare=False)
+
+    @property
+    def n_samples(self) -> int:
+        """How many samples were scored."""
+        return len(self.qualities)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An allocation with its measured score and costs; a row of `evaluations.csv`.
+
+    `origin` says who proposed it: float (the baseline: an empty allocation), uniform, knapsack or sampler.
+    """
+
+    trial: int | None
+    origin: str
+    allocation: Allocation
+    split: str
+    loss: float
+    cross_entropy: float
+    quality: float
+    quality_low: float
+    quality_high: float
+    size_bytes: int
+    average_bits: float
+    fraction: float
+    feasible: bool
+    n_samples: int
+    seconds: float
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class SensitivityTable:
+    """What one group alone in a scheme does to the score: `values` float64 `[n_groups, n_schemes]`, higher is worse."""
+
+    metric: str
+    unit: str
+    values: np.ndarray
+    space: SearchSpace
+
+    def losses(self) -> np.ndarray:
+        """`values`, infinite where a group may not take a scheme."""
+        return np.where(self.space.allowed, self.values, np.inf)

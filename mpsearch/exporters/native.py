@@ -1,0 +1,146 @@
+"""Our own format: `allocation.json` for people and programs, `allocation.safetensors` with the packed tensors it speaks of.
+
+`load_allocation` reads them and makes of the float model the very one that was scored, to the last bit, without data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from mpsearch.engine import QuantEngine
+from mpsearch.errors import InputError
+from mpsearch.evaluation import Evaluation
+from mpsearch.exporters.base import Exporter, Picked
+from mpsearch.fold import apply_folds
+from mpsearch.layer import from_rows, weights_sha256
+from mpsearch.result import SCHEME_CLASSES, write_atomically
+
+FORMAT, VERSION = "mpsearch-allocation", 1
+
+
+class Native(Exporter):
+    """Writes `allocation.json` and `allocation.safetensors`; their schema is in the README."""
+
+    def export(self, picked: Picked, engine: QuantEngine, folder: Path) -> Path:
+        """The path of `allocation.json`."""
+        layers: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        space = engine.space
+        for group in space.groups:
+            scheme = picked.evaluation.allocation[group.name]
+            for layer in group.layers:
+                quantized, biases = engine.quantized(layer.name, scheme), engine.biases(layer.name, scheme)
+                tensors.update({f"{layer.name}.{key}": value.contiguous() for key, value in quantized.tensors.items()})
+                tensors.update({f"{module}.bias": bias for module, bias in biases.items()})
+                layers[layer.name] = {
+                    "kind": layer.kind,
+                    "shape": list(layer.shape),
+                    "modules": list(layer.modules),
+                    "group": group.name,
+                    "scheme": {"name": scheme, **space.schemes[scheme].fields()},
+                    "size_bytes": quantized.nbytes,
+                    "tensors": sorted(quantized.tensors),
+                    "biases": sorted(biases),
+                }
+        data = save_tensors(tensors)
+        allocation = {
+            "format": FORMAT,
+            "version": VERSION,
+            "size_bytes": picked.evaluation.size_bytes,
+            "average_bits": picked.evaluation.average_bits,
+            "fraction": picked.evaluation.fraction,
+            "scores": {split: _score(e, picked.quality_name) for split, e in picked.scores.items()},
+            "float_scores": {split: _score(e, picked.quality_name) for split, e in picked.baselines.items()},
+            "model_sha256": picked.model_sha256,
+            "folded_batch_norms": [list(pair) for pair in picked.folds],
+            "tensors": {"file": "allocation.safetensors", "sha256": hashlib.sha256(data).hexdigest()},
+            "layers": layers,
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".allocation.safetensors.tmp"
+        temporary.write_bytes(data)
+        temporary.replace(folder / "allocation.safetensors")
+        write_atomically(folder / "allocation.json", json.dumps(allocation, indent=1) + "\n")
+        return folder / "allocation.json"
+
+
+@dataclass(frozen=True)
+class ExportedAllocation:
+    """An allocation as exported: `data` is the JSON, `tensors` the packed tensors."""
+
+    data: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @property
+    def schemes(self) -> dict[str, str]:
+        """Layer -> scheme name."""
+        return {name: layer["scheme"]["name"] for name, layer in self.data["layers"].items()}
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Fold and quantize the float `model` in place, as it was scored; returns it in eval mode.
+
+        `InputError` where its weights are not those that were searched.
+        """
+        found = weights_sha256(model)
+        if found != self.data["model_sha256"]:
+            raise InputError(
+                f"This allocation is for a model with checksum {self.data['model_sha256'][:12]}…; this one has {found[:12]}…. "
+                "Load the same float weights, unfolded and unquantized."
+            )
+        model.eval()
+        apply_folds(model, [(layer, norm) for layer, norm in self.data["folded_batch_norms"]])
+        for name, layer in self.data["layers"].items():
+            fields = {key: value for key, value in layer["scheme"].items() if key not in ("name", "class")}
+            scheme = SCHEME_CLASSES[layer["scheme"]["class"]](**fields)
+            stored = {key: self.tensors[f"{name}.{key}"] for key in layer["tensors"]}
+            module: Any = model.get_submodule(layer["modules"][0])
+            module.weight.copy_(from_rows(module, scheme.dequantize(stored, tuple(layer["shape"]))))
+            for biased in layer["biases"]:
+                owner: Any = model.get_submodule(biased)
+                owner.bias.copy_(self.tensors[f"{biased}.bias"])
+        return model
+
+
+def load_allocation(path: Path | str) -> ExportedAllocation:
+    """Read an `allocation.json` and the tensors beside it; `InputError` where either is missing, damaged or of another format."""
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text())
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise InputError(f"{path} is no allocation of mpsearch: its format is not '{FORMAT}'.")
+        if data["version"] != VERSION:
+            raise InputError(f"{path} has version {data['version']}; this mpsearch reads version {VERSION}.")
+        if missing := {"layers", "model_sha256", "folded_batch_norms"} - set(data):
+            raise KeyError(*sorted(missing))
+        stored = (path.parent / data["tensors"]["file"]).read_bytes()
+        if hashlib.sha256(stored).hexdigest() != data["tensors"]["sha256"]:
+            raise InputError(f"{path.parent / data['tensors']['file']} is not the file that {path.name} was written with.")
+        return ExportedAllocation(data, load_tensors(stored))
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder. Give the allocation.json in it.") from None
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename} does not exist. Give the allocation.json that mpsearch export wrote.") from None
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Export it again.") from None
+
+
+def _score(evaluation: Evaluation, quality_name: str) -> dict[str, Any]:
+    return {
+        "loss": evaluation.loss,
+        "cross_entropy": evaluation.cross_entropy,
+        quality_name: evaluation.quality,
+        f"{quality_name}_low": evaluation.quality_low,
+        f"{quality_name}_high": evaluation.quality_high,
+        "n_samples": evaluation.n_samples,
+    }

@@ -1,0 +1,17 @@
+"""Measured KL divergence: quantize one group, run the search split, compare the predictions with the float model's."""
+
+from __future__ import annotations
+
+from mpsearch.evaluation import Score
+from mpsearch.metrics.base import MeasuredMetric
+
+
+class KL(MeasuredMetric):
+    """Mean KL(float || quantized) in nats; needs no labels, and hardly any noise: the default."""
+
+    name = "kl"
+    unit = "nats"
+
+    def value(self, score: Score, baseline: Score) -> float:
+        """The score's loss."""
+        return score.loss

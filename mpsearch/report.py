@@ -1,0 +1,281 @@
+"""The tables, the page, and the figures of a run: everything is drawn again from what lies in its folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mpsearch import charts
+from mpsearch.confirm import Confirmed
+from mpsearch.errors import InputError
+from mpsearch.evaluation import Evaluation, SensitivityTable
+from mpsearch.pareto import hypervolume
+from mpsearch.result import SearchResult, write_atomically
+
+# At most this many rows in layers.png; a longer front is thinned evenly, the pick always kept.
+MAX_LAYER_ROWS = 24
+
+
+def write_report(result: SearchResult, folder: Path, picked: Evaluation, confirmed: Sequence[Confirmed] | None = None) -> Path:
+    """Write `front.csv`, `uniform.csv`, `confirm.csv`, the figures and `report.md`; returns the page's path.
+
+    `confirmed` is what `confirm` found; `None` draws again from the `confirm.csv` that is there.
+    """
+    front, uniform = front_table(result, result.front), uniform_table(result)
+    _write_csv(front, folder / "front.csv")
+    _write_csv(uniform.drop(columns="scheme"), folder / "uniform.csv")
+    if confirmed is not None:
+        _write_csv(confirm_table(result, confirmed), folder / "confirm.csv")
+    draw_sensitivity(result.sensitivity, folder)
+    baselines = {split: b.quality for split in ("search", "confirm") if (b := result.baseline(split)) is not None}
+    charts.pareto(
+        front,
+        uniform,
+        result.to_frame(),
+        folder,
+        quality=result.quality_name,
+        float_quality=baselines,
+        limits_bytes=_limits_bytes(result),
+        picked=picked.allocation.to_json(),
+    )
+    shown = _thin(result.front, picked)
+    labels = [f"{e.average_bits:.2f}" for e in shown]
+    names = list(result.space.names)
+    bits = pd.DataFrame([_group_bits(result, e) for e in shown], index=labels, columns=names)
+    schemes = pd.DataFrame([[e.allocation[name] for name in names] for e in shown], index=labels, columns=names)
+    position = next((i for i, e in enumerate(shown) if e.allocation == picked.allocation), None)
+    charts.layers(bits, schemes, folder, position)
+    page = folder / "report.md"
+    write_atomically(page, _page(result, picked, _read_confirm(folder)))
+    return page
+
+
+def draw_sensitivity(table: SensitivityTable, folder: Path) -> None:
+    """`sensitivity.png` from the table."""
+    values = pd.DataFrame(table.values.T, index=list(table.space.scheme_names), columns=list(table.space.names))
+    charts.sensitivity(values, table.unit, table.metric, folder)
+
+
+def front_table(result: SearchResult, points: Sequence[Evaluation]) -> pd.DataFrame:
+    """Two rows a point, search and (where measured) confirm: the columns of `front.csv`."""
+    q = result.quality_name
+    confirmed = result.on("confirm")
+    rows = []
+    for point in points:
+        for e in (point, confirmed.get(point.allocation)):
+            if e is not None:
+                measured = {q: e.quality, f"{q}_low": e.quality_low, f"{q}_high": e.quality_high}
+                size = {"size_bytes": e.size_bytes, "average_bits": e.average_bits, "loss": e.loss}
+                rows.append({**size, **measured, "split": e.split, "allocation": e.allocation.to_json()})
+    columns = ["size_bytes", "average_bits", "loss", q, f"{q}_low", f"{q}_high", "split", "allocation"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def uniform_table(result: SearchResult) -> pd.DataFrame:
+    """The same for the uniform allocations, with their `scheme`."""
+    tables = [front_table(result, [e]).assign(scheme=scheme) for scheme, e in result.uniform]
+    return pd.concat(tables, ignore_index=True) if tables else front_table(result, []).assign(scheme="")
+
+
+def confirm_table(result: SearchResult, confirmed: Sequence[Confirmed]) -> pd.DataFrame:
+    """Each confirmed point's drop from the float model with its paired interval, and what overtakes it there."""
+    q = result.quality_name
+    return pd.DataFrame(
+        [
+            {
+                "scheme": c.scheme or "",
+                "size_bytes": c.evaluation.size_bytes,
+                "average_bits": c.evaluation.average_bits,
+                "loss": c.evaluation.loss,
+                q: c.evaluation.quality,
+                "drop": c.drop,
+                "drop_low": c.drop_low,
+                "drop_high": c.drop_high,
+                "as_good_as_float": c.as_good_as_float,
+                "overtaken_by_bytes": c.overtaken_by.size_bytes if c.overtaken_by else "",
+                "overtaken_surely": c.overtaken_surely,
+                "allocation": c.evaluation.allocation.to_json(),
+            }
+            for c in confirmed
+        ]
+    )
+
+
+def summary_rows(result: SearchResult, picked: Evaluation) -> list[tuple[str, str, str, str, str, str]]:
+    """(what, bits, bytes, loss and quality on the search split, quality on the confirm split) of float, uniform and pick."""
+    confirmed = result.on("confirm")
+    rows = []
+    named = [("float", result.baseline()), *((f"uniform {s}", e) for s, e in result.uniform), ("picked", picked)]
+    for what, e in named:
+        if e is None:
+            continue
+        c = result.baseline("confirm") if e.origin == "float" else confirmed.get(e.allocation)
+        quality = f"{100 * c.quality:.2f} ({100 * c.quality_low:.2f} to {100 * c.quality_high:.2f})" if c else "not measured"
+        rows.append((what, f"{e.average_bits:.2f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", f"{100 * e.quality:.2f}", quality))
+    return rows
+
+
+SUMMARY_HEADER = ("", "bits", "bytes", "KL search", "{q} % search", "{q} % confirm (95 %)")
+
+
+def run_hypervolume(result: SearchResult) -> float | None:
+    """Hypervolume (`pareto.hypervolume`) of the front; `None` where fewer than two uniform allocations were measured."""
+    uniform = result.uniform
+    if len(uniform) < 2 or not result.front:
+        return None
+    reference_bits, reference_kl = uniform[-1][1].average_bits, uniform[0][1].loss
+    front = result.front
+    return hypervolume(np.array([e.average_bits for e in front]), np.array([e.loss for e in front]), reference_bits, reference_kl)
+
+
+def _page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | None) -> str:
+    q, space, identity = result.quality_name, result.space, result.identity
+    tried = result.on("search")
+    n_trials = sum(e.trial is not None for e in result.evaluations)
+    front = result.front
+    lines = [
+        f"# {identity.get('model_name', 'Model')} on {identity.get('task_name', 'its task')}",
+        "",
+        f"{len(space.groups)} layers or groups, {len(space.schemes)} schemes: 10^{space.log10_combinations:.1f} allocations. "
+        f"{n_trials} trials measured {len(tried)} different ones; {len(front)} of them make the front.",
+        *[f"{split.capitalize()} data: {what}." for split, what in identity.get("data", {}).items()],
+        "The splits are disjoint: the front was chosen on the search split alone, and is only reported on the confirm split.",
+        "",
+        "![Pareto front](pareto.png)",
+        "",
+        "## What was found",
+        "",
+        *_findings(result, picked, confirmed),
+        "",
+        _markdown_table([h.format(q=q) for h in SUMMARY_HEADER], summary_rows(result, picked)),
+        "",
+        f"Intervals are 95 % bootstrap intervals of the difference to the float model on the same samples. `packed` is "
+        f"{any(e.packed for e in result.evaluations)}: the scores are those of dequantized weights in float32 arithmetic.",
+        "",
+        "## Which layer got how many bits",
+        "",
+        "![Bits of each layer](layers.png)",
+        "",
+        "## How much each layer minds",
+        "",
+        "![Sensitivity](sensitivity.png)",
+        "",
+        "## The front",
+        "",
+        _front_markdown(result, confirmed, picked),
+        "",
+        "Tables: `front.csv`, `uniform.csv`, `confirm.csv`, `evaluations.csv`, `sensitivity.csv`; the space: `space.json`; "
+        "the settings: `config.yaml`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | None) -> list[str]:
+    q = result.quality_name
+    said = [
+        f"- The picked point has {picked.average_bits:.2f} bits a weight on average and {picked.size_bytes:,} bytes, "
+        f"{100 * picked.fraction:.1f} % of the float32 model."
+    ]
+    for scheme, uniform in result.uniform:
+        better = [e for e in result.front if e.size_bytes <= uniform.size_bytes and e.loss < uniform.loss]
+        if better:
+            gain = uniform.loss / max(better[-1].loss, charts.KL_FLOOR)
+            said.append(f"- Uniform {scheme} is dominated: at no more bytes the search has a loss {gain:.2g} times lower.")
+    volume = run_hypervolume(result)
+    if volume is not None:
+        said.append(
+            f"- Hypervolume (average bits x log10 KL, against the largest and the smallest uniform allocation): {volume:.3f}."
+        )
+    if confirmed is not None and len(confirmed):
+        ours = confirmed[confirmed.scheme == ""]
+        same = ours[ours.as_good_as_float]
+        if len(same):
+            least = same.iloc[0]
+            said.append(
+                f"- From {least.average_bits:.2f} bits on, the front is not significantly different from the float model "
+                f"in {q} on the confirm split (drop {100 * least['drop']:.2f} points, {100 * least.drop_low:.2f} to "
+                f"{100 * least.drop_high:.2f})."
+            )
+        overtaken = ours[ours.overtaken_by_bytes.notna()]
+        surely = int(overtaken.overtaken_surely.sum())
+        said.append(
+            f"- On the confirm split {len(overtaken)} of {len(ours)} points of the front are overtaken in loss by one that is no "
+            f"larger; for {surely} of them the difference in {q} is more than chance."
+        )
+    return said
+
+
+def _front_markdown(result: SearchResult, confirmed: pd.DataFrame | None, picked: Evaluation) -> str:
+    q = result.quality_name
+    marks: dict[str, Any] = {}
+    if confirmed is not None:
+        marks = {row.allocation: row for row in confirmed[confirmed.scheme == ""].itertuples()}
+    rows = []
+    for e in result.front:
+        mark = marks.get(e.allocation.to_json())
+        notes = ["picked"] if e.allocation == picked.allocation else []
+        drop = ""
+        if mark is not None:
+            drop = f"{100 * mark.drop:.2f} ({100 * mark.drop_low:.2f} to {100 * mark.drop_high:.2f})"
+            notes += ["as good as float"] if mark.as_good_as_float else []
+            if not pd.isna(mark.overtaken_by_bytes):
+                notes.append(
+                    f"overtaken by {int(mark.overtaken_by_bytes):,} bytes" + (", surely" if mark.overtaken_surely else "")
+                )
+        rows.append(
+            (f"{e.average_bits:.3f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", f"{100 * e.quality:.2f}", drop, "; ".join(notes))
+        )
+    return _markdown_table(["bits", "bytes", "KL search", f"{q} % search", f"drop in {q} on confirm, points (95 %)", ""], rows)
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
+
+
+def _group_bits(result: SearchResult, evaluation: Evaluation) -> np.ndarray:
+    space = result.space
+    choice = space.choice(evaluation.allocation)
+    return space.storage_bits[np.arange(len(choice)), choice] / np.array([max(g.numel, 1) for g in space.groups])
+
+
+def _thin(front: list[Evaluation], picked: Evaluation) -> list[Evaluation]:
+    if len(front) <= MAX_LAYER_ROWS:
+        return front
+    keep = set(np.linspace(0, len(front) - 1, MAX_LAYER_ROWS).round().astype(int))
+    return [e for i, e in enumerate(front) if i in keep or e.allocation == picked.allocation]
+
+
+def _limits_bytes(result: SearchResult) -> Mapping[str, float]:
+    """Budgets as positions on the size axis, where they are limits on size in any unit."""
+    space, limits = result.space, {}
+    whole = 32 * space.numel + space.other_bits
+    for name, limit in result.budgets.items():
+        to_bytes = {
+            "bytes": limit,
+            "bits": (limit * space.numel + space.other_bits) / 8,
+            "fraction": limit * whole / 8,
+        }
+        if name in to_bytes:
+            limits[f"budget.{name} = {limit:,.6g}"] = to_bytes[name]
+    return limits
+
+
+def _read_confirm(folder: Path) -> pd.DataFrame | None:
+    file = folder / "confirm.csv"
+    if not file.exists():
+        return None
+    try:
+        table = pd.read_csv(file, dtype={"scheme": str}).fillna({"scheme": ""})
+        table["as_good_as_float"].astype(bool)
+        return table
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{file} is damaged ({error}). Delete it and confirm again: mpsearch search run={folder}.") from None
+
+
+def _write_csv(table: pd.DataFrame, file: Path) -> None:
+    write_atomically(file, table.to_csv(index=False))

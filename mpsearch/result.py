@@ -1,0 +1,291 @@
+"""All of a run, in its folder: append-only tables while it goes, and what they say when it is done.
+
+`space.json` says what was searched, on which model and data; a folder whose identity differs is not gone on with.
+`sensitivity.csv` and `evaluations.csv` grow by whole rows that are on disk before the next measurement begins. A row that a kill
+cut short (no line end) is dropped; anything else that cannot be read is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pandas as pd
+
+from mpsearch.allocation import Allocation, SearchSpace
+from mpsearch.errors import InputError
+from mpsearch.evaluation import Evaluation, SensitivityTable
+from mpsearch.layer import LayerGroup, LayerSpec
+from mpsearch.pareto import non_dominated
+from mpsearch.schemes.base import QuantScheme
+from mpsearch.schemes.floating import Float
+from mpsearch.schemes.integer import Integer
+
+SCHEME_CLASSES: dict[str, type[QuantScheme]] = {"Integer": Integer, "Float": Float}
+SENSITIVITY_COLUMNS = ("group", "scheme", "metric", "value", "size_bits")
+ORIGINS = ("float", "uniform", "knapsack", "sampler")
+SPLITS = ("search", "confirm")
+
+
+class RunFolder:
+    """The files of a run at `path`; one process at a time may write."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._lock: IO[str] | None = None
+
+    def lock(self) -> None:
+        """Take the folder for this process; `InputError` where another one writes to it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"Another process is at work in {self.path}. Wait for it, or start a run of its own.") from None
+
+    def identify(self, identity: Mapping[str, Any]) -> None:
+        """Write `space.json`, or compare with the one that is there."""
+        file = self.path / "space.json"
+        identity = json.loads(json.dumps(identity))
+        if not file.exists():
+            write_atomically(file, json.dumps(identity, indent=1) + "\n")
+            return
+        there = self.read_identity()
+        for key, value in identity.items():
+            if there.get(key) != value:
+                raise InputError(
+                    f"The run folder {self.path} belongs to another run: its {key.replace('_', ' ')} differ"
+                    f"{_difference(there.get(key), value)}. Start a new run, or give back what it was started with."
+                )
+
+    def read_identity(self) -> dict[str, Any]:
+        """The contents of `space.json`."""
+        file = self.path / "space.json"
+        try:
+            identity = json.loads(file.read_text())
+            if not isinstance(identity, dict) or not {"space", "quality_name", "metric"} <= set(identity):
+                raise ValueError("keys are missing")
+            return identity
+        except FileNotFoundError:
+            raise InputError(
+                f"{self.path} is no run folder: it holds no space.json. Give the folder that a search printed."
+            ) from None
+        except ValueError as error:
+            raise InputError(f"{file} is damaged ({error}). Restore it, or start a new run.") from None
+
+    def append(self, table: str, row: Mapping[str, Any]) -> None:
+        """Add one row to `<table>.csv`, in one write, and wait until it is on disk."""
+        file = self.path / f"{table}.csv"
+        new = not file.exists() or file.stat().st_size == 0
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if new:
+            writer.writerow(row.keys())
+        writer.writerow(["" if value is None else repr(value) if isinstance(value, float) else value for value in row.values()])
+        with open(file, "a") as stream:
+            stream.write(text.getvalue())
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def mend(self, table: str) -> None:
+        """Cut off a last row that was not written to its end."""
+        file = self.path / f"{table}.csv"
+        if file.exists() and not (data := file.read_bytes()).endswith(b"\n"):
+            os.truncate(file, data.rfind(b"\n") + 1)
+
+    def rows(self, table: str, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+        """(line number, row) of `<table>.csv`; empty where the file is absent; `InputError` where it is damaged."""
+        file = self.path / f"{table}.csv"
+        if not file.exists():
+            return []
+        try:
+            data = file.read_bytes()
+            text = data[: data.rfind(b"\n") + 1].decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file} is damaged: {error}. Restore it, or start a new run.") from None
+        lines = list(csv.reader(io.StringIO(text)))
+        if not lines:
+            return []
+        if tuple(lines[0]) != tuple(columns):
+            raise InputError(f"{file} is damaged: its first line is not {','.join(columns)}. Restore it, or start a new run.")
+        for number, line in enumerate(lines[1:], start=2):
+            if len(line) != len(columns):
+                raise damaged(file, number, f"{len(line)} values for {len(columns)} columns")
+        return [(number, dict(zip(columns, line, strict=True))) for number, line in enumerate(lines[1:], start=2)]
+
+    def read_sensitivity(self, space: SearchSpace, metric: str) -> dict[tuple[str, str], float]:
+        """(group, scheme) -> value, of what was measured so far."""
+        known = {}
+        for number, row in self.rows("sensitivity", SENSITIVITY_COLUMNS):
+            file = self.path / "sensitivity.csv"
+            if row["group"] not in space.names or row["scheme"] not in space.schemes or row["metric"] != metric:
+                raise damaged(file, number, f"no {metric} of a group and scheme of this run")
+            known[row["group"], row["scheme"]] = _number(file, number, row["value"])
+        return known
+
+    def read_evaluations(self, space: SearchSpace, quality_name: str) -> list[Evaluation]:
+        """All evaluations so far, in the order in which they were made."""
+        file = self.path / "evaluations.csv"
+        found = []
+        for number, row in self.rows("evaluations", evaluation_columns(quality_name)):
+            try:
+                found.append(
+                    Evaluation(
+                        trial=int(row["trial"]) if row["trial"] else None,
+                        origin=_one_of(row["origin"], ORIGINS),
+                        allocation=space.decode(row["allocation"]) if row["allocation"] else Allocation(),
+                        split=_one_of(row["split"], SPLITS),
+                        loss=float(row["loss"]),
+                        cross_entropy=float(row["cross_entropy"]),
+                        quality=float(row[quality_name]),
+                        quality_low=float(row[f"{quality_name}_low"]),
+                        quality_high=float(row[f"{quality_name}_high"]),
+                        size_bytes=int(row["size_bytes"]),
+                        average_bits=float(row["average_bits"]),
+                        fraction=float(row["fraction"]),
+                        feasible=_one_of(row["feasible"], ("True", "False")) == "True",
+                        n_samples=int(row["n_samples"]),
+                        seconds=float(row["seconds"]),
+                        packed=_one_of(row["packed"], ("True", "False")) == "True",
+                    )
+                )
+            except ValueError as error:
+                raise damaged(file, number, str(error)) from None
+        return found
+
+
+def evaluation_columns(quality_name: str) -> tuple[str, ...]:
+    """The columns of `evaluations.csv`: the fields of `Evaluation`, with the quality under its own name."""
+    return tuple(f.name.replace("quality", quality_name) for f in fields(Evaluation))
+
+
+def evaluation_row(evaluation: Evaluation, space: SearchSpace, quality_name: str) -> dict[str, Any]:
+    """An evaluation as a row of `evaluations.csv`; the float model's allocation is empty."""
+    values = {f.name: getattr(evaluation, f.name) for f in fields(Evaluation)}
+    values["allocation"] = space.encode(evaluation.allocation) if evaluation.allocation else ""
+    return dict(zip(evaluation_columns(quality_name), values.values(), strict=True))
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a run found. `evaluations` holds every split; `budgets` are the limits in words."""
+
+    space: SearchSpace
+    quality_name: str
+    evaluations: Sequence[Evaluation]
+    sensitivity: SensitivityTable
+    budgets: Mapping[str, float] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path | str, schemes: Mapping[str, QuantScheme] | None = None) -> SearchResult:
+        """From a run's folder; `schemes` are needed only where some are not our own classes."""
+        run = RunFolder(folder)
+        identity = run.read_identity()
+        space = read_space(identity["space"], schemes, run.path / "space.json")
+        metric, unit = identity["metric"]["name"], identity["metric"]["unit"]
+        known = run.read_sensitivity(space, metric)
+        values = np.array([[known.get((g, s), np.inf) for s in space.scheme_names] for g in space.names])
+        evaluations = run.read_evaluations(space, identity["quality_name"])
+        sensitivity = SensitivityTable(metric, unit, values, space)
+        return cls(space, identity["quality_name"], evaluations, sensitivity, identity.get("budgets", {}), identity)
+
+    def baseline(self, split: str = "search") -> Evaluation | None:
+        """The float model's evaluation."""
+        return next((e for e in self.evaluations if e.origin == "float" and e.split == split), None)
+
+    def on(self, split: str) -> dict[Allocation, Evaluation]:
+        """Allocation -> its (first) evaluation on the split, the float model's left out."""
+        found: dict[Allocation, Evaluation] = {}
+        for evaluation in self.evaluations:
+            if evaluation.split == split and evaluation.origin != "float":
+                found.setdefault(evaluation.allocation, evaluation)
+        return found
+
+    @property
+    def front(self) -> list[Evaluation]:
+        """The non-dominated feasible evaluations on the search split (size, loss), smallest first."""
+        measured = [e for e in self.on("search").values() if e.feasible and np.isfinite(e.loss)]
+        keep = non_dominated(np.array([[e.size_bytes, e.loss] for e in measured]).reshape(-1, 2))
+        return sorted((e for e, kept in zip(measured, keep, strict=True) if kept), key=lambda e: e.size_bytes)
+
+    @property
+    def uniform(self) -> list[tuple[str, Evaluation]]:
+        """(scheme, evaluation on the search split) of the uniform allocations, smallest first."""
+        measured = self.on("search")
+        found = [(s, measured[a]) for s in self.space.scheme_names if (a := self.space.uniform(s)) in measured]
+        return sorted(found, key=lambda pair: pair[1].size_bytes)
+
+    def to_frame(self) -> pd.DataFrame:
+        """All evaluations, tidy: one row each, columns as in `evaluations.csv`."""
+        rows = [evaluation_row(e, self.space, self.quality_name) for e in self.evaluations]
+        return pd.DataFrame(rows, columns=list(evaluation_columns(self.quality_name)))
+
+
+def read_space(
+    data: Mapping[str, Any], schemes: Mapping[str, QuantScheme] | None = None, file: Path | str = "space.json"
+) -> SearchSpace:
+    """The space that `SearchSpace.to_dict` wrote."""
+    try:
+        if schemes is None:
+            schemes = {}
+            for name, saved in data["schemes"].items():
+                arguments = {key: value for key, value in saved.items() if key not in ("class", "code")}
+                if saved["class"] not in SCHEME_CLASSES:
+                    raise InputError(f"{file}: scheme '{name}' is a {saved['class']}, which is not ours: pass schemes=.")
+                schemes[name] = SCHEME_CLASSES[saved["class"]](**arguments)
+        groups = tuple(
+            LayerGroup(
+                g["name"],
+                tuple(LayerSpec(**{**la, "shape": tuple(la["shape"]), "modules": tuple(la["modules"])}) for la in g["layers"]),
+            )
+            for g in data["groups"]
+        )
+        return SearchSpace(groups, schemes, tuple(tuple(g["choices"]) for g in data["groups"]), data["other_bits"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} is damaged ({type(error).__name__}: {error}). Restore it, or start a new run.") from None
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Replace `file` in one step: a reader sees the old text or the new, never half."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+
+
+def damaged(file: Path, line: int, what: str) -> InputError:
+    """The sentence for a row that cannot be read."""
+    return InputError(f"{file} is damaged: line {line}: {what}. Delete that line and what follows it, or start a new run.")
+
+
+def _number(file: Path, line: int, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise damaged(file, line, f"'{text}' is no number") from None
+
+
+def _one_of(text: str, allowed: Sequence[str]) -> str:
+    if text not in allowed:
+        raise ValueError(f"'{text}' is none of {', '.join(allowed)}")
+    return text
+
+
+def _difference(there: Any, here: Any) -> str:
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
+        return f" in {', '.join(keys)}"
+    if len(f"{there}{here}") > 160:
+        return ""
+    return f" ({there} there, {here} here)"

@@ -1,0 +1,178 @@
+"""The search: ask, evaluate, tell. The only study in the package.
+
+Optuna proposes one categorical parameter a group. The study lives in memory and the run's table is the record: a run that was
+interrupted is replayed (asked again from the same seed, in order), with recorded allocations looked up instead of measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import optuna
+
+from mpsearch.allocation import Allocation, SearchSpace
+from mpsearch.budget import Budget
+from mpsearch.engine import FLOAT, QuantEngine
+from mpsearch.errors import InputError
+from mpsearch.evaluation import Evaluation, SensitivityTable
+from mpsearch.knapsack import repair, solve
+from mpsearch.progress import phase
+from mpsearch.samplers.base import distributions
+from mpsearch.samplers.repaired import Repaired
+
+# Losses are told in log10, where a front is a line and not a wall; below this floor (nats) float rounding is all there is.
+LOSS_FLOOR = 1e-9
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+class Evaluator:
+    """Scores allocations with the engine, adds their costs, and records each new evaluation before it returns it.
+
+    `known` are the evaluations of an interrupted run: a trial that is among them is looked up, by number, and must be the same.
+    """
+
+    def __init__(
+        self,
+        engine: QuantEngine,
+        budgets: Sequence[Budget],
+        record: Callable[[Evaluation], None] = lambda evaluation: None,
+        known: Sequence[Evaluation] = (),
+    ) -> None:
+        self.engine, self.budgets, self.record = engine, budgets, record
+        self.evaluations = list(known)
+        self._trials = {(e.split, e.trial): e for e in known if e.trial is not None}
+        self._measured = {(e.split, e.allocation): e for e in known}
+
+    def __call__(self, allocation: Allocation, origin: str, split: str = "search", trial: int | None = None) -> Evaluation:
+        """The allocation's evaluation on the split; a repeat costs nothing, a repeated trial still gets its row."""
+        if trial is None and (split, allocation) in self._measured:
+            return self._measured[split, allocation]
+        if trial is not None and (split, trial) in self._trials:
+            found = self._trials[split, trial]
+            if found.allocation != allocation:
+                raise InputError(
+                    f"Trial {trial} of this run was another allocation than the sampler proposes now: the run cannot be gone on "
+                    "with (another version of Optuna or of mpsearch?). Start a new run."
+                )
+            return found
+        start = time.perf_counter()
+        earlier = self._measured.get((split, allocation))
+        evaluation = self._measure(allocation, origin, split, trial, earlier, start)
+        self.record(evaluation)
+        self.evaluations.append(evaluation)
+        self._measured.setdefault((split, allocation), evaluation)
+        return evaluation
+
+    def _measure(
+        self, allocation: Allocation, origin: str, split: str, trial: int | None, earlier: Evaluation | None, start: float
+    ) -> Evaluation:
+        space = self.engine.space
+        choice = space.choice(allocation) if allocation else None
+        bits = 32 * space.numel if choice is None else int(space.storage_bits[np.arange(len(choice)), choice].sum())
+        whole = 32 * space.numel + space.other_bits
+        score = earlier or self.engine.score(allocation, split)
+        return Evaluation(
+            trial=trial,
+            origin=origin,
+            allocation=allocation,
+            split=split,
+            loss=score.loss,
+            cross_entropy=score.cross_entropy,
+            quality=score.quality,
+            quality_low=score.quality_low,
+            quality_high=score.quality_high,
+            size_bytes=(bits + space.other_bits + 7) // 8,
+            average_bits=bits / space.numel,
+            fraction=(bits + space.other_bits) / whole,
+            feasible=choice is None or all(budget.allows(choice) for budget in self.budgets),
+            n_samples=score.n_samples,
+            seconds=time.perf_counter() - start,
+        )
+
+
+def search(
+    evaluate: Evaluator,
+    sensitivity: SensitivityTable,
+    sampler: optuna.samplers.BaseSampler,
+    *,
+    n_trials: int,
+    n_seeds: int = 50,
+    max_seconds: float | None = None,
+) -> list[Evaluation]:
+    """Measure the float model and the uniform allocations, then run `n_trials` trials; returns all evaluations.
+
+    The study begins with the uniform allocations within the budgets and `n_seeds` exact knapsack solutions along the front; then
+    `sampler` (one of Optuna's; wrapped so that its proposals stay within the budgets) goes on from there.
+    """
+    space, budgets = evaluate.engine.space, evaluate.budgets
+    names, losses = space.names, sensitivity.losses()
+    evaluate(FLOAT, "float")
+    uniform = list(dict.fromkeys(space.uniform(scheme) for scheme in space.scheme_names))
+    within = [a for a in uniform if all(budget.allows(space.choice(a)) for budget in budgets)]
+    for allocation in uniform:
+        if allocation not in within:
+            evaluate(allocation, "uniform")
+
+    origins = dict.fromkeys(within, "uniform") | dict.fromkeys(knapsack_seeds(space, losses, budgets, n_seeds), "knapsack")
+    origins.update(dict.fromkeys(within, "uniform"))
+    tables = [compact(space, budget.table.values) for budget in budgets]
+    proposer = Repaired(sampler, names, space.choices, compact(space, losses), tables, [budget.room for budget in budgets])
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=proposer)
+    for allocation in origins:
+        study.enqueue_trial(dict(allocation))
+
+    start = time.monotonic()
+    parameters = distributions(names, space.choices)
+    done = sum(e.trial is not None and e.split == "search" for e in evaluate.evaluations)
+    with phase("search", n_trials, done=0) as advance:
+        for number in itertools.count():
+            late = max_seconds is not None and number >= done and time.monotonic() - start > max_seconds
+            if number >= n_trials or late or proposer.exhausted(study):
+                break
+            trial = study.ask(parameters)
+            allocation = Allocation((name, trial.params[name]) for name in names)
+            evaluation = evaluate(allocation, origins.get(allocation, "sampler"), trial=number)
+            study.tell(trial, (float(np.log10(max(evaluation.loss, LOSS_FLOOR))), evaluation.size_bytes))
+            advance(f"{evaluation.average_bits:.2f} bits: KL {evaluation.loss:.3g}")
+    for allocation in uniform:  # also those that the trials did not reach
+        evaluate(allocation, "uniform")
+    return evaluate.evaluations
+
+
+def compact(space: SearchSpace, table: np.ndarray) -> np.ndarray:
+    """`[n_groups, n_schemes]` -> `[n_groups, n_choices]`: only what each group may take, in its order, padded with infinity."""
+    rows = [values[allowed] for values, allowed in zip(table, space.allowed, strict=True)]
+    padded = np.full((len(rows), max(len(row) for row in rows)), np.inf)
+    for row, values in zip(padded, rows, strict=True):
+        row[: len(values)] = values
+    return padded
+
+
+def knapsack_seeds(space: SearchSpace, losses: np.ndarray, budgets: Sequence[Budget], n: int) -> list[Allocation]:
+    """At most `n` exact solutions of the additive problem, spread over the sizes that the budgets allow.
+
+    Ordered so that any first few are spread too (van der Corput): a short run sees the whole front.
+    """
+    if n <= 0:
+        return []
+    bits = space.storage_bits
+    smallest = np.where(space.allowed, bits, np.iinfo(np.int64).max)
+    low = int(smallest.min(axis=1).sum())
+    best = losses.argmin(axis=1)
+    high = int(bits[np.arange(len(best)), best].sum())
+    tables, limits = [budget.table.values for budget in budgets], [budget.room for budget in budgets]
+    # A budget on size (in whichever unit) moves the upper end, so that all seeds fall on this side of it.
+    for budget in budgets:
+        scale = (budget.table.values / bits).max()
+        if np.allclose(budget.table.values, scale * bits):
+            high = min(high, int(budget.room / scale))
+    found = []
+    order = sorted(range(n), key=lambda i: f"{i:b}"[::-1])
+    for limit in np.linspace(low, max(high, low), n)[order]:
+        choice = solve(losses, bits, int(limit))
+        found.append(space.allocation(repair(choice, losses, tables, limits) if budgets else choice))
+    return list(dict.fromkeys(found))

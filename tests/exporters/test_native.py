@@ -1,0 +1,170 @@
+"""Our own format: what the two files say, and that every damage to them is a sentence."""
+
+import hashlib
+import json
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from mpsearch.allocation import Allocation
+from mpsearch.errors import InputError
+from mpsearch.exporters.base import Exporter, Picked
+from mpsearch.exporters.native import load_allocation
+from mpsearch.layer import weights_sha256
+from mpsearch.schemes.floating import Float
+from mpsearch.schemes.integer import Integer
+from mpsearch.search import Evaluator
+
+ALLOCATION = Allocation({"first": "w3", "second": "w2g5", "last": "fp16"})
+SCHEMES = {"w3": Integer(3), "w2g5": Integer(2, 5, symmetric=False), "fp16": Float("float16")}
+
+
+@pytest.fixture
+def exported(tiny, tmp_path, request):
+    """The path of a written `allocation.json`, and the engine it came from."""
+    config = request.config.rootpath / "conf" / "exporter" / "native.yaml"
+    exporter = instantiate(OmegaConf.load(config))
+    assert isinstance(exporter, Exporter)
+    engine = tiny.engine(tiny.net(), tiny.task(), SCHEMES)
+    evaluate = Evaluator(engine, [])
+    e, confirmed = evaluate(ALLOCATION, "sampler", trial=0), evaluate(ALLOCATION, "sampler", "confirm")
+    picked = Picked(
+        e,
+        {"search": e, "confirm": confirmed},
+        {"search": evaluate(Allocation(), "float")},
+        "accuracy",
+        weights_sha256(engine.model),
+        (),
+    )
+    path = exporter.export(picked, engine, tmp_path / "new" / "folder")
+    assert path == tmp_path / "new" / "folder" / "allocation.json"
+    return path, engine, picked
+
+
+def change(path, edit):
+    data = json.loads(path.read_text())
+    edit(data)
+    path.write_text(json.dumps(data))
+
+
+def test_what_the_json_says(exported):
+    path, _, picked = exported
+    data = json.loads(path.read_text())
+    assert (data["format"], data["version"]) == ("mpsearch-allocation", 1)
+    e = picked.evaluation
+    assert (data["size_bytes"], data["average_bits"], data["fraction"]) == (e.size_bytes, e.average_bits, e.fraction)
+    assert data["scores"]["confirm"]["accuracy"] == picked.scores["confirm"].quality
+    assert data["scores"]["search"]["loss"] == e.loss
+    assert set(data["float_scores"]) == {"search"}
+    second = data["layers"]["second"]
+    assert second["kind"] == "conv2d"
+    assert second["shape"] == [6, 2, 3, 3]
+    assert second["scheme"] == {"name": "w2g5", **SCHEMES["w2g5"].fields()}
+    assert second["tensors"] == ["codes", "scales", "zero_points"]
+    assert second["biases"] == []
+    assert data["layers"]["last"]["biases"] == ["last"]
+    assert {path.name for path in path.parent.iterdir()} == {"allocation.json", "allocation.safetensors"}
+
+
+def test_tensors_are_those_of_the_bank(exported):
+    path, engine, _ = exported
+    tensors = load_file(path.with_suffix(".safetensors"))
+    expected = {f"{la}.{key}": t for la, s in ALLOCATION.items() for key, t in engine.quantized(la, s).tensors.items()}
+    expected |= {f"{name}.bias": b for la, s in ALLOCATION.items() for name, b in engine.biases(la, s).items()}
+    assert tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensors[name], tensor)
+        assert tensors[name].dtype == tensor.dtype
+
+
+def test_it_is_read_back(exported):
+    path, _, _ = exported
+    loaded = load_allocation(path)
+    assert load_allocation(str(path)).schemes == loaded.schemes == dict(ALLOCATION)
+
+
+def test_written_again_it_is_the_same(exported, request, tmp_path):
+    path, engine, picked = exported
+    before = [file.read_bytes() for file in (path, path.with_suffix(".safetensors"))]
+    instantiate({"_target_": "mpsearch.exporters.native.Native"}).export(picked, engine, path.parent)
+    assert [file.read_bytes() for file in (path, path.with_suffix(".safetensors"))] == before
+
+
+def test_another_model_is_refused_and_left_alone(exported, tiny):
+    path, _, picked = exported
+    net = tiny.net(seed=1)
+    before = tiny.state(net)
+    with pytest.raises(
+        InputError, match=rf"for a model with checksum {picked.model_sha256[:12]}…; this one has .* Load the same float"
+    ):
+        load_allocation(path).apply(net)
+    tiny.assert_same_state(net, before)
+
+
+def test_a_model_is_not_quantized_twice(exported, tiny):
+    path, _, _ = exported
+    net = load_allocation(path).apply(tiny.net())
+    with pytest.raises(InputError, match="unfolded and unquantized"):
+        load_allocation(path).apply(net)
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda path: path.write_text(path.read_text()[:200]), r"allocation.json is damaged \(JSONDecodeError"),
+        (lambda path: path.write_text(""), r"allocation.json is damaged \(JSONDecodeError"),
+        (lambda path: path.write_bytes(b"\xff\xfe" + path.read_bytes()), r"allocation.json is damaged \(UnicodeDecodeError"),
+        (lambda path: path.write_text("[]"), "is no allocation of mpsearch: its format is not 'mpsearch-allocation'"),
+        (lambda path: change(path, lambda data: data.update(format="other")), "is no allocation of mpsearch"),
+        (lambda path: change(path, lambda data: data.update(version=2)), "has version 2; this mpsearch reads version 1"),
+        (lambda path: change(path, lambda data: data.pop("version")), r"is damaged \(KeyError: 'version'"),
+        (lambda path: change(path, lambda data: data.pop("tensors")), r"is damaged \(KeyError: 'tensors'"),
+        (lambda path: change(path, lambda data: data.update(tensors="x")), r"is damaged \(TypeError"),
+        (lambda path: change(path, lambda data: data.pop("layers")), r"is damaged \(KeyError: 'layers'"),
+        (lambda path: change(path, lambda data: data.pop("model_sha256")), r"is damaged \(KeyError: 'model_sha256'"),
+        (lambda path: path.unlink(), "allocation.json does not exist. Give the allocation.json that mpsearch export wrote"),
+        (lambda path: path.with_suffix(".safetensors").unlink(), "allocation.safetensors does not exist"),
+    ],
+)
+def test_damage_to_the_json_is_said(exported, damage, sentence):
+    path, _, _ = exported
+    damage(path)
+    with pytest.raises(InputError, match=sentence):
+        load_allocation(path)
+
+
+def test_a_folder_is_no_allocation(exported):
+    path, _, _ = exported
+    with pytest.raises(InputError, match=r"is a folder\. Give the allocation\.json in it"):
+        load_allocation(path.parent)
+
+
+@pytest.mark.parametrize("at", [0, 8, -1])
+def test_one_changed_byte_of_the_tensors_is_seen(exported, at):
+    path, _, _ = exported
+    file = path.with_suffix(".safetensors")
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(InputError, match=r"allocation.safetensors is not the file that allocation.json was written with"):
+        load_allocation(path)
+
+
+def test_tensors_that_never_were_any_are_said(exported):
+    path, _, _ = exported
+    path.with_suffix(".safetensors").write_bytes(b"no tensors")
+    change(path, lambda data: data["tensors"].update(sha256=hashlib.sha256(b"no tensors").hexdigest()))
+    with pytest.raises(InputError, match=r"is damaged \(SafetensorError"):
+        load_allocation(path)
+
+
+def test_tensors_of_another_export_are_refused(exported):
+    path, _, _ = exported
+    tensors = load_file(path.with_suffix(".safetensors"))
+    tensors["last.values"] = tensors["last.values"] + 1
+    save_file(tensors, path.with_suffix(".safetensors"))
+    with pytest.raises(InputError, match="is not the file that"):
+        load_allocation(path)

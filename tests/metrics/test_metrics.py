@@ -1,0 +1,192 @@
+"""The shelf of metrics: the promises of `metrics/base.py`, kept by every one, and each against its formula."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import nn
+
+from mpsearch.allocation import Allocation
+from mpsearch.engine import FLOAT
+from mpsearch.metrics.base import SensitivityMetric
+from mpsearch.metrics.fisher import Fisher
+from mpsearch.metrics.kl import KL
+from mpsearch.metrics.sqnr import SQNR
+from mpsearch.metrics.task_loss import TaskLoss
+from mpsearch.metrics.weight_mse import WeightMSE
+from mpsearch.quantizers.round_to_nearest import RoundToNearest
+from mpsearch.schemes.integer import Integer
+
+CONF = Path(__file__).parents[2] / "conf" / "metric"
+
+
+@pytest.fixture(params=sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
+def metric(request):
+    found = instantiate(OmegaConf.load(request.param), _convert_="object")
+    assert isinstance(found, SensitivityMetric)
+    assert found.name == request.param.stem
+    assert found.unit
+    return found
+
+
+def all_pairs(engine):
+    return list(itertools.product(engine.space.names, engine.space.schemes))
+
+
+def test_more_bits_hurt_less(metric, trained):
+    """On the trained network: each of two bits added makes the sum over the layers smaller, and nearly each layer's own value."""
+    pairs = all_pairs(trained)
+    values = np.array(list(metric.measure(trained, pairs))).reshape(len(trained.space.names), -1)
+    assert np.isfinite(values).all()
+    total = values.sum(0)
+    assert (np.diff(total) < 0).all(), total
+    assert total[-1] < 0.05 * total[0]
+    assert (values[:, 0] > values[:, -1]).mean() > 0.85
+    if metric.name != "task_loss":  # which may fall by chance
+        assert (values >= 0).all()
+        assert (values[:, 0] > 0).all()
+
+
+def test_one_value_for_each_pair_in_their_order(metric, tiny):
+    engine = tiny.engine(tiny.net(), tiny.task())
+    pairs = all_pairs(engine)
+    expected = dict(zip(pairs, metric.measure(engine, pairs), strict=True))
+    assert len(set(expected.values())) == len(pairs)
+    some = [pairs[7], pairs[0], pairs[4]]
+    other = tiny.engine(tiny.net(), tiny.task())
+    assert list(metric.measure(other, some)) == [expected[pair] for pair in some]
+    assert all(type(value) is float for value in expected.values())
+
+
+def test_the_model_is_left_bitwise_as_it_was(metric, tiny):
+    net = tiny.net()
+    engine = tiny.engine(net, tiny.task())
+    before = tiny.state(net)
+    random = torch.get_rng_state()
+    list(metric.measure(engine, all_pairs(engine)))
+    tiny.assert_same_state(net, before)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+def test_the_confirm_split_is_never_touched(metric, tiny):
+    task = tiny.task()
+    engine = tiny.engine(tiny.net(), task)
+    batches, asked = task.batches, set()
+    task.batches = lambda split: asked.add(split) or batches(split)
+    list(metric.measure(engine, all_pairs(engine)))
+    assert "confirm" not in asked
+
+
+def test_a_group_of_layers_counts_all_of_them(metric, tiny):
+    """Weight error and Fisher add up; what is measured is measured with all of them quantized."""
+    net, task = tiny.net(), tiny.task()
+    engine = tiny.engine(net, task)
+    together = tiny.engine(net, task)
+    first, second, last = together.space.groups
+    both = type(first)("both", first.layers + second.layers)
+    object.__setattr__(together.space, "groups", (both, last))
+    together._members = {"both": both.layers, "last": last.layers}
+    (value,) = metric.measure(together, [("both", "w2")])
+    if isinstance(metric, Fisher | WeightMSE):
+        assert value == pytest.approx(sum(metric.measure(engine, [("first", "w2"), ("second", "w2")])))
+    else:
+        score = engine.score(Allocation({"first": "w2", "second": "w2"}))
+        assert value == metric.value(score, engine.score(FLOAT))
+
+
+def test_measured_metrics_are_parts_of_the_score(tiny):
+    engine = tiny.engine(tiny.net(), tiny.task())
+    baseline, score = engine.score(FLOAT), engine.score(Allocation({"second": "w2"}))
+    pair = [("second", "w2")]
+    assert list(KL().measure(engine, pair)) == [score.loss]
+    assert list(SQNR().measure(engine, pair)) == [score.noise]
+    assert list(TaskLoss().measure(engine, pair)) == [score.cross_entropy - baseline.cross_entropy]
+
+
+def test_weight_error_is_exact(tiny):
+    engine = tiny.engine(tiny.net(), tiny.task())
+    for (group, scheme), value in zip(all_pairs(engine), WeightMSE().measure(engine, all_pairs(engine)), strict=True):
+        with engine.applied(Allocation({group: scheme})) as model:
+            quantized = model.get_submodule(group).weight.detach().double()
+        change = quantized - engine.model.get_submodule(group).weight.detach().double()
+        assert value == pytest.approx(change.square().sum().item(), rel=1e-6)
+
+
+class Straight(nn.Module):
+    """Two layers with a nonlinearity between, in place or not; the second is called twice."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        torch.manual_seed(4)
+        self.one, self.relu = nn.Conv2d(2, 3, 3), nn.ReLU(inplace=inplace)
+        self.two, self.head = nn.Linear(3, 3, bias=False), nn.Linear(3, 5)
+
+    def forward(self, x):
+        y = self.relu(self.one(x)).mean((2, 3))
+        return 4 * self.head(self.two(self.two(y)))
+
+
+def by_hand(engine):
+    """Half the squared product of dL/dy and dy: one sample, one layer, one call at a time, labels drawn as the metric does."""
+    model, generator = engine.model, torch.Generator().manual_seed(0)
+    sums = dict.fromkeys(all_pairs(engine), 0.0)
+    n_samples = 0
+    for x, _ in engine.batches("calibration"):
+        labels = torch.multinomial(model(x).softmax(1).detach(), 1, generator=generator)[:, 0]
+        for sample, label in zip(x, labels, strict=True):
+            n_samples += 1
+            for name in engine.space.names:
+                layer, calls = model.get_submodule(name), []
+
+                def hook(_, args, output, calls=calls):
+                    calls.append((args[0].detach().clone(), output + torch.zeros_like(output, requires_grad=True)))
+                    return calls[-1][1].clone()
+
+                handle = layer.register_forward_hook(hook)
+                loss = -model(sample[None]).log_softmax(1)[0, label]
+                handle.remove()
+                gradients = torch.autograd.grad(loss, [output for _, output in calls])
+                for scheme in engine.space.schemes:
+                    for (seen, _), gradient in zip(calls, gradients, strict=True):
+                        with torch.no_grad():
+                            before = layer(seen)
+                            with engine.applied(Allocation({name: scheme})):
+                                change = layer(seen) - before
+                        sums[name, scheme] += 0.5 * (gradient * change).double().square().sum().item()
+    return [value / n_samples for value in sums.values()]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_fisher_is_the_formula(tiny, inplace, bias_correction):
+    engine = tiny.engine(
+        Straight(inplace).eval(),
+        tiny.task(n=10, batch_size=4),
+        {"w2": Integer(2), "w4": Integer(4)},
+        quantizer=RoundToNearest(),
+        bias_correction=bias_correction,
+    )
+    found = list(Fisher().measure(engine, all_pairs(engine)))
+    assert found == pytest.approx(by_hand(engine), rel=1e-3, abs=1e-9)
+    assert min(found) > 0
+
+
+def test_fisher_needs_no_parameter_with_gradients(tiny):
+    net = tiny.net()
+    engine = tiny.engine(net, tiny.task())
+    expected = list(Fisher().measure(engine, all_pairs(engine)))
+    net.requires_grad_(False)
+    assert list(Fisher().measure(engine, all_pairs(engine))) == pytest.approx(expected, rel=1e-5)
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_fisher_predicts_measured_divergence(trained):
+    """Where the change is small, half the Fisher quadratic form is the KL divergence: the same order of magnitude at 4 bits."""
+    pairs = [(group, "w4") for group in trained.space.names]
+    fisher, kl = (np.array(list(metric.measure(trained, pairs))) for metric in (Fisher(), KL()))
+    assert 0.05 < np.median(fisher / kl) < 20

@@ -1,0 +1,195 @@
+"""The moments of each layer's input, against those of an explicit patch matrix; and what bias correction makes of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mpsearch.calibrate import calibrate
+from mpsearch.engine import load_batches
+from mpsearch.layer import weight_rows
+from mpsearch.quantizers.round_to_nearest import RoundToNearest
+from mpsearch.schemes.integer import Integer
+from mpsearch.tasks.classification import Classification
+from mpsearch.trace import trace_layers
+
+CONVS = {
+    "plain": lambda: nn.Conv2d(4, 6, 3),
+    "stride": lambda: nn.Conv2d(4, 6, 3, stride=2),
+    "padding": lambda: nn.Conv2d(4, 6, 3, padding=2),
+    "all at once": lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 3), padding=(2, 1), dilation=(2, 1), groups=2),
+    "same": lambda: nn.Conv2d(4, 6, (5, 3), padding="same", dilation=(1, 2)),
+    "depthwise": lambda: nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=4),
+    "pointwise": lambda: nn.Conv2d(4, 6, 1, stride=2),
+    "reflect": lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+    "circular": lambda: nn.Conv2d(4, 6, (3, 5), padding=(1, 2), padding_mode="circular", bias=False),
+    "conv1d": lambda: nn.Conv1d(4, 6, 5, stride=3, padding=4, dilation=2, groups=2),
+    "conv3d": lambda: nn.Conv3d(4, 6, (2, 3, 1), stride=(1, 2, 1), padding=(1, 0, 0), groups=2),
+}
+
+
+def task_of(shape, n=10):
+    """`n` samples in batches of 4, 4, and 2, whose mean is far from 0."""
+    torch.manual_seed(0)
+    x = torch.randn(n, *shape) + torch.rand(shape)
+    split = (x, torch.zeros(n, dtype=torch.long))
+    return Classification(split, split, split, n_classes=2, batch_size=4), x
+
+
+def moments_of(model, task):
+    model.eval()
+    layers = trace_layers(model, task.forward, task.batches("calibration")[0][0])
+    return calibrate(model, task, layers, load_batches(task, "calibration", "cpu"))
+
+
+def patches(conv, x):
+    """[n * positions, groups, columns]: the slow way, one convolution with a single 1 for each column of the weight."""
+    per_group = conv.in_channels // conv.groups
+    columns = per_group * conv.weight[0, 0].numel()
+    picked = []
+    probe = type(conv)(
+        conv.in_channels,
+        conv.groups,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        False,
+        conv.padding_mode,
+    )
+    for column in range(columns):
+        with torch.no_grad():
+            probe.weight.zero_()
+            probe.weight.view(conv.groups, columns)[:, column] = 1
+            picked.append(probe(x).flatten(2))  # [n, groups, positions]
+    return torch.stack(picked, -1).transpose(1, 2).flatten(0, 1)
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_convolutions(name):
+    conv = CONVS[name]()
+    task, x = task_of((4, *[9, 8, 7][: conv.weight.ndim - 2]))
+    found = moments_of(nn.Sequential(conv), task)["0"]
+    columns = patches(conv, x)
+    assert found.mean.shape == found.second_moment.shape == (conv.groups, weight_rows(conv)[0].numel())
+    assert torch.allclose(found.mean, columns.mean(0), atol=1e-5)
+    assert torch.allclose(found.second_moment, columns.square().mean(0), atol=1e-5)
+
+
+def test_a_convolution_is_its_unfolded_product():
+    """The same by `F.unfold`, whose columns are those of the weight matrix."""
+    conv = nn.Conv2d(3, 5, 3, stride=2, padding=1, dilation=2)
+    task, x = task_of((3, 9, 8))
+    unfolded = F.unfold(x, 3, dilation=2, padding=1, stride=2).transpose(1, 2).reshape(-1, 27)
+    found = moments_of(nn.Sequential(conv), task)["0"]
+    assert torch.allclose(found.mean[0], unfolded.mean(0), atol=1e-5)
+    assert torch.allclose(found.second_moment[0], unfolded.square().mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7)])
+def test_linear_layers_average_over_all_but_the_features(shape):
+    task, x = task_of(shape)
+    found = moments_of(nn.Sequential(nn.Linear(7, 4)), task)["0"]
+    assert torch.allclose(found.mean, x.reshape(-1, 7).mean(0, keepdim=True), atol=1e-6)
+    assert torch.allclose(found.second_moment, x.reshape(-1, 7).square().mean(0, keepdim=True), atol=1e-6)
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, 0), (2, 0), (2, 1), (3, 1)])
+def test_transposed_convolutions_meet_the_mean_of_their_output(stride, padding):
+    """W E[x] is the mean output without bias: exact without padding, within what padding crops at the border with it."""
+    conv = nn.ConvTranspose2d(4, 6, 3, stride=stride, padding=padding, groups=2, bias=False)
+    task, x = task_of((4, 12, 12))
+    found = moments_of(nn.Sequential(conv), task)["0"]
+    assert found.mean.shape == (2, 2 * 9)
+    with torch.no_grad():
+        mean_output = conv(x).mean((0, 2, 3))
+    predicted = torch.einsum("krc,kc->kr", weight_rows(conv).reshape(2, 3, 18), found.mean).flatten()
+    tolerance = 1e-5 if padding == 0 else 0.15 * mean_output.abs().max()
+    assert (predicted - mean_output).abs().max() < tolerance
+
+
+class Shared(nn.Module):
+    """A layer that is called twice, two layers with one weight, one that never runs, and an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.twice = nn.Linear(4, 4)
+        self.one, self.other, self.never = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.other.weight = self.one.weight
+
+    def forward(self, x):
+        self.seen = [self.embed((x.abs() * 10).long() % 9)]
+        self.seen.append(self.twice(self.seen[0]))
+        self.seen += [self.twice(self.seen[1])]
+        return self.other(self.one(self.seen[2]) * 2).sum(1)
+
+
+def test_a_layer_that_is_called_twice_sees_the_mean_of_both():
+    task, x = task_of((6,))
+    model = Shared()
+    found = moments_of(model, task)
+    assert set(found) == {"twice", "one"}, "an embedding's input are indices; 'never' never runs; 'other' is tied to 'one'"
+    with torch.no_grad():
+        model(x)
+        a, b, c = (seen.reshape(-1, 4) for seen in model.seen)
+        middle = 2 * model.one(c)
+    assert torch.allclose(found["twice"].mean[0], torch.cat([a, b]).mean(0), atol=1e-6)
+    assert torch.allclose(found["twice"].second_moment[0], torch.cat([a, b]).square().mean(0), atol=1e-6)
+    assert torch.allclose(found["one"].mean[0], torch.cat([c, middle]).mean(0), atol=1e-6)
+
+
+def test_the_model_and_its_hooks_are_left_as_they_were(tiny):
+    net, task = tiny.net(), tiny.task()
+    before = tiny.state(net)
+    moments_of(net, task)
+    tiny.assert_same_state(net, before)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize("name", [*CONVS, "linear", "transposed"])
+def test_bias_correction_keeps_the_mean_output(tiny, name):
+    """On the calibration data, for every output channel; without it the mean shifts by far more."""
+    makers = {**CONVS, "linear": lambda: nn.Linear(6, 8), "transposed": lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2)}
+    layer = makers[name]()
+    ndim = layer.weight.ndim - 2
+    task, x = task_of((6,) if ndim == 0 else (4, *[9, 8, 7][:ndim]))
+    engine = tiny.engine(nn.Sequential(layer), task, {"w2": Integer(2)}, quantizer=RoundToNearest())
+    without = tiny.engine(nn.Sequential(layer), task, {"w2": Integer(2)}, quantizer=RoundToNearest(), bias_correction=False)
+    uniform = engine.space.uniform("w2")
+
+    @torch.no_grad()
+    def mean_output(model):
+        y = model(x).double()
+        return y.transpose(0, 1).flatten(1).mean(1)
+
+    expected = mean_output(engine.model)
+    with without.applied(uniform) as model:
+        shift = (mean_output(model) - expected).abs().max()
+    with engine.applied(uniform) as model:
+        corrected = (mean_output(model) - expected).abs().max()
+    assert shift > 1e-2
+    if layer.bias is None:
+        assert corrected == shift
+        assert engine.biases("0", "w2") == {}
+    else:
+        assert corrected < 1e-5
+
+
+def test_bias_correction_of_every_layer_of_a_network(tiny):
+    """Each layer alone: the mean of its own output stays, whatever follows it."""
+    engine = tiny.digits({"w2": Integer(2)})
+    batches = [inputs for inputs, _ in engine.batches("calibration")]
+    for group in engine.space.names:
+        module = engine.model.get_submodule(group)
+        means = []
+        for allocation in ({}, {group: "w2"}):
+            outputs = []
+            hook = module.register_forward_hook(lambda _, args, output, outputs=outputs: outputs.append(output.double()))
+            with torch.no_grad(), engine.applied(allocation) as model:
+                for inputs in batches:
+                    model(inputs)
+            hook.remove()
+            means.append(torch.cat(outputs).transpose(0, 1).flatten(1).mean(1))
+        assert (means[0] - means[1]).abs().max() < 1e-5 * (1 + means[0].abs().max()), group

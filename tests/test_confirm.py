@@ -1,0 +1,108 @@
+"""The front and the uniform allocations on data that the search never saw: nothing filtered, what is overtaken marked."""
+
+import dataclasses
+
+import numpy as np
+import optuna
+import pytest
+
+from mpsearch.allocation import Allocation
+from mpsearch.budget import read_budgets
+from mpsearch.confirm import confirm
+from mpsearch.costs.size import AverageBits
+from mpsearch.engine import FLOAT, paired_interval
+from mpsearch.metrics.kl import KL
+from mpsearch.result import SearchResult
+from mpsearch.search import Evaluator, search
+from mpsearch.sensitivity import measure_sensitivity
+
+
+@pytest.fixture(scope="module")
+def searched(tiny):
+    """A search within 5 bits, so that the uniform 8 bits are beyond it, and what was confirmed of it."""
+    engine = tiny.engine(tiny.net(), tiny.task())
+    table = measure_sensitivity(engine, KL())
+    evaluate = Evaluator(engine, read_budgets({"bits": 5}, {"bits": AverageBits()}, engine.space))
+    search(evaluate, table, optuna.samplers.RandomSampler(seed=0), n_trials=12, n_seeds=4)
+    result = SearchResult(engine.space, "accuracy", evaluate.evaluations, table)
+    before = list(evaluate.evaluations)
+    confirmed = confirm(evaluate, result)
+    return evaluate, result, confirmed, before
+
+
+def test_every_point_of_the_front_and_every_uniform_allocation_is_there(searched):
+    _, result, confirmed, _ = searched
+    front = [c.evaluation.allocation for c in confirmed if c.scheme is None]
+    assert front == [e.allocation for e in result.front], "smallest first, none left out"
+    assert len(front) > 2
+    assert [c.scheme for c in confirmed if c.scheme] == ["w2", "w4", "w8"]
+    assert all(c.evaluation.split == "confirm" for c in confirmed)
+
+
+def test_confirming_changes_no_front(searched):
+    evaluate, result, _, before = searched
+    after = SearchResult(result.space, "accuracy", evaluate.evaluations, result.sensitivity)
+    assert [e for e in evaluate.evaluations if e.split == "search"] == before
+    assert after.front == result.front
+
+
+def test_drops_are_paired_with_the_float_model(searched):
+    evaluate, _, confirmed, _ = searched
+    baseline = evaluate.engine.score(FLOAT, "confirm")
+    for c in confirmed:
+        score = evaluate.engine.score(c.evaluation.allocation, "confirm")
+        low, high = paired_interval(score.qualities - baseline.qualities)
+        assert c.drop == pytest.approx(baseline.quality - score.quality)
+        assert c.drop_low == pytest.approx(max(-high, baseline.quality - 1))
+        assert c.drop_high == pytest.approx(min(-low, baseline.quality))
+        assert c.as_good_as_float == (c.drop_low <= 0 <= c.drop_high)
+
+
+def test_what_is_overtaken_is_marked(searched):
+    evaluate, _, confirmed, _ = searched
+    points = [c.evaluation for c in confirmed]
+    for c in confirmed:
+        mine = c.evaluation
+        rivals = [e for e in points if e.size_bytes <= mine.size_bytes and e.loss < mine.loss and e.feasible]
+        assert (c.overtaken_by is None) == (not rivals)
+        if rivals:
+            assert c.overtaken_by.size_bytes == min(e.size_bytes for e in rivals)
+            theirs = evaluate.engine.score(c.overtaken_by.allocation, "confirm").qualities
+            ours = evaluate.engine.score(mine.allocation, "confirm").qualities
+            assert c.overtaken_surely == (paired_interval(theirs - ours)[0] > 0)
+        else:
+            assert not c.overtaken_surely
+
+
+def test_sure_is_only_what_is_more_than_chance(tiny):
+    """A front whose dear point is spoilt on the confirm split alone: overtaken, and surely where many samples say so."""
+    engine = tiny.engine(tiny.net(), tiny.task())
+    space = engine.space
+    small, large = Allocation({"first": "w2", "second": "w4", "last": "w4"}), space.uniform("w8")
+    score = engine.score
+    wrong = {2: False, 25: True}
+    for n_wrong, sure in wrong.items():
+
+        def spoilt(allocation, split="search", n_wrong=n_wrong):
+            found = score(allocation, split)
+            qualities = np.ones(30, dtype=np.float32)
+            qualities[: n_wrong if allocation == large else 0] = 0
+            loss = {FLOAT: 0.0, large: 0.9}.get(allocation, 0.5) if split == "confirm" else found.loss
+            return dataclasses.replace(found, loss=loss, quality=float(qualities.mean()), qualities=qualities)
+
+        engine.score = spoilt
+        evaluate = Evaluator(engine, [])
+        rows = [evaluate(small, "sampler", trial=0), evaluate(large, "uniform", trial=1)]
+        table = measure_sensitivity(engine, KL())
+        confirmed = confirm(evaluate, SearchResult(space, "accuracy", rows, table))
+        by_allocation = {c.evaluation.allocation: c for c in confirmed if c.scheme is None}
+        assert by_allocation[large].overtaken_by.allocation == small
+        assert by_allocation[large].overtaken_surely is sure
+        assert by_allocation[small].overtaken_by is None
+
+
+def test_confirming_again_measures_nothing(searched):
+    evaluate, result, confirmed, _ = searched
+    again = Evaluator(evaluate.engine, evaluate.budgets, known=evaluate.evaluations)
+    assert confirm(again, result) == confirmed
+    assert again.evaluations == evaluate.evaluations

@@ -1,0 +1,93 @@
+"""Which point of a front is picked, and what is said where there is none."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from mpsearch.allocation import SearchSpace
+from mpsearch.errors import InputError
+from mpsearch.evaluation import Evaluation, SensitivityTable
+from mpsearch.layer import LayerSpec
+from mpsearch.pick import pick
+from mpsearch.result import SearchResult
+from mpsearch.schemes.integer import Integer
+
+SPACE = SearchSpace.build([LayerSpec("a", "linear", (9, 9), 81, "a", ("a",))], {f"s{i}": Integer(4, i + 1) for i in range(6)})
+
+
+def point(i, size_bytes, loss, quality, **values):
+    fixed = {"origin": "sampler", "split": "search", "feasible": True, "n_samples": 10, "seconds": 0.0, "fraction": 0.1}
+    scores = {"loss": loss, "cross_entropy": loss, "quality": quality, "quality_low": quality, "quality_high": quality}
+    sizes = {"size_bytes": size_bytes, "average_bits": size_bytes / 1000}
+    return Evaluation(trial=i, allocation=SPACE.allocation([i]), **{**fixed, **scores, **sizes, **values})
+
+
+# Convex in log loss: from 2,000 bytes on there is little left to gain. 5,000 bytes lie beyond the budget.
+POINTS = [
+    point(0, 1000, 1.0, 0.60),
+    point(1, 2000, 1e-3, 0.90),
+    point(2, 3000, 3e-4, 0.92),
+    point(3, 4000, 1e-4, 0.95),
+    point(4, 5000, 1e-5, 0.99, feasible=False),
+    point(5, 3500, 0.5, 0.99),
+]
+
+
+def result(*confirmed):
+    table = SensitivityTable("kl", "nats", np.ones((1, 6)), SPACE)
+    return SearchResult(SPACE, "accuracy", [*POINTS[::-1], *confirmed], table)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ({}, 2000),
+        ({"max_bytes": 1000}, 1000),
+        ({"max_bytes": "3.4kB"}, 3000),
+        ({"max_bytes": "1GB"}, 4000),
+        ({"bits": 2.0}, 2000),
+        ({"bits": 2.999}, 2000),
+        ({"min_accuracy": 0.0}, 1000),
+        ({"min_accuracy": 0.9}, 2000),
+        ({"min_accuracy": 0.93}, 4000),
+        ({"max_bytes": 3500, "bits": 2.5}, 2000),
+        ({"max_bytes": 2500, "bits": "3.5"}, 2000),
+        ({"max_bytes": 3500, "min_accuracy": 0.85}, 2000),
+    ],
+    ids=str,
+)
+def test_the_point_that_is_picked(limit, expected):
+    found = pick(result(), **limit)
+    assert found.size_bytes == expected
+    assert found.split == "search"
+
+
+def test_accuracy_is_that_of_the_confirm_split_where_it_was_measured():
+    confirmed = [dataclasses.replace(e, split="confirm", trial=None, quality=e.quality - 0.03) for e in POINTS[1:4]]
+    assert pick(result(*confirmed), min_accuracy=0.9).size_bytes == 4000
+    assert pick(result(*confirmed), min_accuracy=0.6).size_bytes == 1000, "which was not confirmed"
+
+
+@pytest.mark.parametrize(
+    ("limit", "sentence"),
+    [
+        ({"max_bytes": 999}, r"No point of the front has at most 999 bytes; the smallest has 1,000 bytes"),
+        ({"bits": 0.5}, r"at most 0.5 bits; the smallest has 1.000 bits"),
+        ({"min_accuracy": 0.96}, r"has accuracy >= 0.96; the best has 0.9500"),
+        ({"max_bytes": "big"}, "'big' is no size"),
+        ({"max_bytes": 3000, "min_accuracy": 0.95}, r"No point of the front that fits has accuracy >= 0.95; the best has 0.9200"),
+        ({"max_bytes": 1500, "bits": 0.9}, r"at most 0.9 bits; the smallest has 1.000 bits"),
+        ({"bits": "few"}, "pick.bits is a number; 'few' came"),
+        ({"min_accuracy": [1]}, r"pick.min_accuracy is a number; '\[1\]' came"),
+    ],
+)
+def test_what_cannot_be_picked_is_said(limit, sentence):
+    with pytest.raises(InputError, match=sentence):
+        pick(result(), **limit)
+
+
+def test_an_empty_front_is_said():
+    table = SensitivityTable("kl", "nats", np.ones((1, 6)), SPACE)
+    with pytest.raises(InputError, match="no point to pick yet"):
+        pick(SearchResult(SPACE, "accuracy", POINTS[4:5], table))

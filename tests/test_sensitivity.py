@@ -1,0 +1,72 @@
+"""Measuring each group alone: each pair once, recorded before the next begins, resumed where it stopped."""
+
+import numpy as np
+import pytest
+
+from mpsearch.metrics.base import SensitivityMetric
+from mpsearch.sensitivity import measure_sensitivity
+
+
+class Numbered(SensitivityMetric):
+    """The n-th pair that is measured costs n; every pair is noted when its turn comes."""
+
+    name, unit = "numbered", "turns"
+
+    def __init__(self, log):
+        self.log = log
+
+    def measure(self, engine, pairs):
+        for n, pair in enumerate(pairs):
+            self.log.append(("measured", *pair))
+            yield float(n)
+
+
+@pytest.fixture
+def engine(tiny):
+    return tiny.engine(tiny.net(), tiny.task(), pin=["second:w2|w8"])
+
+
+def run(engine, known=None):
+    log = []
+    table = measure_sensitivity(engine, Numbered(log), known, lambda *row: log.append(("recorded", *row)))
+    return table, log
+
+
+def test_every_allowed_pair_once_in_order(engine):
+    table, log = run(engine)
+    assert table.metric == "numbered"
+    assert table.unit == "turns"
+    assert table.values.tolist() == [[0, 1, 2], [3, np.inf, 4], [5, 6, 7]]
+    assert np.isinf(table.losses()).tolist() == [[False] * 3, [False, True, False], [False] * 3]
+    expected = [("first", s) for s in ("w2", "w4", "w8")] + [("second", "w2"), ("second", "w8")]
+    expected += [("last", s) for s in ("w2", "w4", "w8")]
+    assert [row[1:3] for row in log if row[0] == "measured"] == expected
+
+
+def test_each_value_is_recorded_before_the_next_is_measured(engine):
+    _, log = run(engine)
+    assert [row[0] for row in log] == ["measured", "recorded"] * 8
+    assert [row[3] for row in log[1::2]] == list(range(8))
+
+
+def test_what_is_known_is_not_measured_again(engine):
+    known = {("first", "w2"): 10.0, ("last", "w8"): 11.0, ("second", "w2"): 12.0}
+    table, log = run(engine, known)
+    assert table.values.tolist() == [[10, 0, 1], [12, np.inf, 2], [3, 4, 11]]
+    assert not {row[1:3] for row in log} & set(known)
+    assert len(log) == 10
+
+
+def test_where_all_is_known_the_metric_is_not_asked(engine):
+    pairs = [(group, scheme) for group, names in zip(engine.space.names, engine.space.choices, strict=True) for scheme in names]
+    metric = Numbered([])
+    metric.measure = None
+    table = measure_sensitivity(engine, metric, dict.fromkeys(pairs, 2.0))
+    assert (table.values[engine.space.allowed] == 2.0).all()
+
+
+def test_losses_forbid_what_may_not_be_taken_even_where_it_was_measured(engine):
+    known = {("second", "w4"): 0.5}
+    table, _ = run(engine, known)
+    assert table.values[1, 1] == 0.5
+    assert table.losses()[1, 1] == np.inf
