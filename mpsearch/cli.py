@@ -241,7 +241,10 @@ def _settings(config: DictConfig) -> dict[str, Any]:
             raise InputError(_must_be_given(key))
         return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
     except InterpolationResolutionError as error:
-        raise InputError(f"{_must_be_given(str(error.full_key))} ({str(error.msg).splitlines()[0]})") from error
+        said = str(error.msg).splitlines()[0]
+        if match := re.search(r"Missing mandatory value: (\S+)", said):  # another value is taken from the one that is missing
+            raise InputError(_must_be_given(match[1])) from error
+        raise InputError(f"{_must_be_given(str(error.full_key))} ({said})") from error
 
 
 def _check(settings: dict[str, Any]) -> None:

@@ -34,7 +34,7 @@ from mpsearch.result import RunFolder, SearchResult, evaluation_row
 from mpsearch.search import Evaluator
 from mpsearch.search import search as run_search
 from mpsearch.sensitivity import measure_sensitivity
-from mpsearch.tasks.base import Task
+from mpsearch.tasks.base import SPLITS, Task
 from mpsearch.trace import trace_layers
 
 Settings = Mapping[str, Any]
@@ -104,9 +104,10 @@ def prepare(settings: Settings, build: Build) -> Prepared:
     inputs = load_batches(task, "calibration", device)[0][0]
     try:
         with torch.no_grad():
-            task.forward(model, inputs)
+            logits = task.forward(model, inputs)
     except (RuntimeError, ValueError, TypeError) as error:
         raise InputError(f"The model does not run on the task's input: {' '.join(str(error).split())[:300]}") from error
+    _check_targets(task, logits)
     folds = fold_batch_norms(model, task.forward, inputs) if settings["fold_batch_norms"] else ()
     layers = trace_layers(model, task.forward, inputs)
     space = SearchSpace.build(layers, schemes, settings.get("pin") or (), other_bits(model, layers))
@@ -255,6 +256,25 @@ def _device(name: str) -> str:
             f"There is no device '{name}' here ({reason}). Use device=cpu, or device=cuda where a GPU answers."
         ) from None
     return name
+
+
+def _check_targets(task: Task, logits: Any) -> None:
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        came = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        raise InputError(
+            f"The model's output must be logits [samples, classes]; {came} came. Override the task's forward to give them."
+        )
+    for split in SPLITS:
+        for _, targets in load_batches(task, split, "cpu"):
+            if (
+                not targets.is_floating_point()
+                and len(targets)
+                and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]
+            ):
+                raise InputError(
+                    f"Labels of the {split} split run from {int(targets.min())} to {int(targets.max())}; the model has "
+                    f"{logits.shape[1]} outputs, so that they must lie in 0..{logits.shape[1] - 1}."
+                )
 
 
 def _short(node: Mapping[str, Any]) -> str:

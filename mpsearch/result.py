@@ -193,6 +193,12 @@ class SearchResult:
         space = read_space(identity["space"], schemes, run.path / "space.json")
         metric, unit = identity["metric"]["name"], identity["metric"]["unit"]
         known = run.read_sensitivity(space, metric)
+        pairs = int(space.allowed.sum())
+        if len(known) < pairs:
+            raise InputError(
+                f"{run.path / 'sensitivity.csv'} holds {len(known)} of {pairs} rows: the run was interrupted, or the file cut. "
+                f"Go on with: mpsearch search run={run.path}."
+            )
         values = np.array([[known.get((g, s), np.inf) for s in space.scheme_names] for g in space.names])
         evaluations = run.read_evaluations(space, identity["quality_name"])
         sensitivity = SensitivityTable(metric, unit, values, space)
@@ -286,6 +292,5 @@ def _difference(there: Any, here: Any) -> str:
     if isinstance(there, dict) and isinstance(here, dict):
         keys = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
         return f" in {', '.join(keys)}"
-    if len(f"{there}{here}") > 160:
-        return ""
+    there, here = (text if len(text := str(value)) <= 40 else f"{text[:12]}…" for value in (there, here))
     return f" ({there} there, {here} here)"
