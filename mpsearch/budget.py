@@ -61,4 +61,4 @@ def _mix(space: SearchSpace, choice: np.ndarray) -> str:
     used = [space.scheme_names[i] for i in choice]
     if len(set(used)) == 1:
         return f"every layer at {used[0]}"
-    return ", ".join(f"{used.count(name)} layers at {name}" for name in dict.fromkeys(used))
+    return ", ".join(f"{used.count(name)} at {name}" for name in dict.fromkeys(used))

@@ -123,45 +123,45 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     sampler = build("sampler")(seed=settings["seed"])
     metric: SensitivityMetric = build("metric")
     run = RunFolder(folder)
-    run.lock()
-    identity = {
-        **prepared.identity(settings),
-        "metric": {"name": metric.name, "unit": metric.unit},
-        "budgets": {budget.table.name: budget.limit for budget in budgets},
-    }
-    run.identify(identity)
-    quality = prepared.task.quality_name
-    for table in ("sensitivity", "evaluations"):
-        run.mend(table)
-    known_sensitivity = run.read_sensitivity(space, metric.name)
-    known = run.read_evaluations(space, quality)
+    with run.locked():
+        identity = {
+            **prepared.identity(settings),
+            "metric": {"name": metric.name, "unit": metric.unit},
+            "budgets": {budget.table.name: budget.limit for budget in budgets},
+        }
+        run.identify(identity)
+        quality = prepared.task.quality_name
+        for table in ("sensitivity", "evaluations"):
+            run.mend(table)
+        known_sensitivity = run.read_sensitivity(space, metric.name)
+        known = run.read_evaluations(space, quality)
 
-    engine = prepared.engine(settings)
-    sensitivity = _sensitivity(engine, metric, run, known_sensitivity)
+        engine = prepared.engine(settings)
+        sensitivity = _sensitivity(engine, metric, run, known_sensitivity)
 
-    def record(evaluation: Evaluation) -> None:
-        run.append("evaluations", evaluation_row(evaluation, space, quality))
+        def record(evaluation: Evaluation) -> None:
+            run.append("evaluations", evaluation_row(evaluation, space, quality))
 
-    evaluate = Evaluator(engine, budgets, record, known)
-    run_search(
-        evaluate,
-        sensitivity,
-        sampler,
-        n_trials=settings["n_trials"],
-        n_seeds=settings["n_seeds"],
-        max_seconds=settings["max_seconds"],
-    )
-    limits = {budget.table.name: budget.limit for budget in budgets}
-    found = SearchResult(space, quality, evaluate.evaluations, sensitivity, limits, identity)
-    if not found.front:
-        raise InputError("No trial was run, so there is no front. Give n_trials above 0.")
-    confirmed = confirm(evaluate, found)
-    result = SearchResult(space, quality, evaluate.evaluations, sensitivity, limits, identity)
-    picked = pick(result)
-    page = write_report(result, folder, picked, confirmed)
-    _summary(result, picked)
-    _paths(folder, page, "pareto.png", "front.csv")
-    print(f"export a point: mpsearch export run={_relative(folder)} pick.max_bytes={picked.size_bytes}")
+        evaluate = Evaluator(engine, budgets, record, known)
+        run_search(
+            evaluate,
+            sensitivity,
+            sampler,
+            n_trials=settings["n_trials"],
+            n_seeds=settings["n_seeds"],
+            max_seconds=settings["max_seconds"],
+        )
+        limits = {budget.table.name: budget.limit for budget in budgets}
+        found = SearchResult(space, quality, evaluate.evaluations, sensitivity, limits, identity)
+        if not found.front:
+            raise InputError("No trial was run, so there is no front. Give n_trials above 0.")
+        confirmed = confirm(evaluate, found)
+        result = SearchResult(space, quality, evaluate.evaluations, sensitivity, limits, identity)
+        picked = pick(result)
+        page = write_report(result, folder, picked, confirmed)
+        _summary(result, picked)
+        _paths(folder, page, "pareto.png", "front.csv")
+        print(f"export a point: mpsearch export run={_relative(folder)} pick.max_bytes={picked.size_bytes}")
 
 
 def sensitivity(settings: Settings, build: Build, folder: Path) -> None:
@@ -169,9 +169,9 @@ def sensitivity(settings: Settings, build: Build, folder: Path) -> None:
     prepared = prepare(settings, build)
     metric: SensitivityMetric = build("metric")
     run = RunFolder(folder)
-    run.lock()
-    run.identify({**prepared.identity(settings), "metric": {"name": metric.name, "unit": metric.unit}})
-    table = _sensitivity(prepared.engine(settings), metric, run, {})
+    with run.locked():
+        run.identify({**prepared.identity(settings), "metric": {"name": metric.name, "unit": metric.unit}})
+        table = _sensitivity(prepared.engine(settings), metric, run, {})
     draw_sensitivity(table, folder)
     space = prepared.space
     shown = Table(title=f"{metric.name} ({metric.unit}) of each layer alone")

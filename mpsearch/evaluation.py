@@ -68,5 +68,10 @@ class SensitivityTable:
     space: SearchSpace
 
     def losses(self) -> np.ndarray:
-        """`values`, infinite where a group may not take a scheme."""
-        return np.where(self.space.allowed, self.values, np.inf)
+        """`values`, infinite where a group may not take a scheme.
+
+        A scheme that broke the model (an infinite loss, or none) counts ten times the worst that was measured.
+        """
+        measured = self.values[self.space.allowed & np.isfinite(self.values)]
+        broken = 10 * max(float(measured.max(initial=0.0)), 1.0)
+        return np.where(self.space.allowed, np.where(np.isfinite(self.values), self.values, broken), np.inf)

@@ -261,7 +261,7 @@ def _limits_bytes(result: SearchResult) -> Mapping[str, float]:
             "fraction": limit * whole / 8,
         }
         if name in to_bytes:
-            limits[f"budget.{name} = {limit:,.6g}"] = to_bytes[name]
+            limits[f"budget.{name} = {limit:,.10g}"] = to_bytes[name]
     return limits
 
 

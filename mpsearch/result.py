@@ -12,10 +12,11 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -40,16 +41,17 @@ class RunFolder:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._lock: IO[str] | None = None
 
-    def lock(self) -> None:
-        """Take the folder for this process; `InputError` where another one writes to it."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The folder is this process's while the block runs; `InputError` where another one writes to it."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "w")  # noqa: SIM115 - held until the process ends
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"Another process is at work in {self.path}. Wait for it, or start a run of its own.") from None
+        with open(self.path / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"Another process is at work in {self.path}. Wait for it, or start a run of its own.") from None
+            yield
 
     def identify(self, identity: Mapping[str, Any]) -> None:
         """Write `space.json`, or compare with the one that is there."""
@@ -62,7 +64,7 @@ class RunFolder:
         for key, value in identity.items():
             if there.get(key) != value:
                 raise InputError(
-                    f"The run folder {self.path} belongs to another run: its {key.replace('_', ' ')} differ"
+                    f"The run folder {self.path} belongs to another run: it has another {key.replace('_', ' ')}"
                     f"{_difference(there.get(key), value)}. Start a new run, or give back what it was started with."
                 )
 
@@ -70,7 +72,7 @@ class RunFolder:
         """The contents of `space.json`."""
         file = self.path / "space.json"
         try:
-            identity = json.loads(file.read_text())
+            identity = json.loads(file.read_text(encoding="utf-8"))
             if not isinstance(identity, dict) or not {"space", "quality_name", "metric"} <= set(identity):
                 raise ValueError("keys are missing")
             return identity
@@ -90,7 +92,7 @@ class RunFolder:
         if new:
             writer.writerow(row.keys())
         writer.writerow(["" if value is None else repr(value) if isinstance(value, float) else value for value in row.values()])
-        with open(file, "a") as stream:
+        with open(file, "a", encoding="utf-8") as stream:
             stream.write(text.getvalue())
             stream.flush()
             os.fsync(stream.fileno())
@@ -263,7 +265,7 @@ def read_space(
 def write_atomically(file: Path, text: str) -> None:
     """Replace `file` in one step: a reader sees the old text or the new, never half."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as stream:
+    with open(temporary, "w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())

@@ -127,10 +127,9 @@ def search(
 
     start = time.monotonic()
     parameters = distributions(names, space.choices)
-    done = sum(e.trial is not None and e.split == "search" for e in evaluate.evaluations)
     with phase("search", n_trials, done=0) as advance:
         for number in itertools.count():
-            late = max_seconds is not None and number >= done and time.monotonic() - start > max_seconds
+            late = max_seconds is not None and time.monotonic() - start > max_seconds
             if number >= n_trials or late or proposer.exhausted(study):
                 break
             trial = study.ask(parameters)

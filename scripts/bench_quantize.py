@@ -11,9 +11,12 @@ above 1 says that the kernels are faster.
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
+import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,6 +110,7 @@ def eager_dequantize(packed: Tensor, scales: Tensor, zero_points: Tensor, rows: 
 def cases(rows: int, columns: int) -> list[Case]:
     torch.manual_seed(0)
     weight = torch.randn(rows, columns)
+    out = torch.empty_like(weight)
     quarter = weight[: max(rows // 4, 1)]
     codes, scales, zero_points = kernels.quantize(weight, **HOW)
     packed = kernels.pack(codes, BITS)
@@ -130,6 +134,7 @@ def cases(rows: int, columns: int) -> list[Case]:
     unpacked = {"torch eager": lambda: eager_dequantize(packed, scales, zero_points, rows, columns)}
     return [
         Case("min-max, fake-quantize", lambda: kernels.fake_quantize(weight, **HOW), min_max, 8 * n),
+        Case("min-max, fake-quantize, out=", lambda: kernels.fake_quantize(weight, out=out, **HOW), min_max, 8 * n),
         *(search(torch.linspace(1, LOWEST_RATIO, count)) for count in (20, 80)),
         Case("pack", lambda: kernels.pack(codes, BITS), {"torch eager": lambda: eager_pack(codes)}, n + n_packed),
         Case("unpack", lambda: kernels.unpack(packed, BITS, n), {"torch eager": lambda: eager_unpack(packed)}, n + n_packed),
@@ -183,6 +188,36 @@ def row(what: str, case: str, value: float, unit: str, rival: str, rival_value: 
     }
 
 
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def markdown(rows: list[dict[str, object]]) -> str:
+    """The rows as a page."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    lines = [
+        f"# bench_quantize, {datetime.date.today().isoformat()}, commit {commit}",
+        "",
+        f"{rows[0]['case']}. Medians, rivals interleaved in the same process; ratio > 1: we are faster. Weight [4096, 11008] float32, 4 bits,",
+        "groups of 128, asymmetric, float16 scales; clip search on 1,024 of its rows. The rivals do the same work in PyTorch: `torch eager` as",
+        "one writes it (its search keeps the best scale and zero point only), `torch in place` reusing every buffer it can.",
+        "",
+        "| case | ours | rival | | ratio |",
+        "| --- | ---: | --- | ---: | ---: |",
+    ]
+    for r in rows[1:]:
+        lines.append(
+            f"| {r['case']} | {r['value']:.4g} {r['unit']} | {r['rival']} | {r['rival_value']:.4g} {r['unit']} | {r['ratio']:.3g} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=4096)
@@ -191,6 +226,7 @@ def main() -> None:
     parser.add_argument("--rival-repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--report", type=Path, help="a folder to write table.md and rows.json to")
     options = parser.parse_args()
 
     source = torch.randn(options.rows, options.columns)
@@ -198,9 +234,9 @@ def main() -> None:
     copied_bytes = 2 * source.numel() * source.element_size()
     case_list = cases(options.rows, options.columns)
     check(case_list)
-    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}, backend {kernels.active_backend()}"
+    machine = f"{cpu_name()}, torch {torch.__version__}, backend {kernels.active_backend()}"
     print(f"[{options.rows}, {options.columns}] float32, {BITS} bits, groups of {GROUP_SIZE}; {machine}\n")
-    print(f"{'':<24}{'threads':>8}{'ours ms':>9}  {'rival':<15}{'ms':>8}{'ratio':>8}{'GB/s':>7}{'memcpy GB/s':>13}")
+    print(f"{'':<29}{'threads':>8}{'ours ms':>9}  {'rival':<15}{'ms':>8}{'ratio':>8}{'GB/s':>7}{'memcpy GB/s':>13}")
     rows: list[dict[str, object]] = [{"what": "machine", "case": machine}]
     for n_threads in options.threads:
         torch.set_num_threads(n_threads)
@@ -210,14 +246,17 @@ def main() -> None:
             where = f"{case.name}, {n_threads} threads"
             for name, rival in rivals.items():
                 print(
-                    f"{case.name:<24}{n_threads:>8}{1e3 * ours:>9.2f}  {name:<15}{1e3 * rival:>8.1f}{rival / ours:>8.1f}"
+                    f"{case.name:<29}{n_threads:>8}{1e3 * ours:>9.2f}  {name:<15}{1e3 * rival:>8.1f}{rival / ours:>8.1f}"
                     f"{moved:>7.1f}{copied:>13.1f}",
                     flush=True,
                 )
                 rows.append(row("time", where, 1e3 * ours, "ms", name, 1e3 * rival, rival / ours))
             rows.append(row("bytes moved", where, moved, "GB/s", "memcpy", copied, moved / copied))
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    for file in filter(None, (options.json, options.report and options.report / "rows.json")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(rows, indent=1) + "\n")
+    if options.report:
+        (options.report / "table.md").write_text(markdown(rows))
 
 
 if __name__ == "__main__":

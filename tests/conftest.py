@@ -22,6 +22,8 @@ from mpsearch.trace import trace_layers
 
 ROOT = Path(__file__).parents[1]
 
+torch.set_num_threads(1)  # tensors here are tiny: on a busy machine threads that wait for one another take ten times as long
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:

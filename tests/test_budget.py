@@ -47,7 +47,7 @@ def test_what_meets_the_limit_exactly_is_within():
     ("limits", "pin", "sentences"),
     [
         ({"bytes": "750kB"}, (), ["size_bytes <= 750,000", "below the least there is, 760,000: every layer at w2", "Raise the"]),
-        ({"bytes": 1_259_999}, ("one:w4", "two:w4"), ["<= 1,259,999 ", "least there is, 1,260,000: 2 layers at w4, 1 "]),
+        ({"bytes": 1_259_999}, ("one:w4", "two:w4"), ["<= 1,259,999 ", "least there is, 1,260,000: 2 at w4, 1 "]),
         ({"bits": 2}, (), ["average_bits <= 2 ", "2.016: every layer at w2"]),
         ({"bits": 3}, ("*:w4",), ["4.016: every layer at w4", "loosen a pin"]),
         ({"fraction": 0.05}, (), ["fraction <= 0.05 ", "0.0633"]),

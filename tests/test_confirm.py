@@ -7,10 +7,12 @@ import optuna
 import pytest
 
 from mpsearch.allocation import Allocation
-from mpsearch.budget import read_budgets
+from mpsearch.budget import Budget, read_budgets
 from mpsearch.confirm import confirm
+from mpsearch.costs.base import CostTable
 from mpsearch.costs.size import AverageBits
 from mpsearch.engine import FLOAT, paired_interval
+from mpsearch.evaluation import SensitivityTable
 from mpsearch.metrics.kl import KL
 from mpsearch.result import SearchResult
 from mpsearch.search import Evaluator, search
@@ -99,6 +101,24 @@ def test_sure_is_only_what_is_more_than_chance(tiny):
         assert by_allocation[large].overtaken_by.allocation == small
         assert by_allocation[large].overtaken_surely is sure
         assert by_allocation[small].overtaken_by is None
+
+
+def test_what_is_beyond_the_budget_overtakes_nothing(tiny):
+    """Uniform 2 bits, too slow for the budget, have by chance the lower loss on the confirm split."""
+    engine = tiny.engine(tiny.net(), tiny.task())
+    slow = Budget(CostTable("latency", "milliseconds", np.array([[9.0, 1, 1]] * 3), 0.0), 3.0)
+    small, large = engine.space.uniform("w2"), engine.space.uniform("w8")
+    score = engine.score
+    losses = {FLOAT: 0.0, small: 0.1, large: 0.9}
+    engine.score = lambda allocation, split="search": dataclasses.replace(
+        score(allocation, split), **({"loss": losses[allocation]} if split == "confirm" else {})
+    )
+    evaluate = Evaluator(engine, [slow])
+    rows = [evaluate(small, "uniform"), evaluate(large, "uniform", trial=0)]
+    table = SensitivityTable("kl", "nats", np.ones((3, 3)), engine.space)
+    confirmed = confirm(evaluate, SearchResult(engine.space, "accuracy", rows, table))
+    assert [(c.scheme, c.evaluation.feasible) for c in confirmed] == [(None, True), ("w2", False), ("w8", True)]
+    assert not any(c.overtaken_by for c in confirmed)
 
 
 def test_confirming_again_measures_nothing(searched):

@@ -57,7 +57,7 @@ EVALUATIONS = [
 def run(tmp_path):
     """A whole folder: identity, sensitivity, evaluations."""
     folder = RunFolder(tmp_path / "run")
-    folder.lock()
+    folder.path.mkdir()
     folder.identify(IDENTITY)
     for i, group in enumerate(SPACE.names):
         for j, scheme in enumerate(SPACE.scheme_names):
@@ -65,8 +65,7 @@ def run(tmp_path):
             folder.append("sensitivity", dict(zip(SENSITIVITY_COLUMNS, row, strict=True)))
     for e in EVALUATIONS:
         folder.append("evaluations", evaluation_row(e, SPACE, "accuracy"))
-    yield folder
-    folder._lock.close()
+    return folder
 
 
 def test_evaluations_come_back_exactly(run):
@@ -264,12 +263,12 @@ def test_the_same_identity_is_let_in(run):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"model_sha256": "cd" * 32}, rf"its model sha256 differ \({'ab' * 32} there, {'cd' * 32} here\)"),
-        ({"budgets": {"bits": 3.0}}, "its budgets differ in bits"),
-        ({"budgets": {"bits": 3.5, "bytes": 10}}, "its budgets differ in bytes"),
-        ({"quality_name": "perplexity"}, r"its quality name differ \(accuracy there, perplexity here\)"),
-        ({"space": {**SPACE.to_dict(), "other_bits": 0}}, "its space differ in other_bits"),
-        ({"bias_correction": True}, r"its bias correction differ \(None there, True here\)"),
+        ({"model_sha256": "cd" * 32}, r"it has another model sha256 \(abababababab… there, cdcdcdcdcdcd… here\)"),
+        ({"budgets": {"bits": 3.0}}, "it has another budgets in bits"),
+        ({"budgets": {"bits": 3.5, "bytes": 10}}, "it has another budgets in bytes"),
+        ({"quality_name": "perplexity"}, r"it has another quality name \(accuracy there, perplexity here\)"),
+        ({"space": {**SPACE.to_dict(), "other_bits": 0}}, "it has another space in other_bits"),
+        ({"bias_correction": True}, r"it has another bias correction \(None there, True here\)"),
     ],
 )
 def test_another_identity_is_refused(run, change, sentence):
@@ -281,7 +280,7 @@ def test_another_identity_is_refused(run, change, sentence):
 
 def test_a_scheme_of_the_same_name_with_other_fields_is_another_run(run):
     other = dataclasses.replace(SPACE, schemes={**SPACE.schemes, "w4g3": Integer(4, 6, symmetric=False)})
-    with pytest.raises(InputError, match="its space differ in schemes"):
+    with pytest.raises(InputError, match="it has another space in schemes"):
         run.identify({"space": other.to_dict()})
 
 
@@ -291,14 +290,16 @@ def test_one_process_at_a_time(run):
         from mpsearch.errors import InputError
         from mpsearch.result import RunFolder
         try:
-            RunFolder({str(run.path)!r}).lock()
+            with RunFolder({str(run.path)!r}).locked():
+                print("let in")
         except InputError as error:
             print(error)
     """
-    said = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    with run.locked():
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert f"Another process is at work in {run.path}. Wait for it" in said
-    run._lock.close()
-    run.lock()
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "let in\n"
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -116,7 +116,7 @@ def load_allocation(path: Path | str) -> ExportedAllocation:
     """Read an `allocation.json` and the tensors beside it; `InputError` where either is missing, damaged or of another format."""
     path = Path(path)
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise InputError(f"{path} is no allocation of mpsearch: its format is not '{FORMAT}'.")
         if data["version"] != VERSION:

@@ -133,13 +133,26 @@ def fake_quantize(
     scale_dtype: torch.dtype = torch.float16,
     ratios: Tensor | None = None,
     importance: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """What `weight` becomes by quantizing: float32 `[rows, columns]`, bit for bit the dequantized result of `quantize`.
 
-    Takes and raises what `quantize` does, in one pass over the weight.
+    Takes and raises what `quantize` does, in one pass over the weight. The result is written to `out` (shaped and stored like
+    `weight`; may be `weight` itself), which for a large weight takes a third of the time of a fresh tensor, whose memory the system
+    must clear first. Where an `InputError` comes of NaN or infinite weights, `out` has been written to.
     """
     weight = weight.detach()
     _check_quantize(weight, bits, group_size, symmetric, scale_dtype, ratios, importance)
+    if out is not None and (out.shape, out.dtype, out.device, out.is_contiguous()) != (
+        weight.shape,
+        weight.dtype,
+        weight.device,
+        True,
+    ):
+        raise InputError(
+            f"out must be contiguous float32 {list(weight.shape)} on {weight.device}, like the weight; "
+            f"{out.dtype} {list(out.shape)} on {out.device} came."
+        )
     group_size = min(group_size, max(weight.shape[1], 1))
     backend = _backend_of(weight)
     if backend == "reference":
@@ -147,8 +160,10 @@ def fake_quantize(
             weight, bits, group_size, symmetric, scale_dtype, ratios, importance
         )
         dequantized = reference.dequantize_codes(codes, scales, zero_points, bits, group_size)
+        if out is not None:
+            dequantized = out.copy_(dequantized)
     else:
-        dequantized = torch.empty_like(weight)
+        dequantized = torch.empty_like(weight) if out is None else out
         finite = _run_quantize(
             backend, weight, bits, group_size, symmetric, scale_dtype, ratios, importance, None, dequantized, None, None
         )
@@ -302,7 +317,7 @@ def _index(backend: str) -> int:
 @functools.cache  # once a process
 def _warn_missing() -> None:
     warnings.warn(
-        f"mpsearch's compiled kernels are missing ({_missing}): quantizing runs on plain PyTorch, 30 to 100 times slower. "
+        f"mpsearch's compiled kernels are missing ({_missing}): quantizing runs on plain PyTorch, 20 to 200 times slower. "
         "Build them with `pip install --force-reinstall --no-deps .` in the source tree (it needs GCC >= 12 or Clang >= 16), or "
         'silence this with `warnings.filterwarnings("ignore", message="mpsearch\'s compiled kernels")`.',
         stacklevel=4,

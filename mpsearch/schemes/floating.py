@@ -32,7 +32,7 @@ class Float(QuantScheme):
 
     def quantize(self, weight: Tensor) -> QuantizedTensor:
         """`weight` (float32, any shape) rounded to nearest; a value beyond float16's 65,504 is an `InputError`."""
-        values = weight.to(FORMATS[self.format])
+        values = weight.to(FORMATS[self.format], copy=True)
         if not torch.isfinite(values).all():
             raise InputError(
                 f"A weight of {float(weight.abs().max()):g} does not fit in {self.format}. Use bf16 or fp32 for this layer."

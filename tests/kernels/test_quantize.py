@@ -199,3 +199,18 @@ def test_bad_arguments(backend: str, change: dict, sentence: str) -> None:
         _call(kernels.quantize, **(good | change))
     with kernels.use_backend(backend), pytest.raises(InputError, match=sentence):
         _call(kernels.fake_quantize, **(good | change))
+
+
+@pytest.mark.parametrize("backend", kernels.available_backends())
+def test_out_takes_the_result(backend: str) -> None:
+    weight = torch.randn(5, 130)
+    how = {"bits": 3, "group_size": 32, "symmetric": False}
+    with kernels.use_backend(backend):
+        expected = kernels.fake_quantize(weight, **how)
+        out = torch.full_like(weight, torch.nan)
+        assert kernels.fake_quantize(weight, out=out, **how) is out
+        assert torch.equal(out, expected)
+        assert torch.equal(kernels.fake_quantize(weight, out=weight, **how), expected)  # in place
+        assert torch.equal(weight, expected)
+        with pytest.raises(InputError, match=r"out must be contiguous float32 \[5, 130\] on cpu.*\[130, 5\] on cpu came"):
+            kernels.fake_quantize(weight, out=torch.empty(130, 5), **how)

@@ -25,9 +25,9 @@ namespace mpsearch {
 namespace {
 
 // What an item costs on one thread, for deciding how many threads are worth waking (measured, rounded).
-constexpr double kNsPerWeight = 0.5;          // one pass over a weight
-constexpr double kNsPerWeightAndRatio = 0.2;  // one clip ratio tried on a weight
-constexpr double kNsPerBlock = 1.0;           // 8 codes packed or unpacked
+constexpr double kNsPerWeight = 0.25;          // one pass over a weight
+constexpr double kNsPerWeightAndRatio = 0.12;  // one clip ratio tried on a weight
+constexpr double kNsPerBlock = 0.35;           // 8 codes packed or unpacked
 
 // A fresh tensor of 100 MB costs more in page faults, 4 KB each, than its values cost to compute: ask for 2 MB pages.
 // (With them, stores past the caches were measured slower: a page that was just cleared is still cached when it is

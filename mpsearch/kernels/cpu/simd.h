@@ -23,7 +23,6 @@ constexpr int kNative = 4;
 constexpr int kParts = 8 / kNative;
 
 typedef float Floats __attribute__((vector_size(4 * kNative)));
-typedef int32_t Ints __attribute__((vector_size(4 * kNative)));
 
 struct F8 {
     Floats part[kParts];

@@ -17,17 +17,17 @@ constexpr int64_t kChunksPerThread = 8;    // what one thread may have to wait f
 // Calls run(context, chunk) for each chunk in [0, n_chunks), on the caller and up to n_threads - 1 workers.
 void run_chunks(int n_threads, int64_t n_chunks, void (*run)(void*, int64_t), void* context);
 
-// Calls body(begin, end) on parts of [0, count), each item taking about `item_ns`; parts begin at multiples of `align`.
+// Calls body(begin, end) on parts of [0, count), each item taking about `item_ns` on one thread.
 template <class Body>
-void parallel_for(int n_threads, int64_t count, double item_ns, Body&& body, int64_t align = 1) {
+void parallel_for(int n_threads, int64_t count, double item_ns, Body&& body) {
     const double total_ns = item_ns * static_cast<double>(count);
     const auto worthwhile = static_cast<int64_t>(total_ns / (kWorthSharing_ns / 2));
-    const int64_t n_chunks = std::min({worthwhile, n_threads * kChunksPerThread, (count + align - 1) / align});
+    const int64_t n_chunks = std::min({worthwhile, n_threads * kChunksPerThread, count});
     if (n_threads <= 1 || n_chunks < 3) {
         if (count > 0) body(int64_t{0}, count);
         return;
     }
-    const int64_t size = ((count + n_chunks - 1) / n_chunks + align - 1) / align * align;
+    const int64_t size = (count + n_chunks - 1) / n_chunks;
     auto run = [&](int64_t chunk) {
         const int64_t begin = chunk * size, end = std::min(begin + size, count);
         if (begin < end) body(begin, end);
