@@ -190,11 +190,8 @@ def row(what: str, case: str, value: float, unit: str, rival: str, rival_value: 
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
@@ -204,17 +201,17 @@ def markdown(rows: list[dict[str, object]]) -> str:
     lines = [
         f"# bench_quantize, {datetime.date.today().isoformat()}, commit {commit}",
         "",
-        f"{rows[0]['case']}. Medians, rivals interleaved in the same process; ratio > 1: we are faster. Weight [4096, 11008] float32, 4 bits,",
-        "groups of 128, asymmetric, float16 scales; clip search on 1,024 of its rows. The rivals do the same work in PyTorch: `torch eager` as",
-        "one writes it (its search keeps the best scale and zero point only), `torch in place` reusing every buffer it can.",
+        f"{rows[0]['case']}. Medians, rivals interleaved in the same process; ratio > 1: we are faster.",
+        "Weight [4096, 11008] float32, 4 bits, groups of 128, asymmetric, float16 scales; clip search on 1,024 of its rows.",
+        "The rivals do the same work in PyTorch: `torch eager` as one writes it (its search keeps the best scale and zero point only),",
+        "`torch in place` reusing every buffer it can.",
         "",
         "| case | ours | rival | | ratio |",
         "| --- | ---: | --- | ---: | ---: |",
     ]
     for r in rows[1:]:
-        lines.append(
-            f"| {r['case']} | {r['value']:.4g} {r['unit']} | {r['rival']} | {r['rival_value']:.4g} {r['unit']} | {r['ratio']:.3g} |"
-        )
+        theirs = f"{r['rival']} | {r['rival_value']:.4g} {r['unit']} | {r['ratio']:.3g}"
+        lines.append(f"| {r['case']} | {r['value']:.4g} {r['unit']} | {theirs} |")
     return "\n".join(lines) + "\n"
 
 

@@ -138,8 +138,8 @@ def fake_quantize(
     """What `weight` becomes by quantizing: float32 `[rows, columns]`, bit for bit the dequantized result of `quantize`.
 
     Takes and raises what `quantize` does, in one pass over the weight. The result is written to `out` (shaped and stored like
-    `weight`; may be `weight` itself), which for a large weight takes a third of the time of a fresh tensor, whose memory the system
-    must clear first. Where an `InputError` comes of NaN or infinite weights, `out` has been written to.
+    `weight`; may be `weight` itself): for a large weight that takes half the time of a fresh tensor, whose memory the system must
+    clear first. Where an `InputError` comes of NaN or infinite weights, `out` has been written to.
     """
     weight = weight.detach()
     _check_quantize(weight, bits, group_size, symmetric, scale_dtype, ratios, importance)
