@@ -141,7 +141,13 @@ class SearchSpace:
         """Every group in `scheme`, pinned groups in their own choice that comes nearest to it in size."""
         j = self.scheme_names.index(scheme)
         distance = np.where(self.allowed, np.abs(self.storage_bits - self.storage_bits[:, [j]]), np.iinfo(np.int64).max)
+        distance[self.allowed[:, j], j] = -1  # the scheme itself, before others of its size
         return self.allocation(distance.argmin(axis=1))
+
+    def size_bits(self, choice: np.ndarray | None = None) -> int:
+        """Bits of all parameters and buffers under an allocation (scheme indices); `None`: the float model."""
+        searched = 32 * self.numel if choice is None else int(self.storage_bits[np.arange(len(choice)), choice].sum())
+        return searched + self.other_bits
 
     def encode(self, allocation: Allocation) -> str:
         """One character a group."""

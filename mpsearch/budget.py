@@ -13,7 +13,7 @@ from mpsearch.costs.base import Cost, CostTable
 from mpsearch.errors import InputError, did_you_mean
 
 # Costs are sums of floats; an allocation that meets its limit exactly must not fail by their last bit.
-ROUNDING = 1e-9
+ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpsearch.layer import LayerSpec
+from mpsearch.layer import LayerSpec, rows_shape, runs_as_usual
 from mpsearch.progress import phase
 from mpsearch.quantizers.base import InputMoments
 from mpsearch.tasks.base import Task
+from mpsearch.trace import tensors_in
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -29,28 +30,28 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def calibrate(
     model: nn.Module, task: Task, layers: Sequence[LayerSpec], batches: Sequence[tuple[Any, Tensor]]
 ) -> dict[str, InputMoments]:
-    """Layer name -> moments of its input; embeddings, whose input is indices, are left out."""
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
-    weights: dict[str, int] = {}
+    """Module name -> moments of its input, float32 on the CPU.
+
+    Left out are embeddings, whose input is indices, and modules that run a `forward` of their own (a convolution that
+    standardizes its weight, say): their output is not what weight and input alone say.
+    """
+    sums: dict[str, InputMoments] = {}
     hooks = []
 
-    def hook_for(layer: LayerSpec) -> Any:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].detach()
-            n = x.shape[0]
-            mean, second = (_column_means(module, power).double() * n for power in (x, x.square()))
-            if layer.name in sums:
-                mean, second = mean + sums[layer.name][0], second + sums[layer.name][1]
-            sums[layer.name] = (mean, second)
-            weights[layer.name] = weights.get(layer.name, 0) + n
+    def hook_for(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x = next(tensors_in((args, kwargs))).detach()
+            count = output.numel() // rows_shape(module)[0]
+            mean, second = (_column_means(module, y).double().cpu() for y in (x, x.square()))
+            found = InputMoments(mean, second, count)
+            sums[name] = InputMoments.pooled([sums[name], found]) if name in sums else found
 
         return hook
 
-    for layer in layers:
-        for name in layer.modules:
-            module = model.get_submodule(name)
-            if not isinstance(module, nn.Embedding):
-                hooks.append(module.register_forward_pre_hook(hook_for(layer)))
+    for name in (name for layer in layers for name in layer.modules):
+        module = model.get_submodule(name)
+        if not isinstance(module, nn.Embedding) and runs_as_usual(module):
+            hooks.append(module.register_forward_hook(hook_for(name), with_kwargs=True))
     try:
         with phase("calibrate", len(batches)) as advance:
             for inputs, _ in batches:
@@ -59,7 +60,7 @@ def calibrate(
     finally:
         for handle in hooks:
             handle.remove()
-    return {name: InputMoments(*((total / weights[name]).float() for total in both)) for name, both in sums.items()}
+    return {name: InputMoments(m.mean.float(), m.second_moment.float(), m.count) for name, m in sums.items()}
 
 
 def _column_means(module: nn.Module, x: Tensor) -> Tensor:
@@ -70,16 +71,7 @@ def _column_means(module: nn.Module, x: Tensor) -> Tensor:
     groups, kernel = module.groups, module.kernel_size
     x = x.mean(0)  # [channels, *space]
     if isinstance(module, TRANSPOSED):
-        # Each input reaches each kernel offset once, so an output position sees on average (inputs / outputs) of the mean;
-        # what padding crops at the border is not taken off.
-        out = [
-            (n - 1) * s - 2 * p + d * (k - 1) + o + 1
-            for n, s, p, d, k, o in zip(
-                x.shape[1:], module.stride, module.padding, module.dilation, kernel, module.output_padding, strict=True
-            )
-        ]
-        share = x.flatten(1).sum(1) / math.prod(out)
-        return share.reshape(groups, -1, 1).expand(-1, -1, math.prod(kernel)).reshape(groups, -1)
+        return _transposed_means(module, x)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x = F.pad(x[None], module._reversed_padding_repeated_twice, mode=mode)[0]
     spans = [range(0, d * k, d) for k, d in zip(kernel, module.dilation, strict=True)]
@@ -89,3 +81,19 @@ def _column_means(module: nn.Module, x: Tensor) -> Tensor:
         window = tuple(slice(o, o + n, s) for o, n, s in zip(offsets, lengths, module.stride, strict=True))
         columns.append(x[(slice(None), *window)].flatten(1).mean(1))
     return torch.stack(columns, dim=1).reshape(groups, -1)
+
+
+def _transposed_means(module: Any, x: Tensor) -> Tensor:
+    """Input position n reaches output position n * stride + offset * dilation - padding, where that is not cropped."""
+    places = list(
+        zip(x.shape[1:], module.stride, module.padding, module.dilation, module.kernel_size, module.output_padding, strict=True)
+    )
+    out = [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, s, p, d, k, o in places]
+    columns = []
+    for offsets in itertools.product(*map(range, module.kernel_size)):
+        part = x
+        for axis, ((n, s, p, d, _, _), offset, size) in enumerate(zip(places, offsets, out, strict=True), start=1):
+            lands = torch.arange(n, device=x.device) * s + offset * d - p
+            part = part.index_select(axis, ((lands >= 0) & (lands < size)).nonzero()[:, 0])
+        columns.append(part.flatten(1).sum(1) / math.prod(out))
+    return torch.stack(columns, dim=1).reshape(module.groups, -1)

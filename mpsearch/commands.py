@@ -31,7 +31,8 @@ from mpsearch.pick import pick
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.report import SUMMARY_HEADER, draw_sensitivity, summary_rows, write_report
 from mpsearch.result import RunFolder, SearchResult, evaluation_row
-from mpsearch.search import Evaluator
+from mpsearch.samplers.base import seeded
+from mpsearch.search import Evaluator, check_sampler
 from mpsearch.search import search as run_search
 from mpsearch.sensitivity import measure_sensitivity
 from mpsearch.tasks.base import SPLITS, Task
@@ -58,7 +59,7 @@ class Prepared:
             "space": self.space.to_dict(),
             "quality_name": self.task.quality_name,
             "model_name": _short(settings["model"]),
-            "task_name": _short(settings["task"]),
+            "task_name": type(self.task).__name__,
             "model_sha256": self.model_sha256,
             "data_sha256": self.task.fingerprint(),
             "data": {split: self.task.describe(split) for split in ("calibration", "search", "confirm")},
@@ -87,6 +88,8 @@ def prepare(settings: Settings, build: Build) -> Prepared:
     """Build task, model, schemes and quantizers; find the layers. Raises `InputError` for what cannot be searched."""
     device = _device(settings["device"])
     torch.manual_seed(settings["seed"])
+    # TF32 keeps 10 bits of a product: that is more error than an 8-bit weight makes.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     schemes = {name: build(f"scheme.{name}") for name in settings["scheme"] or {}}
     quantizer = build("quantizer")
     quantizers = {name: build(f"quantizer_of.{name}") if name in settings["quantizer_of"] else quantizer for name in schemes}
@@ -101,13 +104,20 @@ def prepare(settings: Settings, build: Build) -> Prepared:
         check_finite(name, parameter.detach())
     sha256 = weights_sha256(model)
     model.to(device)
-    inputs = load_batches(task, "calibration", device)[0][0]
+    inputs, targets = load_batches(task, "calibration", device)[0]
     try:
         with torch.no_grad():
             logits = task.forward(model, inputs)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise InputError(f"The model does not run on the task's input: {' '.join(str(error).split())[:300]}") from error
-    _check_targets(task, logits)
+            _check_output(logits)
+            qualities = task.quality(logits, targets)
+            task.cross_entropy(logits, targets)
+    except InputError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise InputError(f"The model, its input and its targets do not fit together ({what}). Check shapes and types.") from error
+    _check_qualities(qualities, len(logits))
+    _check_targets(task, logits.shape[1])
     folds = fold_batch_norms(model, task.forward, inputs) if settings["fold_batch_norms"] else ()
     layers = trace_layers(model, task.forward, inputs)
     space = SearchSpace.build(layers, schemes, settings.get("pin") or (), other_bits(model, layers))
@@ -120,7 +130,8 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     space = prepared.space
     costs = {name: build(f"cost.{name}") for name in settings["cost"]}
     budgets = read_budgets(settings["budget"], costs, space)
-    sampler = build("sampler")(seed=settings["seed"])
+    sampler = seeded(build("sampler"), settings["seed"])
+    check_sampler(sampler, space, budgets)
     metric: SensitivityMetric = build("metric")
     run = RunFolder(folder)
     with run.locked():
@@ -185,6 +196,10 @@ def sensitivity(settings: Settings, build: Build, folder: Path) -> None:
 
 def report(settings: Settings, build: Build, folder: Path) -> None:
     """Draw the tables, figures and page again from what lies in the folder."""
+    if "n_trials" not in settings:
+        raise InputError(
+            "This folder holds a sensitivity table alone; there is no front to report. Its chart is sensitivity.png."
+        )
     result = SearchResult.load(folder, _schemes(settings, build))
     picked = pick(result)
     page = write_report(result, folder, picked)
@@ -194,6 +209,8 @@ def report(settings: Settings, build: Build, folder: Path) -> None:
 
 def export(settings: Settings, build: Build, folder: Path) -> None:
     """Write the picked point; the path of what was written is the last line printed."""
+    if "n_trials" not in settings:
+        raise InputError("This folder holds a sensitivity table alone; there is no point to export. Run: mpsearch search.")
     result = SearchResult.load(folder, _schemes(settings, build))
     picked = pick(result, **settings["pick"])
     exporter = build("exporter")
@@ -258,29 +275,38 @@ def _device(name: str) -> str:
     return name
 
 
-def _check_targets(task: Task, logits: Any) -> None:
+def _check_output(logits: Any) -> None:
     if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
         came = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
         raise InputError(
             f"The model's output must be logits [samples, classes]; {came} came. Override the task's forward to give them."
         )
+
+
+def _check_qualities(qualities: torch.Tensor, n: int) -> None:
+    if qualities.shape != (n,) or not ((qualities >= 0) & (qualities <= 1)).all():
+        raise InputError(
+            f"The task's quality must be [{n}] numbers from 0 to 1, one a sample; shape {tuple(qualities.shape)} came, from "
+            f"{float(qualities.min()):g} to {float(qualities.max()):g}."
+        )
+
+
+def _check_targets(task: Task, n_classes: int) -> None:
     for split in SPLITS:
         for _, targets in load_batches(task, split, "cpu"):
-            if (
-                not targets.is_floating_point()
-                and len(targets)
-                and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]
-            ):
+            low, high = (
+                (int(targets.min()), int(targets.max())) if targets.numel() and not targets.is_floating_point() else (0, 0)
+            )
+            if low < 0 or high >= n_classes:
                 raise InputError(
-                    f"Labels of the {split} split run from {int(targets.min())} to {int(targets.max())}; the model has "
-                    f"{logits.shape[1]} outputs, so that they must lie in 0..{logits.shape[1] - 1}."
+                    f"Labels of the {split} split run from {low} to {high}; the model has {n_classes} outputs: they must "
+                    f"lie in 0..{n_classes - 1}."
                 )
 
 
 def _short(node: Mapping[str, Any]) -> str:
-    """A model or task in the words of its config: the last part of its target, and its plain settings."""
-    plain = {key: value for key, value in node.items() if not key.startswith("_") and isinstance(value, int | float | str)}
-    words = [f"{key}={value}" for key, value in plain.items() if not str(value).startswith(("/", "."))]
+    """A model in the words of its config: the last part of its target, and its whole numbers: "resnet depth=20"."""
+    words = [f"{key}={value}" for key, value in node.items() if isinstance(value, int) and not isinstance(value, bool)]
     return " ".join([str(node.get("_target_", "?")).rpartition(".")[2], *words])
 
 

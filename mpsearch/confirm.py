@@ -34,9 +34,9 @@ class Confirmed:
     overtaken_surely: bool
 
     @property
-    def as_good_as_float(self) -> bool:
-        """The interval of the drop contains 0: not significantly different."""
-        return self.drop_low <= 0 <= self.drop_high
+    def significant(self) -> bool:
+        """Whether there is a drop beyond chance: its interval lies above 0. That it is not is no proof that there is none."""
+        return self.drop_low > 0
 
 
 def confirm(evaluate: Evaluator, result: SearchResult) -> list[Confirmed]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,13 @@ from mpsearch.tasks.base import Task
 
 FLOAT = Allocation()
 N_RESAMPLES = 2000
+MANY_VALUES = 100
 
 
 class QuantEngine:
     """Scores allocations of `space` on the float `model`, which is left bitwise as it was found.
 
-    `quantizers` maps every scheme's name to its quantizer, `moments` every layer's name to what calibration found. With
+    `quantizers` maps every scheme's name to its quantizer, `moments` the modules' names to what calibration found. With
     `bias_correction` a layer that has a bias gets the shift of its mean output, dW E[x], taken off that bias (Nagel et al. 2019,
     section 4.2): it costs no byte.
     """
@@ -54,6 +56,7 @@ class QuantEngine:
         self._members = {group.name: group.layers for group in space.groups}
         self._modules: dict[str, list[Any]] = {la.name: [model.get_submodule(name) for name in la.modules] for la in space.layers}
         self._packed: dict[tuple[str, str], QuantizedTensor] = {}
+        self._biases: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._dense: OrderedDict[tuple[str, str], list[tuple[Tensor, Tensor]]] = OrderedDict()
         self._dense_bytes = 0
         self._batches: dict[str, list[tuple[Any, Tensor]]] = {}
@@ -74,7 +77,8 @@ class QuantEngine:
         if key not in self._packed:
             try:
                 weight = weight_rows(self._modules[layer][0]).float().cpu()
-                moments = self.moments.get(layer)
+                found = [self.moments[name] for name in self._layers[layer].modules if name in self.moments]
+                moments = InputMoments.pooled(found) if found else None
                 self._packed[key] = self.quantizers[scheme].quantize(weight, self.space.schemes[scheme], moments)
             except InputError as error:
                 raise InputError(f"Layer '{layer}' in scheme '{scheme}': {error}") from error
@@ -82,17 +86,23 @@ class QuantEngine:
 
     def biases(self, layer: str, scheme: str) -> dict[str, Tensor]:
         """Module name -> corrected bias (float32 `[out]`) of the layer in the scheme; empty where none is corrected."""
-        moments = self.moments.get(layer)
-        if not self.bias_correction or moments is None:
-            return {}
-        named = zip(self._layers[layer].modules, self._modules[layer], strict=True)
-        biased = {name: module for name, module in named if getattr(module, "bias", None) is not None}
-        if not biased:
-            return {}
-        weight = weight_rows(self._modules[layer][0]).float().cpu()
-        change = (self.quantized(layer, scheme).dequantize() - weight).reshape(len(moments.mean), -1, moments.mean.shape[1])
-        shift = torch.einsum("krc,kc->kr", change.double(), moments.mean.cpu().double()).flatten()
-        return {name: (module.bias.detach().cpu().double() - shift).float() for name, module in biased.items()}
+        key = (layer, scheme)
+        if key not in self._biases:
+            self._biases[key] = self._correct_biases(layer, scheme) if self.bias_correction else {}
+        return self._biases[key]
+
+    def _correct_biases(self, layer: str, scheme: str) -> dict[str, Tensor]:
+        corrected = {}
+        change: Tensor | None = None
+        for name, module in zip(self._layers[layer].modules, self._modules[layer], strict=True):
+            if getattr(module, "bias", None) is None or name not in self.moments:
+                continue
+            if change is None:
+                change = self.quantized(layer, scheme).dequantize() - weight_rows(module).float().cpu()
+            mean = self.moments[name].mean
+            shift = torch.einsum("krc,kc->kr", change.reshape(len(mean), -1, mean.shape[1]).double(), mean.double()).flatten()
+            corrected[name] = (module.bias.detach().cpu().double() - shift).float()
+        return corrected
 
     def swaps(self, layer: str, scheme: str) -> list[tuple[Tensor, Tensor]]:
         """(parameter, its dense value in the scheme) of the layer's weight and corrected biases; kept while memory allows."""
@@ -101,8 +111,9 @@ class QuantEngine:
             self._dense.move_to_end(key)
             return self._dense[key]
         first = self._modules[layer][0]
-        weight = from_rows(first, self.quantized(layer, scheme).dequantize())
-        swaps = [(first.weight, weight.to(self.device))]
+        # In the parameter's own memory format: another one would run other kernels, and score other last bits than an export.
+        weight = torch.empty_like(first.weight.detach()).copy_(from_rows(first, self.quantized(layer, scheme).dequantize()))
+        swaps = [(first.weight, weight)]
         for name, bias in self.biases(layer, scheme).items():
             module: Any = self.model.get_submodule(name)
             swaps.append((module.bias, bias.to(self.device)))
@@ -134,7 +145,9 @@ class QuantEngine:
         if key not in self._scores:
             targets = torch.cat([target for _, target in self.batches(split)])
             reference = self._logits(FLOAT, split)
-            self._scores[key] = self._compare(self._logits(allocation, split), reference, targets)
+            score = self._compare(self._logits(allocation, split), reference, targets)
+            # Only confirmation compares sample by sample; ten thousand trials' samples would fill the memory.
+            self._scores[key] = score if split == "confirm" else replace(score, qualities=score.qualities[:0])
         return self._scores[key]
 
     @torch.no_grad()
@@ -163,25 +176,27 @@ class QuantEngine:
             loss=max(loss, 0.0) if np.isfinite(loss) else float("inf"),
             cross_entropy=self.task.cross_entropy(logits, targets).double().mean().item(),
             quality=qualities.double().mean().item(),
-            quality_low=max(baseline.double().mean().item() + low, qualities.min().item()),
-            quality_high=min(baseline.double().mean().item() + high, qualities.max().item()),
+            quality_low=baseline.double().mean().item() + low,
+            quality_high=baseline.double().mean().item() + high,
             noise=noise.item() if torch.isfinite(noise) else float("inf"),
+            n_samples=len(qualities),
             qualities=qualities.cpu().numpy(),
         )
 
 
 def paired_interval(differences: np.ndarray) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean of `differences` `[n]`, always with the same resamples.
+    """95 % interval of the mean of `differences` `[n]`: percentile bootstrap, always with the same seed.
 
     Resampling n values that take few distinct ones is a multinomial draw of their counts: exact, and a thousand times cheaper.
+    Where they take many (a quality that is not a hit or a miss), the bootstrap's limit is taken, the normal interval.
     """
     n = len(differences)
     rng = np.random.default_rng(0)
     values, counts = np.unique(differences, return_counts=True)
-    if len(values) <= 100:
-        means = rng.multinomial(n, counts / n, size=N_RESAMPLES) @ values.astype(np.float64) / n
-    else:
-        means = np.array([differences[rng.integers(0, n, n)].mean(dtype=np.float64) for _ in range(N_RESAMPLES)])
+    if len(values) > MANY_VALUES:
+        mean, error = differences.mean(dtype=np.float64), differences.std(ddof=1, dtype=np.float64) / np.sqrt(n)
+        return float(mean - 1.96 * error), float(mean + 1.96 * error)
+    means = rng.multinomial(n, counts / n, size=N_RESAMPLES) @ values.astype(np.float64) / n
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 

@@ -15,8 +15,9 @@ class Score:
 
     `loss` is the mean KL divergence (nats) from the float model's predictions to this one's, `cross_entropy` the mean in nats,
     `quality` the mean of the task's own measure. `quality_low` and `quality_high` bound its 95 % interval *relative to the float
-    model*: a bootstrap of the paired differences on the same samples, laid round the float model's quality. `noise` is the
-    power of the logits' change over the power of the float logits. `qualities` are the samples' own, float32 `[n]`.
+    model*: a bootstrap of the paired differences on the same samples, added to the float model's quality. `noise` is the
+    power of the logits' change over the power of the float logits. `qualities` are the samples' own, float32
+    `[n_samples]`, on the confirm split; elsewhere they are not kept.
     """
 
     loss: float
@@ -25,12 +26,8 @@ class Score:
     quality_low: float
     quality_high: float
     noise: float
+    n_samples: int
     qualities: np.ndarray = field(repr=False, compare=False)
-
-    @property
-    def n_samples(self) -> int:
-        """How many samples were scored."""
-        return len(self.qualities)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,11 @@ def kind_of(module: nn.Module) -> str | None:
     return next((kind for cls, kind in KINDS.items() if isinstance(module, cls)), None)
 
 
+def runs_as_usual(module: nn.Module) -> bool:
+    """Whether the module runs torch's own `forward` of its kind, and not one that a subclass put in its place."""
+    return any(type(module).forward is cls.forward for cls in KINDS)
+
+
 def _is_transposed(module: nn.Module) -> bool:
     return isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
 

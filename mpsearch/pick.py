@@ -23,7 +23,8 @@ def pick(
     """A point of the front (its evaluation on the search split).
 
     The lowest loss within `max_bytes` and `bits` (average, at most); with `min_accuracy` the smallest whose quality on the
-    confirm split (on the search split where nothing was confirmed) is at least that; without any of them the knee.
+    confirm split (on the search split where not all of the front was confirmed) is at least that, which makes that quality a
+    little optimistic, for it was selected on; without any of them the knee.
     """
     front = result.front
     if not front:
@@ -44,7 +45,8 @@ def pick(
         return front[-1]
     least = _number("min_accuracy", min_accuracy)
     confirmed = result.on("confirm")
-    qualities = [confirmed.get(e.allocation, e).quality for e in front]
+    all_confirmed = all(e.allocation in confirmed for e in front)  # else the splits would be mixed
+    qualities = [(confirmed[e.allocation] if all_confirmed else e).quality for e in front]
     good = [e for e, quality in zip(front, qualities, strict=True) if quality >= least]
     if not good:
         best = f"the best has {max(qualities):.4f}"

@@ -95,7 +95,7 @@ def confirm_table(result: SearchResult, confirmed: Sequence[Confirmed]) -> pd.Da
                 "drop": c.drop,
                 "drop_low": c.drop_low,
                 "drop_high": c.drop_high,
-                "as_good_as_float": c.as_good_as_float,
+                "significant": c.significant,
                 "overtaken_by_bytes": c.overtaken_by.size_bytes if c.overtaken_by else "",
                 "overtaken_surely": c.overtaken_surely,
                 "allocation": c.evaluation.allocation.to_json(),
@@ -105,27 +105,34 @@ def confirm_table(result: SearchResult, confirmed: Sequence[Confirmed]) -> pd.Da
     )
 
 
-def summary_rows(result: SearchResult, picked: Evaluation) -> list[tuple[str, str, str, str, str, str]]:
-    """(what, bits, bytes, loss and quality on the search split, quality on the confirm split) of float, uniform and pick."""
+def summary_rows(result: SearchResult, picked: Evaluation) -> list[tuple[str, ...]]:
+    """Of float, uniform and pick: what, bits, bytes; loss and quality on the search split; quality and drop on confirm."""
     confirmed = result.on("confirm")
-    rows = []
+    rows: list[tuple[str, ...]] = []
     named = [("float", result.baseline()), *((f"uniform {s}", e) for s, e in result.uniform), ("picked", picked)]
     for what, e in named:
         if e is None:
             continue
         c = result.baseline("confirm") if e.origin == "float" else confirmed.get(e.allocation)
-        quality = f"{100 * c.quality:.2f} ({100 * c.quality_low:.2f} to {100 * c.quality_high:.2f})" if c else "not measured"
-        rows.append((what, f"{e.average_bits:.2f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", f"{100 * e.quality:.2f}", quality))
+        quality = drop = "not measured"
+        if c is not None:
+            quality = f"{100 * c.quality:.2f}"
+            base = result.baseline("confirm")
+            drop = _drop(base.quality - c.quality, base.quality - c.quality_high, base.quality - c.quality_low) if base else ""
+            drop = "" if e.origin == "float" else drop
+        rows.append(
+            (what, f"{e.average_bits:.2f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", f"{100 * e.quality:.2f}", quality, drop)
+        )
     return rows
 
 
-SUMMARY_HEADER = ("", "bits", "bytes", "KL search", "{q} % search", "{q} % confirm (95 %)")
+SUMMARY_HEADER = ("", "bits", "bytes", "KL search", "{q} % search", "{q} % confirm", "drop, points (95 %)")
 
 
 def run_hypervolume(result: SearchResult) -> float | None:
     """Hypervolume (`pareto.hypervolume`) of the front; `None` where fewer than two uniform allocations were measured."""
     uniform = result.uniform
-    if len(uniform) < 2 or not result.front:
+    if len(uniform) < 2 or not result.front or not np.isfinite(uniform[0][1].loss):
         return None
     reference_bits, reference_kl = uniform[-1][1].average_bits, uniform[0][1].loss
     front = result.front
@@ -153,8 +160,13 @@ def _page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | No
         "",
         _markdown_table([h.format(q=q) for h in SUMMARY_HEADER], summary_rows(result, picked)),
         "",
-        f"Intervals are 95 % bootstrap intervals of the difference to the float model on the same samples. `packed` is "
-        f"{any(e.packed for e in result.evaluations)}: the scores are those of dequantized weights in float32 arithmetic.",
+        "Intervals are 95 % bootstrap intervals of the difference to the float model on the same samples. One without width "
+        f"means that no sample's {q} changed{_resolution(result)}. `packed` is {any(e.packed for e in result.evaluations)}: "
+        "the scores are those of dequantized weights in float32 arithmetic.",
+        "",
+        "## The schemes",
+        "",
+        *[f"- `{name}`: {scheme.describe()}" for name, scheme in space.schemes.items()],
         "",
         "## Which layer got how many bits",
         "",
@@ -183,8 +195,10 @@ def _findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame 
     for scheme, uniform in result.uniform:
         better = [e for e in result.front if e.size_bytes <= uniform.size_bytes and e.loss < uniform.loss]
         if better:
-            gain = uniform.loss / max(better[-1].loss, charts.KL_FLOOR)
-            said.append(f"- Uniform {scheme} is dominated: at no more bytes the search has a loss {gain:.2g} times lower.")
+            said.append(
+                f"- Uniform {scheme} is dominated: at no more bytes the front has a loss of {better[-1].loss:.3g} instead of "
+                f"{uniform.loss:.3g}."
+            )
     volume = run_hypervolume(result)
     if volume is not None:
         said.append(
@@ -192,21 +206,33 @@ def _findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame 
         )
     if confirmed is not None and len(confirmed):
         ours = confirmed[confirmed.scheme == ""]
-        same = ours[ours.as_good_as_float]
+        same = ours[~ours.significant]
         if len(same):
             least = same.iloc[0]
             said.append(
-                f"- From {least.average_bits:.2f} bits on, the front is not significantly different from the float model "
-                f"in {q} on the confirm split (drop {100 * least['drop']:.2f} points, {100 * least.drop_low:.2f} to "
-                f"{100 * least.drop_high:.2f})."
+                f"- The smallest point of the front without a significant drop in {q} on the confirm split "
+                f"has {least.average_bits:.2f} bits (drop {100 * least['drop']:.2f} points, 95 % interval "
+                f"{100 * least.drop_low:.2f} to {100 * least.drop_high:.2f})."
             )
         overtaken = ours[ours.overtaken_by_bytes.notna()]
         surely = int(overtaken.overtaken_surely.sum())
         said.append(
             f"- On the confirm split {len(overtaken)} of {len(ours)} points of the front are overtaken in loss by one that is no "
-            f"larger; for {surely} of them the difference in {q} is more than chance."
+            f"larger; for {surely} of them that one's {q} is higher by more than chance."
         )
     return said
+
+
+def _drop(drop: float, low: float, high: float) -> str:
+    return f"{100 * drop:.2f} ({100 * low:.2f} to {100 * high:.2f})"
+
+
+def _resolution(result: SearchResult) -> str:
+    """The rule of three: n samples without a change leave room for 3 / n of them, at 95 % confidence."""
+    baseline = result.baseline("confirm")
+    if baseline is None or baseline.n_samples == 0:
+        return ""
+    return f": {baseline.n_samples:,} samples cannot tell a change below {300 / baseline.n_samples:.2g} points from none"
 
 
 def _front_markdown(result: SearchResult, confirmed: pd.DataFrame | None, picked: Evaluation) -> str:
@@ -220,11 +246,12 @@ def _front_markdown(result: SearchResult, confirmed: pd.DataFrame | None, picked
         notes = ["picked"] if e.allocation == picked.allocation else []
         drop = ""
         if mark is not None:
-            drop = f"{100 * mark.drop:.2f} ({100 * mark.drop_low:.2f} to {100 * mark.drop_high:.2f})"
-            notes += ["as good as float"] if mark.as_good_as_float else []
+            drop = _drop(mark.drop, mark.drop_low, mark.drop_high)
+            notes += [] if mark.significant else ["no significant drop"]
             if not pd.isna(mark.overtaken_by_bytes):
                 notes.append(
-                    f"overtaken by {int(mark.overtaken_by_bytes):,} bytes" + (", surely" if mark.overtaken_surely else "")
+                    f"overtaken by {int(mark.overtaken_by_bytes):,} bytes"
+                    + (f", whose {q} is surely higher" if mark.overtaken_surely else "")
                 )
         rows.append(
             (f"{e.average_bits:.3f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", f"{100 * e.quality:.2f}", drop, "; ".join(notes))
@@ -253,7 +280,7 @@ def _thin(front: list[Evaluation], picked: Evaluation) -> list[Evaluation]:
 def _limits_bytes(result: SearchResult) -> Mapping[str, float]:
     """Budgets as positions on the size axis, where they are limits on size in any unit."""
     space, limits = result.space, {}
-    whole = 32 * space.numel + space.other_bits
+    whole = space.size_bits()
     for name, limit in result.budgets.items():
         to_bytes = {
             "bytes": limit,
@@ -271,7 +298,7 @@ def _read_confirm(folder: Path) -> pd.DataFrame | None:
         return None
     try:
         table = pd.read_csv(file, dtype={"scheme": str}).fillna({"scheme": ""})
-        table["as_good_as_float"].astype(bool)
+        table["significant"] = table["significant"].astype(bool)
         return table
     except (ValueError, KeyError) as error:
         raise InputError(f"{file} is damaged ({error}). Delete it and confirm again: mpsearch search run={folder}.") from None

@@ -26,11 +26,8 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.layer import LayerGroup, LayerSpec
 from mpsearch.pareto import non_dominated
-from mpsearch.schemes.base import QuantScheme
-from mpsearch.schemes.floating import Float
-from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.base import QuantScheme, scheme_from_fields
 
-SCHEME_CLASSES: dict[str, type[QuantScheme]] = {"Integer": Integer, "Float": Float}
 SENSITIVITY_COLUMNS = ("group", "scheme", "metric", "value", "size_bits")
 ORIGINS = ("float", "uniform", "knapsack", "sampler")
 SPLITS = ("search", "confirm")
@@ -91,7 +88,9 @@ class RunFolder:
         writer = csv.writer(text, lineterminator="\n")
         if new:
             writer.writerow(row.keys())
-        writer.writerow(["" if value is None else repr(value) if isinstance(value, float) else value for value in row.values()])
+        writer.writerow(
+            ["" if value is None else repr(float(value)) if isinstance(value, float) else value for value in row.values()]
+        )
         with open(file, "a", encoding="utf-8") as stream:
             stream.write(text.getvalue())
             stream.flush()
@@ -136,7 +135,8 @@ class RunFolder:
     def read_evaluations(self, space: SearchSpace, quality_name: str) -> list[Evaluation]:
         """All evaluations so far, in the order in which they were made."""
         file = self.path / "evaluations.csv"
-        found = []
+        found: list[Evaluation] = []
+        trials: set[tuple[str, int]] = set()
         for number, row in self.rows("evaluations", evaluation_columns(quality_name)):
             try:
                 found.append(
@@ -159,6 +159,7 @@ class RunFolder:
                         packed=_one_of(row["packed"], ("True", "False")) == "True",
                     )
                 )
+                _check_row(found[-1], space, trials)
             except ValueError as error:
                 raise damaged(file, number, str(error)) from None
         return found
@@ -244,12 +245,8 @@ def read_space(
     """The space that `SearchSpace.to_dict` wrote."""
     try:
         if schemes is None:
-            schemes = {}
-            for name, saved in data["schemes"].items():
-                arguments = {key: value for key, value in saved.items() if key not in ("class", "code")}
-                if saved["class"] not in SCHEME_CLASSES:
-                    raise InputError(f"{file}: scheme '{name}' is a {saved['class']}, which is not ours: pass schemes=.")
-                schemes[name] = SCHEME_CLASSES[saved["class"]](**arguments)
+            saved = {name: {k: v for k, v in fields.items() if k != "code"} for name, fields in data["schemes"].items()}
+            schemes = {name: scheme_from_fields(fields) for name, fields in saved.items()}
         groups = tuple(
             LayerGroup(
                 g["name"],
@@ -282,6 +279,20 @@ def _number(file: Path, line: int, text: str) -> float:
         return float(text)
     except ValueError:
         raise damaged(file, line, f"'{text}' is no number") from None
+
+
+def _check_row(evaluation: Evaluation, space: SearchSpace, trials: set[tuple[str, int]]) -> None:
+    """What a row says of itself must be what its allocation weighs, and no trial stands twice."""
+    choice = space.choice(evaluation.allocation) if evaluation.allocation else None
+    if choice is not None and not space.allowed[np.arange(len(choice)), choice].all():
+        raise ValueError("its allocation has a scheme where it is not allowed")
+    size = (space.size_bits(choice) + 7) // 8
+    if evaluation.size_bytes != size:
+        raise ValueError(f"size_bytes is {evaluation.size_bytes}, but its allocation weighs {size}")
+    if evaluation.trial is not None:
+        if (evaluation.split, evaluation.trial) in trials:
+            raise ValueError(f"trial {evaluation.trial} stands there twice")
+        trials.add((evaluation.split, evaluation.trial))
 
 
 def _one_of(text: str, allowed: Sequence[str]) -> str:

@@ -72,8 +72,7 @@ class Evaluator:
     ) -> Evaluation:
         space = self.engine.space
         choice = space.choice(allocation) if allocation else None
-        bits = 32 * space.numel if choice is None else int(space.storage_bits[np.arange(len(choice)), choice].sum())
-        whole = 32 * space.numel + space.other_bits
+        bits = space.size_bits(choice)
         score = earlier or self.engine.score(allocation, split)
         return Evaluation(
             trial=trial,
@@ -85,9 +84,9 @@ class Evaluator:
             quality=score.quality,
             quality_low=score.quality_low,
             quality_high=score.quality_high,
-            size_bytes=(bits + space.other_bits + 7) // 8,
-            average_bits=bits / space.numel,
-            fraction=(bits + space.other_bits) / whole,
+            size_bytes=(bits + 7) // 8,
+            average_bits=(bits - space.other_bits) / space.numel,
+            fraction=bits / space.size_bits(),
             feasible=choice is None or all(budget.allows(choice) for budget in self.budgets),
             n_samples=score.n_samples,
             seconds=time.perf_counter() - start,
@@ -119,8 +118,7 @@ def search(
 
     origins = dict.fromkeys(within, "uniform") | dict.fromkeys(knapsack_seeds(space, losses, budgets, n_seeds), "knapsack")
     origins.update(dict.fromkeys(within, "uniform"))
-    tables = [compact(space, budget.table.values) for budget in budgets]
-    proposer = Repaired(sampler, names, space.choices, compact(space, losses), tables, [budget.room for budget in budgets])
+    proposer = _within_budgets(sampler, space, losses, budgets)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=proposer)
     for allocation in origins:
         study.enqueue_trial(dict(allocation))
@@ -140,6 +138,18 @@ def search(
     for allocation in uniform:  # also those that the trials did not reach
         evaluate(allocation, "uniform")
     return evaluate.evaluations
+
+
+def check_sampler(sampler: optuna.samplers.BaseSampler, space: SearchSpace, budgets: Sequence[Budget]) -> None:
+    """Raise `InputError` where the sampler cannot search this space, or no allocation is within all budgets together."""
+    _within_budgets(sampler, space, np.where(space.allowed, 0.0, np.inf), budgets)
+
+
+def _within_budgets(
+    sampler: optuna.samplers.BaseSampler, space: SearchSpace, losses: np.ndarray, budgets: Sequence[Budget]
+) -> Repaired:
+    tables = [compact(space, budget.table.values) for budget in budgets]
+    return Repaired(sampler, space.names, space.choices, compact(space, losses), tables, [budget.room for budget in budgets])
 
 
 def compact(space: SearchSpace, table: np.ndarray) -> np.ndarray:
@@ -167,7 +177,7 @@ def knapsack_seeds(space: SearchSpace, losses: np.ndarray, budgets: Sequence[Bud
     # A budget on size (in whichever unit) moves the upper end, so that all seeds fall on this side of it.
     for budget in budgets:
         scale = (budget.table.values / bits).max()
-        if np.allclose(budget.table.values, scale * bits):
+        if np.allclose(budget.table.values, scale * bits, atol=0):
             high = min(high, int(budget.room / scale))
     found = []
     order = sorted(range(n), key=lambda i: f"{i:b}"[::-1])

@@ -14,6 +14,7 @@ import pytest
 
 import mpsearch
 from mpsearch import cli
+from mpsearch.cli.words import saved
 from mpsearch.errors import InputError
 
 # A fresh interpreter in which a command prints what it was given instead of working.
@@ -217,7 +218,7 @@ def test_settings_are_plain_and_saved(door: Door) -> None:
     assert settings["scheme"]["w4"]["group_size"] == 32
     assert settings["pin"] == ["conv1:w8", "layer3.*:w4|w8"]
     assert folder.is_absolute()
-    assert cli._saved(folder) == settings
+    assert saved(folder) == settings
 
 
 def test_quick_successive_runs_do_not_collide(door: Door) -> None:
@@ -232,7 +233,7 @@ def test_a_run_is_not_overwritten(door: Door) -> None:
     ended = door("search", "hydra.run.dir=reports/a", "seed=2")
     assert ended.code == 2
     assert "already holds a run" in ended.err
-    assert cli._saved(Path("reports/a"))["seed"] == 1
+    assert saved(Path("reports/a"))["seed"] == 1
 
 
 def test_multirun_goes_on_after_a_mistake(door: Door) -> None:
@@ -367,7 +368,7 @@ class TestRun:
             assert door("search", word).code == 0
             assert door.last.folder == run
             assert door.last.settings == before | {"run": str(run)}
-            assert cli._saved(run) == before
+            assert saved(run) == before
         assert [path.name for path in (tmp_path / "reports").iterdir()] == ["a"]
 
     def test_what_may_differ_is_kept(self, run: Path, door: Door) -> None:
@@ -385,7 +386,7 @@ class TestRun:
             )
         assert "--multirun" in door("search", "run=reports/a", "--multirun").err
         assert "n_trials must be" in door("search", "run=reports/a", "n_trials=x").err
-        assert cli._saved(run)["n_trials"] == 7
+        assert saved(run)["n_trials"] == 7
 
     def test_shows_the_saved_config(self, run: Path, door: Door) -> None:
         assert "\nseed: 3\n" in door("search", "--cfg", "job", "run=reports/a", "device=cuda").out
@@ -424,14 +425,14 @@ class TestRun:
         assert door("report", "run=s").code == 0
 
     def test_report_and_export_see_the_settings_of_the_run(self, run: Path, door: Door, tmp_path: Path) -> None:
-        saved = cli._saved(run)
+        before = saved(run)
         assert door("report", "run=reports/a").code == 0
-        assert door.last.settings == saved | {"run": str(run)}
+        assert door.last.settings == before | {"run": str(run)}
         assert door("export", "run=reports/a", "pick.max_bytes=120kB", "pick.bits=3.2", "device=cuda").code == 0
         assert door.last.settings["pick"] == {"max_bytes": "120kB", "bits": 3.2, "min_accuracy": None}
         assert door.last.settings["exporter"]["_target_"].startswith("mpsearch.exporters.")
         assert (door.last.settings["device"], door.last.settings["seed"]) == ("cuda", 3)
-        assert cli._saved(run) == saved
+        assert saved(run) == before
         assert "Did you mean 'pick.max_bytes'" in door("export", "run=reports/a", "max_bytes=1").err
         assert [path.name for path in (tmp_path / "reports").iterdir()] == ["a"]
 

@@ -57,7 +57,7 @@ def test_drops_are_paired_with_the_float_model(searched):
         assert c.drop == pytest.approx(baseline.quality - score.quality)
         assert c.drop_low == pytest.approx(max(-high, baseline.quality - 1))
         assert c.drop_high == pytest.approx(min(-low, baseline.quality))
-        assert c.as_good_as_float == (c.drop_low <= 0 <= c.drop_high)
+        assert c.significant == (c.drop_low > 0)
 
 
 def test_what_is_overtaken_is_marked(searched):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-import numpy as np
-
 from mpsearch.allocation import SearchSpace
 from mpsearch.costs.base import Cost, CostTable
 from mpsearch.errors import InputError
@@ -23,11 +21,6 @@ def parse_bytes(text: str | float) -> int:
         return int(float(match[1]) * UNITS[match[2]])
     except (ValueError, KeyError, OverflowError):
         raise InputError(f"'{text}' is no size. Write bytes, or a number with one of {', '.join(list(UNITS)[1:])}.") from None
-
-
-def bits_of(space: SearchSpace, choice: np.ndarray) -> int:
-    """Bits of the searched groups as stored."""
-    return int(space.storage_bits[np.arange(len(space.groups)), choice].sum())
 
 
 @dataclass(frozen=True)
@@ -67,5 +60,5 @@ class Fraction(Cost):
 
     def table(self, space: SearchSpace) -> CostTable:
         """Each group's share of the float32 size."""
-        whole = 32 * space.numel + space.other_bits
+        whole = space.size_bits()
         return CostTable(self.name, self.column, space.storage_bits / whole, space.other_bits / whole)

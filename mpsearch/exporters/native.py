@@ -23,7 +23,8 @@ from mpsearch.evaluation import Evaluation
 from mpsearch.exporters.base import Exporter, Picked
 from mpsearch.fold import apply_folds
 from mpsearch.layer import from_rows, weights_sha256
-from mpsearch.result import SCHEME_CLASSES, write_atomically
+from mpsearch.result import write_atomically
+from mpsearch.schemes.base import scheme_from_fields
 
 FORMAT, VERSION = "mpsearch-allocation", 1
 
@@ -101,8 +102,7 @@ class ExportedAllocation:
         model.eval()
         apply_folds(model, [(layer, norm) for layer, norm in self.data["folded_batch_norms"]])
         for name, layer in self.data["layers"].items():
-            fields = {key: value for key, value in layer["scheme"].items() if key not in ("name", "class")}
-            scheme = SCHEME_CLASSES[layer["scheme"]["class"]](**fields)
+            scheme = scheme_from_fields({key: value for key, value in layer["scheme"].items() if key != "name"})
             stored = {key: self.tensors[f"{name}.{key}"] for key in layer["tensors"]}
             module: Any = model.get_submodule(layer["modules"][0])
             module.weight.copy_(from_rows(module, scheme.dequantize(stored, tuple(layer["shape"]))))

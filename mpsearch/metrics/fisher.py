@@ -13,6 +13,7 @@ Fisher and not the empirical one (Kunstner et al. 2019). Runs on the calibration
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,51 +43,54 @@ class Fisher(SensitivityMetric):
                 module = engine.model.get_submodule(name)
                 layer = next(layer for layer in engine.space.layers if name in layer.modules)
                 for scheme in [s for other, s in sums if other == layer.name]:
-                    sums[layer.name, scheme] += sum(_half_square(engine, module, layer.name, scheme, x, g) for x, g in calls)
+                    sums[layer.name, scheme] += sum(_half_square(engine, module, layer.name, scheme, call) for call in calls)
         for group, scheme in pairs:
             yield sum(sums[layer.name, scheme] for layer in layers[group]) / n_samples
 
 
-def _calls_with_gradients(engine: QuantEngine, inputs: Any, generator: torch.Generator) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """Module name -> (input, gradient of the summed negative log-likelihood at the output) of each of its calls."""
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {}
+@dataclass(frozen=True)
+class _Call:
+    """What a module was called with, what came out, and the gradient of the summed negative log-likelihood there."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+    gradient: Tensor | None = None
+
+
+def _calls_with_gradients(engine: QuantEngine, inputs: Any, generator: torch.Generator) -> dict[str, list[_Call]]:
+    """Module name -> its calls."""
+    calls: list[tuple[str, _Call]] = []
     hooks = []
-    for layer in engine.space.layers:
-        for name in layer.modules:
+    for name in (name for layer in engine.space.layers for name in layer.modules):
 
-            def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = name) -> Tensor:
-                output = output if output.requires_grad else output.detach().requires_grad_()
-                calls.setdefault(name, []).append((args[0].detach(), output))
-                return output.clone()  # what follows may work in place
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> Tensor:
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            calls.append((name, _Call(args, kwargs, output)))
+            return output.clone()  # what follows may work in place
 
-            hooks.append(engine.model.get_submodule(name).register_forward_hook(hook))
+        hooks.append(engine.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
     try:
         with torch.enable_grad():
             logits = engine.task.forward(engine.model, inputs)
             labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
             loss = F.cross_entropy(logits, labels, reduction="sum")
-            outputs = [output for name in calls for _, output in calls[name]]
-            gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
+            gradients = torch.autograd.grad(loss, [call.output for _, call in calls], allow_unused=True)
     finally:
         for handle in hooks:
             handle.remove()
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for name, pairs in calls.items():
-        found[name] = [(x, g if g is not None else torch.zeros_like(y)) for (x, y), g in zip(pairs, gradients, strict=False)]
+    found: dict[str, list[_Call]] = {}
+    for (name, call), gradient in zip(calls, gradients, strict=True):
+        found.setdefault(name, []).append(replace(call, gradient=gradient))
     return found
 
 
 @torch.no_grad()
-def _half_square(engine: QuantEngine, module: Any, layer: str, scheme: str, x: Tensor, gradient: Tensor) -> float:
-    """1/2 sum (g * dy)^2 over a batch, dy from running the module with the *change* of its weight and bias."""
-    change = {
-        name: value - parameter for parameter, value in engine.swaps(layer, scheme) for name in _names_of(module, parameter)
-    }
-    if getattr(module, "bias", None) is not None and "bias" not in change:
-        change["bias"] = torch.zeros_like(module.bias)
-    delta = torch.func.functional_call(module, change, (x,))
-    return 0.5 * (delta * gradient).double().square().sum().item()
-
-
-def _names_of(module: nn.Module, parameter: Tensor) -> list[str]:
-    return [name for name, own in module.named_parameters(recurse=False) if own is parameter]
+def _half_square(engine: QuantEngine, module: nn.Module, layer: str, scheme: str, call: _Call) -> float:
+    """1/2 sum (g * dy)^2 over a batch, dy from running the module with the quantized weight and the corrected bias."""
+    if call.gradient is None:  # what came out reached no logit
+        return 0.0
+    own = dict(module.named_parameters(recurse=False))
+    swapped = {name: value for parameter, value in engine.swaps(layer, scheme) for name, p in own.items() if p is parameter}
+    delta = torch.func.functional_call(module, swapped, call.args, call.kwargs) - call.output
+    return 0.5 * (delta * call.gradient).double().square().sum().item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from mpsearch import kernels
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
-from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import SCALE_DTYPES, Integer
 
 
@@ -19,11 +19,21 @@ class InputMoments:
     """What calibration tells of a layer's input, for each group of a grouped convolution (`k` groups, else 1).
 
     `mean` and `second_moment` are float32 `[k, columns]`: the mean of each input value that meets a column of the weight
-    matrix, and of its square, over the calibration data and all output positions (padding counted as the zeros it is).
+    matrix, and of its square, over the `count` output positions of the calibration data (padding counted as the zeros it is).
     """
 
     mean: Tensor
     second_moment: Tensor
+    count: int = 1
+
+    @classmethod
+    def pooled(cls, found: Sequence[InputMoments]) -> InputMoments:
+        """Of several modules that own one weight, each counted by its `count` of output positions."""
+        count = sum(moments.count for moments in found)
+        shares = [moments.count / count for moments in found]
+        mean = sum((share * moments.mean for share, moments in zip(shares, found, strict=True)), torch.tensor(0.0))
+        second = sum((share * moments.second_moment for share, moments in zip(shares, found, strict=True)), torch.tensor(0.0))
+        return cls(mean, second, count)
 
 
 class Quantizer(ABC):
@@ -39,21 +49,8 @@ class Quantizer(ABC):
         """
 
     def quantize(self, weight: Tensor, scheme: QuantScheme, moments: InputMoments | None = None) -> QuantizedTensor:
-        """`weight` (float32, output channels first) as `scheme` stores it; a float scheme is rounded to nearest."""
-        if isinstance(scheme, Float):
-            return scheme.quantize(weight)
-        assert isinstance(scheme, Integer), scheme
-        shape = tuple(weight.shape)
-        rows, columns, group_size = scheme.grid(shape)
-        importance = None if moments is None else moments.second_moment
-        if importance is not None and scheme.group_size == "tensor":
-            importance = importance.repeat_interleave(shape[0] // importance.shape[0], dim=0).reshape(1, columns)
-        matrix = weight.reshape(rows, columns).contiguous()
-        codes, scales, zero_points = self.codes(matrix, scheme, group_size, importance)
-        tensors = {"codes": kernels.pack(codes, scheme.bits), "scales": scales}
-        if zero_points is not None:
-            tensors["zero_points"] = zero_points
-        return QuantizedTensor(scheme, shape, tensors)
+        """`weight` (float32, output channels first) as `scheme` stores it; errors weigh by the input's second moment."""
+        return scheme.quantize(weight, self.codes, None if moments is None else moments.second_moment)
 
 
 def kernel_codes(

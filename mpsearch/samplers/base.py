@@ -15,6 +15,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 
+from mpsearch.errors import InputError
+
 
 def distributions(groups: Sequence[str], choices: Sequence[Sequence[str]]) -> dict[str, BaseDistribution]:
     """The search space as Optuna wants it: per group, in order, the names of the schemes that it may take."""
@@ -25,4 +27,7 @@ def seeded(make: Callable[..., BaseSampler], seed: int) -> BaseSampler:
     """`make(seed=seed)`, without the note that some of Optuna's samplers may change in a later release."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        return make(seed=seed)
+        try:
+            return make(seed=seed)
+        except TypeError as error:
+            raise InputError(f"The sampler cannot be made: {error}. Give its arguments as +sampler.NAME=VALUE.") from error

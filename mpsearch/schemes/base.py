@@ -7,12 +7,19 @@ A scheme says what is stored; how the codes and scales are found is the quantize
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from mpsearch.errors import InputError
+
+# (matrix, scheme, group size, importance) -> (codes, scales, zero points or None): the quantizer's `codes`.
+FindCodes = Callable[[Tensor, Any, int, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,13 @@ class QuantScheme(ABC):
     @abstractmethod
     def storage_bits(self, shape: tuple[int, ...]) -> int:
         """Bits of a weight of `shape` (output channels first) as stored: codes, scales, zero points, padding to bytes."""
+
+    @abstractmethod
+    def quantize(self, weight: Tensor, codes: FindCodes, importance: Tensor | None) -> QuantizedTensor:
+        """`weight` (float32, output channels first) as stored; `codes` is the quantizer's, for schemes that leave a choice.
+
+        `importance` float32 `[k, columns]` (output channels divide by k) weighs squared errors; `None` weighs all alike.
+        """
 
     @abstractmethod
     def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -52,3 +66,14 @@ class QuantizedTensor:
     def dequantize(self) -> Tensor:
         """The weight that these codes stand for: float32, `shape`."""
         return self.scheme.dequantize(self.tensors, self.shape)
+
+
+def scheme_from_fields(fields: Mapping[str, Any]) -> QuantScheme:
+    """The scheme whose `fields()` these are: a class of this shelf, or any other that has been imported; else `InputError`."""
+    package = importlib.import_module("mpsearch.schemes")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"mpsearch.schemes.{module.name}")
+    classes = {cls.__name__: cls for cls in QuantScheme.__subclasses__()}
+    if fields["class"] not in classes:
+        raise InputError(f"'{fields['class']}' is no known scheme. Import the module that defines it first, or pass schemes=.")
+    return classes[fields["class"]](**{key: value for key, value in fields.items() if key != "class"})

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import InputError
-from mpsearch.schemes.base import QuantizedTensor, QuantScheme
+from mpsearch.schemes.base import FindCodes, QuantizedTensor, QuantScheme
 
 FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -30,7 +30,7 @@ class Float(QuantScheme):
         """The format's bits for each weight."""
         return 8 * FORMATS[self.format].itemsize * math.prod(shape)
 
-    def quantize(self, weight: Tensor) -> QuantizedTensor:
+    def quantize(self, weight: Tensor, codes: FindCodes | None = None, importance: Tensor | None = None) -> QuantizedTensor:
         """`weight` (float32, any shape) rounded to nearest; a value beyond float16's 65,504 is an `InputError`."""
         values = weight.to(FORMATS[self.format], copy=True)
         if not torch.isfinite(values).all():

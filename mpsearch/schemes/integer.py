@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpsearch import kernels
 from mpsearch.errors import InputError
-from mpsearch.schemes.base import QuantScheme
+from mpsearch.schemes.base import FindCodes, QuantizedTensor, QuantScheme
 
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -58,6 +58,18 @@ class Integer(QuantScheme):
         n_groups = rows * math.ceil(columns / group_size)
         codes = 8 * math.ceil(rows * columns * self.bits / 8)
         return codes + n_groups * (8 * SCALE_DTYPES[self.scale_dtype].itemsize + (0 if self.symmetric else 8))
+
+    def quantize(self, weight: Tensor, codes: FindCodes, importance: Tensor | None) -> QuantizedTensor:
+        """The quantizer's codes, packed, with its scales and zero points."""
+        shape = tuple(weight.shape)
+        rows, columns, group_size = self.grid(shape)
+        if importance is not None and self.group_size == "tensor":
+            importance = importance.repeat_interleave(shape[0] // importance.shape[0], dim=0).reshape(1, columns)
+        found, scales, zero_points = codes(weight.reshape(rows, columns).contiguous(), self, group_size, importance)
+        tensors = {"codes": kernels.pack(found, self.bits), "scales": scales}
+        if zero_points is not None:
+            tensors["zero_points"] = zero_points
+        return QuantizedTensor(self, shape, tensors)
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """`(code - zero_point) * scale`, float32."""

@@ -40,7 +40,7 @@ class Task(ABC):
         return model(inputs)
 
     def quality(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Quality of each sample, float32 [n], higher is better; here 1 where the largest logit is the target's, else 0."""
+        """Quality of each sample, float32 [n] from 0 to 1, higher is better; here 1 where the largest logit is the target's."""
         return (logits.argmax(-1) == targets).float()
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:

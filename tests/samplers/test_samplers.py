@@ -18,7 +18,16 @@ from mpsearch.samplers.repaired import Repaired
 
 CONF = Path(__file__).parents[2] / "conf" / "sampler"
 MAKERS = {path.stem: OmegaConf.load(path) for path in sorted(CONF.glob("*.yaml"))}
-NAMES = [name for name, conf in MAKERS.items() if conf._target_.startswith("optuna.")]
+NAMES = [
+    name
+    for name, conf in MAKERS.items()
+    if str(
+        conf.get(
+            "_target_",
+            "",
+        )
+    ).startswith("optuna.")
+]
 
 GROUPS = ["conv1", "layer1.0", "layer1.1", "pinned", "layer2.0", "fc"]
 CHOICES = [("w2", "w4", "w8"), ("w2", "w4", "w8"), ("w2", "w4"), ("w8",), ("w2", "w3", "w4", "w8"), ("w4", "w8")]

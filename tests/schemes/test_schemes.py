@@ -12,8 +12,7 @@ from omegaconf import OmegaConf
 
 from mpsearch.errors import InputError
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
-from mpsearch.result import SCHEME_CLASSES
-from mpsearch.schemes.base import QuantizedTensor, QuantScheme
+from mpsearch.schemes.base import QuantizedTensor, QuantScheme, scheme_from_fields
 from mpsearch.schemes.floating import FORMATS, Float
 from mpsearch.schemes.integer import Integer
 
@@ -32,7 +31,7 @@ def test_the_shelf(path):
     fields = scheme.fields()
     assert set(config) - {"_target_"} == set(fields) - {"class"}, "a YAML spells every field"
     assert json.loads(json.dumps(fields)) == fields
-    assert SCHEME_CLASSES[fields.pop("class")](**fields) == scheme
+    assert scheme_from_fields(fields) == scheme
     assert scheme.describe()
     torch.manual_seed(0)
     for shape in SHAPES:

@@ -1,0 +1,157 @@
+"""The front door: `mpsearch <command> [key=value ...]`; this package is the only one that imports Hydra and OmegaConf.
+
+The first word is the command; the rest is Hydra's, composed from `conf/<command>.yaml`. What the user got wrong leaves as one
+sentence with exit code 2. Here is the story of a call; what it takes is next door: `words` before Hydra composes, `build` after
+it has, `refusals` when it would not. Everything heavy is imported late, so that `--help` and a typo answer at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpsearch.cli.build import build_object, check, plain_settings
+from mpsearch.cli.refusals import CONF, one_line, sentence
+from mpsearch.cli.words import complete, prepare, save, saved
+from mpsearch.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+COMMANDS = {
+    "search": "find how many bits each layer should get; go on with an interrupted run",
+    "sensitivity": "measure how much each layer minds each scheme: the table and its chart",
+    "report": "draw the tables, figures and page of a run again",
+    "export": "write a point of a run's front to a file for another runtime",
+}
+USAGE = f"""\
+usage: mpsearch <command> [key=value ...]
+
+commands
+{os.linesep.join(f"  {name:<12} {line}" for name, line in COMMANDS.items())}
+
+examples
+  mpsearch search
+  mpsearch search model=resnet20 task=cifar10 task.data_dir=data/cifar10 n_trials=200 budget.bytes=120kB
+  mpsearch search --multirun budget.bits=2.5,3,4 sampler=tpe,nsga2
+  mpsearch search run=reports/<interrupted run>
+  mpsearch export run=reports/<run> pick.max_bytes=120kB
+
+mpsearch <command> --help lists all there is to choose from; --cfg job shows what would run.
+eval "$(mpsearch -sc install=bash)" completes with the tab key (fish: install=fish)."""
+
+
+@dataclass
+class Job:
+    """What `main` has to know of the run when it ends."""
+
+    command: str
+    wants_traceback: bool
+    is_completion: bool = False
+    resumed: bool = False
+    started: bool = False
+    failed: bool = False
+    folder: Path | None = None
+
+
+def main() -> None:
+    """The console script."""
+    words = sys.argv[1:] or ["--help"]
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
+    job = Job(words[0], wants_traceback=before == "1")
+    try:
+        _dispatch(job, words)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        again = f" Go on with: mpsearch search {shlex.quote(f'run={os.path.relpath(job.folder)}')}" if job.folder else ""
+        _say("interrupted." + again)
+        sys.exit(130)
+    except Exception as error:
+        said = str(error) if isinstance(error, InputError) else None if job.started else sentence(error, job.command)
+        if said is None or job.wants_traceback:
+            raise
+        if not job.is_completion:
+            _say(said)
+        job.failed = True
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR") if before is None else os.environ.update(HYDRA_FULL_ERROR=before)
+    if job.failed:
+        sys.exit(2)
+
+
+def _dispatch(job: Job, words: list[str]) -> None:
+    if words[0] in ("-h", "--help", "--version"):
+        print(_version() if words[0] == "--version" else USAGE, flush=True)
+        return
+    if words[0] in ("-sc", "--shell-completion"):
+        words = complete(words, COMMANDS)
+        if not words:
+            return
+        job.command, job.is_completion = words[0], True
+    if job.command not in COMMANDS:
+        raise InputError(f"There is no command '{job.command}'.{did_you_mean(job.command, COMMANDS)}")
+    import hydra
+
+    sys.path.insert(0, os.getcwd())  # where the user's own models and tasks are
+    overrides, job.resumed = prepare(job.command, words[1:])
+    sys.argv = ["mpsearch", *overrides]
+
+    def task(config: DictConfig) -> None:
+        _run(job, config)
+
+    hydra.main(version_base="1.3", config_path=CONF, config_name=job.command)(task)()
+
+
+def _run(job: Job, config: DictConfig) -> None:
+    """Hydra's task function: hands plain settings, a way to build their objects, and the run's folder to the command."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    if hydra.mode == RunMode.MULTIRUN:
+        print(f"#{hydra.job.num}: {' '.join(hydra.overrides.task)}", flush=True)
+    is_new = not any(folder.iterdir())
+    job.started, job.folder = True, None
+    try:
+        settings = plain_settings(config)
+        if job.command in ("report", "export"):
+            settings = saved(folder) | {key: value for key, value in settings.items() if value is not None}
+        else:
+            check(settings)
+            if not job.resumed and (folder / "config.yaml").exists():
+                raise InputError(f"'{folder}' already holds a run. Go on with it by run=, or choose another folder.")
+            save(settings | ({"run": None} if "run" in settings else {}), folder / "config.yaml")
+        job.folder = folder if job.command == "search" else None
+        from mpsearch import commands
+
+        getattr(commands, job.command)(settings, functools.partial(build_object, OmegaConf.create(settings)), folder)
+    except InputError as error:
+        if job.wants_traceback:
+            raise
+        _say(str(error))
+        job.failed = True  # not raised: the other runs of a --multirun go on
+        if is_new and {path.name for path in folder.iterdir()} <= {"config.yaml"}:
+            (folder / "config.yaml").unlink(missing_ok=True)
+            folder.rmdir()
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"mpsearch {version('mpsearch')}"
+    except PackageNotFoundError:
+        return "mpsearch, not installed"
+
+
+def _say(text: str) -> None:
+    print(f"mpsearch: {one_line(text)}", file=sys.stderr)
