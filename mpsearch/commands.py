@@ -5,6 +5,7 @@ Everything that a user may have got wrong is checked before anything is measured
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -37,6 +38,8 @@ from mpsearch.search import search as run_search
 from mpsearch.sensitivity import measure_sensitivity
 from mpsearch.tasks.base import SPLITS, Task
 from mpsearch.trace import trace_layers
+
+FILE_WIDTH = 120
 
 Settings = Mapping[str, Any]
 Build = Callable[..., Any]
@@ -190,7 +193,7 @@ def sensitivity(settings: Settings, build: Build, folder: Path) -> None:
         shown.add_column(column, justify="left" if column == "layer" else "right")
     for name, values in zip(space.names, table.values, strict=True):
         shown.add_row(name, *(f"{value:.3g}" for value in values))
-    Console().print(shown)
+    _stdout().print(shown)
     _paths(folder, folder / "sensitivity.csv", "sensitivity.png")
 
 
@@ -249,7 +252,12 @@ def _summary(result: SearchResult, picked: Evaluation) -> None:
         table.add_column(column.format(q=result.quality_name), justify="right" if i else "left")
     for row in summary_rows(result, picked):
         table.add_row(*row)
-    Console().print(table)
+    _stdout().print(table)
+
+
+def _stdout() -> Console:
+    """Tables keep their width in a file or a pipe, where nobody knows how wide a line may be."""
+    return Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 
 
 def _paths(folder: Path, page: Path, *names: str) -> None:
