@@ -73,16 +73,18 @@ def lower_bound(loss: ArrayLike, cost: ArrayLike, limit: float) -> float:
     return float((loss + price * cost).min(1).sum() - price * limit) if price > 0 else total(loss, _walk(steps, taken))
 
 
-def front(loss: ArrayLike, cost: ArrayLike, n: int) -> list[Choice]:
-    """At most `n` (2 or more) optimal allocations, distinct, ascending in cost, strictly falling in loss.
+def front(loss: ArrayLike, cost: ArrayLike, n: int, limit: float = np.inf) -> list[Choice]:
+    """At most `n` (2 or more) optimal allocations within `limit`, distinct, ascending in cost, strictly falling in loss.
 
-    Their limits are evenly spread in cost from the cheapest allocation to the one of lowest loss, both of which are in it.
+    Their own limits are evenly spread in cost from the cheapest allocation to the one of lowest loss, both of which are in it.
     """
     if n < 2:
         raise ValueError(f"A front has two ends: n must be 2 or more, not {n}.")
     loss, cost = _checked(loss, cost)
     steps = _upward(loss, cost)
     cheapest, best = steps.start, _walk(steps, len(steps.group))
+    if total(cost, best) > limit:
+        best = _solve(loss, cost, limit, steps, MAX_STATES)
     limits = np.linspace(total(cost, cheapest), total(cost, best), n)[1:-1]
     found = [_solve(loss, cost, limit, steps, MAX_STATES) for limit in limits]
     found.sort(key=lambda choice: (total(cost, choice), total(loss, choice)))

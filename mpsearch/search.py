@@ -18,7 +18,7 @@ from mpsearch.budget import Budget
 from mpsearch.engine import FLOAT, QuantEngine
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
-from mpsearch.knapsack import repair, solve
+from mpsearch.knapsack import front, repair
 from mpsearch.progress import phase
 from mpsearch.samplers.base import distributions
 from mpsearch.samplers.repaired import Repaired
@@ -162,26 +162,19 @@ def compact(space: SearchSpace, table: np.ndarray) -> np.ndarray:
 
 
 def knapsack_seeds(space: SearchSpace, losses: np.ndarray, budgets: Sequence[Budget], n: int) -> list[Allocation]:
-    """At most `n` exact solutions of the additive problem, spread over the sizes that the budgets allow.
+    """At most `n` (0, or 2 and more) exact solutions of the additive problem, spread over the sizes that the budgets allow.
 
     Ordered so that any first few are spread too (van der Corput): a short run sees the whole front.
     """
-    if n <= 0:
+    if n < 2:
         return []
-    bits = space.storage_bits
-    smallest = np.where(space.allowed, bits, np.iinfo(np.int64).max)
-    low = int(smallest.min(axis=1).sum())
-    best = losses.argmin(axis=1)
-    high = int(bits[np.arange(len(best)), best].sum())
-    tables, limits = [budget.table.values for budget in budgets], [budget.room for budget in budgets]
+    bits, limit = space.storage_bits, np.inf
     # A budget on size (in whichever unit) moves the upper end, so that all seeds fall on this side of it.
     for budget in budgets:
         scale = (budget.table.values / bits).max()
         if np.allclose(budget.table.values, scale * bits, atol=0):
-            high = min(high, int(budget.room / scale))
-    found = []
-    order = sorted(range(n), key=lambda i: f"{i:b}"[::-1])
-    for limit in np.linspace(low, max(high, low), n)[order]:
-        choice = solve(losses, bits, int(limit))
-        found.append(space.allocation(repair(choice, losses, tables, limits) if budgets else choice))
-    return list(dict.fromkeys(found))
+            limit = min(limit, budget.room / scale)
+    found = front(losses, bits, n, limit)
+    tables, rooms = [budget.table.values for budget in budgets], [budget.room for budget in budgets]
+    spread = sorted(range(len(found)), key=lambda i: f"{i:b}"[::-1])
+    return list(dict.fromkeys(space.allocation(repair(found[i], losses, tables, rooms)) for i in spread))

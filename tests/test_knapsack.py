@@ -263,3 +263,16 @@ def _fastest(call) -> float:
         call()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
+
+
+def test_front_ends_at_the_limit():
+    rng = np.random.default_rng(3)
+    cost = np.cumsum(rng.integers(1, 50, (12, 5)), axis=1)
+    loss = np.sort(rng.random((12, 5)), axis=1)[:, ::-1]
+    whole = knapsack.front(loss, cost, 9)
+    limit = int((knapsack.total(cost, whole[0]) + knapsack.total(cost, whole[-1])) / 2)
+    found = knapsack.front(loss, cost, 9, limit)
+    assert len(found) > 3
+    assert (found[0] == whole[0]).all()
+    assert all(knapsack.total(cost, choice) <= limit for choice in found)
+    assert knapsack.total(loss, found[-1]) == pytest.approx(knapsack.total(loss, knapsack.solve(loss, cost, limit)))
