@@ -7,70 +7,30 @@ everything runs on `reference`, after one warning; `MPSEARCH_REQUIRE_KERNELS=1` 
 
 from __future__ import annotations
 
-import functools
 import math
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference
+from mpsearch.kernels.backends import active_backend, available_backends, backend_index, backend_of, compiled, use_backend
+from mpsearch.kernels.products import PackedLinear, linear, linear_a8, pack_linear
 
 __all__ = [
+    "PackedLinear",
     "active_backend",
     "available_backends",
     "dequantize",
     "fake_quantize",
+    "linear",
+    "linear_a8",
     "pack",
+    "pack_linear",
     "quantize",
     "unpack",
     "use_backend",
 ]
-
-_missing: str | None = None
-try:
-    import mpsearch.kernels._cpu as _cpu
-except ImportError as error:
-    _missing = str(error)
-    if os.environ.get("MPSEARCH_REQUIRE_KERNELS") == "1":
-        raise ImportError(
-            f"The compiled kernels are missing ({error}) and MPSEARCH_REQUIRE_KERNELS=1 requires them. "
-            "Build them with: pip install --force-reinstall --no-deps . (it needs GCC >= 12 or Clang >= 16)."
-        ) from error
-
-_COMPILED: tuple[str, ...] = () if _missing is not None else tuple(_cpu.backends())
-_forced: str | None = None
-
-
-def available_backends() -> tuple[str, ...]:
-    """The backends that this machine runs, slowest first, such as `("reference", "baseline", "avx2")`."""
-    return ("reference", *_COMPILED)
-
-
-def active_backend() -> str:
-    """The backend that CPU tensors take now: the fastest there is, or the one that `use_backend` forces."""
-    return available_backends()[-1] if _forced is None else _forced
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Force one of `available_backends()` within the block, in every thread of the process.
-
-    Raises `InputError` for a name that is not available here. Forcing `reference` also silences the warning about missing
-    kernels, as the slow way is then what was asked for.
-    """
-    global _forced
-    if name not in available_backends():
-        raise InputError(f"Kernel backend '{name}' is not available here. There is: {', '.join(available_backends())}.")
-    before, _forced = _forced, name
-    try:
-        yield
-    finally:
-        _forced = before
 
 
 def quantize(
@@ -106,7 +66,7 @@ def quantize(
     weight = weight.detach()
     _check_quantize(weight, bits, group_size, symmetric, scale_dtype, ratios, importance)
     group_size = min(group_size, max(weight.shape[1], 1))
-    backend = _backend_of(weight)
+    backend = backend_of(weight)
     if backend == "reference":
         codes, scales, zero_points, finite = reference.quantize(
             weight, bits, group_size, symmetric, scale_dtype, ratios, importance
@@ -154,7 +114,7 @@ def fake_quantize(
             f"{out.dtype} {list(out.shape)} on {out.device} came."
         )
     group_size = min(group_size, max(weight.shape[1], 1))
-    backend = _backend_of(weight)
+    backend = backend_of(weight)
     if backend == "reference":
         codes, scales, zero_points, finite = reference.quantize(
             weight, bits, group_size, symmetric, scale_dtype, ratios, importance
@@ -180,14 +140,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     _check_bits(bits)
     _check_bytes("codes", codes)
-    backend = _backend_of(codes)
+    backend = backend_of(codes)
     if backend == "reference":
         largest = int(codes.max()) if codes.numel() else 0
         packed = reference.pack(codes, bits)
     else:
         codes = codes.contiguous()
         packed = torch.empty((codes.numel() * bits + 7) // 8, dtype=torch.uint8)
-        largest = _cpu.pack(_index(backend), codes.data_ptr(), packed.data_ptr(), codes.numel(), bits, torch.get_num_threads())
+        largest = compiled.pack(
+            backend_index(backend), codes.data_ptr(), packed.data_ptr(), codes.numel(), bits, torch.get_num_threads()
+        )
     if largest >= 2**bits:
         raise InputError(f"The largest code is {int(codes.max())}, but {bits} bits hold 0 to {2**bits - 1}.")
     return packed
@@ -202,11 +164,11 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
     if numel < 0:
         raise InputError(f"numel is {numel}, but must be 0 or more.")
     _check_packed(packed, bits, numel)
-    backend = _backend_of(packed)
+    backend = backend_of(packed)
     if backend == "reference":
         return reference.unpack(packed, bits, numel)
     codes = torch.empty(numel, dtype=torch.uint8)
-    _cpu.unpack(_index(backend), packed.data_ptr(), codes.data_ptr(), numel, bits, torch.get_num_threads())
+    compiled.unpack(backend_index(backend), packed.data_ptr(), codes.data_ptr(), numel, bits, torch.get_num_threads())
     return codes
 
 
@@ -242,13 +204,13 @@ def dequantize(
         if zero_points.dtype != torch.uint8:
             raise InputError(f"zero_points are {_dtype(zero_points)}, but must be uint8.")
         _check_per_group("zero_points", zero_points, per_group, packed)
-    backend = _backend_of(packed)
+    backend = backend_of(packed)
     if backend == "reference":
         codes = reference.unpack(packed, bits, rows * columns).reshape(rows, columns)
         return reference.dequantize_codes(codes, scales, zero_points, bits, group_size)
     weight = torch.empty(rows, columns)
-    _cpu.dequantize(
-        _index(backend),
+    compiled.dequantize(
+        backend_index(backend),
         packed.data_ptr(),
         scales.data_ptr(),
         0 if zero_points is None else zero_points.data_ptr(),
@@ -280,8 +242,8 @@ def _run_quantize(
     """Fill those of `codes`, `dequantized`, `scales` and `zero_points` that are given; whether all was finite."""
     rows, columns = weight.shape
     importance = None if ratios is None else importance  # min-max minds no errors
-    return _cpu.quantize(
-        _index(backend),
+    return compiled.quantize(
+        backend_index(backend),
         weight.data_ptr(),
         0 if importance is None else importance.data_ptr(),
         0 if ratios is None else ratios.data_ptr(),
@@ -298,29 +260,6 @@ def _run_quantize(
         symmetric,
         scale_dtype == torch.float16,
         torch.get_num_threads(),
-    )
-
-
-def _backend_of(tensor: Tensor) -> str:
-    """The backend for a tensor's device; the first use without compiled kernels warns."""
-    if tensor.device.type != "cpu":
-        return "reference"
-    if _missing is not None and _forced is None:
-        _warn_missing()
-    return active_backend()
-
-
-def _index(backend: str) -> int:
-    return _COMPILED.index(backend)
-
-
-@functools.cache  # once a process
-def _warn_missing() -> None:
-    warnings.warn(
-        f"mpsearch's compiled kernels are missing ({_missing}): quantizing runs on plain PyTorch, 20 to 200 times slower. "
-        "Build them with `pip install --force-reinstall --no-deps .` in the source tree (it needs GCC >= 12 or Clang >= 16), or "
-        'silence this with `warnings.filterwarnings("ignore", message="mpsearch\'s compiled kernels")`.',
-        stacklevel=4,
     )
 
 

@@ -27,15 +27,41 @@ order, then the lanes as ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)). Where `scale
 
 Packed codes are a dense little-endian bit stream: bit b of code i is bit `i * bits + b` of the stream, bit k of the stream is
 bit `k % 8` (0 the lowest) of byte `k // 8`.
+
+Products y = x W^T of packed weights, `weight` as above, sums over the columns c (of group g):
+
+    linear       y[m, r] = sum of weight[r, c] * x[m, c]
+    linear_a8    token_scale[m] = max|x[m]| / 127, NaN where x[m] is not finite      inverse = 1 / token_scale, or 0 below 2**-126
+                 x8[m, c] = rint(clamp(x[m, c] * inverse, -127, 127))
+                 D[m, r, g] = sum of (2 * code[r, c] - 2 * zero[r, g]) * x8[m, c]    exact, then rounded to float32
+                 y[m, r] = (token_scale[m] * 0.5) * sum of D[m, r, g] * scale[r, g]  over g in ascending order
+
+The backends equal `linear_a8` bit for bit. `linear` is float64 here, rounded at the end; they keep their sums in float32 in an
+order of their own and are within `(columns + 8) * 2**-24 * sum of |weight * x|` of it.
+
+The products read weights in a streaming layout, uint8 `[n_tiles, n_groups, record]`: a tile is 16 rows, a record a group of them,
+its columns padded to blocks of 32. Rows and columns that are only padding have codes, scales and zero points of 0. A record is
+
+    16 scales, 16 doubled zero points (int16; those of symmetric 1-bit codes are 1), zeros up to a multiple of 64 bytes, blocks
+
+and a block 8 quads: quad q holds columns 4q to 4q + 3, the code of row i and column 4q + k at byte 4i + k. The bytes at one place
+in the 8 quads are stored in `bits` bytes, each at that place in a vector of 64. Byte i has `n = 8 // bits` whole fields, field f
+(from bit `bits * f`) with the code of quad `i + bits * f`. The bits above the fields, of byte 0 first and in each the lowest
+first, are a stream in which the codes of the last `8 - n * bits` quads lie end to end.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 LANES = 8  # of the error sum
+TILE_ROWS = 16
+BLOCK_COLUMNS = 32
+QUADS = 8  # of a block
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
@@ -103,6 +129,112 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
             eights[:, i] |= stream[:, byte + 1] << (8 - shift)
     eights &= 2**bits - 1
     return eights.reshape(-1)[:numel].contiguous()
+
+
+def dequantize_doubled(codes: Tensor, scales: Tensor, doubled_zeros: Tensor, group_size: int) -> Tensor:
+    """`(code - zero) * scale` as float32 `[rows, columns]`, from doubled zero points."""
+    centred = _split(codes.float(), group_size) - 0.5 * doubled_zeros.float()[..., None]
+    return _join(centred * scales.float()[..., None], codes.shape[1], group_size)
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x `[tokens, columns]` times `weight` `[rows, columns]` transposed, in float64, as float32."""
+    return (x.double() @ weight.double().T).float()
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row of x as int8 codes (in float32) and its scale `[tokens, 1]`."""
+    scale = x.abs().amax(1, keepdim=True) / 127
+    scale = torch.where(torch.isfinite(x).all(1, keepdim=True), scale, torch.nan)
+    inverse = torch.where(scale >= SMALLEST_NORMAL, 1.0 / scale, 0.0)
+    return (x * inverse).nan_to_num(-127.0).clamp(-127, 127).round(), scale
+
+
+def linear_a8(
+    x: Tensor,  # [tokens, columns] float32
+    codes: Tensor,  # [rows, columns] uint8
+    scales: Tensor,  # [rows, n_groups]
+    doubled_zeros: Tensor,  # [rows, n_groups] int16
+    group_size: int,
+) -> Tensor:
+    """x, quantized to int8, times the weight transposed: float32 `[tokens, rows]`."""
+    x8, token_scale = quantize_tokens(x)
+    total = x.new_zeros(len(x), len(codes))
+    for group in range(scales.shape[1]):
+        columns = slice(group * group_size, (group + 1) * group_size)
+        doubled = 2 * codes[:, columns].double() - doubled_zeros[:, group, None].double()
+        exact = x8[:, columns].double() @ doubled.T
+        total = total + exact.float() * scales[:, group].float()
+    return (token_scale * 0.5) * total
+
+
+def pack_linear(
+    codes: Tensor,  # [rows, columns] uint8
+    scales: Tensor,  # [rows, n_groups] float16 or float32
+    zero_points: Tensor | None,  # [rows, n_groups] uint8; None: symmetric
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """The weight in the streaming layout: uint8, one dimension."""
+    rows, columns = codes.shape
+    if codes.numel() == 0:
+        return codes.new_empty(0)
+    n_tiles, n_groups, n_blocks = linear_grid(rows, columns, group_size)
+    implied = round(2 * _implied_zero(bits))
+    doubled = scales.new_full(scales.shape, implied, dtype=torch.int16) if zero_points is None else 2 * zero_points.short()
+    per_group = [pad(of, (0, 0, 0, -rows % TILE_ROWS)).reshape(n_tiles, TILE_ROWS, n_groups) for of in (scales, doubled)]
+    header = torch.cat([of.transpose(1, 2).contiguous().view(torch.uint8) for of in per_group], -1)
+    header = pad(header, (0, -header.shape[-1] % 64))
+
+    whole = pad(codes, (0, n_groups * group_size - columns, 0, -rows % TILE_ROWS))
+    groups = pad(whole.reshape(-1, n_groups, group_size), (0, -group_size % BLOCK_COLUMNS))
+    quads = groups.reshape(n_tiles, TILE_ROWS, n_groups, n_blocks, QUADS, 4).permute(4, 0, 2, 3, 1, 5)
+    vectors = codes.new_zeros(bits, n_tiles, n_groups, n_blocks, TILE_ROWS, 4)
+    for quad, at, vector, to, width in _pieces(bits):
+        vectors[vector] |= ((quads[quad] >> at) & (2**width - 1)) << to
+    blocks = vectors.permute(1, 2, 3, 0, 4, 5).flatten(2)
+    return torch.cat([header, blocks], -1).flatten()
+
+
+def unpack_linear(
+    packed: Tensor, rows: int, columns: int, bits: int, group_size: int, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes uint8 `[rows, columns]`, scales and doubled zero points (int16) `[rows, n_groups]` of a streaming layout."""
+    n_tiles, n_groups, n_blocks = linear_grid(rows, columns, group_size)
+    records = packed.reshape(n_tiles, n_groups, -1)
+    of_scales = TILE_ROWS * scale_dtype.itemsize
+    scales = records[..., :of_scales].contiguous().view(scale_dtype)
+    doubled = records[..., of_scales : of_scales + 2 * TILE_ROWS].contiguous().view(torch.int16)
+    scales, doubled = (of.transpose(1, 2).reshape(-1, n_groups)[:rows] for of in (scales, doubled))
+
+    vectors = records[..., linear_header_bytes(scale_dtype) :].reshape(n_tiles, n_groups, n_blocks, bits, TILE_ROWS, 4)
+    quads = packed.new_zeros(QUADS, n_tiles, n_groups, n_blocks, TILE_ROWS, 4)
+    for quad, at, vector, to, width in _pieces(bits):
+        quads[quad] |= ((vectors[:, :, :, vector] >> to) & (2**width - 1)) << at
+    groups = quads.permute(1, 4, 2, 3, 0, 5).reshape(n_tiles * TILE_ROWS, n_groups, -1)
+    return _join(groups, columns, group_size)[:rows], scales, doubled
+
+
+def linear_grid(rows: int, columns: int, group_size: int) -> tuple[int, int, int]:
+    """Tiles, groups a row, and blocks a group."""
+    return -(-rows // TILE_ROWS), -(-columns // group_size), -(-group_size // BLOCK_COLUMNS)
+
+
+def linear_header_bytes(scale_dtype: torch.dtype) -> int:
+    """Bytes before a record's blocks."""
+    return -(-TILE_ROWS * (scale_dtype.itemsize + 2) // 64) * 64
+
+
+def _pieces(bits: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """(quad, from bit, vector, to bit, width): where each piece of the codes of a block lies."""
+    fields = 8 // bits
+    left_over = 8 - fields * bits
+    for vector in range(bits):
+        for field in range(fields):
+            yield vector + bits * field, 0, vector, bits * field, bits
+        for bit in range(left_over):  # bit by bit of the stream
+            quad, at = divmod(vector * left_over + bit, bits)
+            yield 8 - left_over + quad, at, vector, fields * bits + bit, 1
 
 
 def _split(matrix: Tensor, group_size: int) -> Tensor:

@@ -2,11 +2,12 @@
 // system.
 #include "dispatch.h"
 
-#define MPSEARCH_BACKEND(isa)                                      \
-    Backend {                                                      \
-        #isa, Kernels {                                            \
-            isa::quantize, isa::dequantize, isa::pack, isa::unpack \
-        }                                                          \
+#define MPSEARCH_BACKEND(isa)                                                                          \
+    Backend {                                                                                          \
+        #isa, Kernels {                                                                                \
+            isa::quantize, isa::dequantize, isa::pack, isa::unpack, isa::tokens_per_block, isa::stage, \
+                isa::stage_int8, isa::linear, isa::linear_a8                                           \
+        }                                                                                              \
     }
 
 #if defined(MPSEARCH_HAS_baseline)
@@ -17,6 +18,9 @@ MPSEARCH_DECLARE_KERNELS(avx2)
 #endif
 #if defined(MPSEARCH_HAS_avx512)
 MPSEARCH_DECLARE_KERNELS(avx512)
+#endif
+#if defined(MPSEARCH_HAS_avx512vnni)
+MPSEARCH_DECLARE_KERNELS(avx512vnni)
 #endif
 #if defined(MPSEARCH_HAS_neon)
 MPSEARCH_DECLARE_KERNELS(neon)
@@ -40,6 +44,9 @@ static std::vector<Backend> find_backends() {
     const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (has_avx2 && has_avx512) found.push_back(MPSEARCH_BACKEND(avx512));
+#if defined(MPSEARCH_HAS_avx512vnni)
+    if (has_avx2 && has_avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(MPSEARCH_BACKEND(avx512vnni));
+#endif
 #endif
 #endif
     return found;

@@ -41,6 +41,29 @@ struct DequantizeJob {
     bool half_scales;
 };
 
+// y = x W^T with W packed for streaming; tile.h describes the layout of `packed`. The two products share the job: first x is
+// staged, that is copied (or quantized to int8) into the order in which the kernels read it, then the tiles are multiplied.
+struct LinearJob {
+    const uint8_t* packed;  // [n_tiles, n_groups, record], n_tiles = ceil(rows / 16)
+    const float* x;         // [n_tokens, columns]
+    float* y;               // [n_tokens, rows]
+    void* staged;           // [n_groups, n_token_blocks, columns of a group / 4, tokens_per_block, 4] float or int8
+    float* token_scales;    // [n_token_blocks, tokens_per_block], int8 only: scale of a token
+    int32_t* token_sums;    // [n_groups, n_token_blocks, tokens_per_block], int8 only: sum of a token over a group
+    int64_t n_tokens;
+    int64_t n_token_blocks;
+    int64_t rows;
+    int64_t columns;
+    int64_t group_size;
+    int64_t n_groups;      // per row
+    int64_t group_blocks;  // ceil(group_size / 32): blocks of 32 columns that a group is padded to
+    int tokens_per_block;  // 1, 4 or 8, as the kernels' `tokens_per_block` wants it
+    int bits;
+    bool half_scales;
+};
+
+constexpr int64_t kMostTokens = 256;  // of one LinearJob
+
 struct Kernels {
     // Groups [begin, end). False where a weight or a scale is not finite.
     bool (*quantize)(const QuantizeJob& job, int64_t begin, int64_t end);
@@ -63,6 +86,17 @@ struct Kernels {
                    int bits,
                    int64_t begin,
                    int64_t end);
+
+    // How many tokens (rows of x) are multiplied together where there are n.
+    int (*tokens_per_block)(int64_t n_tokens);
+
+    // Blocks [begin, end) of tokens, as they are or quantized to int8.
+    void (*stage)(const LinearJob& job, int64_t begin, int64_t end);
+    void (*stage_int8)(const LinearJob& job, int64_t begin, int64_t end);
+
+    // Tiles [begin, end) of 16 rows of the weight, after all tokens are staged.
+    void (*linear)(const LinearJob& job, int64_t begin, int64_t end);
+    void (*linear_a8)(const LinearJob& job, int64_t begin, int64_t end);
 };
 
 }  // namespace mpsearch
@@ -75,4 +109,9 @@ struct Kernels {
     void dequantize(const DequantizeJob& job, int64_t begin, int64_t end);                                    \
     uint8_t pack(const uint8_t* codes, uint8_t* packed, int64_t numel, int bits, int64_t begin, int64_t end); \
     void unpack(const uint8_t* packed, uint8_t* codes, int64_t numel, int bits, int64_t begin, int64_t end);  \
+    int tokens_per_block(int64_t n_tokens);                                                                   \
+    void stage(const LinearJob& job, int64_t begin, int64_t end);                                             \
+    void stage_int8(const LinearJob& job, int64_t begin, int64_t end);                                        \
+    void linear(const LinearJob& job, int64_t begin, int64_t end);                                            \
+    void linear_a8(const LinearJob& job, int64_t begin, int64_t end);                                         \
     }

@@ -1,0 +1,81 @@
+"""Which compiled backends this machine runs, and which one is used."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from mpsearch.errors import InputError
+
+compiled: Any = None  # the compiled module, where there is one
+_missing: str | None = None
+try:
+    compiled = importlib.import_module("mpsearch.kernels._cpu")
+except ImportError as error:
+    _missing = str(error)
+    if os.environ.get("MPSEARCH_REQUIRE_KERNELS") == "1":
+        raise ImportError(
+            f"The compiled kernels are missing ({error}) and MPSEARCH_REQUIRE_KERNELS=1 requires them. "
+            "Build them with: pip install --force-reinstall --no-deps . (it needs GCC >= 12 or Clang >= 16)."
+        ) from error
+
+_COMPILED: tuple[str, ...] = () if compiled is None else tuple(compiled.backends())
+_forced: str | None = None
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that this machine runs, slowest first, such as `("reference", "baseline", "avx2")`."""
+    return ("reference", *_COMPILED)
+
+
+def active_backend() -> str:
+    """The backend that CPU tensors take now: the fastest there is, or the one that `use_backend` forces."""
+    return available_backends()[-1] if _forced is None else _forced
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one of `available_backends()` within the block, in every thread of the process.
+
+    Raises `InputError` for a name that is not available here. Forcing `reference` also silences the warning about missing
+    kernels, as the slow way is then what was asked for.
+    """
+    global _forced
+    if name not in available_backends():
+        raise InputError(f"Kernel backend '{name}' is not available here. There is: {', '.join(available_backends())}.")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def backend_of(tensor: Tensor) -> str:
+    """The backend for a tensor's device; the first use without compiled kernels warns."""
+    if tensor.device.type != "cpu":
+        return "reference"
+    if _missing is not None and _forced is None:
+        _warn_missing()
+    return active_backend()
+
+
+def backend_index(backend: str) -> int:
+    """The number by which the compiled module knows a backend."""
+    return _COMPILED.index(backend)
+
+
+@functools.cache  # once a process
+def _warn_missing() -> None:
+    warnings.warn(
+        f"mpsearch's compiled kernels are missing ({_missing}): quantizing runs on plain PyTorch, 20 to 200 times slower. "
+        "Build them with `pip install --force-reinstall --no-deps .` in the source tree (it needs GCC >= 12 or Clang >= 16), or "
+        'silence this with `warnings.filterwarnings("ignore", message="mpsearch\'s compiled kernels")`.',
+        stacklevel=4,
+    )

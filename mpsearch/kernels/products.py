@@ -1,0 +1,189 @@
+"""Matrix products with packed weights: `y = x W^T` for a Linear layer, its weight in the order in which the kernels stream it.
+
+A weight is packed once (`pack_linear`, which checks it) and multiplied often: with float32 input (`linear`), or with the input
+quantized to int8 for each token (`linear_a8`). Both are registered with `torch.library` as `mpsearch::linear` and
+`mpsearch::linear_a8`, so that `torch.compile` and meta tensors know them; gradients are not followed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpsearch.errors import InputError
+from mpsearch.kernels import reference
+from mpsearch.kernels.backends import backend_index, backend_of, compiled
+
+MOST_GROUP_COLUMNS = 32_768  # of a group: 2 * 255 * 127 * 32,768 is the largest such sum in int32
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A weight `[rows, columns]` as the products read it.
+
+    data         uint8 `[nbytes]`, whose layout `reference.py` describes
+    group_size   columns that share a scale, at most `columns`
+    half_scales  whether scales are float16 (else float32)
+    """
+
+    data: Tensor
+    rows: int
+    columns: int
+    bits: int
+    group_size: int
+    half_scales: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory: codes, scales and zero points, rows padded to 16 and groups to a multiple of 32 columns."""
+        return self.data.numel()
+
+
+def pack_linear(codes: Tensor, scales: Tensor, zero_points: Tensor | None, *, bits: int, group_size: int) -> PackedLinear:
+    """Prepare a quantized weight, as `quantize` gives it, for `linear` and `linear_a8`.
+
+    codes        uint8 `[rows, columns]`, below `2**bits`
+    scales       float16 or float32 `[rows, n_groups]`, finite, `n_groups = ceil(columns / group_size)`
+    zero_points  uint8 `[rows, n_groups]`; `None` for symmetric codes, whose zero point is `2**(bits-1)`, at 1 bit 0.5
+    bits         1 to 8
+    group_size   columns per group, fastest where it is a multiple of 32 or all columns; groups of up to 32,768 columns
+
+    Raises `InputError` where anything differs from that.
+    """
+    if not 1 <= bits <= 8:
+        raise InputError(f"bits is {bits}, but must be 1 to 8.")
+    if group_size < 1:
+        raise InputError(f"group_size is {group_size}, but must be 1 or more.")
+    if codes.dtype != torch.uint8 or codes.dim() != 2:
+        raise InputError(f"codes are {_dtype(codes)} {list(codes.shape)}, but must be uint8 [rows, columns].")
+    rows, columns = codes.shape
+    group_size = min(group_size, max(columns, 1))
+    if group_size > MOST_GROUP_COLUMNS:
+        raise InputError(f"A group has {group_size} columns, but products take up to {MOST_GROUP_COLUMNS}. Use smaller groups.")
+    per_group = [rows, -(-columns // group_size)]
+    if scales.dtype not in (torch.float16, torch.float32):
+        raise InputError(f"scales are {_dtype(scales)}, but must be float16 or float32.")
+    if zero_points is not None and zero_points.dtype != torch.uint8:
+        raise InputError(f"zero_points are {_dtype(zero_points)}, but must be uint8.")
+    for name, tensor in {"scales": scales, "zero_points": zero_points}.items():
+        if tensor is not None and list(tensor.shape) != per_group:
+            raise InputError(f"{name} have shape {list(tensor.shape)}, but one value per group is {per_group}.")
+        if tensor is not None and tensor.device != codes.device:
+            raise InputError(f"{name} are on {tensor.device} and codes on {codes.device}, but must be on one device.")
+    if codes.numel() and int(codes.max()) >= 2**bits:
+        raise InputError(f"The largest code is {int(codes.max())}, but {bits} bits hold 0 to {2**bits - 1}.")
+    bad = int((~torch.isfinite(scales)).sum())
+    if bad:
+        raise InputError(f"{bad} of {scales.numel()} scales are NaN or infinite. Quantize a sound weight.")
+    data = reference.pack_linear(codes, scales.detach(), zero_points, bits, group_size)
+    if compiled is not None and data.device.type == "cpu":  # a copy on large pages is read about a tenth faster
+        source, data = data, torch.empty_like(data)
+        compiled.use_huge_pages(data.data_ptr(), data.numel())
+        data.copy_(source)
+    return PackedLinear(data, rows, columns, bits, group_size, scales.dtype == torch.float16)
+
+
+def linear(x: Tensor, packed: PackedLinear) -> Tensor:
+    """`y[..., r] = sum over c of (code[r, c] - zero_point) * scale * x[..., c]`: float32 `[..., rows]`.
+
+    x  float32 `[..., columns]`, any strides, on the device of `packed`
+
+    Within `(columns + 8) * 2**-24 * sum of |weight * x|` of the exact result. Raises `InputError` for another dtype, device or
+    number of columns.
+    """
+    return torch.ops.mpsearch.linear(x, packed.data, *_format(packed))
+
+
+def linear_a8(x: Tensor, packed: PackedLinear) -> Tensor:
+    """The same with each token (a row of x) first quantized to int8, symmetric, its scale `max|x| / 127`: float32 `[..., rows]`.
+
+    The result is defined to the bit (`reference.py`) and the same on every backend, for any number of threads and of tokens. A
+    token with a NaN or infinite value gives NaN. Takes and raises what `linear` does.
+    """
+    return torch.ops.mpsearch.linear_a8(x, packed.data, *_format(packed))
+
+
+def _format(packed: PackedLinear) -> tuple[int, int, int, int, bool]:
+    return (packed.rows, packed.columns, packed.bits, packed.group_size, packed.half_scales)
+
+
+def _linear(x: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> Tensor:
+    return _multiply(x, data, rows, columns, bits, group_size, half_scales, int8_input=False)
+
+
+def _linear_a8(x: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> Tensor:
+    return _multiply(x, data, rows, columns, bits, group_size, half_scales, int8_input=True)
+
+
+def _multiply(
+    x: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool, *, int8_input: bool
+) -> Tensor:
+    _check_product(x, data, rows, columns, bits, group_size, half_scales)
+    y = x.new_empty(*x.shape[:-1], rows)
+    if y.numel() == 0 or columns == 0:
+        return y.zero_()
+    backend = backend_of(x)
+    if backend == "reference":
+        scale_dtype = torch.float16 if half_scales else torch.float32
+        codes, scales, doubled_zeros = reference.unpack_linear(data, rows, columns, bits, group_size, scale_dtype)
+        tokens = x.reshape(-1, columns)
+        if int8_input:
+            return y.copy_(reference.linear_a8(tokens, codes, scales, doubled_zeros, group_size).view_as(y))
+        weight = reference.dequantize_doubled(codes, scales, doubled_zeros, group_size)
+        return y.copy_(reference.linear(tokens, weight).view_as(y))
+    x = x.contiguous()
+    compiled.linear(
+        backend_index(backend),
+        x.data_ptr(),
+        data.data_ptr(),
+        y.data_ptr(),
+        x.numel() // columns,
+        rows,
+        columns,
+        group_size,
+        bits,
+        half_scales,
+        int8_input,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _fake(x: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> Tensor:
+    _check_product(x, data, rows, columns, bits, group_size, half_scales)
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _check_product(x: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> None:
+    """What a kernel needs so as to stay within its tensors; numbers only, as this runs at every call."""
+    if x.dtype != torch.float32 or x.dim() == 0 or x.shape[-1] != columns:
+        raise InputError(f"x is {_dtype(x)} {list(x.shape)}, but must be float32 [..., {columns}], the columns of the weight.")
+    if x.device != data.device:
+        raise InputError(f"x is on {x.device} and the packed weight on {data.device}, but must be on one device.")
+    valid = rows >= 0 and columns >= 0 and 1 <= bits <= 8 and group_size >= 1
+    n_bytes = _packed_bytes(rows, columns, bits, group_size, half_scales) if valid else -1
+    if data.dtype != torch.uint8 or data.dim() != 1 or data.shape[0] != n_bytes or not data.is_contiguous():
+        raise InputError(
+            f"the packed weight is {_dtype(data)} {list(data.shape)}, but {bits} bits [{rows}, {columns}] in groups of "
+            f"{group_size} are uint8 [{n_bytes}], contiguous. Make it with pack_linear."
+        )
+
+
+def _packed_bytes(rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> int:
+    n_tiles, n_groups, n_blocks = reference.linear_grid(rows, columns, group_size)
+    header = reference.linear_header_bytes(torch.float16 if half_scales else torch.float32)
+    return n_tiles * n_groups * (header + n_blocks * bits * 2 * reference.BLOCK_COLUMNS)
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+_library = torch.library.Library("mpsearch", "DEF")  # lives as long as its operators
+_ARGUMENTS = "(Tensor x, Tensor data, int rows, int columns, int bits, int group_size, bool half_scales) -> Tensor"
+for _name, _implementation in {"linear": _linear, "linear_a8": _linear_a8}.items():
+    _library.define(_name + _ARGUMENTS)
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mpsearch::{_name}", _fake, lib=_library)

@@ -1,0 +1,253 @@
+"""Products with packed weights: `linear_a8` equals the specification bit for bit, `linear` lies within its stated bound."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpsearch import kernels
+from mpsearch.errors import InputError
+from mpsearch.kernels import PackedLinear, reference
+
+COMPILED = kernels.available_backends()[1:]
+SHAPES = [(1, 1), (5, 130), (33, 257), (48, 384)]
+GROUP_SIZES = [8, 32, 60, 64, 128, 10_000]
+BATCHES = [1, 3, 4, 17, 64]
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def some_weight(
+    rows: int, columns: int, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype = torch.float16
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes over their whole range, scales of both signs and many sizes, zero points."""
+    n_groups = -(-columns // group_size)
+    codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8)
+    scales = (torch.randn(rows, n_groups) * 10 ** torch.empty(rows, n_groups).uniform_(-4, 0)).to(scale_dtype)
+    zero_points = None if symmetric else torch.randint(0, 2**bits, (rows, n_groups), dtype=torch.uint8)
+    return codes, scales, zero_points
+
+
+def some_packed(
+    rows: int, columns: int, bits: int, group_size: int, symmetric: bool = False, scale_dtype: torch.dtype = torch.float16
+) -> PackedLinear:
+    return kernels.pack_linear(
+        *some_weight(rows, columns, bits, group_size, symmetric, scale_dtype), bits=bits, group_size=group_size
+    )
+
+
+def largest_error(y: Tensor, x: Tensor, weight: Tensor) -> float:
+    """The error of `linear`, as a share of its bound, where that is largest."""
+    exact = x.double() @ weight.double().T
+    bound = (weight.shape[1] + 8) * 2.0**-24 * (x.double().abs() @ weight.double().abs().T)
+    return float(((y.double() - exact).abs() / bound.clamp(min=1e-300)).nan_to_num(0).max())
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_backends_agree(bits: int, symmetric: bool) -> None:
+    torch.manual_seed(bits)
+    for (rows, columns), group_size in itertools.product(SHAPES, GROUP_SIZES):
+        scale_dtype = torch.float32 if group_size == 60 else torch.float16
+        codes, scales, zero_points = some_weight(rows, columns, bits, min(group_size, columns), symmetric, scale_dtype)
+        packed = kernels.pack_linear(codes, scales, zero_points, bits=bits, group_size=group_size)
+        weight = reference.dequantize_codes(codes, scales, zero_points, bits, min(group_size, columns))
+        x = torch.randn(max(BATCHES), columns) * torch.rand(max(BATCHES), 1) + 0.1
+        with kernels.use_backend("reference"):
+            expected = kernels.linear_a8(x, packed)
+            assert largest_error(kernels.linear(x, packed), x, weight) <= 1
+        for backend in COMPILED:
+            with kernels.use_backend(backend):
+                for n in BATCHES:
+                    where = (backend, rows, columns, group_size, n)
+                    assert torch.equal(kernels.linear_a8(x[:n], packed), expected[:n]), where
+                    assert largest_error(kernels.linear(x[:n], packed), x[:n], weight) <= 1, where
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_extreme_codes_do_not_overflow(bits: int) -> None:
+    """All codes and inputs at their largest, over more columns than int16 or float32 hold exactly."""
+    columns = 32_768
+    codes = torch.full((17, columns), 2**bits - 1, dtype=torch.uint8)
+    codes[1:3, ::2] = 0
+    scales, zero_points = torch.ones(17, 1, dtype=torch.float16), torch.zeros(17, 1, dtype=torch.uint8)
+    zero_points[2:] = 2**bits - 1
+    packed = kernels.pack_linear(codes, scales, zero_points, bits=bits, group_size=columns)
+    x = torch.ones(9, columns)
+    x[1::2] *= -1
+    assert kernels.linear_a8(x[:1], packed)[0, 0] == columns * (2**bits - 1)
+    with kernels.use_backend("reference"):
+        expected = kernels.linear_a8(x, packed)
+    for backend, n in itertools.product(COMPILED, (1, 2, 9)):
+        with kernels.use_backend(backend):
+            assert torch.equal(kernels.linear_a8(x[:n], packed), expected[:n]), (backend, n)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_layout(bits: int, scale_dtype: torch.dtype) -> None:
+    """Packed and unpacked again, for shapes with and without padding; where whole, `bits` bits a weight and a header a record."""
+    torch.manual_seed(bits)
+    for (rows, columns), group_size, symmetric in itertools.product(SHAPES, (8, 33, 64), (False, True)):
+        group_size = min(group_size, columns)
+        codes, scales, zero_points = some_weight(rows, columns, bits, group_size, symmetric, scale_dtype)
+        data = reference.pack_linear(codes, scales, zero_points, bits, group_size)
+        got = reference.unpack_linear(data, rows, columns, bits, group_size, scale_dtype)
+        assert torch.equal(got[0], codes)
+        assert torch.equal(got[1], scales)
+        implied = 1 if bits == 1 else 2**bits
+        assert torch.equal(got[2], torch.full_like(got[2], implied) if zero_points is None else 2 * zero_points.short())
+    header = 64 if scale_dtype == torch.float16 else 128
+    assert some_packed(32, 256, bits, 64, scale_dtype=scale_dtype).nbytes == 32 * 256 * bits // 8 + 2 * 4 * header
+
+
+def test_quantized_weights_multiply_as_they_dequantize() -> None:
+    """From `quantize` to `linear`: the product is that of the fake-quantized weight."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(100, 300), torch.randn(6, 300)
+    for bits, symmetric in itertools.product(range(1, 9), (False, True)):
+        how = {"bits": bits, "group_size": 64, "symmetric": symmetric}
+        packed = kernels.pack_linear(*kernels.quantize(weight, **how), bits=bits, group_size=64)
+        fake = kernels.fake_quantize(weight, **how)
+        assert largest_error(kernels.linear(x, packed), x, fake) <= 1
+        x8, scale = reference.quantize_tokens(x)
+        torch.testing.assert_close(kernels.linear_a8(x, packed), scale * x8 @ fake.T, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", kernels.available_backends())
+def test_input_values(backend: str) -> None:
+    """Zeros, vanishing and huge tokens, ties, and values that are not finite, which spoil their own token only."""
+    torch.manual_seed(0)
+    packed = some_packed(20, 70, 4, 32)
+    x = torch.randn(9, 70)
+    x[0] = 0
+    x[1] *= 1e-39
+    x[2] *= 1e37
+    x[3] = torch.arange(70) - 35 + 0.5
+    x[3, 0] = 127
+    x[4, 3], x[5, 69], x[6, 0] = torch.nan, torch.inf, -torch.inf
+    with kernels.use_backend("reference"):
+        expected = kernels.linear_a8(x, packed)
+    with kernels.use_backend(backend):
+        y = kernels.linear_a8(x, packed)
+        assert torch.equal(y.isnan().all(1), torch.tensor([False] * 4 + [True] * 3 + [False] * 2))
+        assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
+        assert (y[:2] == 0).all()
+        for token in range(9):
+            assert torch.equal(kernels.linear_a8(x[token : token + 1], packed).nan_to_num(7.0)[0], y[token].nan_to_num(7.0))
+        spoilt = kernels.linear(x, packed).isfinite().all(1)
+        assert torch.equal(spoilt, torch.tensor([True] * 4 + [False] * 3 + [True] * 2))
+
+
+@pytest.mark.parametrize("product", [kernels.linear, kernels.linear_a8])
+@pytest.mark.parametrize("backend", kernels.available_backends())
+def test_shapes_and_strides(backend: str, product) -> None:
+    torch.manual_seed(0)
+    packed = some_packed(21, 64, 3, 32)
+    x = torch.randn(2, 3, 64)
+    with kernels.use_backend(backend):
+        y = product(x, packed)
+        assert y.shape == (2, 3, 21)
+        assert torch.equal(product(x[0, 0], packed), product(x[0, :1], packed)[0])
+        apart = torch.randn(64, 6).T  # a transposed view
+        apart.copy_(x.reshape(6, 64))
+        assert not apart.is_contiguous()
+        assert torch.equal(product(apart, packed), y.reshape(6, 21))
+        assert product(torch.empty(0, 64), packed).shape == (0, 21)
+        assert product(torch.empty(2, 0, 64), packed).shape == (2, 0, 21)
+        for rows, columns in ((0, 5), (3, 0)):
+            nothing = kernels.pack_linear(
+                torch.empty(rows, columns, dtype=torch.uint8), torch.ones(rows, int(columns > 0)), None, bits=4, group_size=8
+            )
+            assert torch.equal(product(torch.ones(2, columns), nothing), torch.zeros(2, rows))
+
+
+@pytest.mark.parametrize("product", [kernels.linear, kernels.linear_a8])
+@pytest.mark.parametrize("backend", COMPILED)
+def test_thread_counts_agree(backend: str, product, threads) -> None:
+    """Also over more tokens than are multiplied in one pass."""
+    torch.manual_seed(0)
+    packed = some_packed(500, 300, 5, 64)
+    x = torch.randn(300, 300)
+    with kernels.use_backend(backend):
+        results = []
+        for n in (1, 2, 5):
+            threads(n)
+            results.append([product(x[:tokens], packed) for tokens in (1, 5, 300)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"bits": 9}, "bits is 9, but must be 1 to 8"),
+        ({"group_size": 0}, "group_size is 0, but must be 1 or more"),
+        ({"codes": torch.zeros(4, 6)}, r"codes are float32 \[4, 6\], but must be uint8 \[rows, columns\]"),
+        ({"codes": torch.zeros(24, dtype=torch.uint8)}, r"codes are uint8 \[24\], but must be"),
+        ({"codes": torch.full((4, 6), 16, dtype=torch.uint8)}, "The largest code is 16, but 4 bits hold 0 to 15"),
+        ({"scales": torch.ones(4, 2).double()}, "scales are float64, but must be float16 or float32"),
+        ({"scales": torch.ones(4, 1)}, r"scales have shape \[4, 1\], but one value per group is \[4, 2\]"),
+        ({"scales": torch.tensor([[1.0, torch.nan]] * 4)}, "4 of 8 scales are NaN or infinite"),
+        ({"zero_points": torch.zeros(4, 2)}, "zero_points are float32, but must be uint8"),
+        ({"zero_points": torch.zeros(4, 3, dtype=torch.uint8)}, r"zero_points have shape \[4, 3\]"),
+        (
+            {"codes": torch.zeros(1, 40_000, dtype=torch.uint8), "scales": torch.ones(1, 1), "group_size": 40_000},
+            "A group has 40000 columns, but products take up to 32768",
+        ),
+    ],
+)
+def test_packing_refuses(change: dict, sentence: str) -> None:
+    arguments = {"codes": torch.zeros(4, 6, dtype=torch.uint8), "scales": torch.ones(4, 2), "zero_points": None}
+    with pytest.raises(InputError, match=sentence):
+        kernels.pack_linear(**{**arguments, "bits": 4, "group_size": 3, **change})
+
+
+@pytest.mark.parametrize("product", [kernels.linear, kernels.linear_a8])
+@pytest.mark.parametrize(
+    ("x", "sentence"),
+    [
+        (torch.ones(2, 63), r"x is float32 \[2, 63\], but must be float32 \[..., 64\]"),
+        (torch.ones(2, 64).double(), r"x is float64 \[2, 64\], but must be float32"),
+        (torch.tensor(1.0), r"x is float32 \[\], but"),
+        (torch.ones(2, 64, device="meta"), "x is on meta and the packed weight on cpu"),
+    ],
+)
+def test_products_refuse(product, x: Tensor, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        product(x, some_packed(3, 64, 4, 32))
+
+
+def test_a_packed_weight_of_another_size_is_refused() -> None:
+    packed = some_packed(16, 64, 4, 32)
+    short = PackedLinear(packed.data[:-1], 16, 64, 4, 32, True)
+    with pytest.raises(
+        InputError, match=r"packed weight is uint8 \[639\], but 4 bits \[16, 64\] in groups of 32 are uint8 \[640\]"
+    ):
+        kernels.linear(torch.ones(1, 64), short)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_a8"])
+def test_registration(name: str) -> None:
+    packed = some_packed(20, 64, 4, 32)
+    arguments = (packed.data, 20, 64, 4, 32, True)
+    for x in (torch.randn(3, 64), torch.randn(2, 5, 64)):
+        torch.library.opcheck(getattr(torch.ops.mpsearch, name).default, (x, *arguments))
+    meta = getattr(torch.ops.mpsearch, name)(torch.ones(5, 64, device="meta"), packed.data.to("meta"), *arguments[1:])
+    assert meta.shape == (5, 20)
+
+
+@pytest.mark.parametrize("product", [kernels.linear, kernels.linear_a8])
+def test_compiled_graphs_hold_the_product(product) -> None:
+    packed = some_packed(20, 64, 4, 32)
+    x = torch.randn(3, 64)
+    layer = torch.compile(lambda x: product(x, packed) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(layer(x), product(x, packed) + 1)
