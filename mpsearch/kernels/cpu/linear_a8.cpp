@@ -22,7 +22,8 @@ MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
 namespace mpsearch::MPSEARCH_ISA {
 
 constexpr int kStreams = 4;
-constexpr int kStripBlocks = 8;  // unpacked at a time: 4 KB
+constexpr int kStripBlocks = 8;       // unpacked at a time: 4 KB
+constexpr int kPrefetchBytes = 4096;  // how far ahead weights are asked for while a strip is multiplied
 
 MPSEARCH_INLINE uint32_t load_quad(const uint32_t* x) {
     uint32_t value;
@@ -186,6 +187,8 @@ static void multiply_tokens(const LinearJob& job, int64_t tile) {
         for (int64_t begin = 0; begin < job.group_blocks; begin += kStripBlocks) {
             const int64_t left = job.group_blocks - begin, n_blocks = left < kStripBlocks ? left : kStripBlocks;
             for (int64_t b = 0; b < n_blocks; ++b) {
+                const uint8_t* ahead = blocks + (begin + b) * bits * kQuadBytes + kPrefetchBytes;
+                for (int i = 0; i < bits; ++i) __builtin_prefetch(ahead + i * kQuadBytes);
                 for (int v = 0; v < kVectors; ++v) {
                     Bytes quads[kQuads];
                     unpack_quads<bits>(blocks + (begin + b) * bits * kQuadBytes, v, quads);
