@@ -27,17 +27,18 @@ except ImportError as error:
         ) from error
 
 _COMPILED: tuple[str, ...] = () if compiled is None else tuple(compiled.backends())
+_AVAILABLE = ("reference", *_COMPILED)
 _forced: str | None = None
 
 
 def available_backends() -> tuple[str, ...]:
     """The backends that this machine runs, slowest first, such as `("reference", "baseline", "avx2")`."""
-    return ("reference", *_COMPILED)
+    return _AVAILABLE
 
 
 def active_backend() -> str:
     """The backend that CPU tensors take now: the fastest there is, or the one that `use_backend` forces."""
-    return available_backends()[-1] if _forced is None else _forced
+    return _AVAILABLE[-1] if _forced is None else _forced
 
 
 @contextmanager
@@ -59,7 +60,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 def backend_of(tensor: Tensor) -> str:
     """The backend for a tensor's device; the first use without compiled kernels warns."""
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return "reference"
     if _missing is not None and _forced is None:
         _warn_missing()

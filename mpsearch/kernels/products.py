@@ -7,6 +7,7 @@ quantized to int8 for each token (`linear_a8`). Both are registered with `torch.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -121,10 +122,11 @@ def _multiply(
     x: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool, *, int8_input: bool
 ) -> Tensor:
     _check_product(x, data, rows, columns, bits, group_size, half_scales)
-    y = x.new_empty(*x.shape[:-1], rows)
+    y = x.new_empty((*x.shape[:-1], rows))
     if y.numel() == 0 or columns == 0:
         return y.zero_()
     backend = backend_of(x)
+    x = x.detach() if x.requires_grad else x
     if backend == "reference":
         scale_dtype = torch.float16 if half_scales else torch.float32
         codes, scales, doubled_zeros = reference.unpack_linear(data, rows, columns, bits, group_size, scale_dtype)
@@ -153,17 +155,17 @@ def _multiply(
 
 def _fake(x: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> Tensor:
     _check_product(x, data, rows, columns, bits, group_size, half_scales)
-    return x.new_empty(*x.shape[:-1], rows)
+    return x.new_empty((*x.shape[:-1], rows))
 
 
 def _check_product(x: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> None:
     """What a kernel needs so as to stay within its tensors; numbers only, as this runs at every call."""
-    if x.dtype != torch.float32 or x.dim() == 0 or x.shape[-1] != columns:
+    shape = x.shape
+    if x.dtype != torch.float32 or not shape or shape[-1] != columns:
         raise InputError(f"x is {_dtype(x)} {list(x.shape)}, but must be float32 [..., {columns}], the columns of the weight.")
     if x.device != data.device:
         raise InputError(f"x is on {x.device} and the packed weight on {data.device}, but must be on one device.")
-    valid = rows >= 0 and columns >= 0 and 1 <= bits <= 8 and group_size >= 1
-    n_bytes = _packed_bytes(rows, columns, bits, group_size, half_scales) if valid else -1
+    n_bytes = _packed_bytes(rows, columns, bits, group_size, half_scales)
     if data.dtype != torch.uint8 or data.dim() != 1 or data.shape[0] != n_bytes or not data.is_contiguous():
         raise InputError(
             f"the packed weight is {_dtype(data)} {list(data.shape)}, but {bits} bits [{rows}, {columns}] in groups of "
@@ -171,7 +173,11 @@ def _check_product(x: Tensor, data: Tensor, rows: int, columns: int, bits: int, 
         )
 
 
+@functools.lru_cache(maxsize=4096)
 def _packed_bytes(rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> int:
+    """Bytes of a packed weight, -1 where there is none such."""
+    if rows < 0 or columns < 0 or not 1 <= bits <= 8 or not 1 <= group_size <= MOST_GROUP_COLUMNS:
+        return -1
     n_tiles, n_groups, n_blocks = reference.linear_grid(rows, columns, group_size)
     header = reference.linear_header_bytes(torch.float16 if half_scales else torch.float32)
     return n_tiles * n_groups * (header + n_blocks * bits * 2 * reference.BLOCK_COLUMNS)
@@ -186,4 +192,5 @@ _ARGUMENTS = "(Tensor x, Tensor data, int rows, int columns, int bits, int group
 for _name, _implementation in {"linear": _linear, "linear_a8": _linear_a8}.items():
     _library.define(_name + _ARGUMENTS)
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"mpsearch::{_name}", _fake, lib=_library)

@@ -235,6 +235,13 @@ def test_a_packed_weight_of_another_size_is_refused() -> None:
         kernels.linear(torch.ones(1, 64), short)
 
 
+@pytest.mark.parametrize("product", [kernels.linear, kernels.linear_a8])
+@pytest.mark.parametrize("backend", kernels.available_backends())
+def test_gradients_are_not_followed(backend: str, product) -> None:
+    with kernels.use_backend(backend):
+        assert not product(torch.randn(2, 64, requires_grad=True), some_packed(3, 64, 4, 32)).requires_grad
+
+
 @pytest.mark.parametrize("name", ["linear", "linear_a8"])
 def test_registration(name: str) -> None:
     packed = some_packed(20, 64, 4, 32)
