@@ -9,7 +9,8 @@
 // One thread handles a range of tiles (16 rows) for all tokens. One token: four tiles are read in lock-step, because a
 // core draws more from memory in four streams than in one, and each sum is kept in four parts, because additions wait for
 // one another. More tokens: a strip of the tile becomes floats in the first cache and is multiplied by every block of
-// tokens. Bytes moved per weight: bits / 8. Bound: arithmetic, 4 operations per 16 weights to make them floats.
+// tokens. Bytes moved per weight: bits / 8, and for each 16 groups a header of 64 or 128. Bound: arithmetic, 4 operations on
+// a vector of weights to make them floats.
 #include "codes.h"
 #include "tile.h"
 

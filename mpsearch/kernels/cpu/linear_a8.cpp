@@ -12,8 +12,8 @@
 //
 // One thread handles a range of tiles (16 rows) for all tokens. One token: the codes are unpacked in registers, and four
 // tiles are read in lock-step, because a core draws more from memory in four streams than in one. More tokens: a strip of
-// the tile is unpacked into the first cache and multiplied by every block of tokens. Bytes moved per weight: bits / 8.
-// Bound: memory for one token, from about 8 tokens arithmetic.
+// the tile is unpacked into the first cache and multiplied by every block of tokens. Bytes moved per weight: bits / 8,
+// and for each 16 groups a header of 64 or 128. Bound: memory for one token, from about 8 tokens arithmetic.
 #include "codes.h"
 #include "tile.h"
 
