@@ -17,6 +17,7 @@ import platform
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ def packed_candidates(weight: Tensor) -> dict[str, Candidate]:
 def rivals(weight: Tensor) -> dict[str, Candidate]:
     floats = [weight.clone() for _ in range(copies_of(4 * weight.numel()))]
     scale = float(weight.abs().max()) / 127
+    warnings.filterwarnings("ignore", message="torch.quantize_per_tensor")  # deprecated; the product is what is measured
     quantized = torch.quantize_per_tensor(weight, scale, 0, torch.qint8)
     int8 = [torch.ops.quantized.linear_prepack(quantized, None) for _ in range(copies_of(weight.numel()))]
     flat = torch.cat([copy.flatten() for copy in floats])
