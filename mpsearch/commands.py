@@ -6,7 +6,7 @@ Everything that a user may have got wrong is checked before anything is measured
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,12 @@ from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.pick import pick
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.report import SUMMARY_HEADER, draw_sensitivity, summary_rows, write_report
-from mpsearch.result import RunFolder, SearchResult, evaluation_row
+from mpsearch.result import SCORED, RunFolder, SearchResult, evaluation_row
 from mpsearch.samplers.base import seeded
 from mpsearch.search import Evaluator, check_sampler
 from mpsearch.search import search as run_search
 from mpsearch.sensitivity import measure_sensitivity
-from mpsearch.tasks.base import SPLITS, Task
+from mpsearch.tasks.base import SPLITS, Batch, Task
 from mpsearch.trace import trace_layers
 
 FILE_WIDTH = 120
@@ -55,6 +55,7 @@ class Prepared:
     quantizers: Mapping[str, Quantizer]
     model_sha256: str
     folds: tuple[tuple[str, str], ...]
+    calibration: Sequence[Batch]
 
     def identity(self, settings: Settings) -> dict[str, Any]:
         """What a run folder is known by; it is not gone on with under another one."""
@@ -65,7 +66,7 @@ class Prepared:
             "task_name": type(self.task).__name__,
             "model_sha256": self.model_sha256,
             "data_sha256": self.task.fingerprint(),
-            "data": {split: self.task.describe(split) for split in ("calibration", "search", "confirm")},
+            "data": {split: self.task.describe(split) for split in SPLITS},
             "quantizers": {name: _fields(quantizer) for name, quantizer in self.quantizers.items()},
             "folded_batch_norms": [list(pair) for pair in self.folds],
             "bias_correction": settings["bias_correction"],
@@ -73,17 +74,15 @@ class Prepared:
 
     def engine(self, settings: Settings) -> QuantEngine:
         """Calibrate, and set up the engine."""
-        device = settings["device"]
-        batches = load_batches(self.task, "calibration", device)
         return QuantEngine(
             self.model,
             self.task,
             self.space,
             self.quantizers,
-            calibrate(self.model, self.task, self.space.layers, batches),
+            calibrate(self.model, self.task, self.space.layers, self.calibration),
             bias_correction=settings["bias_correction"],
             bank_max_bytes=parse_bytes(settings["bank_max_bytes"]),
-            device=device,
+            device=settings["device"],
         )
 
 
@@ -93,7 +92,7 @@ def prepare(settings: Settings, build: Build) -> Prepared:
     torch.manual_seed(settings["seed"])
     # TF32 keeps 10 bits of a product: that is more error than an 8-bit weight makes.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    schemes = {name: build(f"scheme.{name}") for name in settings["scheme"] or {}}
+    schemes = _schemes(settings, build)
     quantizer = build("quantizer")
     quantizers = {name: build(f"quantizer_of.{name}") if name in settings["quantizer_of"] else quantizer for name in schemes}
     task = build("task")
@@ -107,7 +106,8 @@ def prepare(settings: Settings, build: Build) -> Prepared:
         check_finite(name, parameter.detach())
     sha256 = weights_sha256(model)
     model.to(device)
-    inputs, targets = load_batches(task, "calibration", device)[0]
+    calibration = load_batches(task, "calibration", device)
+    inputs, targets = calibration[0]
     try:
         with torch.no_grad():
             logits = task.forward(model, inputs)
@@ -124,7 +124,7 @@ def prepare(settings: Settings, build: Build) -> Prepared:
     folds = fold_batch_norms(model, task.forward, inputs) if settings["fold_batch_norms"] else ()
     layers = trace_layers(model, task.forward, inputs)
     space = SearchSpace.build(layers, schemes, settings.get("pin") or (), other_bits(model, layers))
-    return Prepared(model, task, space, quantizers, sha256, tuple(folds))
+    return Prepared(model, task, space, quantizers, sha256, tuple(folds), calibration)
 
 
 def search(settings: Settings, build: Build, folder: Path) -> None:
@@ -165,12 +165,11 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
             n_seeds=settings["n_seeds"],
             max_seconds=settings["max_seconds"],
         )
-        limits = {budget.table.name: budget.limit for budget in budgets}
-        found = SearchResult(space, quality, evaluate.evaluations, sensitivity, limits, identity)
-        if not found.front:
+        # Its evaluations are the evaluator's own list: confirmation adds to it what the report draws.
+        result = SearchResult(space, quality, evaluate.evaluations, sensitivity, identity["budgets"], identity)
+        if not result.front:
             raise InputError("No trial was run, so there is no front. Give n_trials above 0.")
-        confirmed = confirm(evaluate, found)
-        result = SearchResult(space, quality, evaluate.evaluations, sensitivity, limits, identity)
+        confirmed = confirm(evaluate, result)
         picked = pick(result)
         page = write_report(result, folder, picked, confirmed)
         _summary(result, picked)
@@ -219,9 +218,8 @@ def export(settings: Settings, build: Build, folder: Path) -> None:
     exporter = build("exporter")
     prepared = prepare(settings, build)
     RunFolder(folder).identify(prepared.identity(settings))
-    baselines = {split: b for split in ("search", "confirm") if (b := result.baseline(split)) is not None}
-    scores = {split: e for split in ("search", "confirm") if (e := result.on(split).get(picked.allocation)) is not None}
-    what = Picked(picked, scores, baselines, result.quality_name, prepared.model_sha256, prepared.folds)
+    scores = {split: e for split in SCORED if (e := result.on(split).get(picked.allocation)) is not None}
+    what = Picked(picked, scores, result.baselines, result.quality_name, prepared.model_sha256, prepared.folds)
     path = exporter.export(what, prepared.engine(settings), folder)
     write_report(result, folder, picked)
     _summary(result, picked)
@@ -243,7 +241,7 @@ def _sensitivity(
 
 
 def _schemes(settings: Settings, build: Build) -> dict[str, Any]:
-    return {name: build(f"scheme.{name}") for name in settings["scheme"]}
+    return {name: build(f"scheme.{name}") for name in settings["scheme"] or {}}
 
 
 def _summary(result: SearchResult, picked: Evaluation) -> None:
@@ -302,9 +300,9 @@ def _check_qualities(qualities: torch.Tensor, n: int) -> None:
 def _check_targets(task: Task, n_classes: int) -> None:
     for split in SPLITS:
         for _, targets in load_batches(task, split, "cpu"):
-            low, high = (
-                (int(targets.min()), int(targets.max())) if targets.numel() and not targets.is_floating_point() else (0, 0)
-            )
+            if not targets.numel() or targets.is_floating_point():
+                continue
+            low, high = int(targets.min()), int(targets.max())
             if low < 0 or high >= n_classes:
                 raise InputError(
                     f"Labels of the {split} split run from {low} to {high}; the model has {n_classes} outputs: they must "

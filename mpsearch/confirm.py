@@ -63,12 +63,4 @@ def _compare(
         ours = evaluate.engine.score(point.allocation, "confirm").qualities
         theirs = evaluate.engine.score(rival.allocation, "confirm").qualities
         surely = paired_interval(theirs - ours)[0] > 0
-    return Confirmed(
-        evaluation=point,
-        scheme=scheme,
-        drop=baseline.quality - point.quality,
-        drop_low=baseline.quality - point.quality_high,
-        drop_high=baseline.quality - point.quality_low,
-        overtaken_by=rival,
-        overtaken_surely=surely,
-    )
+    return Confirmed(point, scheme, *point.drop_from(baseline), overtaken_by=rival, overtaken_surely=surely)

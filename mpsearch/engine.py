@@ -191,12 +191,11 @@ def paired_interval(differences: np.ndarray) -> tuple[float, float]:
     Where they take many (a quality that is not a hit or a miss), the bootstrap's limit is taken, the normal interval.
     """
     n = len(differences)
-    rng = np.random.default_rng(0)
     values, counts = np.unique(differences, return_counts=True)
     if len(values) > MANY_VALUES:
         mean, error = differences.mean(dtype=np.float64), differences.std(ddof=1, dtype=np.float64) / np.sqrt(n)
         return float(mean - 1.96 * error), float(mean + 1.96 * error)
-    means = rng.multinomial(n, counts / n, size=N_RESAMPLES) @ values.astype(np.float64) / n
+    means = np.random.default_rng(0).multinomial(n, counts / n, size=N_RESAMPLES) @ values.astype(np.float64) / n
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 

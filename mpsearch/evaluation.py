@@ -54,6 +54,11 @@ class Evaluation:
     seconds: float
     packed: bool = False
 
+    def drop_from(self, baseline: Evaluation) -> tuple[float, float, float]:
+        """(drop, its low, its high): the baseline's quality less this one's, with the paired 95 % interval."""
+        quality = baseline.quality
+        return quality - self.quality, quality - self.quality_high, quality - self.quality_low
+
 
 @dataclass(frozen=True)
 class SensitivityTable:

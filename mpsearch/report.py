@@ -31,14 +31,13 @@ def write_report(result: SearchResult, folder: Path, picked: Evaluation, confirm
     if confirmed is not None:
         _write_csv(confirm_table(result, confirmed), folder / "confirm.csv")
     draw_sensitivity(result.sensitivity, folder)
-    baselines = {split: b.quality for split in ("search", "confirm") if (b := result.baseline(split)) is not None}
     charts.pareto(
         front,
         uniform,
         result.to_frame(),
         folder,
         quality=result.quality_name,
-        float_quality=baselines,
+        float_quality={split: baseline.quality for split, baseline in result.baselines.items()},
         limits_bytes=_limits_bytes(result),
         picked=picked.allocation.to_json(),
     )
@@ -118,8 +117,7 @@ def summary_rows(result: SearchResult, picked: Evaluation) -> list[tuple[str, ..
         if c is not None:
             quality = f"{100 * c.quality:.2f}"
             base = result.baseline("confirm")
-            drop = _drop(base.quality - c.quality, base.quality - c.quality_high, base.quality - c.quality_low) if base else ""
-            drop = "" if e.origin == "float" else drop
+            drop = _drop(*c.drop_from(base)) if base and e.origin != "float" else ""
         rows.append(
             (what, f"{e.average_bits:.2f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", f"{100 * e.quality:.2f}", quality, drop)
         )

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from mpsearch.schemes.base import QuantScheme, scheme_from_fields
 
 SENSITIVITY_COLUMNS = ("group", "scheme", "metric", "value", "size_bits")
 ORIGINS = ("float", "uniform", "knapsack", "sampler")
-SPLITS = ("search", "confirm")
+SCORED = ("search", "confirm")
 
 
 class RunFolder:
@@ -144,7 +145,7 @@ class RunFolder:
                         trial=int(row["trial"]) if row["trial"] else None,
                         origin=_one_of(row["origin"], ORIGINS),
                         allocation=space.decode(row["allocation"]) if row["allocation"] else Allocation(),
-                        split=_one_of(row["split"], SPLITS),
+                        split=_one_of(row["split"], SCORED),
                         loss=float(row["loss"]),
                         cross_entropy=float(row["cross_entropy"]),
                         quality=float(row[quality_name]),
@@ -211,6 +212,11 @@ class SearchResult:
         """The float model's evaluation."""
         return next((e for e in self.evaluations if e.origin == "float" and e.split == split), None)
 
+    @property
+    def baselines(self) -> dict[str, Evaluation]:
+        """Split -> the float model's evaluation, where there is one."""
+        return {split: found for split in SCORED if (found := self.baseline(split)) is not None}
+
     def on(self, split: str) -> dict[Allocation, Evaluation]:
         """Allocation -> its (first) evaluation on the split, the float model's left out."""
         found: dict[Allocation, Evaluation] = {}
@@ -219,7 +225,7 @@ class SearchResult:
                 found.setdefault(evaluation.allocation, evaluation)
         return found
 
-    @property
+    @cached_property
     def front(self) -> list[Evaluation]:
         """The non-dominated feasible evaluations on the search split (size, loss), smallest first."""
         measured = [e for e in self.on("search").values() if e.feasible and np.isfinite(e.loss)]

@@ -6,7 +6,6 @@ interrupted is replayed (asked again from the same seed, in order), with recorde
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 
@@ -116,8 +115,9 @@ def search(
         if allocation not in within:
             evaluate(allocation, "uniform")
 
-    origins = dict.fromkeys(within, "uniform") | dict.fromkeys(knapsack_seeds(space, losses, budgets, n_seeds), "knapsack")
-    origins.update(dict.fromkeys(within, "uniform"))
+    origins = dict.fromkeys(within, "uniform")
+    for allocation in knapsack_seeds(space, losses, budgets, n_seeds):
+        origins.setdefault(allocation, "knapsack")
     proposer = _within_budgets(sampler, space, losses, budgets)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=proposer)
     for allocation in origins:
@@ -125,10 +125,10 @@ def search(
 
     start = time.monotonic()
     parameters = distributions(names, space.choices)
-    with phase("search", n_trials, done=0) as advance:
-        for number in itertools.count():
+    with phase("search", n_trials) as advance:
+        for number in range(n_trials):
             late = max_seconds is not None and time.monotonic() - start > max_seconds
-            if number >= n_trials or late or proposer.exhausted(study):
+            if late or proposer.exhausted(study):
                 break
             trial = study.ask(parameters)
             allocation = Allocation((name, trial.params[name]) for name in names)
