@@ -11,14 +11,12 @@
 // one another. More tokens: a strip of the tile becomes floats in the first cache and is multiplied by every block of
 // tokens. Bytes moved per weight: bits / 8, and for each 16 groups a header of 64 or 128. Bound: arithmetic, 4 operations on
 // a vector of weights to make them floats.
-#include "codes.h"
 #include "tile.h"
 
 MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
 
 namespace mpsearch::MPSEARCH_ISA {
 
-constexpr int kStreams = 4;
 constexpr int kStripBlocks = 4;  // made floats at a time: 8 KB
 
 // 2^15 has 8 bits left for a fraction, so its float with a code in bits 8 to 15 is 2^15 + code.
@@ -75,72 +73,66 @@ static void add_group(const LinearJob& job, int64_t tile, int64_t group, Lanes (
     }
 }
 
-// One token; `n` tiles from `begin`, `apart` tiles apart.
-template <int bits, int n>
-static void multiply_token(const LinearJob& job, int64_t begin, int64_t apart) {
-    Lanes totals[n][kVectors] = {};
-    for (int64_t group = 0; group < job.n_groups; ++group)
-        for (int i = 0; i < n; ++i) add_group<bits>(job, begin + i * apart, group, totals[i]);
-    for (int i = 0; i < n; ++i) store_rows(job, 0, begin + i * apart, totals[i]);
-}
+struct FloatProduct {
+    // One token; `n` tiles from `begin`, `apart` tiles apart.
+    template <int bits, int n>
+    static void multiply_token(const LinearJob& job, int64_t begin, int64_t apart) {
+        Lanes totals[n][kVectors] = {};
+        for (int64_t group = 0; group < job.n_groups; ++group)
+            for (int i = 0; i < n; ++i) add_group<bits>(job, begin + i * apart, group, totals[i]);
+        for (int i = 0; i < n; ++i) store_rows(job, 0, begin + i * apart, totals[i]);
+    }
 
-template <int bits, int tokens>
-static void multiply_tokens(const LinearJob& job, int64_t tile) {
-    Lanes weights[kStripBlocks * kBlockColumns][kVectors];
-    Lanes totals[kMostTokens][kVectors];
-    memset(totals, 0, job.n_token_blocks * tokens * sizeof(totals[0]));
-    for (int64_t group = 0; group < job.n_groups; ++group) {
-        const uint8_t* record = job.packed + (tile * job.n_groups + group) * record_bytes(job);
-        const uint8_t* blocks = record + header_bytes(job.half_scales);
-        for (int64_t begin = 0; begin < job.group_blocks; begin += kStripBlocks) {
-            const int64_t left = job.group_blocks - begin, n_blocks = left < kStripBlocks ? left : kStripBlocks;
-            for (int v = 0; v < kVectors; ++v) {
-                const Lanes zeros = load_offset_zeros(job, record, v);
-                const Lanes scales = load_scales(record, job.half_scales, v);
-                for (int64_t b = 0; b < n_blocks; ++b) {
-                    Bytes quads[kQuads];
-                    unpack_quads<bits>(blocks + (begin + b) * bits * kQuadBytes, v, quads);
+    template <int bits, int tokens>
+    static void multiply_tokens(const LinearJob& job, int64_t tile) {
+        Lanes weights[kStripBlocks * kBlockColumns][kVectors];
+        Lanes totals[kMostTokens][kVectors];
+        memset(totals, 0, job.n_token_blocks * tokens * sizeof(totals[0]));
+        for (int64_t group = 0; group < job.n_groups; ++group) {
+            const uint8_t* record = job.packed + (tile * job.n_groups + group) * record_bytes(job);
+            const uint8_t* blocks = record + header_bytes(job.half_scales);
+            for (int64_t begin = 0; begin < job.group_blocks; begin += kStripBlocks) {
+                const int64_t left = job.group_blocks - begin, n_blocks = left < kStripBlocks ? left : kStripBlocks;
+                for (int v = 0; v < kVectors; ++v) {
+                    const Lanes zeros = load_offset_zeros(job, record, v);
+                    const Lanes scales = load_scales(record, job.half_scales, v);
+                    for (int64_t b = 0; b < n_blocks; ++b) {
+                        Bytes quads[kQuads];
+                        unpack_quads<bits>(blocks + (begin + b) * bits * kQuadBytes, v, quads);
 #pragma GCC unroll 8
-                    for (int q = 0; q < kQuads; ++q)
+                        for (int q = 0; q < kQuads; ++q)
+#pragma GCC unroll 4
+                            for (int k = 0; k < 4; ++k)
+                                weights[b * kBlockColumns + 4 * q + k][v] =
+                                    (offset_codes(quads[q], k) - zeros) * scales;
+                    }
+                }
+                for (int64_t block = 0; block < job.n_token_blocks; ++block) {
+                    const float* x =
+                        static_cast<const float*>(job.staged) +
+                        ((group * job.n_token_blocks + block) * job.group_blocks + begin) * kBlockColumns * tokens;
+                    Lanes total[tokens][kVectors];
+                    memcpy(total, totals[block * tokens], sizeof(total));
+                    for (int64_t q = 0; q < n_blocks * kQuads; ++q)
 #pragma GCC unroll 4
                         for (int k = 0; k < 4; ++k)
-                            weights[b * kBlockColumns + 4 * q + k][v] = (offset_codes(quads[q], k) - zeros) * scales;
+#pragma GCC unroll 8
+                            for (int t = 0; t < tokens; ++t)
+#pragma GCC unroll 4
+                                for (int v = 0; v < kVectors; ++v)
+                                    total[t][v] =
+                                        multiply_add(weights[4 * q + k][v],
+                                                     broadcast_lanes(x[4 * (q * tokens + t) + k]), total[t][v]);
+                    memcpy(totals[block * tokens], total, sizeof(total));
                 }
             }
-            for (int64_t block = 0; block < job.n_token_blocks; ++block) {
-                const float* x =
-                    static_cast<const float*>(job.staged) +
-                    ((group * job.n_token_blocks + block) * job.group_blocks + begin) * kBlockColumns * tokens;
-                Lanes total[tokens][kVectors];
-                memcpy(total, totals[block * tokens], sizeof(total));
-                for (int64_t q = 0; q < n_blocks * kQuads; ++q)
-#pragma GCC unroll 4
-                    for (int k = 0; k < 4; ++k)
-#pragma GCC unroll 8
-                        for (int t = 0; t < tokens; ++t)
-#pragma GCC unroll 4
-                            for (int v = 0; v < kVectors; ++v)
-                                total[t][v] = multiply_add(weights[4 * q + k][v],
-                                                           broadcast_lanes(x[4 * (q * tokens + t) + k]), total[t][v]);
-                memcpy(totals[block * tokens], total, sizeof(total));
-            }
         }
+        for (int64_t token = 0; token < job.n_tokens; ++token) store_rows(job, token, tile, totals[token]);
     }
-    for (int64_t token = 0; token < job.n_tokens; ++token) store_rows(job, token, tile, totals[token]);
-}
+};
 
 void linear(const LinearJob& job, int64_t begin, int64_t end) {
-    with_bits(job.bits, [&]<int bits>() {
-        if (job.tokens_per_block == 1) {
-            const int64_t apart = (end - begin) / kStreams;
-            for (int64_t tile = begin; tile < begin + apart; ++tile) multiply_token<bits, kStreams>(job, tile, apart);
-            for (int64_t tile = begin + kStreams * apart; tile < end; ++tile) multiply_token<bits, 1>(job, tile, 0);
-        } else if (kVectors == 1 && job.tokens_per_block == 8) {
-            for (int64_t tile = begin; tile < end; ++tile) multiply_tokens<bits, kVectors == 1 ? 8 : 4>(job, tile);
-        } else {
-            for (int64_t tile = begin; tile < end; ++tile) multiply_tokens<bits, 4>(job, tile);
-        }
-    });
+    walk_tiles<FloatProduct>(job, begin, end);
 }
 
 }  // namespace mpsearch::MPSEARCH_ISA

@@ -14,14 +14,12 @@
 // tiles are read in lock-step, because a core draws more from memory in four streams than in one. More tokens: a strip of
 // the tile is unpacked into the first cache and multiplied by every block of tokens. Bytes moved per weight: bits / 8,
 // and for each 16 groups a header of 64 or 128. Bound: memory for one token, from about 8 tokens arithmetic.
-#include "codes.h"
 #include "tile.h"
 
 MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
 
 namespace mpsearch::MPSEARCH_ISA {
 
-constexpr int kStreams = 4;
 constexpr int kStripBlocks = 8;       // unpacked at a time: 4 KB
 constexpr int kPrefetchBytes = 4096;  // how far ahead weights are asked for while a strip is multiplied
 
@@ -157,81 +155,73 @@ static void add_group(const LinearJob& job, int64_t tile, int64_t group, Lanes (
     }
 }
 
-// One token; `n` tiles from `begin`, `apart` tiles apart.
-template <int bits, int n>
-static void multiply_token(const LinearJob& job, int64_t begin, int64_t apart) {
-    Lanes totals[n][kVectors] = {};
-    for (int64_t group = 0; group < job.n_groups; ++group)
-        for (int i = 0; i < n; ++i) add_group<bits>(job, begin + i * apart, group, totals[i]);
-    for (int i = 0; i < n; ++i) {
-        for (int v = 0; v < kVectors; ++v) totals[i][v] = (job.token_scales[0] * 0.5f) * totals[i][v];
-        store_rows(job, 0, begin + i * apart, totals[i]);
+struct Int8Product {
+    // One token; `n` tiles from `begin`, `apart` tiles apart.
+    template <int bits, int n>
+    static void multiply_token(const LinearJob& job, int64_t begin, int64_t apart) {
+        Lanes totals[n][kVectors] = {};
+        for (int64_t group = 0; group < job.n_groups; ++group)
+            for (int i = 0; i < n; ++i) add_group<bits>(job, begin + i * apart, group, totals[i]);
+        for (int i = 0; i < n; ++i) {
+            for (int v = 0; v < kVectors; ++v) totals[i][v] = (job.token_scales[0] * 0.5f) * totals[i][v];
+            store_rows(job, 0, begin + i * apart, totals[i]);
+        }
     }
-}
 
-template <int bits, int tokens>
-static void multiply_tokens(const LinearJob& job, int64_t tile) {
-    Bytes codes[kStripBlocks * kQuads * kVectors];
-    Ints sums[kMostTokens / tokens][tokens][kVectors];
-    Lanes totals[kMostTokens][kVectors];
-    memset(totals, 0, job.n_token_blocks * tokens * sizeof(totals[0]));
-    for (int64_t group = 0; group < job.n_groups; ++group) {
-        const uint8_t* record = job.packed + (tile * job.n_groups + group) * record_bytes(job);
-        const uint8_t* blocks = record + header_bytes(job.half_scales);
-        Lanes scales[kVectors];
-        Ints doubled_zeros[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-            scales[v] = load_scales(record, job.half_scales, v);
-            doubled_zeros[v] = load_doubled_zeros(record, job.half_scales, v);
-        }
-        for (int64_t begin = 0; begin < job.group_blocks; begin += kStripBlocks) {
-            const int64_t left = job.group_blocks - begin, n_blocks = left < kStripBlocks ? left : kStripBlocks;
-            for (int64_t b = 0; b < n_blocks; ++b) {
-                const uint8_t* ahead = blocks + (begin + b) * bits * kQuadBytes + kPrefetchBytes;
-                for (int i = 0; i < bits; ++i) __builtin_prefetch(ahead + i * kQuadBytes);
-                for (int v = 0; v < kVectors; ++v) {
-                    Bytes quads[kQuads];
-                    unpack_quads<bits>(blocks + (begin + b) * bits * kQuadBytes, v, quads);
-                    for (int q = 0; q < kQuads; ++q) codes[(b * kQuads + q) * kVectors + v] = quads[q];
+    template <int bits, int tokens>
+    static void multiply_tokens(const LinearJob& job, int64_t tile) {
+        Bytes codes[kStripBlocks * kQuads * kVectors];
+        Ints sums[kMostTokens / tokens][tokens][kVectors];
+        Lanes totals[kMostTokens][kVectors];
+        memset(totals, 0, job.n_token_blocks * tokens * sizeof(totals[0]));
+        for (int64_t group = 0; group < job.n_groups; ++group) {
+            const uint8_t* record = job.packed + (tile * job.n_groups + group) * record_bytes(job);
+            const uint8_t* blocks = record + header_bytes(job.half_scales);
+            Lanes scales[kVectors];
+            Ints doubled_zeros[kVectors];
+            for (int v = 0; v < kVectors; ++v) {
+                scales[v] = load_scales(record, job.half_scales, v);
+                doubled_zeros[v] = load_doubled_zeros(record, job.half_scales, v);
+            }
+            for (int64_t begin = 0; begin < job.group_blocks; begin += kStripBlocks) {
+                const int64_t left = job.group_blocks - begin, n_blocks = left < kStripBlocks ? left : kStripBlocks;
+                for (int64_t b = 0; b < n_blocks; ++b) {
+                    const uint8_t* ahead = blocks + (begin + b) * bits * kQuadBytes + kPrefetchBytes;
+                    for (int i = 0; i < bits; ++i) __builtin_prefetch(ahead + i * kQuadBytes);
+                    for (int v = 0; v < kVectors; ++v) {
+                        Bytes quads[kQuads];
+                        unpack_quads<bits>(blocks + (begin + b) * bits * kQuadBytes, v, quads);
+                        for (int q = 0; q < kQuads; ++q) codes[(b * kQuads + q) * kVectors + v] = quads[q];
+                    }
+                }
+                for (int64_t block = 0; block < job.n_token_blocks; ++block) {
+                    const int64_t at = group * job.n_token_blocks + block;
+                    const uint32_t* x =
+                        static_cast<const uint32_t*>(job.staged) + (at * job.group_blocks + begin) * kQuads * tokens;
+                    Ints sum[tokens][kVectors] = {};
+                    if (begin > 0) memcpy(sum, sums[block], sizeof(sum));
+                    for (int64_t b = 0; b < n_blocks; ++b)
+                        add_products<bits>(codes + b * kQuads * kVectors, x + b * kQuads * tokens, sum);
+                    if (n_blocks < left) {
+                        memcpy(sums[block], sum, sizeof(sum));
+                        continue;
+                    }
+                    for (int t = 0; t < tokens; ++t)
+                        for (int v = 0; v < kVectors; ++v)
+                            totals[block * tokens + t][v] +=
+                                group_result(sum[t][v], job.token_sums[at * tokens + t], scales[v], doubled_zeros[v]);
                 }
             }
-            for (int64_t block = 0; block < job.n_token_blocks; ++block) {
-                const int64_t at = group * job.n_token_blocks + block;
-                const uint32_t* x =
-                    static_cast<const uint32_t*>(job.staged) + (at * job.group_blocks + begin) * kQuads * tokens;
-                Ints sum[tokens][kVectors] = {};
-                if (begin > 0) memcpy(sum, sums[block], sizeof(sum));
-                for (int64_t b = 0; b < n_blocks; ++b)
-                    add_products<bits>(codes + b * kQuads * kVectors, x + b * kQuads * tokens, sum);
-                if (n_blocks < left) {
-                    memcpy(sums[block], sum, sizeof(sum));
-                    continue;
-                }
-                for (int t = 0; t < tokens; ++t)
-                    for (int v = 0; v < kVectors; ++v)
-                        totals[block * tokens + t][v] +=
-                            group_result(sum[t][v], job.token_sums[at * tokens + t], scales[v], doubled_zeros[v]);
-            }
+        }
+        for (int64_t token = 0; token < job.n_tokens; ++token) {
+            for (int v = 0; v < kVectors; ++v) totals[token][v] = (job.token_scales[token] * 0.5f) * totals[token][v];
+            store_rows(job, token, tile, totals[token]);
         }
     }
-    for (int64_t token = 0; token < job.n_tokens; ++token) {
-        for (int v = 0; v < kVectors; ++v) totals[token][v] = (job.token_scales[token] * 0.5f) * totals[token][v];
-        store_rows(job, token, tile, totals[token]);
-    }
-}
+};
 
 void linear_a8(const LinearJob& job, int64_t begin, int64_t end) {
-    with_bits(job.bits, [&]<int bits>() {
-        if (job.tokens_per_block == 1) {
-            const int64_t apart = (end - begin) / kStreams;
-            for (int64_t tile = begin; tile < begin + apart; ++tile) multiply_token<bits, kStreams>(job, tile, apart);
-            for (int64_t tile = begin + kStreams * apart; tile < end; ++tile) multiply_token<bits, 1>(job, tile, 0);
-        } else if (kVectors == 1 && job.tokens_per_block == 8) {
-            for (int64_t tile = begin; tile < end; ++tile) multiply_tokens<bits, kVectors == 1 ? 8 : 4>(job, tile);
-        } else {
-            for (int64_t tile = begin; tile < end; ++tile) multiply_tokens<bits, 4>(job, tile);
-        }
-    });
+    walk_tiles<Int8Product>(job, begin, end);
 }
 
 }  // namespace mpsearch::MPSEARCH_ISA

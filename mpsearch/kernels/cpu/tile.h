@@ -15,6 +15,7 @@
 // to end. So every width takes exactly `bits` bits, and most codes are one shift and one mask away.
 #pragma once
 
+#include "codes.h"
 #include "half.h"
 #include "kernels.h"
 #include "simd.h"
@@ -125,6 +126,27 @@ MPSEARCH_INLINE void store_rows(const LinearJob& job, int64_t token, int64_t til
         memcpy(to, values, sizeof(values));
     else
         memcpy(to, values, static_cast<size_t>(job.rows - row) * sizeof(float));
+}
+
+// Tiles [begin, end) for all tokens. One token: kStreams tiles in lock-step; more: a tile at a time, for blocks of tokens.
+// `Product` has multiply_token<bits, n>(job, first, apart) and multiply_tokens<bits, tokens>(job, tile).
+constexpr int kStreams = 4;
+
+template <class Product>
+MPSEARCH_INLINE void walk_tiles(const LinearJob& job, int64_t begin, int64_t end) {
+    with_bits(job.bits, [&]<int bits>() {
+        if (job.tokens_per_block == 1) {
+            const int64_t apart = (end - begin) / kStreams, rest = begin + kStreams * apart;
+            for (int64_t tile = begin; tile < begin + apart; ++tile)
+                Product::template multiply_token<bits, kStreams>(job, tile, apart);
+            for (int64_t tile = rest; tile < end; ++tile) Product::template multiply_token<bits, 1>(job, tile, 0);
+        } else if (kVectors == 1 && job.tokens_per_block == 8) {
+            for (int64_t tile = begin; tile < end; ++tile)
+                Product::template multiply_tokens<bits, kVectors == 1 ? 8 : 4>(job, tile);
+        } else {
+            for (int64_t tile = begin; tile < end; ++tile) Product::template multiply_tokens<bits, 4>(job, tile);
+        }
+    });
 }
 
 }  // namespace mpsearch::MPSEARCH_ISA
