@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import textwrap
+import zlib
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ IDENTITY = {
 
 
 def evaluation(choice=(0, 1, 2), trial=0, split="search", origin="sampler", **values):
-    rng = np.random.default_rng(abs(hash((choice, trial))) % 2**32)
+    rng = np.random.default_rng(zlib.crc32(repr((choice, trial)).encode()))  # hash(None) differs from run to run
     numbers = dict(
         zip(("loss", "cross_entropy", "quality", "quality_low", "quality_high", "fraction"), rng.random(6), strict=True)
     )
@@ -171,8 +172,8 @@ def test_what_is_whole_is_not_touched(run):
 
 
 DAMAGE = {
-    "allocation": ("010", "0100", r"line 5: '0100' is no allocation of 3 groups and 3 schemes"),
-    "scheme": ("010", "013", r"line 5: '013' is no allocation"),
+    "allocation": (",010,", ",0100,", r"line 5: '0100' is no allocation of 3 groups and 3 schemes"),
+    "scheme": (",010,", ",013,", r"line 5: '013' is no allocation"),
     "number": (",300,", ",3x0,", r"line 2: invalid literal for int\(\) with base 10: '3x0'"),
     "origin": ("knapsack", "knapsock", r"line 5: 'knapsock' is none of float, uniform, knapsack, sampler"),
     "split": ("search", "serch", r"line 2: 'serch' is none of search, confirm"),
