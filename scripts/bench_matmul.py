@@ -49,10 +49,10 @@ def packed_candidates(weight: Tensor) -> dict[str, Candidate]:
     candidates = {}
     for bits in range(1, 9):
         quantized = kernels.quantize(weight, bits=bits, group_size=GROUP_SIZE, symmetric=False)
-        first = kernels.pack_linear(*quantized, bits=bits, group_size=GROUP_SIZE)
+        first = kernels.pack_weight(*quantized, bits=bits, group_size=GROUP_SIZE)
         copies = [first]
         while len(copies) < copies_of(first.nbytes):
-            copies.append(kernels.pack_linear(*quantized, bits=bits, group_size=GROUP_SIZE))
+            copies.append(kernels.pack_weight(*quantized, bits=bits, group_size=GROUP_SIZE))
         for suffix, product in {"": kernels.linear, "a8": kernels.linear_a8}.items():
             candidates[f"w{bits}{suffix}"] = Candidate(
                 lambda x, i, product=product, copies=copies: product(x, copies[i % len(copies)]), first.nbytes

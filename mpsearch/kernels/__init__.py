@@ -15,10 +15,10 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference
 from mpsearch.kernels.backends import active_backend, available_backends, backend_index, backend_of, compiled, use_backend
-from mpsearch.kernels.products import PackedLinear, linear, linear_a8, pack_linear
+from mpsearch.kernels.products import PackedWeight, linear, linear_a8, pack_weight
 
 __all__ = [
-    "PackedLinear",
+    "PackedWeight",
     "active_backend",
     "available_backends",
     "dequantize",
@@ -26,7 +26,7 @@ __all__ = [
     "linear",
     "linear_a8",
     "pack",
-    "pack_linear",
+    "pack_weight",
     "quantize",
     "unpack",
     "use_backend",

@@ -1,6 +1,6 @@
 """Matrix products with packed weights: `y = x W^T` for a Linear layer, its weight in the order in which the kernels stream it.
 
-A weight is packed once (`pack_linear`, which checks it) and multiplied often: with float32 input (`linear`), or with the input
+A weight is packed once (`pack_weight`, which checks it) and multiplied often: with float32 input (`linear`), or with the input
 quantized to int8 for each token (`linear_a8`). Both are registered with `torch.library` as `mpsearch::linear` and
 `mpsearch::linear_a8`, so that `torch.compile` and meta tensors know them; gradients are not followed.
 """
@@ -21,7 +21,7 @@ MOST_GROUP_COLUMNS = 32_768  # of a group: 2 * 255 * 127 * 32,768 is the largest
 
 
 @dataclass(frozen=True)
-class PackedLinear:
+class PackedWeight:
     """A weight `[rows, columns]` as the products read it.
 
     data         uint8 `[nbytes]`, whose layout `reference.py` describes
@@ -42,7 +42,7 @@ class PackedLinear:
         return self.data.numel()
 
 
-def pack_linear(codes: Tensor, scales: Tensor, zero_points: Tensor | None, *, bits: int, group_size: int) -> PackedLinear:
+def pack_weight(codes: Tensor, scales: Tensor, zero_points: Tensor | None, *, bits: int, group_size: int) -> PackedWeight:
     """Prepare a quantized weight, as `quantize` gives it, for `linear` and `linear_a8`.
 
     codes        uint8 `[rows, columns]`, below `2**bits`
@@ -78,15 +78,15 @@ def pack_linear(codes: Tensor, scales: Tensor, zero_points: Tensor | None, *, bi
     bad = int((~torch.isfinite(scales)).sum())
     if bad:
         raise InputError(f"{bad} of {scales.numel()} scales are NaN or infinite. Quantize a sound weight.")
-    data = reference.pack_linear(codes, scales.detach(), zero_points, bits, group_size)
+    data = reference.pack_weight(codes, scales.detach(), zero_points, bits, group_size)
     if compiled is not None and data.device.type == "cpu":  # a copy on large pages is read about a tenth faster
         source, data = data, torch.empty_like(data)
         compiled.use_huge_pages(data.data_ptr(), data.numel())
         data.copy_(source)
-    return PackedLinear(data, rows, columns, bits, group_size, scales.dtype == torch.float16)
+    return PackedWeight(data, rows, columns, bits, group_size, scales.dtype == torch.float16)
 
 
-def linear(x: Tensor, packed: PackedLinear) -> Tensor:
+def linear(x: Tensor, packed: PackedWeight) -> Tensor:
     """`y[..., r] = sum over c of (code[r, c] - zero_point) * scale * x[..., c]`: float32 `[..., rows]`.
 
     x  float32 `[..., columns]`, any strides, on the device of `packed`
@@ -97,7 +97,7 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     return torch.ops.mpsearch.linear(x, packed.data, *_format(packed))
 
 
-def linear_a8(x: Tensor, packed: PackedLinear) -> Tensor:
+def linear_a8(x: Tensor, packed: PackedWeight) -> Tensor:
     """The same with each token (a row of x) first quantized to int8, symmetric, its scale `max|x| / 127`: float32 `[..., rows]`.
 
     The result is defined to the bit (`reference.py`) and the same on every backend, for any number of threads and of tokens. A
@@ -106,7 +106,7 @@ def linear_a8(x: Tensor, packed: PackedLinear) -> Tensor:
     return torch.ops.mpsearch.linear_a8(x, packed.data, *_format(packed))
 
 
-def _format(packed: PackedLinear) -> tuple[int, int, int, int, bool]:
+def _format(packed: PackedWeight) -> tuple[int, int, int, int, bool]:
     return (packed.rows, packed.columns, packed.bits, packed.group_size, packed.half_scales)
 
 
@@ -129,7 +129,7 @@ def _multiply(
     x = x.detach() if x.requires_grad else x
     if backend == "reference":
         scale_dtype = torch.float16 if half_scales else torch.float32
-        codes, scales, doubled_zeros = reference.unpack_linear(data, rows, columns, bits, group_size, scale_dtype)
+        codes, scales, doubled_zeros = reference.unpack_weight(data, rows, columns, bits, group_size, scale_dtype)
         tokens = x.reshape(-1, columns)
         if int8_input:
             return y.copy_(reference.linear_a8(tokens, codes, scales, doubled_zeros, group_size).view_as(y))
@@ -169,7 +169,7 @@ def _check_product(x: Tensor, data: Tensor, rows: int, columns: int, bits: int, 
     if data.dtype != torch.uint8 or data.dim() != 1 or data.shape[0] != n_bytes or not data.is_contiguous():
         raise InputError(
             f"the packed weight is {_dtype(data)} {list(data.shape)}, but {bits} bits [{rows}, {columns}] in groups of "
-            f"{group_size} are uint8 [{n_bytes}], contiguous. Make it with pack_linear."
+            f"{group_size} are uint8 [{n_bytes}], contiguous. Make it with pack_weight."
         )
 
 
@@ -178,8 +178,8 @@ def _packed_bytes(rows: int, columns: int, bits: int, group_size: int, half_scal
     """Bytes of a packed weight, -1 where there is none such."""
     if rows < 0 or columns < 0 or not 1 <= bits <= 8 or not 1 <= group_size <= MOST_GROUP_COLUMNS:
         return -1
-    n_tiles, n_groups, n_blocks = reference.linear_grid(rows, columns, group_size)
-    header = reference.linear_header_bytes(torch.float16 if half_scales else torch.float32)
+    n_tiles, n_groups, n_blocks = reference.packed_grid(rows, columns, group_size)
+    header = reference.header_bytes(torch.float16 if half_scales else torch.float32)
     return n_tiles * n_groups * (header + n_blocks * bits * 2 * reference.BLOCK_COLUMNS)
 
 

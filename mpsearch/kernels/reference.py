@@ -168,7 +168,7 @@ def linear_a8(
     return (token_scale * 0.5) * total
 
 
-def pack_linear(
+def pack_weight(
     codes: Tensor,  # [rows, columns] uint8
     scales: Tensor,  # [rows, n_groups] float16 or float32
     zero_points: Tensor | None,  # [rows, n_groups] uint8; None: symmetric
@@ -179,7 +179,7 @@ def pack_linear(
     rows, columns = codes.shape
     if codes.numel() == 0:
         return codes.new_empty(0)
-    n_tiles, n_groups, n_blocks = linear_grid(rows, columns, group_size)
+    n_tiles, n_groups, n_blocks = packed_grid(rows, columns, group_size)
     implied = round(2 * _implied_zero(bits))
     doubled = scales.new_full(scales.shape, implied, dtype=torch.int16) if zero_points is None else 2 * zero_points.short()
     per_group = [pad(of, (0, 0, 0, -rows % TILE_ROWS)).reshape(n_tiles, TILE_ROWS, n_groups) for of in (scales, doubled)]
@@ -196,18 +196,18 @@ def pack_linear(
     return torch.cat([header, blocks], -1).flatten()
 
 
-def unpack_linear(
+def unpack_weight(
     packed: Tensor, rows: int, columns: int, bits: int, group_size: int, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 `[rows, columns]`, scales and doubled zero points (int16) `[rows, n_groups]` of a streaming layout."""
-    n_tiles, n_groups, n_blocks = linear_grid(rows, columns, group_size)
+    n_tiles, n_groups, n_blocks = packed_grid(rows, columns, group_size)
     records = packed.reshape(n_tiles, n_groups, -1)
     of_scales = TILE_ROWS * scale_dtype.itemsize
     scales = records[..., :of_scales].contiguous().view(scale_dtype)
     doubled = records[..., of_scales : of_scales + 2 * TILE_ROWS].contiguous().view(torch.int16)
     scales, doubled = (of.transpose(1, 2).reshape(-1, n_groups)[:rows] for of in (scales, doubled))
 
-    vectors = records[..., linear_header_bytes(scale_dtype) :].reshape(n_tiles, n_groups, n_blocks, bits, TILE_ROWS, 4)
+    vectors = records[..., header_bytes(scale_dtype) :].reshape(n_tiles, n_groups, n_blocks, bits, TILE_ROWS, 4)
     quads = packed.new_zeros(QUADS, n_tiles, n_groups, n_blocks, TILE_ROWS, 4)
     for quad, at, vector, to, width in _pieces(bits):
         quads[quad] |= ((vectors[:, :, :, vector] >> to) & (2**width - 1)) << at
@@ -215,12 +215,12 @@ def unpack_linear(
     return _join(groups, columns, group_size)[:rows], scales, doubled
 
 
-def linear_grid(rows: int, columns: int, group_size: int) -> tuple[int, int, int]:
+def packed_grid(rows: int, columns: int, group_size: int) -> tuple[int, int, int]:
     """Tiles, groups a row, and blocks a group."""
     return -(-rows // TILE_ROWS), -(-columns // group_size), -(-group_size // BLOCK_COLUMNS)
 
 
-def linear_header_bytes(scale_dtype: torch.dtype) -> int:
+def header_bytes(scale_dtype: torch.dtype) -> int:
     """Bytes before a record's blocks."""
     return -(-TILE_ROWS * (scale_dtype.itemsize + 2) // 64) * 64
 

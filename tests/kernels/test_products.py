@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mpsearch import kernels
 from mpsearch.errors import InputError
-from mpsearch.kernels import PackedLinear, reference
+from mpsearch.kernels import PackedWeight, reference
 
 COMPILED = kernels.available_backends()[1:]
 SHAPES = [(1, 1), (5, 130), (33, 257), (48, 384)]
@@ -38,8 +38,8 @@ def some_weight(
 
 def some_packed(
     rows: int, columns: int, bits: int, group_size: int, symmetric: bool = False, scale_dtype: torch.dtype = torch.float16
-) -> PackedLinear:
-    return kernels.pack_linear(
+) -> PackedWeight:
+    return kernels.pack_weight(
         *some_weight(rows, columns, bits, group_size, symmetric, scale_dtype), bits=bits, group_size=group_size
     )
 
@@ -58,7 +58,7 @@ def test_backends_agree(bits: int, symmetric: bool) -> None:
     for (rows, columns), group_size in itertools.product(SHAPES, GROUP_SIZES):
         scale_dtype = torch.float32 if group_size == 60 else torch.float16
         codes, scales, zero_points = some_weight(rows, columns, bits, min(group_size, columns), symmetric, scale_dtype)
-        packed = kernels.pack_linear(codes, scales, zero_points, bits=bits, group_size=group_size)
+        packed = kernels.pack_weight(codes, scales, zero_points, bits=bits, group_size=group_size)
         weight = reference.dequantize_codes(codes, scales, zero_points, bits, min(group_size, columns))
         x = torch.randn(max(BATCHES), columns) * torch.rand(max(BATCHES), 1) + 0.1
         with kernels.use_backend("reference"):
@@ -80,7 +80,7 @@ def test_extreme_codes_do_not_overflow(bits: int) -> None:
     codes[1:3, ::2] = 0
     scales, zero_points = torch.ones(17, 1, dtype=torch.float16), torch.zeros(17, 1, dtype=torch.uint8)
     zero_points[2:] = 2**bits - 1
-    packed = kernels.pack_linear(codes, scales, zero_points, bits=bits, group_size=columns)
+    packed = kernels.pack_weight(codes, scales, zero_points, bits=bits, group_size=columns)
     x = torch.ones(9, columns)
     x[1::2] *= -1
     assert kernels.linear_a8(x[:1], packed)[0, 0] == columns * (2**bits - 1)
@@ -99,8 +99,8 @@ def test_layout(bits: int, scale_dtype: torch.dtype) -> None:
     for (rows, columns), group_size, symmetric in itertools.product(SHAPES, (8, 33, 64), (False, True)):
         group_size = min(group_size, columns)
         codes, scales, zero_points = some_weight(rows, columns, bits, group_size, symmetric, scale_dtype)
-        data = reference.pack_linear(codes, scales, zero_points, bits, group_size)
-        got = reference.unpack_linear(data, rows, columns, bits, group_size, scale_dtype)
+        data = reference.pack_weight(codes, scales, zero_points, bits, group_size)
+        got = reference.unpack_weight(data, rows, columns, bits, group_size, scale_dtype)
         assert torch.equal(got[0], codes)
         assert torch.equal(got[1], scales)
         implied = 1 if bits == 1 else 2**bits
@@ -115,7 +115,7 @@ def test_quantized_weights_multiply_as_they_dequantize() -> None:
     weight, x = torch.randn(100, 300), torch.randn(6, 300)
     for bits, symmetric in itertools.product(range(1, 9), (False, True)):
         how = {"bits": bits, "group_size": 64, "symmetric": symmetric}
-        packed = kernels.pack_linear(*kernels.quantize(weight, **how), bits=bits, group_size=64)
+        packed = kernels.pack_weight(*kernels.quantize(weight, **how), bits=bits, group_size=64)
         fake = kernels.fake_quantize(weight, **how)
         assert largest_error(kernels.linear(x, packed), x, fake) <= 1
         x8, scale = reference.quantize_tokens(x)
@@ -164,7 +164,7 @@ def test_shapes_and_strides(backend: str, product) -> None:
         assert product(torch.empty(0, 64), packed).shape == (0, 21)
         assert product(torch.empty(2, 0, 64), packed).shape == (2, 0, 21)
         for rows, columns in ((0, 5), (3, 0)):
-            nothing = kernels.pack_linear(
+            nothing = kernels.pack_weight(
                 torch.empty(rows, columns, dtype=torch.uint8), torch.ones(rows, int(columns > 0)), None, bits=4, group_size=8
             )
             assert torch.equal(product(torch.ones(2, columns), nothing), torch.zeros(2, rows))
@@ -208,7 +208,7 @@ def test_thread_counts_agree(backend: str, product, threads) -> None:
 def test_packing_refuses(change: dict, sentence: str) -> None:
     arguments = {"codes": torch.zeros(4, 6, dtype=torch.uint8), "scales": torch.ones(4, 2), "zero_points": None}
     with pytest.raises(InputError, match=sentence):
-        kernels.pack_linear(**{**arguments, "bits": 4, "group_size": 3, **change})
+        kernels.pack_weight(**{**arguments, "bits": 4, "group_size": 3, **change})
 
 
 @pytest.mark.parametrize("product", [kernels.linear, kernels.linear_a8])
@@ -228,7 +228,7 @@ def test_products_refuse(product, x: Tensor, sentence: str) -> None:
 
 def test_a_packed_weight_of_another_size_is_refused() -> None:
     packed = some_packed(16, 64, 4, 32)
-    short = PackedLinear(packed.data[:-1], 16, 64, 4, 32, True)
+    short = PackedWeight(packed.data[:-1], 16, 64, 4, 32, True)
     with pytest.raises(
         InputError, match=r"packed weight is uint8 \[639\], but 4 bits \[16, 64\] in groups of 32 are uint8 \[640\]"
     ):
