@@ -1,4 +1,5 @@
-"""Run the calibration data once and keep what quantizers and bias correction need of every layer's input: its moments.
+"""Run the calibration data once and keep what quantizers and bias correction need of every layer's input: its moments
+and its largest magnitude.
 
 The mean and the second moment of each input value that meets a column of the weight matrix. For a convolution that is each
 (channel, kernel offset), padding counted as the zeros it is; both are linear in the (squared) input, so that the batch can be
@@ -43,7 +44,7 @@ def calibrate(
             x = next(tensors_in((args, kwargs))).detach()
             count = output.numel() // rows_shape(module)[0]
             mean, second = (_column_means(module, y).double().cpu() for y in (x, x.square()))
-            found = InputMoments(mean, second, count)
+            found = InputMoments(mean, second, count, x.abs().max().item())
             sums[name] = InputMoments.pooled([sums[name], found]) if name in sums else found
 
         return hook
@@ -60,7 +61,7 @@ def calibrate(
     finally:
         for handle in hooks:
             handle.remove()
-    return {name: InputMoments(m.mean.float(), m.second_moment.float(), m.count) for name, m in sums.items()}
+    return {n: InputMoments(m.mean.float(), m.second_moment.float(), m.count, m.largest) for n, m in sums.items()}
 
 
 def _column_means(module: nn.Module, x: Tensor) -> Tensor:

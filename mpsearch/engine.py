@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.errors import InputError
@@ -79,10 +80,19 @@ class QuantEngine:
                 weight = weight_rows(self._modules[layer][0]).float().cpu()
                 found = [self.moments[name] for name in self._layers[layer].modules if name in self.moments]
                 moments = InputMoments.pooled(found) if found else None
+                self._check_input(layer, scheme, moments)
                 self._packed[key] = self.quantizers[scheme].quantize(weight, self.space.schemes[scheme], moments)
             except InputError as error:
                 raise InputError(f"Layer '{layer}' in scheme '{scheme}': {error}") from error
         return self._packed[key]
+
+    def _check_input(self, layer: str, scheme: str, moments: InputMoments | None) -> None:
+        wanted = self.space.schemes[scheme].input_format
+        if wanted is not None and wanted.scale == "static" and moments is None and self._layers[layer].kind != "embedding":
+            raise InputError(
+                "its input was not calibrated (the module runs a forward of its own), so that it has no static scale. "
+                "Use input.scale=token, or pin the layer to another scheme."
+            )
 
     def biases(self, layer: str, scheme: str) -> dict[str, Tensor]:
         """Module name -> corrected bias (float32 `[out]`) of the layer in the scheme; empty where none is corrected."""
@@ -125,16 +135,31 @@ class QuantEngine:
         return swaps
 
     @contextmanager
+    def input_quantized(self, layer: str, scheme: str) -> Iterator[None]:
+        """The layer's input is quantized as the scheme says, wherever one of its modules is called."""
+        quantized = self.quantized(layer, scheme)
+        handles = [quantize_input(module, quantized) for module in self._modules[layer]]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                if handle is not None:
+                    handle.remove()
+
+    @contextmanager
     def applied(self, allocation: Allocation) -> Iterator[nn.Module]:
         """The model with the allocation swapped in; groups that it leaves out stay float. Swaps back on the way out."""
         saved: list[tuple[Tensor, Tensor]] = []
         try:
-            for group, scheme in allocation.items():
-                for layer in self._members[group]:
-                    for parameter, value in self.swaps(layer.name, scheme):
-                        saved.append((parameter, parameter.data))
-                        parameter.data = value
-            yield self.model
+            with ExitStack() as inputs:
+                for group, scheme in allocation.items():
+                    for layer in self._members[group]:
+                        for parameter, value in self.swaps(layer.name, scheme):
+                            saved.append((parameter, parameter.data))
+                            parameter.data = value
+                        if self.space.schemes[scheme].input_format is not None:
+                            inputs.enter_context(self.input_quantized(layer.name, scheme))
+                yield self.model
         finally:
             for parameter, value in reversed(saved):  # a bias may be shared
                 parameter.data = value
@@ -182,6 +207,21 @@ class QuantEngine:
             n_samples=len(qualities),
             qualities=qualities.cpu().numpy(),
         )
+
+
+def quantize_input(module: nn.Module, quantized: QuantizedTensor) -> RemovableHandle | None:
+    """From now on the module's input is quantized first, as the weight's scheme says; `None` where it stays as it is."""
+    wanted = quantized.scheme.input_format
+    if wanted is None or isinstance(module, nn.Embedding):
+        return None
+    n_inner = 1 if isinstance(module, nn.Linear) else len(quantized.shape) - 1  # of a convolution: channels and space
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (wanted.fake_quantize(args[0], n_inner, quantized.input_scale), *args[1:]), kwargs
+        return args, {**kwargs, "input": wanted.fake_quantize(kwargs["input"], n_inner, quantized.input_scale)}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def paired_interval(differences: np.ndarray) -> tuple[float, float]:

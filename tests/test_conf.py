@@ -11,6 +11,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 from mpsearch.cli import COMMANDS
+from mpsearch.schemes.input import IntegerInput
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = [path.relative_to(CONF) for path in sorted(CONF.glob("*/**/*.yaml"))]
@@ -98,9 +99,11 @@ def test_a_multi_select_file_says_where_it_goes(path: Path) -> None:
 def test_a_scheme_spells_every_field(path: Path) -> None:
     node = plain(path)
     scheme = instantiate(node, _convert_="object")
-    assert {key for key in node if not key.startswith("_")} == set(inspect.signature(type(scheme)).parameters) - {"input"}
+    assert {key for key in node if not key.startswith("_")} == set(inspect.signature(type(scheme)).parameters)
     if path.stem.startswith("w"):
         bits, _, group = path.stem[1:].partition("g")
+        bits, _, of_input = bits.partition("a")
         assert scheme.bits == int(bits)
+        assert scheme.input == (IntegerInput(int(of_input)) if of_input else None)
         assert scheme.group_size == (int(group) if group else "channel")
         assert scheme.symmetric == (not group)

@@ -17,14 +17,14 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from mpsearch.engine import QuantEngine
+from mpsearch.engine import QuantEngine, quantize_input
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
 from mpsearch.exporters.base import Exporter, Picked
 from mpsearch.fold import apply_folds
 from mpsearch.layer import from_rows, weights_sha256
 from mpsearch.result import write_atomically
-from mpsearch.schemes.base import scheme_from_fields
+from mpsearch.schemes.base import QuantizedTensor, scheme_from_fields
 
 FORMAT, VERSION = "mpsearch-allocation", 1
 
@@ -104,8 +104,11 @@ class ExportedAllocation:
         for name, layer in self.data["layers"].items():
             scheme = scheme_from_fields({key: value for key, value in layer["scheme"].items() if key != "name"})
             stored = {key: self.tensors[f"{name}.{key}"] for key in layer["tensors"]}
+            quantized = QuantizedTensor(scheme, tuple(layer["shape"]), stored)
             module: Any = model.get_submodule(layer["modules"][0])
-            module.weight.copy_(from_rows(module, scheme.dequantize(stored, tuple(layer["shape"]))))
+            module.weight.copy_(from_rows(module, quantized.dequantize()))
+            for called in layer["modules"]:
+                quantize_input(model.get_submodule(called), quantized)
             for biased in layer["biases"]:
                 owner: Any = model.get_submodule(biased)
                 owner.bias.copy_(self.tensors[f"{biased}.bias"])

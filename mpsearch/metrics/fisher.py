@@ -3,7 +3,7 @@
 A small change dy of a layer's output changes the loss L by g dy + 1/2 dy^T H dy. At a trained model g vanishes on average, H is
 close to the Fisher information E[g g^T], and its diagonal gives
 
-    sensitivity(layer, scheme) = 1/2 E_x sum_i g_i^2 dy_i^2,        g = dL/dy,  dy = (W' - W) x + (b' - b)
+    sensitivity(layer, scheme) = 1/2 E_x sum_i g_i^2 dy_i^2,        g = dL/dy,  dy = (W' x' + b') - (W x + b)
 
 (LeCun et al. 1990, "Optimal Brain Damage", eq. 3 with the Fisher in place of the Hessian; on layer outputs as in Li et al. 2021,
 "BRECQ", eq. 10). L is the negative log-likelihood of labels drawn from the model's own prediction, which makes E[g g^T] the true
@@ -87,10 +87,11 @@ def _calls_with_gradients(engine: QuantEngine, inputs: Any, generator: torch.Gen
 
 @torch.no_grad()
 def _half_square(engine: QuantEngine, module: nn.Module, layer: str, scheme: str, call: _Call) -> float:
-    """1/2 sum (g * dy)^2 over a batch, dy from running the module with the quantized weight and the corrected bias."""
+    """1/2 sum (g * dy)^2 over a batch, dy from running the module with quantized weight and input and corrected bias."""
     if call.gradient is None:  # what came out reached no logit
         return 0.0
     own = dict(module.named_parameters(recurse=False))
     swapped = {name: value for parameter, value in engine.swaps(layer, scheme) for name, p in own.items() if p is parameter}
-    delta = torch.func.functional_call(module, swapped, call.args, call.kwargs) - call.output
+    with engine.input_quantized(layer, scheme):
+        delta = torch.func.functional_call(module, swapped, call.args, call.kwargs) - call.output
     return 0.5 * (delta * call.gradient).double().square().sum().item()

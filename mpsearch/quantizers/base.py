@@ -20,11 +20,13 @@ class InputMoments:
 
     `mean` and `second_moment` are float32 `[k, columns]`: the mean of each input value that meets a column of the weight
     matrix, and of its square, over the `count` output positions of the calibration data (padding counted as the zeros it is).
+    `largest` is the largest magnitude of any input value.
     """
 
     mean: Tensor
     second_moment: Tensor
     count: int = 1
+    largest: float = 0.0
 
     @classmethod
     def pooled(cls, found: Sequence[InputMoments]) -> InputMoments:
@@ -33,7 +35,7 @@ class InputMoments:
         shares = [moments.count / count for moments in found]
         mean = sum((share * moments.mean for share, moments in zip(shares, found, strict=True)), torch.tensor(0.0))
         second = sum((share * moments.second_moment for share, moments in zip(shares, found, strict=True)), torch.tensor(0.0))
-        return cls(mean, second, count)
+        return cls(mean, second, count, max(moments.largest for moments in found))
 
 
 class Quantizer(ABC):
@@ -50,7 +52,9 @@ class Quantizer(ABC):
 
     def quantize(self, weight: Tensor, scheme: QuantScheme, moments: InputMoments | None = None) -> QuantizedTensor:
         """`weight` (float32, output channels first) as `scheme` stores it; errors weigh by the input's second moment."""
-        return scheme.quantize(weight, self.codes, None if moments is None else moments.second_moment)
+        if moments is None:
+            return scheme.quantize(weight, self.codes, None)
+        return scheme.quantize(weight, self.codes, moments.second_moment, moments.largest)
 
 
 def kernel_codes(

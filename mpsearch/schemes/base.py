@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from mpsearch.errors import InputError
+from mpsearch.schemes.input import IntegerInput
 
 # (matrix, scheme, group size, importance) -> (codes, scales, zero points or None): the quantizer's `codes`.
 FindCodes = Callable[[Tensor, Any, int, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
@@ -24,17 +25,25 @@ FindCodes = Callable[[Tensor, Any, int, Tensor | None], tuple[Tensor, Tensor, Te
 
 @dataclass(frozen=True)
 class QuantScheme(ABC):
-    """How a layer's weight is stored; a frozen dataclass whose fields are all there is to know."""
+    """How a layer's weight is stored, and its input quantized; a frozen dataclass whose fields are all there is to know."""
+
+    @property
+    def input_format(self) -> IntegerInput | None:
+        """How the layer's input is quantized before the product; `None`: it stays float."""
+        return None
 
     @abstractmethod
     def storage_bits(self, shape: tuple[int, ...]) -> int:
         """Bits of a weight of `shape` (output channels first) as stored: codes, scales, zero points, padding to bytes."""
 
     @abstractmethod
-    def quantize(self, weight: Tensor, codes: FindCodes, importance: Tensor | None) -> QuantizedTensor:
+    def quantize(
+        self, weight: Tensor, codes: FindCodes, importance: Tensor | None, largest_input: float = 1.0
+    ) -> QuantizedTensor:
         """`weight` (float32, output channels first) as stored; `codes` is the quantizer's, for schemes that leave a choice.
 
         `importance` float32 `[k, columns]` (output channels divide by k) weighs squared errors; `None` weighs all alike.
+        `largest_input` is max|x| of the layer's input, for schemes with a static input scale.
         """
 
     @abstractmethod
@@ -62,6 +71,11 @@ class QuantizedTensor:
     def nbytes(self) -> int:
         """Bytes of the stored tensors; equal to `scheme.storage_bits(shape) / 8`."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def input_scale(self) -> Tensor | None:
+        """float32 `[1]`, where the scheme has a static one."""
+        return self.tensors.get("input_scale")
 
     def dequantize(self) -> Tensor:
         """The weight that these codes stand for: float32, `shape`."""

@@ -30,7 +30,13 @@ class Float(QuantScheme):
         """The format's bits for each weight."""
         return 8 * FORMATS[self.format].itemsize * math.prod(shape)
 
-    def quantize(self, weight: Tensor, codes: FindCodes | None = None, importance: Tensor | None = None) -> QuantizedTensor:
+    def quantize(
+        self,
+        weight: Tensor,
+        codes: FindCodes | None = None,
+        importance: Tensor | None = None,
+        largest_input: float = 1.0,
+    ) -> QuantizedTensor:
         """`weight` (float32, any shape) rounded to nearest; a value beyond float16's 65,504 is an `InputError`."""
         values = weight.to(FORMATS[self.format], copy=True)
         if not torch.isfinite(values).all():

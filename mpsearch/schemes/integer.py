@@ -17,6 +17,7 @@ from torch import Tensor
 from mpsearch import kernels
 from mpsearch.errors import InputError
 from mpsearch.schemes.base import FindCodes, QuantizedTensor, QuantScheme
+from mpsearch.schemes.input import IntegerInput
 
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -24,6 +25,8 @@ SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 @dataclass(frozen=True)
 class Integer(QuantScheme):
     """`bits`-wide integer codes; one scale for each `group_size` weights of a row, or for a "channel", or for the "tensor".
+
+    `input` says how the layer's input is quantized, if it is (an embedding's, which is indices, never is).
 
     Example: weight `[64, 3, 3, 3]`, `bits=4`, `group_size=9`: 64 rows of 27 columns, 3 groups a row, scales `[64, 3]`;
     864 bytes of codes + 384 of float16 scales, and 192 of uint8 zero points where not `symmetric`.
@@ -33,8 +36,15 @@ class Integer(QuantScheme):
     group_size: int | Literal["channel", "tensor"] = "channel"
     symmetric: bool = True
     scale_dtype: Literal["float16", "float32"] = "float16"
+    input: IntegerInput | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.input, Mapping):  # from a config, or from what `fields` gave
+            if unknown := set(self.input) - {"bits", "scale"}:
+                raise InputError(f"input takes bits and scale; {', '.join(sorted(unknown))} came.")
+            object.__setattr__(self, "input", IntegerInput(**self.input))
+        elif self.input is not None and not isinstance(self.input, IntegerInput):
+            raise InputError(f"input is null, or bits and scale: {{bits: 8, scale: token}}; {self.input!r} came.")
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 8:
             raise InputError(f"An integer scheme has 1 to 8 bits; bits={self.bits} came. For more, use fp16, bf16 or fp32.")
         whole = isinstance(self.group_size, int) and not isinstance(self.group_size, bool) and self.group_size >= 1
@@ -53,14 +63,27 @@ class Integer(QuantScheme):
         return (rows, columns, max(columns, 1) if self.group_size == "channel" else int(self.group_size))
 
     def storage_bits(self, shape: tuple[int, ...]) -> int:
-        """Dense codes padded to a byte + scales + a zero point byte for each group where not symmetric."""
+        """Dense codes padded to a byte + scales + a zero point byte for each group where not symmetric + a static input scale."""
         rows, columns, group_size = self.grid(shape)
         n_groups = rows * math.ceil(columns / group_size)
         codes = 8 * math.ceil(rows * columns * self.bits / 8)
-        return codes + n_groups * (8 * SCALE_DTYPES[self.scale_dtype].itemsize + (0 if self.symmetric else 8))
+        each = 8 * SCALE_DTYPES[self.scale_dtype].itemsize + (0 if self.symmetric else 8)
+        return codes + n_groups * each + (32 if self.has_static_input else 0)
 
-    def quantize(self, weight: Tensor, codes: FindCodes, importance: Tensor | None) -> QuantizedTensor:
-        """The quantizer's codes, packed, with its scales and zero points."""
+    @property
+    def input_format(self) -> IntegerInput | None:
+        """`input`."""
+        return self.input
+
+    @property
+    def has_static_input(self) -> bool:
+        """Whether an input scale is stored with the weight."""
+        return self.input is not None and self.input.scale == "static"
+
+    def quantize(
+        self, weight: Tensor, codes: FindCodes, importance: Tensor | None, largest_input: float = 1.0
+    ) -> QuantizedTensor:
+        """The quantizer's codes, packed, with its scales and zero points, and the static scale of the input if it has one."""
         shape = tuple(weight.shape)
         rows, columns, group_size = self.grid(shape)
         if importance is not None and self.group_size == "tensor":
@@ -69,6 +92,8 @@ class Integer(QuantScheme):
         tensors = {"codes": kernels.pack(found, self.bits), "scales": scales}
         if zero_points is not None:
             tensors["zero_points"] = zero_points
+        if self.input is not None and self.has_static_input:
+            tensors["input_scale"] = self.input.static_scale(largest_input)
         return QuantizedTensor(self, shape, tensors)
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
@@ -88,4 +113,5 @@ class Integer(QuantScheme):
     def describe(self) -> str:
         """For example "4-bit integer, symmetric, a float16 scale a channel"."""
         each = {"channel": "a channel", "tensor": "a tensor"}.get(str(self.group_size), f"for {self.group_size} weights")
-        return f"{self.bits}-bit integer, {'symmetric' if self.symmetric else 'asymmetric'}, a {self.scale_dtype} scale {each}"
+        weight = f"{self.bits}-bit integer, {'symmetric' if self.symmetric else 'asymmetric'}, a {self.scale_dtype} scale {each}"
+        return weight if self.input is None else f"{weight}; {self.input.describe()}"
