@@ -296,7 +296,7 @@ class TestBuild:
         built = []
         door.then = lambda call: built.append(call.build("scheme.w4"))
         assert door("search", "scheme.w4._target_=my_pkg.takes").code == 0
-        assert built[0] == {"bits": 4, "group_size": "channel", "symmetric": True, "scale_dtype": "float16"}
+        assert built[0] == {"bits": 4, "group_size": "channel", "symmetric": True, "scale_dtype": "float16", "input": None}
 
     @pytest.mark.parametrize(
         ("words", "sentence"),
