@@ -15,7 +15,7 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference
 from mpsearch.kernels.backends import active_backend, available_backends, backend_index, backend_of, compiled, use_backend
-from mpsearch.kernels.products import PackedWeight, linear, linear_a8, pack_weight
+from mpsearch.kernels.products import PackedWeight, linear, linear_a8, pack_weight, unpack_weight
 
 __all__ = [
     "PackedWeight",
@@ -29,6 +29,7 @@ __all__ = [
     "pack_weight",
     "quantize",
     "unpack",
+    "unpack_weight",
     "use_backend",
 ]
 

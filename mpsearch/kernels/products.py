@@ -1,7 +1,7 @@
 """Matrix products with packed weights: `y = x W^T` for a Linear layer, its weight in the order in which the kernels stream it.
 
 A weight is packed once (`pack_weight`, which checks it) and multiplied often: with float32 input (`linear`), or with the input
-quantized to int8 for each token (`linear_a8`). Both are registered with `torch.library` as `mpsearch::linear` and
+quantized to int8 (`linear_a8`). Both are registered with `torch.library` as `mpsearch::linear` and
 `mpsearch::linear_a8`, so that `torch.compile` and meta tensors know them; gradients are not followed.
 """
 
@@ -18,6 +18,7 @@ from mpsearch.kernels import reference
 from mpsearch.kernels.backends import backend_index, backend_of, compiled
 
 MOST_GROUP_COLUMNS = 32_768  # of a group: 2 * 255 * 127 * 32,768 is the largest such sum in int32
+SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of an input
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class PackedWeight:
     data         uint8 `[nbytes]`, whose layout `reference.py` describes
     group_size   columns that share a scale, at most `columns`
     half_scales  whether scales are float16 (else float32)
+    symmetric    whether zero points are the implied ones
     """
 
     data: Tensor
@@ -35,6 +37,7 @@ class PackedWeight:
     bits: int
     group_size: int
     half_scales: bool
+    symmetric: bool
 
     @property
     def nbytes(self) -> int:
@@ -83,63 +86,103 @@ def pack_weight(codes: Tensor, scales: Tensor, zero_points: Tensor | None, *, bi
         source, data = data, torch.empty_like(data)
         compiled.use_huge_pages(data.data_ptr(), data.numel())
         data.copy_(source)
-    return PackedWeight(data, rows, columns, bits, group_size, scales.dtype == torch.float16)
+    return PackedWeight(data, rows, columns, bits, group_size, scales.dtype == torch.float16, zero_points is None)
 
 
-def linear(x: Tensor, packed: PackedWeight) -> Tensor:
-    """`y[..., r] = sum over c of (code[r, c] - zero_point) * scale * x[..., c]`: float32 `[..., rows]`.
+def unpack_weight(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and zero points, exactly as they came to `pack_weight`, contiguous; zero points `None` where symmetric."""
+    rows, columns, bits, group_size, half_scales = _format(packed)
+    _check_packed_weight(packed.data, rows, columns, bits, group_size, half_scales)
+    scale_dtype = torch.float16 if half_scales else torch.float32
+    if rows == 0 or columns == 0:
+        none = packed.data.new_empty(rows, -(-columns // group_size))
+        return packed.data.new_empty(rows, columns), none.to(scale_dtype), None if packed.symmetric else none
+    codes, scales, doubled_zeros = reference.unpack_weight(packed.data, rows, columns, bits, group_size, scale_dtype)
+    zero_points = None if packed.symmetric else (doubled_zeros.contiguous() // 2).to(torch.uint8)
+    return codes, scales.contiguous(), zero_points
 
-    x  float32 `[..., columns]`, any strides, on the device of `packed`
 
-    Within `(columns + 8) * 2**-24 * sum of |weight * x|` of the exact result. Raises `InputError` for another dtype, device or
-    number of columns.
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
+    """`y[..., r] = bias[r] + sum over c of (code[r, c] - zero_point) * scale * x[..., c]`: float32 `[..., rows]`.
+
+    x     float32 `[..., columns]`, any strides, on the device of `weight`
+    bias  float32 `[rows]`, on the same device; `None` is zeros
+
+    Within `(columns + 8) * 2**-24 * (|bias| + sum of |weight * x|)` of the exact result. Raises `InputError` for another dtype,
+    device or number of columns or rows.
     """
-    return torch.ops.mpsearch.linear(x, packed.data, *_format(packed))
+    return torch.ops.mpsearch.linear(x, weight.data, *_format(weight), bias)
 
 
-def linear_a8(x: Tensor, packed: PackedWeight) -> Tensor:
-    """The same with each token (a row of x) first quantized to int8, symmetric, its scale `max|x| / 127`: float32 `[..., rows]`.
+def linear_a8(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, input_scale: float | None = None) -> Tensor:
+    """The same with x first quantized to int8, symmetric, values beyond 127 steps saturating: float32 `[..., rows]`.
+
+    input_scale  the step, a positive normal float32 number; `None` is `max|x| / 127` of each token (a row of x)
 
     The result is defined to the bit (`reference.py`) and the same on every backend, for any number of threads and of tokens. A
-    token with a NaN or infinite value gives NaN. Takes and raises what `linear` does.
+    token with a NaN or infinite value gives NaN. Otherwise takes and raises what `linear` does.
     """
-    return torch.ops.mpsearch.linear_a8(x, packed.data, *_format(packed))
+    return torch.ops.mpsearch.linear_a8(x, weight.data, *_format(weight), bias, input_scale)
 
 
 def _format(packed: PackedWeight) -> tuple[int, int, int, int, bool]:
     return (packed.rows, packed.columns, packed.bits, packed.group_size, packed.half_scales)
 
 
-def _linear(x: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> Tensor:
-    return _multiply(x, data, rows, columns, bits, group_size, half_scales, int8_input=False)
+def _linear(
+    x: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool, bias: Tensor | None = None
+) -> Tensor:
+    return _multiply(x, data, rows, columns, bits, group_size, half_scales, bias, None, int8_input=False)
 
 
-def _linear_a8(x: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> Tensor:
-    return _multiply(x, data, rows, columns, bits, group_size, half_scales, int8_input=True)
+def _linear_a8(
+    x: Tensor,
+    data: Tensor,
+    rows: int,
+    columns: int,
+    bits: int,
+    group_size: int,
+    half_scales: bool,
+    bias: Tensor | None = None,
+    input_scale: float | None = None,
+) -> Tensor:
+    return _multiply(x, data, rows, columns, bits, group_size, half_scales, bias, input_scale, int8_input=True)
 
 
 def _multiply(
-    x: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool, *, int8_input: bool
+    x: Tensor,
+    data: Tensor,
+    rows: int,
+    columns: int,
+    bits: int,
+    group_size: int,
+    half_scales: bool,
+    bias: Tensor | None,
+    input_scale: float | None,
+    *,
+    int8_input: bool,
 ) -> Tensor:
-    _check_product(x, data, rows, columns, bits, group_size, half_scales)
+    _check_product(x, data, rows, columns, bits, group_size, half_scales, bias, input_scale)
     y = x.new_empty((*x.shape[:-1], rows))
     if y.numel() == 0 or columns == 0:
-        return y.zero_()
+        return y.zero_() if bias is None else y.copy_(bias.detach().expand_as(y))
     backend = backend_of(x)
     x = x.detach() if x.requires_grad else x
     if backend == "reference":
         scale_dtype = torch.float16 if half_scales else torch.float32
         codes, scales, doubled_zeros = reference.unpack_weight(data, rows, columns, bits, group_size, scale_dtype)
-        tokens = x.reshape(-1, columns)
+        tokens, bias = x.reshape(-1, columns), None if bias is None else bias.detach()
         if int8_input:
-            return y.copy_(reference.linear_a8(tokens, codes, scales, doubled_zeros, group_size).view_as(y))
+            return y.copy_(reference.linear_a8(tokens, codes, scales, doubled_zeros, group_size, bias, input_scale).view_as(y))
         weight = reference.dequantize_doubled(codes, scales, doubled_zeros, group_size)
-        return y.copy_(reference.linear(tokens, weight).view_as(y))
+        return y.copy_(reference.linear(tokens, weight, bias).view_as(y))
     x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
     compiled.linear(
         backend_index(backend),
         x.data_ptr(),
         data.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
         x.numel() // columns,
         rows,
@@ -148,23 +191,55 @@ def _multiply(
         bits,
         half_scales,
         int8_input,
+        input_scale or 0.0,
         torch.get_num_threads(),
     )
     return y
 
 
-def _fake(x: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> Tensor:
-    _check_product(x, data, rows, columns, bits, group_size, half_scales)
+def _fake(
+    x: Tensor,
+    data: Tensor,
+    rows: int,
+    columns: int,
+    bits: int,
+    group_size: int,
+    half_scales: bool,
+    bias: Tensor | None = None,
+    input_scale: float | None = None,
+) -> Tensor:
+    _check_product(x, data, rows, columns, bits, group_size, half_scales, bias, input_scale)
     return x.new_empty((*x.shape[:-1], rows))
 
 
-def _check_product(x: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> None:
+def _check_product(
+    x: Tensor,
+    data: Tensor,
+    rows: int,
+    columns: int,
+    bits: int,
+    group_size: int,
+    half_scales: bool,
+    bias: Tensor | None,
+    input_scale: float | None,
+) -> None:
     """What a kernel needs so as to stay within its tensors; numbers only, as this runs at every call."""
     shape = x.shape
     if x.dtype != torch.float32 or not shape or shape[-1] != columns:
         raise InputError(f"x is {_dtype(x)} {list(x.shape)}, but must be float32 [..., {columns}], the columns of the weight.")
     if x.device != data.device:
         raise InputError(f"x is on {x.device} and the packed weight on {data.device}, but must be on one device.")
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (rows,) or bias.device != data.device):
+        raise InputError(
+            f"bias is {_dtype(bias)} {list(bias.shape)} on {bias.device}, but must be float32 [{rows}] on {data.device}, "
+            "one for each row of the weight."
+        )
+    if input_scale is not None and not SMALLEST_SCALE <= input_scale <= LARGEST_SCALE:
+        raise InputError(f"input_scale is {input_scale}, but must be from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}.")
+    _check_packed_weight(data, rows, columns, bits, group_size, half_scales)
+
+
+def _check_packed_weight(data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> None:
     n_bytes = _packed_bytes(rows, columns, bits, group_size, half_scales)
     if data.dtype != torch.uint8 or data.dim() != 1 or data.shape[0] != n_bytes or not data.is_contiguous():
         raise InputError(
@@ -188,9 +263,9 @@ def _dtype(tensor: Tensor) -> str:
 
 
 _library = torch.library.Library("mpsearch", "DEF")  # lives as long as its operators
-_ARGUMENTS = "(Tensor x, Tensor data, int rows, int columns, int bits, int group_size, bool half_scales) -> Tensor"
-for _name, _implementation in {"linear": _linear, "linear_a8": _linear_a8}.items():
-    _library.define(_name + _ARGUMENTS)
+_ARGUMENTS = "Tensor x, Tensor data, int rows, int columns, int bits, int group_size, bool half_scales, Tensor? bias=None"
+for _name, _implementation, _more in (("linear", _linear, ""), ("linear_a8", _linear_a8, ", float? input_scale=None")):
+    _library.define(f"{_name}({_ARGUMENTS}{_more}) -> Tensor")
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"mpsearch::{_name}", _fake, lib=_library)

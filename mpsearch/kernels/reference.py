@@ -30,14 +30,16 @@ bit `k % 8` (0 the lowest) of byte `k // 8`.
 
 Products y = x W^T of packed weights, `weight` as above, sums over the columns c (of group g):
 
-    linear       y[m, r] = sum of weight[r, c] * x[m, c]
-    linear_a8    token_scale[m] = max|x[m]| / 127, NaN where x[m] is not finite      inverse = 1 / token_scale, or 0 below 2**-126
+    linear       y[m, r] = (sum of weight[r, c] * x[m, c]) + bias[r]
+    linear_a8    token_scale[m] = max|x[m]| / 127 or the given input scale, NaN where x[m] is not finite
+                 inverse = 1 / token_scale, or 0 where that is below 2**-126
                  x8[m, c] = rint(clamp(x[m, c] * inverse, -127, 127))
                  D[m, r, g] = sum of (2 * code[r, c] - 2 * zero[r, g]) * x8[m, c]    exact, then rounded to float32
-                 y[m, r] = (token_scale[m] * 0.5) * sum of D[m, r, g] * scale[r, g]  over g in ascending order
+                 y[m, r] = ((token_scale[m] * 0.5) * sum of D[m, r, g] * scale[r, g] over g in ascending order) + bias[r]
 
-The backends equal `linear_a8` bit for bit. `linear` is float64 here, rounded at the end; they keep their sums in float32 in an
-order of their own and are within `(columns + 8) * 2**-24 * sum of |weight * x|` of it.
+Without a bias nothing is added. The backends equal `linear_a8` bit for bit. `linear` is float64 here, rounded at the end; they
+keep their sums in float32 in an order of their own, add the bias last, and are within
+`(columns + 8) * 2**-24 * (|bias| + sum of |weight * x|)` of it.
 
 The products read weights in a streaming layout, uint8 `[n_tiles, n_groups, record]`: a tile is 16 rows, a record a group of them,
 its columns padded to blocks of 32. Rows and columns that are only padding have codes, scales and zero points of 0. A record is
@@ -137,14 +139,15 @@ def dequantize_doubled(codes: Tensor, scales: Tensor, doubled_zeros: Tensor, gro
     return _join(centred * scales.float()[..., None], codes.shape[1], group_size)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x `[tokens, columns]` times `weight` `[rows, columns]` transposed, in float64, as float32."""
-    return (x.double() @ weight.double().T).float()
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x `[tokens, columns]` times `weight` `[rows, columns]` transposed, plus `bias` `[rows]`, in float64, as float32."""
+    product = x.double() @ weight.double().T
+    return (product if bias is None else product + bias.double()).float()
 
 
-def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row of x as int8 codes (in float32) and its scale `[tokens, 1]`."""
-    scale = x.abs().amax(1, keepdim=True) / 127
+def quantize_tokens(x: Tensor, input_scale: float | None) -> tuple[Tensor, Tensor]:
+    """Each row of x as int8 codes (in float32) and its scale `[tokens, 1]`, which is `input_scale` where given."""
+    scale = x.abs().amax(1, keepdim=True) / 127 if input_scale is None else x.new_full((len(x), 1), input_scale)
     scale = torch.where(torch.isfinite(x).all(1, keepdim=True), scale, torch.nan)
     inverse = torch.where(scale >= SMALLEST_NORMAL, 1.0 / scale, 0.0)
     return (x * inverse).nan_to_num(-127.0).clamp(-127, 127).round(), scale
@@ -156,16 +159,19 @@ def linear_a8(
     scales: Tensor,  # [rows, n_groups]
     doubled_zeros: Tensor,  # [rows, n_groups] int16
     group_size: int,
+    bias: Tensor | None,  # [rows] float32
+    input_scale: float | None,
 ) -> Tensor:
-    """x, quantized to int8, times the weight transposed: float32 `[tokens, rows]`."""
-    x8, token_scale = quantize_tokens(x)
+    """x, quantized to int8, times the weight transposed, plus the bias: float32 `[tokens, rows]`."""
+    x8, token_scale = quantize_tokens(x, input_scale)
     total = x.new_zeros(len(x), len(codes))
     for group in range(scales.shape[1]):
         columns = slice(group * group_size, (group + 1) * group_size)
         doubled = 2 * codes[:, columns].double() - doubled_zeros[:, group, None].double()
         exact = x8[:, columns].double() @ doubled.T
         total = total + exact.float() * scales[:, group].float()
-    return (token_scale * 0.5) * total
+    y = (token_scale * 0.5) * total
+    return y if bias is None else y + bias
 
 
 def pack_weight(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -44,10 +45,11 @@ def some_packed(
     )
 
 
-def largest_error(y: Tensor, x: Tensor, weight: Tensor) -> float:
+def largest_error(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> float:
     """The error of `linear`, as a share of its bound, where that is largest."""
-    exact = x.double() @ weight.double().T
-    bound = (weight.shape[1] + 8) * 2.0**-24 * (x.double().abs() @ weight.double().abs().T)
+    bias = torch.zeros(len(weight)) if bias is None else bias
+    exact = x.double() @ weight.double().T + bias.double()
+    bound = (weight.shape[1] + 8) * 2.0**-24 * (x.double().abs() @ weight.double().abs().T + bias.double().abs())
     return float(((y.double() - exact).abs() / bound.clamp(min=1e-300)).nan_to_num(0).max())
 
 
@@ -70,6 +72,53 @@ def test_backends_agree(bits: int, symmetric: bool) -> None:
                     where = (backend, rows, columns, group_size, n)
                     assert torch.equal(kernels.linear_a8(x[:n], packed), expected[:n]), where
                     assert largest_error(kernels.linear(x[:n], packed), x[:n], weight) <= 1, where
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_bias(bits: int) -> None:
+    """Added last: of the size of the product, vanishing beside it, and dwarfing it; on rows with and without padding."""
+    torch.manual_seed(bits)
+    for rows, columns in SHAPES:
+        codes, scales, zero_points = some_weight(rows, columns, bits, min(32, columns), False)
+        packed = kernels.pack_weight(codes, scales, zero_points, bits=bits, group_size=32)
+        weight = reference.dequantize_codes(codes, scales, zero_points, bits, min(32, columns))
+        x = torch.randn(max(BATCHES), columns)
+        bias = torch.randn(rows) * 10.0 ** (torch.arange(rows) % 9 - 4)
+        strided = bias.repeat_interleave(2)[::2]
+        with kernels.use_backend("reference"):
+            expected = kernels.linear_a8(x, packed, bias)
+            assert torch.equal(expected, kernels.linear_a8(x, packed) + bias)
+        for backend in kernels.available_backends():
+            with kernels.use_backend(backend):
+                for n in BATCHES:
+                    where = (backend, rows, columns, n)
+                    assert torch.equal(kernels.linear_a8(x[:n], packed, strided), expected[:n]), where
+                    assert largest_error(kernels.linear(x[:n], packed, strided), x[:n], weight, bias) <= 1, where
+    nothing = kernels.pack_weight(torch.empty(3, 0, dtype=torch.uint8), torch.ones(3, 0), None, bits=bits, group_size=8)
+    for product in (kernels.linear, kernels.linear_a8):
+        assert torch.equal(product(torch.ones(2, 0), nothing, torch.arange(3.0)), torch.arange(3.0).expand(2, 3))
+
+
+def test_input_scale() -> None:
+    """The given step for all tokens: values beyond 127 of them saturate, others round to the nearest, half to even."""
+    identity = torch.eye(8, dtype=torch.uint8)
+    packed = kernels.pack_weight(identity, torch.ones(8, 1), torch.zeros(8, 1, dtype=torch.uint8), bits=4, group_size=8)
+    steps = torch.tensor([[0.5, 1.5, 2.49, -0.51, 126.5, 127.6, 1e30, -1e30], [torch.inf, *[1.0] * 7]])
+    y = kernels.linear_a8(steps * 0.25, packed, None, 0.25)
+    assert torch.equal(y[0], 0.25 * torch.tensor([0.0, 2, 2, -1, 126, 127, 127, -127]))
+    assert y[1].isnan().all()
+
+    torch.manual_seed(0)
+    x, bias = torch.randn(max(BATCHES), 130), torch.randn(37)
+    x[2, 5] = torch.nan
+    packed = some_packed(37, 130, 3, 32)
+    for input_scale in (0.01, 0.1, 1e-38 * 1.2, 3e38):
+        with kernels.use_backend("reference"):
+            expected = kernels.linear_a8(x, packed, bias, input_scale).nan_to_num(7.0)
+        for backend, n in itertools.product(COMPILED, BATCHES):
+            with kernels.use_backend(backend):
+                y = kernels.linear_a8(x[:n], packed, bias, input_scale).nan_to_num(7.0)
+                assert torch.equal(y, expected[:n]), (backend, n, input_scale)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -109,6 +158,21 @@ def test_layout(bits: int, scale_dtype: torch.dtype) -> None:
     assert some_packed(32, 256, bits, 64, scale_dtype=scale_dtype).nbytes == 32 * 256 * bits // 8 + 2 * 4 * header
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_unpacking_gives_back_what_was_packed(bits: int, scale_dtype: torch.dtype) -> None:
+    torch.manual_seed(bits)
+    for (rows, columns), group_size, symmetric in itertools.product([*SHAPES, (0, 5), (3, 0)], (8, 33, 64), (False, True)):
+        weight = some_weight(rows, columns, bits, min(group_size, max(columns, 1)), symmetric, scale_dtype)
+        got = kernels.unpack_weight(kernels.pack_weight(*weight, bits=bits, group_size=group_size))
+        for field, expected in zip(got, weight, strict=True):
+            assert (field is None) == (expected is None)
+            if field is not None:
+                assert field.dtype == expected.dtype
+                assert torch.equal(field, expected)
+                assert field.is_contiguous()
+
+
 def test_quantized_weights_multiply_as_they_dequantize() -> None:
     """From `quantize` to `linear`: the product is that of the fake-quantized weight."""
     torch.manual_seed(0)
@@ -118,7 +182,7 @@ def test_quantized_weights_multiply_as_they_dequantize() -> None:
         packed = kernels.pack_weight(*kernels.quantize(weight, **how), bits=bits, group_size=64)
         fake = kernels.fake_quantize(weight, **how)
         assert largest_error(kernels.linear(x, packed), x, fake) <= 1
-        x8, scale = reference.quantize_tokens(x)
+        x8, scale = reference.quantize_tokens(x, None)
         torch.testing.assert_close(kernels.linear_a8(x, packed), scale * x8 @ fake.T, rtol=1e-5, atol=1e-3)
 
 
@@ -226,13 +290,36 @@ def test_products_refuse(product, x: Tensor, sentence: str) -> None:
         product(x, some_packed(3, 64, 4, 32))
 
 
+@pytest.mark.parametrize("product", [kernels.linear, kernels.linear_a8])
+@pytest.mark.parametrize(
+    ("bias", "sentence"),
+    [
+        (torch.ones(4), r"bias is float32 \[4\] on cpu, but must be float32 \[3\] on cpu"),
+        (torch.ones(3).double(), r"bias is float64 \[3\]"),
+        (torch.ones(1, 3), r"bias is float32 \[1, 3\]"),
+        (torch.ones(3, device="meta"), r"bias is float32 \[3\] on meta"),
+    ],
+)
+def test_a_bias_is_refused(product, bias: Tensor, sentence: str) -> None:
+    with pytest.raises(InputError, match=sentence):
+        product(torch.ones(2, 64), some_packed(3, 64, 4, 32), bias)
+
+
+@pytest.mark.parametrize("input_scale", [0.0, -1.0, 1e-39, float("nan"), float("inf"), 1e39])
+def test_an_input_scale_is_refused(input_scale: float) -> None:
+    with pytest.raises(InputError, match=re.escape(f"input_scale is {input_scale}, but must be from 1.17549e-38 to")):
+        kernels.linear_a8(torch.ones(2, 64), some_packed(3, 64, 4, 32), None, input_scale)
+
+
 def test_a_packed_weight_of_another_size_is_refused() -> None:
     packed = some_packed(16, 64, 4, 32)
-    short = PackedWeight(packed.data[:-1], 16, 64, 4, 32, True)
+    short = PackedWeight(packed.data[:-1], 16, 64, 4, 32, True, False)
     with pytest.raises(
         InputError, match=r"packed weight is uint8 \[639\], but 4 bits \[16, 64\] in groups of 32 are uint8 \[640\]"
     ):
         kernels.linear(torch.ones(1, 64), short)
+    with pytest.raises(InputError, match=r"packed weight is uint8 \[639\]"):
+        kernels.unpack_weight(short)
 
 
 @pytest.mark.parametrize("product", [kernels.linear, kernels.linear_a8])
@@ -246,8 +333,8 @@ def test_gradients_are_not_followed(backend: str, product) -> None:
 def test_registration(name: str) -> None:
     packed = some_packed(20, 64, 4, 32)
     arguments = (packed.data, 20, 64, 4, 32, True)
-    for x in (torch.randn(3, 64), torch.randn(2, 5, 64)):
-        torch.library.opcheck(getattr(torch.ops.mpsearch, name).default, (x, *arguments))
+    for x, bias in ((torch.randn(3, 64), None), (torch.randn(2, 5, 64), torch.randn(20))):
+        torch.library.opcheck(getattr(torch.ops.mpsearch, name).default, (x, *arguments, bias))
     meta = getattr(torch.ops.mpsearch, name)(torch.ones(5, 64, device="meta"), packed.data.to("meta"), *arguments[1:])
     assert meta.shape == (5, 20)
 
@@ -256,5 +343,6 @@ def test_registration(name: str) -> None:
 def test_compiled_graphs_hold_the_product(product) -> None:
     packed = some_packed(20, 64, 4, 32)
     x = torch.randn(3, 64)
-    layer = torch.compile(lambda x: product(x, packed) + 1, fullgraph=True, backend="aot_eager")
-    assert torch.equal(layer(x), product(x, packed) + 1)
+    bias = torch.randn(20)
+    layer = torch.compile(lambda x: product(x, packed, bias) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(layer(x), product(x, packed, bias) + 1)

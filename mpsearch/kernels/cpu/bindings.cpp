@@ -161,6 +161,7 @@ uint8_t* scratch(size_t bytes) {
 void linear(int backend,
             uintptr_t x,
             uintptr_t packed,
+            uintptr_t bias,
             uintptr_t y,
             int64_t n_tokens,
             int64_t rows,
@@ -169,10 +170,12 @@ void linear(int backend,
             int bits,
             bool half_scales,
             bool int8_input,
+            double input_scale,
             int n_threads) {
     const Kernels& kernels = backends().at(backend).kernels;
     LinearJob job{};
     job.packed = at<const uint8_t>(packed);
+    job.bias = at<const float>(bias);
     job.rows = rows;
     job.columns = columns;
     job.group_size = group_size;
@@ -180,6 +183,7 @@ void linear(int backend,
     job.group_blocks = (group_size + 31) / 32;
     job.bits = bits;
     job.half_scales = half_scales;
+    job.input_scale = static_cast<float>(input_scale);
     const int64_t n_tiles = (rows + 15) / 16, padded_columns = job.n_groups * job.group_blocks * 32;
     for (int64_t done = 0; done < n_tokens; done += kMostTokens) {
         job.x = at<const float>(x) + done * columns;
@@ -229,9 +233,9 @@ NB_MODULE(_cpu, module) {
                "n_threads"_a, "Packs codes; returns them or-ed together.");
     module.def("unpack", &mpsearch::unpack, no_gil(), "backend"_a, "packed"_a, "codes"_a, "numel"_a, "bits"_a,
                "n_threads"_a, "Packed codes to one byte each.");
-    module.def("linear", &mpsearch::linear, no_gil(), "backend"_a, "x"_a, "packed"_a, "y"_a, "n_tokens"_a, "rows"_a,
-               "columns"_a, "group_size"_a, "bits"_a, "half_scales"_a, "int8_input"_a, "n_threads"_a,
-               "y = x W^T with W in the kernels' streaming layout.");
+    module.def("linear", &mpsearch::linear, no_gil(), "backend"_a, "x"_a, "packed"_a, "bias"_a, "y"_a, "n_tokens"_a,
+               "rows"_a, "columns"_a, "group_size"_a, "bits"_a, "half_scales"_a, "int8_input"_a, "input_scale"_a,
+               "n_threads"_a, "y = x W^T + bias with W in the kernels' streaming layout.");
     module.def("use_huge_pages", &mpsearch::use_huge_pages, "address"_a, "bytes"_a,
                "Asks for large pages where a tensor that is about to be written lies.");
 }

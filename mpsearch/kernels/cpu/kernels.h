@@ -46,6 +46,7 @@ struct DequantizeJob {
 struct LinearJob {
     const uint8_t* packed;  // [n_tiles, n_groups, record], n_tiles = ceil(rows / 16)
     const float* x;         // [n_tokens, columns]
+    const float* bias;      // [rows], or null
     float* y;               // [n_tokens, rows]
     void* staged;           // [n_groups, n_token_blocks, columns of a group / 4, tokens_per_block, 4] float or int8
     float* token_scales;    // [n_token_blocks, tokens_per_block], int8 only: scale of a token
@@ -60,6 +61,7 @@ struct LinearJob {
     int tokens_per_block;  // 1, 4 or 8, as the kernels' `tokens_per_block` wants it
     int bits;
     bool half_scales;
+    float input_scale;  // int8 only: the scale of every token, or 0: max|x| / 127 of each
 };
 
 constexpr int64_t kMostTokens = 256;  // of one LinearJob

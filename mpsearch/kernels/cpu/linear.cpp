@@ -1,10 +1,11 @@
-// y = x W^T with packed weights and x in float32.
+// y = x W^T + bias with packed weights and x in float32.
 //
-//     y[m, r] = sum over the columns c of (code[r, c] - zero[r, g]) * scale[r, g] * x[m, c]
+//     y[m, r] = (sum over the columns c of (code[r, c] - zero[r, g]) * scale[r, g] * x[m, c]) + bias[r]
 //
 // code - zero is exact. One token: the products of a group are summed, then scaled. More tokens: (code - zero) * scale is
 // rounded as `dequantize` has it. Sums are kept in float32 in an order that depends on the instruction set and on whether there
-// is one token, fused where that can be; every way is within (columns + 8) * 2^-24 * sum |weight * x| of the exact result.
+// is one token, fused where that can be, and the bias is added last; every way is within
+// (columns + 8) * 2^-24 * (|bias| + sum |weight * x|) of the exact result.
 //
 // One thread handles a range of tiles (16 rows) for all tokens. One token: four tiles are read in lock-step, because a
 // core draws more from memory in four streams than in one, and each sum is kept in four parts, because additions wait for

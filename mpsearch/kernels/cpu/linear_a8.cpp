@@ -1,7 +1,7 @@
-// y = x W^T with packed weights and x quantized to int8 for each token (stage.cpp).
+// y = x W^T + bias with packed weights and x quantized to int8 (stage.cpp).
 //
 //     D[m, r, g] = sum over the columns c of group g of (2 * code[r, c] - 2 * zero[r, g]) * x8[m, c]       exact, int32
-//     y[m, r]    = (token_scale[m] * 0.5) * (sum over g, ascending, of float(D[m, r, g]) * scale[r, g])
+//     y[m, r]    = (token_scale[m] * 0.5) * (sum over g, ascending, of float(D[m, r, g]) * scale[r, g]) + bias[r]
 //
 // every operation on floats rounded by itself, so that all instruction sets, thread counts and numbers of tokens give
 // the same bits. D is 2 * S - 2 * zero * X: S, the sum of code * x8, is what the inner loop makes; X, the sum of x8, was

@@ -1,6 +1,7 @@
 // Staging: x in the order in which the products read it, as floats or quantized to int8.
 //
-//     int8   scale = max|x| / 127    inverse = 1 / scale, or 0 where scale is below 2^-126    code = rint(x * inverse)
+//     int8   scale = max|x| / 127 or the given one    inverse = 1 / scale, or 0 where scale is below 2^-126
+//            code = rint(x * inverse)
 //
 // for each token (a row of x), codes clamped to [-127, 127]; a token with a value that is not finite has the scale NaN,
 // which makes its whole result NaN. Staged are, for each group, each block of tokens and each 4 columns, the 4 values of
@@ -82,7 +83,8 @@ void stage_int8(const LinearJob& job, int64_t begin, int64_t end) {
             const int64_t token = block * job.tokens_per_block + t;
             const bool there = token < job.n_tokens;
             const float* row = job.x + token * job.columns;
-            const float scale = there ? scale_of(row, job.columns) : 0.0f;
+            float scale = there ? scale_of(row, job.columns) : 0.0f;
+            if (job.input_scale > 0) scale = job.input_scale + (scale - scale);  // NaN stays
             const float inverse = scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
             job.token_scales[token] = scale;
             for (int64_t group = 0; group < job.n_groups; ++group) {

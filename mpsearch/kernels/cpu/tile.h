@@ -118,14 +118,18 @@ MPSEARCH_INLINE Ints load_doubled_zeros(const uint8_t* record, bool half_scales,
     return __builtin_convertvector(load_vector<Halves>(from), Ints);
 }
 
-// Writes 16 rows of one token; rows beyond the weight's last are dropped.
-MPSEARCH_INLINE void store_rows(const LinearJob& job, int64_t token, int64_t tile, const Lanes (&values)[kVectors]) {
-    const int64_t row = tile * kTileRows;
-    float* to = job.y + token * job.rows + row;
-    if (row + kTileRows <= job.rows)
-        memcpy(to, values, sizeof(values));
-    else
-        memcpy(to, values, static_cast<size_t>(job.rows - row) * sizeof(float));
+// Adds the bias to 16 rows of one token and writes them; rows beyond the weight's last are dropped.
+MPSEARCH_INLINE void store_rows(const LinearJob& job, int64_t token, int64_t tile, const Lanes (&sums)[kVectors]) {
+    const int64_t row = tile * kTileRows, left = job.rows - row;
+    const size_t n_bytes = static_cast<size_t>(left < kTileRows ? left : kTileRows) * sizeof(float);
+    Lanes values[kVectors];
+    memcpy(values, sums, sizeof(values));
+    if (job.bias) {
+        Lanes bias[kVectors] = {};
+        memcpy(bias, job.bias + row, n_bytes);
+        for (int v = 0; v < kVectors; ++v) values[v] += bias[v];
+    }
+    memcpy(job.y + token * job.rows + row, values, n_bytes);
 }
 
 // Tiles [begin, end) for all tokens. One token: kStreams tiles in lock-step; more: a tile at a time, for blocks of tokens.
