@@ -76,17 +76,35 @@ def pack_weight(codes: Tensor, scales: Tensor, zero_points: Tensor | None, *, bi
             raise InputError(f"{name} have shape {list(tensor.shape)}, but one value per group is {per_group}.")
         if tensor is not None and tensor.device != codes.device:
             raise InputError(f"{name} are on {tensor.device} and codes on {codes.device}, but must be on one device.")
-    if codes.numel() and int(codes.max()) >= 2**bits:
-        raise InputError(f"The largest code is {int(codes.max())}, but {bits} bits hold 0 to {2**bits - 1}.")
-    bad = int((~torch.isfinite(scales)).sum())
-    if bad:
+    scales, half_scales = scales.detach(), scales.dtype == torch.float16
+    backend = backend_of(codes)
+    if backend == "reference":
+        seen = (int(codes.max()) if codes.numel() else 0) | (0 if torch.isfinite(scales).all() else 256)
+        data = reference.pack_weight(codes, scales, zero_points, bits, group_size)
+    else:
+        codes, scales = codes.contiguous(), scales.contiguous()
+        zero_points = None if zero_points is None else zero_points.contiguous()
+        data = torch.empty(_packed_bytes(rows, columns, bits, group_size, half_scales), dtype=torch.uint8)
+        seen = compiled.pack_weight(
+            backend_index(backend),
+            codes.data_ptr(),
+            scales.data_ptr(),
+            0 if zero_points is None else zero_points.data_ptr(),
+            data.data_ptr(),
+            data.numel(),
+            rows,
+            columns,
+            group_size,
+            bits,
+            half_scales,
+            torch.get_num_threads(),
+        )
+    if seen >= 256:
+        bad = int((~torch.isfinite(scales)).sum())
         raise InputError(f"{bad} of {scales.numel()} scales are NaN or infinite. Quantize a sound weight.")
-    data = reference.pack_weight(codes, scales.detach(), zero_points, bits, group_size)
-    if compiled is not None and data.device.type == "cpu":  # a copy on large pages is read about a tenth faster
-        source, data = data, torch.empty_like(data)
-        compiled.use_huge_pages(data.data_ptr(), data.numel())
-        data.copy_(source)
-    return PackedWeight(data, rows, columns, bits, group_size, scales.dtype == torch.float16, zero_points is None)
+    if seen >= 2**bits:
+        raise InputError(f"The largest code is {int(codes.max())}, but {bits} bits hold 0 to {2**bits - 1}.")
+    return PackedWeight(data, rows, columns, bits, group_size, half_scales, zero_points is None)
 
 
 def unpack_weight(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -94,12 +112,30 @@ def unpack_weight(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
     rows, columns, bits, group_size, half_scales = _format(packed)
     _check_packed_weight(packed.data, rows, columns, bits, group_size, half_scales)
     scale_dtype = torch.float16 if half_scales else torch.float32
-    if rows == 0 or columns == 0:
-        none = packed.data.new_empty(rows, -(-columns // group_size))
-        return packed.data.new_empty(rows, columns), none.to(scale_dtype), None if packed.symmetric else none
-    codes, scales, doubled_zeros = reference.unpack_weight(packed.data, rows, columns, bits, group_size, scale_dtype)
-    zero_points = None if packed.symmetric else (doubled_zeros.contiguous() // 2).to(torch.uint8)
-    return codes, scales.contiguous(), zero_points
+    backend = backend_of(packed.data)
+    if backend == "reference" and rows and columns:
+        codes, scales, doubled_zeros = reference.unpack_weight(packed.data, rows, columns, bits, group_size, scale_dtype)
+        zero_points = None if packed.symmetric else (doubled_zeros.contiguous() // 2).to(torch.uint8)
+        return codes, scales.contiguous(), zero_points
+    codes = packed.data.new_empty(rows, columns)
+    zero_points = packed.data.new_empty(rows, -(-columns // group_size))
+    scales = zero_points.to(scale_dtype)
+    zero_points = None if packed.symmetric else zero_points
+    if backend != "reference":
+        compiled.unpack_weight(
+            backend_index(backend),
+            codes.data_ptr(),
+            scales.data_ptr(),
+            0 if zero_points is None else zero_points.data_ptr(),
+            packed.data.data_ptr(),
+            rows,
+            columns,
+            group_size,
+            bits,
+            half_scales,
+            torch.get_num_threads(),
+        )
+    return codes, scales, zero_points
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:

@@ -149,6 +149,10 @@ def test_layout(bits: int, scale_dtype: torch.dtype) -> None:
         group_size = min(group_size, columns)
         codes, scales, zero_points = some_weight(rows, columns, bits, group_size, symmetric, scale_dtype)
         data = reference.pack_weight(codes, scales, zero_points, bits, group_size)
+        for backend in COMPILED:
+            with kernels.use_backend(backend):
+                packed = kernels.pack_weight(codes, scales, zero_points, bits=bits, group_size=group_size)
+                assert torch.equal(packed.data, data), (backend, rows, columns, group_size, symmetric)
         got = reference.unpack_weight(data, rows, columns, bits, group_size, scale_dtype)
         assert torch.equal(got[0], codes)
         assert torch.equal(got[1], scales)
@@ -162,9 +166,11 @@ def test_layout(bits: int, scale_dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_unpacking_gives_back_what_was_packed(bits: int, scale_dtype: torch.dtype) -> None:
     torch.manual_seed(bits)
+    backends = itertools.cycle(kernels.available_backends())
     for (rows, columns), group_size, symmetric in itertools.product([*SHAPES, (0, 5), (3, 0)], (8, 33, 64), (False, True)):
         weight = some_weight(rows, columns, bits, min(group_size, max(columns, 1)), symmetric, scale_dtype)
-        got = kernels.unpack_weight(kernels.pack_weight(*weight, bits=bits, group_size=group_size))
+        with kernels.use_backend(next(backends)):
+            got = kernels.unpack_weight(kernels.pack_weight(*weight, bits=bits, group_size=group_size))
         for field, expected in zip(got, weight, strict=True):
             assert (field is None) == (expected is None)
             if field is not None:
@@ -261,6 +267,7 @@ def test_thread_counts_agree(backend: str, product, threads) -> None:
         ({"scales": torch.ones(4, 2).double()}, "scales are float64, but must be float16 or float32"),
         ({"scales": torch.ones(4, 1)}, r"scales have shape \[4, 1\], but one value per group is \[4, 2\]"),
         ({"scales": torch.tensor([[1.0, torch.nan]] * 4)}, "4 of 8 scales are NaN or infinite"),
+        ({"scales": torch.tensor([[1.0, 1.0]] * 3 + [[-torch.inf, 1.0]]).half()}, "1 of 8 scales are NaN or infinite"),
         ({"zero_points": torch.zeros(4, 2)}, "zero_points are float32, but must be uint8"),
         ({"zero_points": torch.zeros(4, 3, dtype=torch.uint8)}, r"zero_points have shape \[4, 3\]"),
         (
@@ -269,9 +276,10 @@ def test_thread_counts_agree(backend: str, product, threads) -> None:
         ),
     ],
 )
-def test_packing_refuses(change: dict, sentence: str) -> None:
+@pytest.mark.parametrize("backend", [kernels.available_backends()[0], kernels.available_backends()[-1]])
+def test_packing_refuses(backend: str, change: dict, sentence: str) -> None:
     arguments = {"codes": torch.zeros(4, 6, dtype=torch.uint8), "scales": torch.ones(4, 2), "zero_points": None}
-    with pytest.raises(InputError, match=sentence):
+    with kernels.use_backend(backend), pytest.raises(InputError, match=sentence):
         kernels.pack_weight(**{**arguments, "bits": 4, "group_size": 3, **change})
 
 

@@ -3,12 +3,13 @@
 //
 // Arguments are `data_ptr()` integers, because a typed array argument costs more than a small layer's work; 0 is "not
 // there".
+#include "bindings.h"
+
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -23,15 +24,6 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace mpsearch {
-namespace {
-
-// What an item costs on one thread, for deciding how many threads are worth waking (measured, rounded).
-constexpr double kNsPerWeight = 0.25;          // one pass over a weight
-constexpr double kNsPerWeightAndRatio = 0.12;  // one clip ratio tried on a weight
-constexpr double kNsPerBlock = 0.35;           // 8 codes packed or unpacked
-constexpr double kNsPerStagedValue = 0.5;      // of x, in a matrix product
-constexpr double kNsPerStreamedWeight = 0.03;  // read and unpacked in a matrix product
-constexpr double kNsPerProduct = 0.008;        // a weight times a token
 
 // A fresh tensor of 100 MB costs more in page faults, 4 KB each, than its values cost to compute: ask for 2 MB pages.
 // (With them, stores past the caches were measured slower: a page that was just cleared is still cached when it is
@@ -49,10 +41,12 @@ void use_huge_pages(uintptr_t address, int64_t bytes) {
 #endif
 }
 
-template <class T>
-T* at(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
+namespace {
+
+// What an item costs on one thread, for deciding how many threads are worth waking (measured, rounded).
+constexpr double kNsPerWeight = 0.25;          // one pass over a weight
+constexpr double kNsPerWeightAndRatio = 0.12;  // one clip ratio tried on a weight
+constexpr double kNsPerBlock = 0.35;           // 8 codes packed or unpacked
 
 bool quantize(int backend,
               uintptr_t weight,
@@ -145,70 +139,6 @@ void unpack(int backend, uintptr_t packed, uintptr_t codes, int64_t numel, int b
     });
 }
 
-// Scratch of the calling thread, kept for the next call: a fresh piece costs page faults each time.
-uint8_t* scratch(size_t bytes) {
-    static thread_local std::unique_ptr<uint8_t[]> memory;
-    static thread_local size_t size = 0;
-    if (bytes + 63 > size) {
-        memory.reset();  // before the new piece is asked for
-        size = 0;
-        memory.reset(new uint8_t[bytes + 63]);
-        size = bytes + 63;
-    }
-    return at<uint8_t>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
-}
-
-void linear(int backend,
-            uintptr_t x,
-            uintptr_t packed,
-            uintptr_t bias,
-            uintptr_t y,
-            int64_t n_tokens,
-            int64_t rows,
-            int64_t columns,
-            int64_t group_size,
-            int bits,
-            bool half_scales,
-            bool int8_input,
-            double input_scale,
-            int n_threads) {
-    const Kernels& kernels = backends().at(backend).kernels;
-    LinearJob job{};
-    job.packed = at<const uint8_t>(packed);
-    job.bias = at<const float>(bias);
-    job.rows = rows;
-    job.columns = columns;
-    job.group_size = group_size;
-    job.n_groups = (columns + group_size - 1) / group_size;
-    job.group_blocks = (group_size + 31) / 32;
-    job.bits = bits;
-    job.half_scales = half_scales;
-    job.input_scale = static_cast<float>(input_scale);
-    const int64_t n_tiles = (rows + 15) / 16, padded_columns = job.n_groups * job.group_blocks * 32;
-    for (int64_t done = 0; done < n_tokens; done += kMostTokens) {
-        job.x = at<const float>(x) + done * columns;
-        job.y = at<float>(y) + done * rows;
-        job.n_tokens = std::min(n_tokens - done, kMostTokens);
-        job.tokens_per_block = kernels.tokens_per_block(job.n_tokens);
-        job.n_token_blocks = (job.n_tokens + job.tokens_per_block - 1) / job.tokens_per_block;
-        const int64_t padded_tokens = job.n_token_blocks * job.tokens_per_block;
-        const int64_t value_bytes = int8_input ? 1 : 4;
-        uint8_t* memory = scratch(padded_tokens * (padded_columns * value_bytes + 4 + job.n_groups * 4));
-        job.staged = memory;
-        memory += padded_tokens * padded_columns * value_bytes;
-        job.token_scales = reinterpret_cast<float*>(memory);
-        job.token_sums = reinterpret_cast<int32_t*>(memory + padded_tokens * 4);
-        const double stage_ns = kNsPerStagedValue * static_cast<double>(padded_columns * job.tokens_per_block);
-        const double weight_ns = kNsPerStreamedWeight + kNsPerProduct * static_cast<double>(job.n_tokens);
-        parallel_for(n_threads, job.n_token_blocks, stage_ns, [&](int64_t begin, int64_t end) {
-            (int8_input ? kernels.stage_int8 : kernels.stage)(job, begin, end);
-        });
-        parallel_for(
-            n_threads, n_tiles, weight_ns * 16 * static_cast<double>(padded_columns),
-            [&](int64_t begin, int64_t end) { (int8_input ? kernels.linear_a8 : kernels.linear)(job, begin, end); });
-    }
-}
-
 std::vector<std::string> names() {
     std::vector<std::string> all;
     for (const Backend& backend : backends()) all.push_back(backend.name);
@@ -233,9 +163,7 @@ NB_MODULE(_cpu, module) {
                "n_threads"_a, "Packs codes; returns them or-ed together.");
     module.def("unpack", &mpsearch::unpack, no_gil(), "backend"_a, "packed"_a, "codes"_a, "numel"_a, "bits"_a,
                "n_threads"_a, "Packed codes to one byte each.");
-    module.def("linear", &mpsearch::linear, no_gil(), "backend"_a, "x"_a, "packed"_a, "bias"_a, "y"_a, "n_tokens"_a,
-               "rows"_a, "columns"_a, "group_size"_a, "bits"_a, "half_scales"_a, "int8_input"_a, "input_scale"_a,
-               "n_threads"_a, "y = x W^T + bias with W in the kernels' streaming layout.");
+    mpsearch::bind_products(module);
     module.def("use_huge_pages", &mpsearch::use_huge_pages, "address"_a, "bytes"_a,
                "Asks for large pages where a tensor that is about to be written lies.");
 }

@@ -2,12 +2,12 @@
 // system.
 #include "dispatch.h"
 
-#define MPSEARCH_BACKEND(isa)                                                                          \
-    Backend {                                                                                          \
-        #isa, Kernels {                                                                                \
-            isa::quantize, isa::dequantize, isa::pack, isa::unpack, isa::tokens_per_block, isa::stage, \
-                isa::stage_int8, isa::linear, isa::linear_a8                                           \
-        }                                                                                              \
+#define MPSEARCH_BACKEND(isa)                                                                             \
+    Backend {                                                                                             \
+        #isa, Kernels {                                                                                   \
+            isa::quantize, isa::dequantize, isa::pack, isa::unpack, isa::pack_weight, isa::unpack_weight, \
+                isa::tokens_per_block, isa::stage, isa::stage_int8, isa::linear, isa::linear_a8           \
+        }                                                                                                 \
     }
 
 #if defined(MPSEARCH_HAS_baseline)

@@ -41,6 +41,21 @@ struct DequantizeJob {
     bool half_scales;
 };
 
+// A weight before and after packing for the products; tile.h describes the layout of `packed`.
+struct WeightJob {
+    uint8_t* codes;        // [rows, columns]
+    void* scales;          // [rows, n_groups] float16 or float32
+    uint8_t* zero_points;  // [rows, n_groups], or null: symmetric
+    uint8_t* packed;       // [n_tiles, n_groups, record], n_tiles = ceil(rows / 16)
+    int64_t rows;
+    int64_t columns;
+    int64_t group_size;
+    int64_t n_groups;      // per row
+    int64_t group_blocks;  // ceil(group_size / 32): blocks of 32 columns that a group is padded to
+    int bits;
+    bool half_scales;
+};
+
 // y = x W^T with W packed for streaming; tile.h describes the layout of `packed`. The two products share the job: first x is
 // staged, that is copied (or quantized to int8) into the order in which the kernels read it, then the tiles are multiplied.
 struct LinearJob {
@@ -89,6 +104,10 @@ struct Kernels {
                    int64_t begin,
                    int64_t end);
 
+    // Tiles [begin, end) of 16 rows. Packing returns all codes or-ed together, and 256 where a scale is not finite.
+    int (*pack_weight)(const WeightJob& job, int64_t begin, int64_t end);
+    void (*unpack_weight)(const WeightJob& job, int64_t begin, int64_t end);
+
     // How many tokens (rows of x) are multiplied together where there are n.
     int (*tokens_per_block)(int64_t n_tokens);
 
@@ -111,6 +130,8 @@ struct Kernels {
     void dequantize(const DequantizeJob& job, int64_t begin, int64_t end);                                    \
     uint8_t pack(const uint8_t* codes, uint8_t* packed, int64_t numel, int bits, int64_t begin, int64_t end); \
     void unpack(const uint8_t* packed, uint8_t* codes, int64_t numel, int bits, int64_t begin, int64_t end);  \
+    int pack_weight(const WeightJob& job, int64_t begin, int64_t end);                                        \
+    void unpack_weight(const WeightJob& job, int64_t begin, int64_t end);                                     \
     int tokens_per_block(int64_t n_tokens);                                                                   \
     void stage(const LinearJob& job, int64_t begin, int64_t end);                                             \
     void stage_int8(const LinearJob& job, int64_t begin, int64_t end);                                        \

@@ -66,6 +66,17 @@ MPSEARCH_INLINE Bytes move_bits(Bytes bytes, int from, int to, int width) {
     return moved & static_cast<uint8_t>(((1 << width) - 1) << to);
 }
 
+// Where bits of both vector i and the code of left-over quad q lie, if there are such.
+struct StreamPiece {
+    int in_vector, in_code, width;
+};
+constexpr StreamPiece stream_piece(int bits, int i, int q) {
+    const int fields = 8 / bits, left_over = 8 - fields * bits;
+    const int begin = i * left_over > q * bits ? i * left_over : q * bits;  // bits [begin, end) of the stream
+    const int end = (i + 1) * left_over < (q + 1) * bits ? (i + 1) * left_over : (q + 1) * bits;
+    return {fields * bits + begin - i * left_over, begin - q * bits, end - begin};
+}
+
 // Vector `part` of the eight quads of a block.
 template <int bits>
 MPSEARCH_INLINE void unpack_quads(const uint8_t* block, int part, Bytes (&quads)[kQuads]) {
@@ -82,11 +93,8 @@ MPSEARCH_INLINE void unpack_quads(const uint8_t* block, int part, Bytes (&quads)
         Bytes code = {};
 #pragma GCC unroll 8
         for (int i = 0; i < bits; ++i) {
-            // Bits [begin, end) of the stream are both in vector i and in this code.
-            const int begin = i * left_over > q * bits ? i * left_over : q * bits;
-            const int end = (i + 1) * left_over < (q + 1) * bits ? (i + 1) * left_over : (q + 1) * bits;
-            if (begin < end)
-                code |= move_bits(packed[i], fields * bits + begin - i * left_over, begin - q * bits, end - begin);
+            const StreamPiece piece = stream_piece(bits, i, q);
+            if (piece.width > 0) code |= move_bits(packed[i], piece.in_vector, piece.in_code, piece.width);
         }
         quads[8 - left_over + q] = code;
     }
