@@ -72,6 +72,9 @@ MPSEARCH_INLINE F8 load_codes(const uint8_t* from) {
 #if defined(__AVX2__)
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
     return F8{{_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))}};
+#elif defined(__aarch64__)
+    const uint16x8_t pairs = vmovl_u8(vld1_u8(from));
+    return F8{{vcvtq_f32_u32(vmovl_u16(vget_low_u16(pairs))), vcvtq_f32_u32(vmovl_high_u16(pairs))}};
 #else
     float lanes[8];
     for (int i = 0; i < 8; ++i) lanes[i] = static_cast<float>(from[i]);
@@ -96,6 +99,11 @@ MPSEARCH_INLINE void store_codes(const F8 (&value)[4], uint8_t* to) {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(low, high), order);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bytes);
+#elif defined(__aarch64__)
+    for (int i = 0; i < 4; ++i) {
+        const uint32x4_t low = vcvtq_u32_f32(value[i].part[0]), high = vcvtq_u32_f32(value[i].part[1]);
+        vst1_u8(to + 8 * i, vmovn_u16(vcombine_u16(vmovn_u32(low), vmovn_u32(high))));
+    }
 #else
     for (int i = 0; i < 4; ++i) store_codes(value[i], to + 8 * i, 8);
 #endif

@@ -2,6 +2,11 @@
 // system.
 #include "dispatch.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #define MPSEARCH_BACKEND(isa)                                                                             \
     Backend {                                                                                             \
         #isa, Kernels {                                                                                   \
@@ -25,6 +30,9 @@ MPSEARCH_DECLARE_KERNELS(avx512vnni)
 #if defined(MPSEARCH_HAS_neon)
 MPSEARCH_DECLARE_KERNELS(neon)
 #endif
+#if defined(MPSEARCH_HAS_neondotprod)
+MPSEARCH_DECLARE_KERNELS(neondotprod)
+#endif
 
 namespace mpsearch {
 
@@ -33,21 +41,27 @@ static std::vector<Backend> find_backends() {
 #if defined(MPSEARCH_HAS_baseline)
     found.push_back(MPSEARCH_BACKEND(baseline));
 #endif
+#if defined(__x86_64__)
+    [[maybe_unused]] const bool avx2 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    [[maybe_unused]] const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                                         __builtin_cpu_supports("avx512vl");
+#endif
+#if defined(MPSEARCH_HAS_avx2)
+    if (avx2) found.push_back(MPSEARCH_BACKEND(avx2));
+#endif
+#if defined(MPSEARCH_HAS_avx512)
+    if (avx512) found.push_back(MPSEARCH_BACKEND(avx512));
+#endif
+#if defined(MPSEARCH_HAS_avx512vnni)
+    if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(MPSEARCH_BACKEND(avx512vnni));
+#endif
 #if defined(MPSEARCH_HAS_neon)
     found.push_back(MPSEARCH_BACKEND(neon));
 #endif
-#if defined(MPSEARCH_HAS_avx2)
-    const bool has_avx2 =
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (has_avx2) found.push_back(MPSEARCH_BACKEND(avx2));
-#if defined(MPSEARCH_HAS_avx512)
-    const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (has_avx2 && has_avx512) found.push_back(MPSEARCH_BACKEND(avx512));
-#if defined(MPSEARCH_HAS_avx512vnni)
-    if (has_avx2 && has_avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(MPSEARCH_BACKEND(avx512vnni));
-#endif
-#endif
+#if defined(MPSEARCH_HAS_neondotprod) && defined(__linux__)
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(MPSEARCH_BACKEND(neondotprod));
 #endif
     return found;
 }

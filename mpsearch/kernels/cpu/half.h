@@ -1,4 +1,4 @@
-// float16 (IEEE binary16), rounded to nearest even, with and without F16C.
+// float16 (IEEE binary16), rounded to nearest even, with and without instructions for it.
 #pragma once
 
 #include "simd.h"
@@ -38,6 +38,8 @@ MPSEARCH_INLINE float float_from_half(uint16_t half) {
 MPSEARCH_INLINE F8 round_to_half(F8 value) {
 #if defined(__F16C__)
     return F8{{_mm256_cvtph_ps(_mm256_cvtps_ph(value.part[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))}};
+#elif defined(__aarch64__)
+    return F8{{vcvt_f32_f16(vcvt_f16_f32(value.part[0])), vcvt_f32_f16(vcvt_f16_f32(value.part[1]))}};
 #else
     float lanes[8];
     store(value, lanes);

@@ -36,6 +36,8 @@ MPSEARCH_INLINE Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
     return _mm512_fmadd_ps(a, b, c);
 #elif defined(__AVX2__)
     return _mm256_fmadd_ps(a, b, c);
+#elif defined(__aarch64__)
+    return vfmaq_f32(c, a, b);
 #else
     return a * b + c;
 #endif

@@ -8,7 +8,9 @@
 // made in staging. The face keeps groups narrow enough for int32.
 //
 // With AVX-512-VNNI one instruction multiplies and adds a quad. AVX2 and AVX-512 have one that adds pairs of products in
-// int16, which holds kRun quads before it must be widened; 8-bit codes go there as two planes of 4 bits.
+// int16, which holds kRun quads before it must be widened; 8-bit codes go there as two planes of 4 bits. NEON multiplies
+// signed bytes only, so that codes of 8 bits go there as code - 128 and their zero points likewise; with dotprod one
+// instruction multiplies and adds a quad, without it products are summed in int16, as with AVX2.
 //
 // One thread handles a range of tiles (16 rows) for all tokens. One token: the codes are unpacked in registers, and four
 // tiles are read in lock-step, because a core draws more from memory in four streams than in one. More tokens: a strip of
@@ -103,6 +105,65 @@ MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&
     }
 }
 
+#elif defined(__aarch64__)
+
+// Codes as signed bytes; those of 8 bits less 128.
+template <int bits>
+MPSEARCH_INLINE int8x16_t signed_codes(Bytes codes) {
+    return (int8x16_t)(bits == 8 ? codes ^ 0x80 : codes);
+}
+MPSEARCH_INLINE int8x16_t broadcast_quad(uint32_t x) {
+    return vreinterpretq_s8_u32(vdupq_n_u32(x));
+}
+
+#if defined(__ARM_FEATURE_DOTPROD)
+
+template <int bits, int tokens, int n_vectors>
+MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&sums)[tokens][n_vectors]) {
+#pragma GCC unroll 8
+    for (int q = 0; q < kQuads; ++q) {
+        int8x16_t code[n_vectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < n_vectors; ++v) code[v] = signed_codes<bits>(codes[q * n_vectors + v]);
+#pragma GCC unroll 8
+        for (int t = 0; t < tokens; ++t) {
+            const int8x16_t values = broadcast_quad(load_quad(x + q * tokens + t));
+#pragma GCC unroll 4
+            for (int v = 0; v < n_vectors; ++v) sums[t][v] = (Ints)vdotq_s32((int32x4_t)sums[t][v], code[v], values);
+        }
+    }
+}
+
+#else
+
+template <int bits, int tokens, int n_vectors>
+MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&sums)[tokens][n_vectors]) {
+    // kRun * 2 * max|signed code| * 127 is below 2^15.
+    constexpr int kRun = bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
+#pragma GCC unroll 4
+    for (int v = 0; v < n_vectors; ++v) {
+#pragma GCC unroll 8
+        for (int begin = 0; begin < kQuads; begin += kRun) {
+            int16x8_t low[tokens] = {}, high[tokens] = {};
+#pragma GCC unroll 8
+            for (int q = begin; q < begin + kRun; ++q) {
+                const int8x16_t code = signed_codes<bits>(codes[q * n_vectors + v]);
+#pragma GCC unroll 8
+                for (int t = 0; t < tokens; ++t) {
+                    const int8x16_t values = broadcast_quad(load_quad(x + q * tokens + t));
+                    low[t] = vmlal_s8(low[t], vget_low_s8(code), vget_low_s8(values));
+                    high[t] = vmlal_high_s8(high[t], code, values);
+                }
+            }
+#pragma GCC unroll 8
+            for (int t = 0; t < tokens; ++t)
+                sums[t][v] = (Ints)vpadalq_s16((int32x4_t)sums[t][v], vpaddq_s16(low[t], high[t]));
+        }
+    }
+}
+
+#endif
+
 #else
 
 // The products of int16 lanes, neighbours added. Codes times int8 values stay below 2^15.
@@ -132,6 +193,16 @@ MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&
 
 #endif
 
+// Doubled zero points, less what `add_products` takes off the codes.
+template <int bits>
+MPSEARCH_INLINE Ints load_code_zeros(const uint8_t* record, bool half_scales, int part) {
+    const Ints doubled = load_doubled_zeros(record, half_scales, part);
+#if defined(__aarch64__)
+    if (bits == 8) return doubled - 256;
+#endif
+    return doubled;
+}
+
 // What a group adds to the result: float(2 * sum - 2 * zero * sum of x) * scale.
 MPSEARCH_INLINE Lanes group_result(Ints sum, int32_t sum_of_x, Lanes scales, Ints doubled_zeros) {
     return __builtin_convertvector(sum + sum - doubled_zeros * sum_of_x, Lanes) * scales;
@@ -151,7 +222,7 @@ static void add_group(const LinearJob& job, int64_t tile, int64_t group, Lanes (
             add_products<bits>(codes, x + b * kQuads, sums);
         }
         totals[v] += group_result(sums[0][0], job.token_sums[group], load_scales(record, job.half_scales, v),
-                                  load_doubled_zeros(record, job.half_scales, v));
+                                  load_code_zeros<bits>(record, job.half_scales, v));
     }
 }
 
@@ -181,7 +252,7 @@ struct Int8Product {
             Ints doubled_zeros[kVectors];
             for (int v = 0; v < kVectors; ++v) {
                 scales[v] = load_scales(record, job.half_scales, v);
-                doubled_zeros[v] = load_doubled_zeros(record, job.half_scales, v);
+                doubled_zeros[v] = load_code_zeros<bits>(record, job.half_scales, v);
             }
             for (int64_t begin = 0; begin < job.group_blocks; begin += kStripBlocks) {
                 const int64_t left = job.group_blocks - begin, n_blocks = left < kStripBlocks ? left : kStripBlocks;

@@ -2,8 +2,8 @@
 //
 // F8 is the unit in which the specification orders its sums, so it has eight lanes everywhere: one 256-bit vector with
 // AVX2 and AVX-512, two 128-bit vectors on the x86-64 baseline and on NEON. Arithmetic is written with the compilers'
-// vector extensions; intrinsics stand only where those give poor code (minimum and maximum, partial loads, float16,
-// narrowing).
+// vector extensions; intrinsics stand only where those give poor code (minimum and maximum, partial loads, rounding,
+// float16, narrowing).
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace mpsearch::MPSEARCH_ISA {
@@ -49,18 +51,23 @@ MPSEARCH_INLINE F8 operator*(F8 a, F8 b) {
 MPSEARCH_INLINE F8 operator/(F8 a, F8 b) {
     return each(a, b, [](Floats x, Floats y) { return x / y; });
 }
-// a > b ? a : b, so that max(-0, +0) is +0 and a NaN in `a` gives b; x86's instruction is defined so.
+// a > b ? a : b, so that max(-0, +0) is +0 and a NaN in `a` gives b; x86's instruction is defined so, NEON's where b is not
+// NaN, as it nowhere is.
 MPSEARCH_INLINE F8 max(F8 a, F8 b) {
 #if defined(__AVX2__)
     return F8{{_mm256_max_ps(a.part[0], b.part[0])}};
+#elif defined(__aarch64__)
+    return F8{{vmaxnmq_f32(a.part[0], b.part[0]), vmaxnmq_f32(a.part[1], b.part[1])}};
 #else
     return each(a, b, [](Floats x, Floats y) { return x > y ? x : y; });
 #endif
 }
-// a < b ? a : b
+// a < b ? a : b; of two zeros any, which shows in no result.
 MPSEARCH_INLINE F8 min(F8 a, F8 b) {
 #if defined(__AVX2__)
     return F8{{_mm256_min_ps(a.part[0], b.part[0])}};
+#elif defined(__aarch64__)
+    return F8{{vminnmq_f32(a.part[0], b.part[0]), vminnmq_f32(a.part[1], b.part[1])}};
 #else
     return each(a, b, [](Floats x, Floats y) { return x < y ? x : y; });
 #endif
@@ -114,6 +121,8 @@ MPSEARCH_INLINE void store_first(F8 value, float* to, int64_t n) {
 MPSEARCH_INLINE F8 round_nonnegative(F8 value) {
 #if defined(__AVX2__)
     return F8{{_mm256_round_ps(value.part[0], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}};
+#elif defined(__aarch64__)
+    return F8{{vrndnq_f32(value.part[0]), vrndnq_f32(value.part[1])}};
 #else
     const F8 shift = broadcast(8388608.0f);
     return (value + shift) - shift;
@@ -124,6 +133,8 @@ MPSEARCH_INLINE F8 round_nonnegative(F8 value) {
 MPSEARCH_INLINE Floats add_pairs(Floats a, Floats b) {
 #if defined(__AVX2__)
     return _mm256_hadd_ps(a, b);
+#elif defined(__aarch64__)
+    return vpaddq_f32(a, b);
 #else
     return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
 #endif
@@ -148,6 +159,8 @@ MPSEARCH_INLINE float largest(F8 value) {
     __m128 m = _mm_max_ps(_mm256_castps256_ps128(value.part[0]), _mm256_extractf128_ps(value.part[0], 1));
     m = _mm_max_ps(m, _mm_movehl_ps(m, m));
     return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+#elif defined(__aarch64__)
+    return vmaxnmvq_f32(vmaxnmq_f32(value.part[0], value.part[1]));
 #else
     Floats m = value.part[0] > value.part[1] ? value.part[0] : value.part[1];
     const float a = m[0] > m[1] ? m[0] : m[1], b = m[2] > m[3] ? m[2] : m[3];

@@ -63,7 +63,8 @@ MPSEARCH_INLINE int64_t record_bytes(const LinearJob& job) {
 MPSEARCH_INLINE Bytes move_bits(Bytes bytes, int from, int to, int width) {
     const Pairs pairs = (Pairs)bytes;
     const Bytes moved = (Bytes)(from > to ? pairs >> (from - to) : pairs << (to - from));
-    return moved & static_cast<uint8_t>(((1 << width) - 1) << to);
+    const uint8_t mask = static_cast<uint8_t>(((1 << width) - 1) << to);
+    return moved & mask;
 }
 
 // Where bits of both vector i and the code of left-over quad q lie, if there are such.
@@ -109,6 +110,8 @@ MPSEARCH_INLINE Lanes load_scales(const uint8_t* record, bool half_scales, int p
     return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__AVX2__)
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__aarch64__)
+    return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(from)));
 #else
     Lanes scales;
     for (int i = 0; i < kVectorRows; ++i) {
