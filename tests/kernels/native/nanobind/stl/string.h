@@ -1,0 +1,1 @@
+// Strings are written out by the stand-in itself.

@@ -1,0 +1,1 @@
+// Vectors are written out by the stand-in itself.
