@@ -29,20 +29,22 @@ def pareto(
     *,
     quality: str,
     float_quality: Mapping[str, float],
-    limits_bytes: Mapping[str, float],
+    limits: Mapping[str, float],
+    objective: str = "size_bytes",
     picked: str | None = None,
 ) -> None:
-    """`pareto.png` and `.svg`: loss and quality against size, both splits, uniform allocations, budgets, float, the pick.
+    """`pareto.png` and `.svg`: loss and quality against cost, both splits, uniform allocations, budgets, float, the pick.
 
     `front` and `uniform` have the columns of `front.csv`, `uniform` also `scheme`; `evaluations` those of `evaluations.csv`;
-    `picked` is the allocation (JSON) to mark.
+    `objective` is the column of the cost, `picked` the allocation (JSON) to mark. Where forward passes were timed, a third panel
+    shows quality against their time.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.4), layout="constrained")
-    scale = 1e3 if front.size_bytes.max() < 1e6 else 1e6
-    unit = "kB" if scale == 1e3 else "MB"
+    timed = not pd.concat([front, uniform]).query("split == 'confirm'").measured_ms.dropna().empty
+    figure, (left, right, *beside) = plt.subplots(1, 2 + timed, figsize=(19 if timed else 13, 5.4), layout="constrained")
+    scale, label = _axis(objective, front[objective].max())
     tried = evaluations[(evaluations.split == "search") & (evaluations.origin != "float")]
     left.scatter(
-        tried.size_bytes / scale, _floor(tried.loss), s=9, c=SEARCH, alpha=0.2, lw=0, label=f"{len(tried)} allocations tried"
+        tried[objective] / scale, _floor(tried.loss), s=9, c=SEARCH, alpha=0.2, lw=0, label=f"{len(tried)} allocations tried"
     )
     for split, color, marker, fill in (("search", SEARCH, "o", True), ("confirm", CONFIRM, "D", False)):
         points = front[front.split == split]
@@ -50,10 +52,10 @@ def pareto(
             continue
         face = color if fill else "white"
         style = {"color": color, "marker": marker, "ms": 4.5, "mfc": face, "lw": 1.3}
-        left.plot(points.size_bytes / scale, _floor(points.loss), label=f"front, {split} split", **style)
+        left.plot(points[objective] / scale, _floor(points.loss), label=f"front, {split} split", **style)
         low, high = points[quality] - points[f"{quality}_low"], points[f"{quality}_high"] - points[quality]
         right.errorbar(
-            points.size_bytes / scale,
+            points[objective] / scale,
             100 * points[quality],
             yerr=100 * np.clip([low, high], 0, None),
             elinewidth=0.8,
@@ -65,21 +67,24 @@ def pareto(
     shown = "confirm" if (uniform.split == "confirm").any() else "search"
     points = uniform[uniform.split == shown]
     for axes, y in ((left, _floor(points.loss)), (right, 100 * points[quality])):
-        axes.plot(points.size_bytes / scale, y, "s--", color=UNIFORM, ms=6, lw=0.8, label=f"uniform, {shown} split")
-        for x, value, name in zip(points.size_bytes / scale, y, points.scheme, strict=True):
+        axes.plot(points[objective] / scale, y, "s--", color=UNIFORM, ms=6, lw=0.8, label=f"uniform, {shown} split")
+        for x, value, name in zip(points[objective] / scale, y, points.scheme, strict=True):
             axes.annotate(name, (x, value), xytext=(5, 5), textcoords="offset points", color=UNIFORM, fontsize=9)
-        for name, limit in limits_bytes.items():
+        for name, limit in limits.items():
             axes.axvline(limit / scale, color="black", lw=1, ls=":")
             axes.annotate(name, (limit / scale, 0.02), xycoords=("data", "axes fraction"), rotation=90, ha="right", fontsize=9)
-        axes.set_xlabel(f"size of all parameters and buffers as stored ({unit})")
+        axes.set_xlabel(label)
         axes.grid(alpha=0.25)
-    _mark_pick(left, right, front, picked, quality, scale)
+    _mark_pick(left, right, front, picked, quality, objective, scale)
     for split, value in float_quality.items():
         color = CONFIRM if split == "confirm" else SEARCH
         right.axhline(100 * value, color=color, lw=1, ls="-.", alpha=0.8, label=f"float model, {split} split: {100 * value:.2f}")
-    left.set(yscale="log", ylabel="loss: KL to the float model (nats)", title="Loss against size (lower left is better)")
-    right.set(ylabel=f"{quality} (%), 95 % interval paired with float", title=f"{quality.capitalize()} against size")
+    left.set(yscale="log", ylabel="loss: KL to the float model (nats)", title="Loss against cost (lower left is better)")
+    right.set(ylabel=f"{quality} (%), 95 % interval paired with float", title=f"{quality.capitalize()} against cost")
     _zoom(right, front, quality, float_quality)
+    if timed:
+        _against_time(beside[0], front, uniform, evaluations, quality, picked)
+        beside[0].set_ylim(right.get_ylim())
     left.legend(fontsize=9)
     right.legend(fontsize=9, loc="lower right")
     _save(figure, folder, "pareto", svg=True)
@@ -122,14 +127,29 @@ def sensitivity(values: pd.DataFrame, unit: str, metric: str, folder: Path) -> N
     _save(figure, folder, "sensitivity")
 
 
-def _mark_pick(left: Axes, right: Axes, front: pd.DataFrame, picked: str | None, quality: str, scale: float) -> None:
+def latency(values: pd.DataFrame, about: str, folder: Path) -> None:
+    """`latency.png`: a row a layer, a column a scheme, milliseconds; a line for each scheme, "float" dashed."""
+    figure, axes = plt.subplots(figsize=(min(4 + 0.34 * len(values), 40), 5), layout="constrained")
+    for name, column in values.items():
+        style = {"color": UNIFORM, "ls": "--"} if name == "float" else {"marker": "o", "ms": 3.5}
+        axes.plot(range(len(values)), 1e3 * column, label=str(name), lw=1.2, **style)
+    axes.set_xticks(range(len(values)), values.index, rotation=90, fontsize=8)
+    axes.set(yscale="log", ylabel="microseconds", title=f"What each layer takes in each scheme ({about})")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=9, ncols=2)
+    _save(figure, folder, "latency")
+
+
+def _mark_pick(
+    left: Axes, right: Axes, front: pd.DataFrame, picked: str | None, quality: str, objective: str, scale: float
+) -> None:
     chosen = front[front.allocation == picked]
     for axes, column, factor in ((left, "loss", 1.0), (right, quality, 100.0)):
         y = chosen[column] * factor
         if not chosen.empty:
             y = _floor(y) if column == "loss" else y
-            x = chosen.size_bytes / scale
-            axes.scatter(x, y, label="picked", s=260, facecolors="none", edgecolors=PICK, linewidths=2, zorder=5)
+            x = chosen[objective] / scale
+            _ring(axes, x, y)
 
 
 def _zoom(axes: Axes, front: pd.DataFrame, quality: str, float_quality: Mapping[str, float]) -> None:
@@ -139,6 +159,38 @@ def _zoom(axes: Axes, front: pd.DataFrame, quality: str, float_quality: Mapping[
     middle = 100 * front[quality].median()
     bottom = max(worst, middle - 4 * max(best - middle, 1.0) - 8)
     axes.set_ylim(bottom - 0.04 * (best - bottom) - 0.1, best + 0.06 * (best - bottom) + 0.1)
+
+
+def _ring(axes: Axes, x: pd.Series, y: pd.Series) -> None:
+    axes.scatter(x, y, label="picked", s=260, facecolors="none", edgecolors=PICK, linewidths=2, zorder=5)
+
+
+def _axis(objective: str, largest: float) -> tuple[float, str]:
+    """Divide by; label."""
+    if objective != "size_bytes":
+        return 1.0, {"latency_ms": "predicted milliseconds of a forward pass"}.get(objective, objective)
+    scale, unit = (1e3, "kB") if largest < 1e6 else (1e6, "MB")
+    return scale, f"size of all parameters and buffers as stored ({unit})"
+
+
+def _against_time(
+    axes: Axes, front: pd.DataFrame, uniform: pd.DataFrame, evaluations: pd.DataFrame, quality: str, picked: str | None
+) -> None:
+    """Quality on the confirm split against the measured time of a forward pass there."""
+    points, uniform = front[front.split == "confirm"], uniform[uniform.split == "confirm"]
+    baseline = evaluations[(evaluations.split == "confirm") & (evaluations.origin == "float")]
+    axes.plot(points.measured_ms, 100 * points[quality], "D", color=CONFIRM, mfc="white", ms=5, label="front, packed")
+    axes.plot(uniform.measured_ms, 100 * uniform[quality], "s", color=UNIFORM, ms=6, label="uniform, packed")
+    for x, value, name in zip(uniform.measured_ms, 100 * uniform[quality], uniform.scheme, strict=True):
+        axes.annotate(name, (x, value), xytext=(5, 5), textcoords="offset points", color=UNIFORM, fontsize=9)
+    axes.plot(baseline.measured_ms, 100 * baseline[quality], "*", color=FLOAT, ms=13, label="float model")
+    chosen = points[points.allocation == picked]
+    if not chosen.empty:
+        _ring(axes, chosen.measured_ms, 100 * chosen[quality])
+    axes.set(xlabel="measured milliseconds of a forward pass", ylabel=f"{quality} (%)")
+    axes.set_title(f"{quality.capitalize()} against time, confirm split")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=9)
 
 
 def _floor(loss: pd.Series) -> pd.Series:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +20,30 @@ from mpsearch.allocation import SearchSpace
 from mpsearch.budget import read_budgets
 from mpsearch.calibrate import calibrate
 from mpsearch.confirm import confirm
+from mpsearch.costs.latency import FLOAT, REST, Latency, LatencyMs, read_latency, write_latency
 from mpsearch.costs.size import parse_bytes
 from mpsearch.engine import QuantEngine, load_batches, other_bits
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.exporters.base import Picked
 from mpsearch.fold import fold_batch_norms
+from mpsearch.hardware import facts, first_samples, measure_latency, self_test
 from mpsearch.layer import check_finite, weights_sha256
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.pick import pick
 from mpsearch.quantizers.base import Quantizer
-from mpsearch.report import SUMMARY_HEADER, draw_sensitivity, summary_rows, write_report
+from mpsearch.report import SUMMARY_HEADER, draw_latency, draw_sensitivity, summary_rows, write_report
 from mpsearch.result import SCORED, RunFolder, SearchResult, evaluation_row
 from mpsearch.samplers.base import seeded
 from mpsearch.search import Evaluator, check_sampler
 from mpsearch.search import search as run_search
 from mpsearch.sensitivity import measure_sensitivity
 from mpsearch.tasks.base import SPLITS, Batch, Task
-from mpsearch.trace import trace_layers
+from mpsearch.trace import batch_length, trace_layers
 
 FILE_WIDTH = 120
+LATENCY_SECONDS = 10.0  # spent on a latency table that a search needs
+SIZES = ("size_bytes", "average_bits", "fraction")  # every evaluation has them
 
 Settings = Mapping[str, Any]
 Build = Callable[..., Any]
@@ -132,7 +136,15 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     prepared = prepare(settings, build)
     space = prepared.space
     costs = {name: build(f"cost.{name}") for name in settings["cost"]}
+    objective = settings["objective"]
+    if objective not in costs:
+        raise InputError(f"The objective is one of this run's costs: {', '.join(costs)}; '{objective}' came.")
+    latency = costs.get(LatencyMs.name)
+    if isinstance(latency, LatencyMs) and latency.path is None:
+        costs[latency.name] = replace(latency, path=str(_latency_table(prepared, latency.batch_size, folder)))
     budgets = read_budgets(settings["budget"], costs, space)
+    tables = {name: cost.table(space) for name, cost in costs.items()}
+    beside_size = [table for table in tables.values() if table.column not in SIZES]
     sampler = seeded(build("sampler"), settings["seed"])
     check_sampler(sampler, space, budgets)
     metric: SensitivityMetric = build("metric")
@@ -142,21 +154,24 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
             **prepared.identity(settings),
             "metric": {"name": metric.name, "unit": metric.unit},
             "budgets": {budget.table.name: budget.limit for budget in budgets},
+            "objective": tables[objective].column if tables[objective].column not in SIZES else "size_bytes",
+            "costs": [table.column for table in beside_size],
         }
         run.identify(identity)
         quality = prepared.task.quality_name
         for table in ("sensitivity", "evaluations"):
             run.mend(table)
         known_sensitivity = run.read_sensitivity(space, metric.name)
-        known = run.read_evaluations(space, quality)
+        known = run.read_evaluations(space, quality, identity["costs"])
 
         engine = prepared.engine(settings)
         sensitivity = _sensitivity(engine, metric, run, known_sensitivity)
 
         def record(evaluation: Evaluation) -> None:
-            run.append("evaluations", evaluation_row(evaluation, space, quality))
+            run.append("evaluations", evaluation_row(evaluation, space, quality, identity["costs"]))
 
-        evaluate = Evaluator(engine, budgets, record, known)
+        batch_size = latency.batch_size if isinstance(latency, LatencyMs) else 1
+        evaluate = Evaluator(engine, budgets, record, known, beside_size, batch_size)
         run_search(
             evaluate,
             sensitivity,
@@ -164,9 +179,19 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
             n_trials=settings["n_trials"],
             n_seeds=settings["n_seeds"],
             max_seconds=settings["max_seconds"],
+            objective=None if tables[objective].column in SIZES else tables[objective],
         )
         # Its evaluations are the evaluator's own list: confirmation adds to it what the report draws.
-        result = SearchResult(space, quality, evaluate.evaluations, sensitivity, identity["budgets"], identity)
+        result = SearchResult(
+            space,
+            quality,
+            evaluate.evaluations,
+            sensitivity,
+            identity["budgets"],
+            identity,
+            identity["objective"],
+            identity["costs"],
+        )
         if not result.front:
             raise InputError("No trial was run, so there is no front. Give n_trials above 0.")
         confirmed = confirm(evaluate, result)
@@ -175,6 +200,28 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         _summary(result, picked)
         _paths(folder, page, "pareto.png", "front.csv")
         print(f"export a point: mpsearch export run={_relative(folder)} pick.max_bytes={picked.size_bytes}")
+
+
+def hardware(settings: Settings, build: Build, folder: Path) -> None:
+    """What this machine is, whether its kernels are right, what they run of this model, and how fast."""
+    prepared = prepare(settings, build)
+    about = Table(title="This machine", show_header=False)
+    for what, words in facts().items():
+        about.add_row(what, words)
+    _stdout().print(about)
+    tests = self_test()
+    for backend, n, n_wrong in tests:
+        print(f"self-test of {backend}: {n - n_wrong} of {n} cases agree with the specification")
+    if not tests:
+        print("self-test: there are no compiled kernels; everything runs on plain PyTorch")
+    with RunFolder(folder).locked():
+        path = _latency_table(prepared, settings["batch_size"], folder, settings["seconds"])
+        rows = read_latency(path)
+        draw_latency(rows, prepared.space, folder)
+    _stdout().print(_kernel_table(prepared.space, rows))
+    _paths(folder, path, "latency.png")
+    if wrong := [backend for backend, _, n_wrong in tests if n_wrong]:
+        raise InputError(f"The kernels of {', '.join(wrong)} compute something else than they should here. Please report this.")
 
 
 def sensitivity(settings: Settings, build: Build, folder: Path) -> None:
@@ -238,6 +285,38 @@ def _sensitivity(
         run.append("sensitivity", row)
 
     return measure_sensitivity(engine, metric, known, record)
+
+
+def _latency_table(prepared: Prepared, batch_size: int, folder: Path, seconds: float = LATENCY_SECONDS) -> Path:
+    """`latency.csv` in the folder, measured where it is not there."""
+    path = folder / "latency.csv"
+    if not path.exists():
+        inputs, _ = prepared.calibration[0]
+        if batch_length(inputs) < batch_size:
+            raise InputError(
+                f"Latency is asked for {batch_size} samples, but a batch of the task has {batch_length(inputs)}. Ask for fewer, "
+                "or give the task larger batches."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        inputs = first_samples(inputs, batch_size)
+        rows = measure_latency(prepared.model, prepared.task.forward, prepared.space, prepared.quantizers, inputs, seconds)
+        write_latency(path, rows)
+    return path
+
+
+def _kernel_table(space: SearchSpace, rows: Sequence[Latency]) -> Table:
+    """For each scheme: the op that runs each kind of layer, and the sum of the latencies."""
+    kinds = {layer.name: layer.kind for layer in space.layers}
+    shown = Table(title="What runs each scheme")
+    for column in ("scheme", *dict.fromkeys(kinds.values()), "network, ms"):
+        shown.add_column(column, justify="right" if column.endswith("ms") else "left")
+    rest = sum(row.milliseconds for row in rows if row.layer == REST)
+    for scheme in (FLOAT, *space.scheme_names):
+        mine = [row for row in rows if row.scheme == scheme and row.layer != REST]
+        ops = [", ".join(dict.fromkeys(r.op for r in mine if kinds[r.layer] == kind)) for kind in dict.fromkeys(kinds.values())]
+        whole = sum(row.milliseconds for row in mine) + rest
+        shown.add_row(scheme, *ops, f"{whole:.3f}" if len(mine) == len(kinds) else f"{whole:.3f} without pinned layers")
+    return shown
 
 
 def _schemes(settings: Settings, build: Build) -> dict[str, Any]:

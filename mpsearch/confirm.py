@@ -1,4 +1,4 @@
-"""The front and the uniform allocations, scored again on data that the search never saw.
+"""The front and the uniform allocations, scored again on data that the search never saw: packed, on the compiled kernels.
 
 Confirmation never filters, for that would be selecting on it: a point that is overtaken there is marked, and whether the
 difference is more than chance is said beside it.
@@ -21,7 +21,7 @@ class Confirmed:
     """A point on the confirm split, beside the float model and its rivals there.
 
     `scheme` names a uniform allocation, `None` a point of the front. `drop` is the float model's quality less this one's, with
-    its paired 95 % interval. `overtaken_by` is the smallest measured point that is no larger and has a lower loss (`None`: not
+    its paired 95 % interval. `overtaken_by` is the cheapest measured point that costs no more and has a lower loss (`None`: not
     overtaken), `overtaken_surely` says that its quality is higher by more than the paired interval of their difference.
     """
 
@@ -50,17 +50,22 @@ def confirm(evaluate: Evaluator, result: SearchResult) -> list[Confirmed]:
             measured.append((evaluate(point.allocation, point.origin, "confirm"), scheme))
             advance(f"{point.average_bits:.2f} bits")
     points = [e for e, _ in measured]
-    return [_compare(evaluate, e, scheme, baseline, points) for e, scheme in measured]
+    return [_compare(evaluate, e, scheme, baseline, points, result.objective) for e, scheme in measured]
 
 
 def _compare(
-    evaluate: Evaluator, point: Evaluation, scheme: str | None, baseline: Evaluation, points: Sequence[Evaluation]
+    evaluate: Evaluator,
+    point: Evaluation,
+    scheme: str | None,
+    baseline: Evaluation,
+    points: Sequence[Evaluation],
+    objective: str,
 ) -> Confirmed:
-    rivals = [e for e in points if e.size_bytes <= point.size_bytes and e.loss < point.loss and e.feasible]
-    rival = min(rivals, key=lambda e: e.size_bytes, default=None)
+    limit = point.cost(objective)
+    rivals = [e for e in points if e.cost(objective) <= limit and e.loss < point.loss and e.feasible]
+    rival = min(rivals, key=lambda e: e.cost(objective), default=None)
     surely = False
     if rival is not None:
-        ours = evaluate.engine.score(point.allocation, "confirm").qualities
-        theirs = evaluate.engine.score(rival.allocation, "confirm").qualities
+        ours, theirs = (evaluate.qualities(e.allocation) for e in (point, rival))
         surely = paired_interval(theirs - ours)[0] > 0
     return Confirmed(point, scheme, *point.drop_from(baseline), overtaken_by=rival, overtaken_surely=surely)

@@ -168,26 +168,33 @@ class QuantEngine:
         """The allocation's score on a split; measured once, then looked up."""
         key = (allocation, split)
         if key not in self._scores:
-            targets = torch.cat([target for _, target in self.batches(split)])
-            reference = self._logits(FLOAT, split)
-            score = self._compare(self._logits(allocation, split), reference, targets)
-            # Only confirmation compares sample by sample; ten thousand trials' samples would fill the memory.
-            self._scores[key] = score if split == "confirm" else replace(score, qualities=score.qualities[:0])
+            self.float_logits(split)
+            with self.applied(allocation) as model:
+                score = self.score_of(model if allocation else None, split)
+            # Ten thousand trials' samples would fill the memory, and only confirmation compares sample by sample.
+            self._scores[key] = replace(score, qualities=score.qualities[:0])
         return self._scores[key]
 
-    @torch.no_grad()
-    def _logits(self, allocation: Allocation, split: str) -> Tensor:
-        if not allocation and split in self._float_logits:
-            return self._float_logits[split]
-        with self.applied(allocation) as model:
-            logits = torch.cat([self.task.forward(model, inputs) for inputs, _ in self.batches(split)])
-        if not allocation:
+    def score_of(self, model: nn.Module | None, split: str) -> Score:
+        """The score of any model on a split, `None` for the float one, beside the float model's outputs there."""
+        targets = torch.cat([target for _, target in self.batches(split)])
+        reference = self.float_logits(split)
+        return self._compare(reference if model is None else self._logits(model, split), reference, targets)
+
+    def float_logits(self, split: str) -> Tensor:
+        """The float model's outputs on a split, float32 `[n, classes]`; computed once, while nothing else is swapped in."""
+        if split not in self._float_logits:
+            logits = self._logits(self.model, split)
             if not torch.isfinite(logits).all():
                 raise InputError(
                     f"The float model gives NaN or infinite outputs on the {split} split. Check the model and its input."
                 )
             self._float_logits[split] = logits
-        return logits
+        return self._float_logits[split]
+
+    @torch.no_grad()
+    def _logits(self, model: nn.Module, split: str) -> Tensor:
+        return torch.cat([self.task.forward(model, inputs) for inputs, _ in self.batches(split)])
 
     @torch.no_grad()
     def _compare(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Score:

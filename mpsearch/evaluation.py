@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,7 +35,9 @@ class Score:
 class Evaluation:
     """An allocation with its measured score and costs; a row of `evaluations.csv`.
 
-    `origin` says who proposed it: float (the baseline: an empty allocation), uniform, knapsack or sampler.
+    `origin` says who proposed it: float (the baseline: an empty allocation), uniform, knapsack or sampler. `packed` says that it
+    ran on packed weights, and not on dequantized ones; `measured_ms` is the median time of a forward pass, where one was timed.
+    `costs` are those beside the size, by their column, as their tables predict them.
     """
 
     trial: int | None
@@ -53,6 +56,12 @@ class Evaluation:
     n_samples: int
     seconds: float
     packed: bool = False
+    measured_ms: float | None = None
+    costs: Mapping[str, float] = field(default_factory=dict)
+
+    def cost(self, column: str) -> float:
+        """A cost by its column: "size_bytes", "average_bits", "fraction", or one of `costs`."""
+        return self.costs[column] if column in self.costs else getattr(self, column)
 
     def drop_from(self, baseline: Evaluation) -> tuple[float, float, float]:
         """(drop, its low, its high): the baseline's quality less this one's, with the paired 95 % interval."""

@@ -95,10 +95,10 @@ def weight_rows(module: Any) -> Tensor:
 def from_rows(module: Any, rows: Tensor) -> Tensor:
     """The inverse of `weight_rows`: `rows` in the module's own layout."""
     if not _is_transposed(module):
-        return rows.reshape(module.weight.shape)
+        return rows
     groups = module.groups
     split = rows.reshape(groups, rows.shape[0] // groups, *rows.shape[1:])
-    return split.transpose(1, 2).reshape(module.weight.shape)
+    return split.transpose(1, 2).reshape(groups * rows.shape[1], rows.shape[0] // groups, *rows.shape[2:])
 
 
 def rows_shape(module: Any) -> tuple[int, ...]:

@@ -18,33 +18,35 @@ def pick(
     *,
     max_bytes: str | float | None = None,
     bits: float | None = None,
+    max_ms: float | None = None,
     min_accuracy: float | None = None,
 ) -> Evaluation:
     """A point of the front (its evaluation on the search split).
 
-    The lowest loss within `max_bytes` and `bits` (average, at most); with `min_accuracy` the smallest whose quality on the
-    confirm split (on the search split where not all of the front was confirmed) is at least that, which makes that quality a
-    little optimistic, for it was selected on; without any of them the knee.
+    The lowest loss within `max_bytes`, `bits` (average, at most) and `max_ms` (measured on the confirm split); with
+    `min_accuracy` the cheapest whose quality on the confirm split (on the search split where not all of the front was confirmed)
+    is at least that, which makes that quality a little optimistic, for it was selected on; without any of them the knee.
     """
     front = result.front
     if not front:
         raise InputError("The run has no point to pick yet. Let the search go on: mpsearch search run=<folder>.")
-    if max_bytes is None and bits is None and min_accuracy is None:
-        return front[knee(np.array([e.size_bytes for e in front]), np.array([e.loss for e in front]))]
+    if max_bytes is None and bits is None and max_ms is None and min_accuracy is None:
+        return front[knee(np.array([e.cost(result.objective) for e in front]), np.array([e.loss for e in front]))]
+    confirmed = result.on("confirm")
     if max_bytes is not None:
-        limit: float = parse_bytes(max_bytes)
-        front = _within(
-            front, [e.size_bytes <= limit for e in front], f"at most {limit:,} bytes", f"{front[0].size_bytes:,} bytes"
-        )
+        front = _within(front, [e.size_bytes for e in front], parse_bytes(max_bytes), "bytes")
     if bits is not None:
-        limit = _number("bits", bits)
-        front = _within(
-            front, [e.average_bits <= limit for e in front], f"at most {bits} bits", f"{front[0].average_bits:.3f} bits"
-        )
+        front = _within(front, [e.average_bits for e in front], _number("bits", bits), "bits")
+    if max_ms is not None:
+        times = [confirmed[e.allocation].measured_ms if e.allocation in confirmed else None for e in front]
+        if any(ms is None for ms in times):
+            raise InputError(
+                "The front of this run was not timed, so pick.max_ms is of no use. Go on with: mpsearch search run=…"
+            )
+        front = _within(front, [ms or 0.0 for ms in times], _number("max_ms", max_ms), "ms")
     if min_accuracy is None:
         return front[-1]
     least = _number("min_accuracy", min_accuracy)
-    confirmed = result.on("confirm")
     all_confirmed = all(e.allocation in confirmed for e in front)  # else the splits would be mixed
     qualities = [(confirmed[e.allocation] if all_confirmed else e).quality for e in front]
     good = [e for e, quality in zip(front, qualities, strict=True) if quality >= least]
@@ -54,12 +56,13 @@ def pick(
     return good[0]
 
 
-def _within(front: list[Evaluation], fits: list[bool], asked: str, smallest: str) -> list[Evaluation]:
-    if not any(fits):
+def _within(front: list[Evaluation], values: list[float], limit: float, unit: str) -> list[Evaluation]:
+    if min(values) > limit:
         raise InputError(
-            f"No point of the front has {asked}; the smallest has {smallest}. Search with smaller schemes or a budget."
+            f"No point of the front has at most {limit:,.10g} {unit}; the least is {min(values):,.10g} {unit}. Search with "
+            "smaller schemes or a budget."
         )
-    return [e for e, ok in zip(front, fits, strict=True) if ok]
+    return [e for e, value in zip(front, values, strict=True) if value <= limit]
 
 
 def _number(name: str, value: Any) -> float:

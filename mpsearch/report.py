@@ -10,9 +10,12 @@ import numpy as np
 import pandas as pd
 
 from mpsearch import charts
+from mpsearch.allocation import SearchSpace
 from mpsearch.confirm import Confirmed
+from mpsearch.costs.latency import FLOAT, Latency
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
+from mpsearch.packed_layer import kernel_for
 from mpsearch.pareto import hypervolume
 from mpsearch.result import SearchResult, write_atomically
 
@@ -38,7 +41,8 @@ def write_report(result: SearchResult, folder: Path, picked: Evaluation, confirm
         folder,
         quality=result.quality_name,
         float_quality={split: baseline.quality for split, baseline in result.baselines.items()},
-        limits_bytes=_limits_bytes(result),
+        limits=_limits(result),
+        objective=result.objective,
         picked=picked.allocation.to_json(),
     )
     shown = _thin(result.front, picked)
@@ -59,6 +63,17 @@ def draw_sensitivity(table: SensitivityTable, folder: Path) -> None:
     charts.sensitivity(values, table.unit, table.metric, folder)
 
 
+def draw_latency(rows: Sequence[Latency], space: SearchSpace, folder: Path) -> None:
+    """`latency.png` from the rows of `latency.csv`."""
+    schemes = (FLOAT, *space.scheme_names)
+    found = {(row.layer, row.scheme): row.milliseconds for row in rows}
+    names = [layer.name for layer in space.layers]
+    values = pd.DataFrame([[found.get((name, s), np.nan) for s in schemes] for name in names], index=names, columns=list(schemes))
+    row = rows[0]
+    about = f"batch of {row.batch_size}, {row.threads} threads, {row.backend}"
+    charts.latency(values, about, folder)
+
+
 def front_table(result: SearchResult, points: Sequence[Evaluation]) -> pd.DataFrame:
     """Two rows a point, search and (where measured) confirm: the columns of `front.csv`."""
     q = result.quality_name
@@ -68,10 +83,12 @@ def front_table(result: SearchResult, points: Sequence[Evaluation]) -> pd.DataFr
         for e in (point, confirmed.get(point.allocation)):
             if e is not None:
                 measured = {q: e.quality, f"{q}_low": e.quality_low, f"{q}_high": e.quality_high}
-                size = {"size_bytes": e.size_bytes, "average_bits": e.average_bits, "loss": e.loss}
-                rows.append({**size, **measured, "split": e.split, "allocation": e.allocation.to_json()})
-    columns = ["size_bytes", "average_bits", "loss", q, f"{q}_low", f"{q}_high", "split", "allocation"]
-    return pd.DataFrame(rows, columns=columns)
+                size = {"size_bytes": e.size_bytes, "average_bits": e.average_bits, **e.costs, "loss": e.loss}
+                rest = {"measured_ms": e.measured_ms, "split": e.split, "allocation": e.allocation.to_json()}
+                rows.append({**size, **measured, **rest})
+    sizes = ["size_bytes", "average_bits", *result.costs]
+    columns = [*sizes, "loss", q, f"{q}_low", f"{q}_high", "measured_ms", "split", "allocation"]
+    return pd.DataFrame(rows, columns=columns).astype({"measured_ms": float})
 
 
 def uniform_table(result: SearchResult) -> pd.DataFrame:
@@ -114,23 +131,24 @@ def summary_rows(result: SearchResult, picked: Evaluation) -> list[tuple[str, ..
             continue
         c = result.baseline("confirm") if e.origin == "float" else confirmed.get(e.allocation)
         quality = drop = "not measured"
+        milliseconds = ""
         if c is not None:
             quality = f"{100 * c.quality:.2f}"
+            milliseconds = "" if c.measured_ms is None else f"{c.measured_ms:.3g}"
             base = result.baseline("confirm")
             drop = _drop(*c.drop_from(base)) if base and e.origin != "float" else ""
-        rows.append(
-            (what, f"{e.average_bits:.2f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", f"{100 * e.quality:.2f}", quality, drop)
-        )
+        on_search = (f"{e.average_bits:.2f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", f"{100 * e.quality:.2f}")
+        rows.append((what, *on_search, quality, drop, milliseconds))
     return rows
 
 
-SUMMARY_HEADER = ("", "bits", "bytes", "KL search", "{q} % search", "{q} % confirm", "drop, points (95 %)")
+SUMMARY_HEADER = ("", "bits", "bytes", "KL search", "{q} % search", "{q} % confirm", "drop, points (95 %)", "ms")
 
 
 def run_hypervolume(result: SearchResult) -> float | None:
-    """Hypervolume (`pareto.hypervolume`) of the front; `None` where fewer than two uniform allocations were measured."""
+    """Hypervolume (`pareto.hypervolume`) of a front of sizes; `None` where fewer than two uniform allocations were measured."""
     uniform = result.uniform
-    if len(uniform) < 2 or not result.front or not np.isfinite(uniform[0][1].loss):
+    if len(uniform) < 2 or not result.front or not np.isfinite(uniform[0][1].loss) or result.objective != "size_bytes":
         return None
     reference_bits, reference_kl = uniform[-1][1].average_bits, uniform[0][1].loss
     front = result.front
@@ -159,8 +177,7 @@ def _page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | No
         _markdown_table([h.format(q=q) for h in SUMMARY_HEADER], summary_rows(result, picked)),
         "",
         "Intervals are 95 % bootstrap intervals of the difference to the float model on the same samples. One without width "
-        f"means that no sample's {q} changed{_resolution(result)}. `packed` is {any(e.packed for e in result.evaluations)}: "
-        "the scores are those of dequantized weights in float32 arithmetic.",
+        f"means that no sample's {q} changed{_resolution(result)}. {_how_it_ran(result)}",
         "",
         "## The schemes",
         "",
@@ -191,11 +208,12 @@ def _findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame 
         f"{100 * picked.fraction:.1f} % of the float32 model."
     ]
     for scheme, uniform in result.uniform:
-        better = [e for e in result.front if e.size_bytes <= uniform.size_bytes and e.loss < uniform.loss]
+        limit = uniform.cost(result.objective)
+        better = [e for e in result.front if e.cost(result.objective) <= limit and e.loss < uniform.loss]
         if better:
             said.append(
-                f"- Uniform {scheme} is dominated: at no more bytes the front has a loss of {better[-1].loss:.3g} instead of "
-                f"{uniform.loss:.3g}."
+                f"- Uniform {scheme} is dominated: at no more {_unit(result)} the front has a loss of {better[-1].loss:.3g} "
+                f"instead of {uniform.loss:.3g}."
             )
     volume = run_hypervolume(result)
     if volume is not None:
@@ -215,9 +233,24 @@ def _findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame 
         overtaken = ours[ours.overtaken_by_bytes.notna()]
         surely = int(overtaken.overtaken_surely.sum())
         said.append(
-            f"- On the confirm split {len(overtaken)} of {len(ours)} points of the front are overtaken in loss by one that is no "
-            f"larger; for {surely} of them that one's {q} is higher by more than chance."
+            f"- On the confirm split {len(overtaken)} of {len(ours)} points of the front are overtaken in loss by one that "
+            f"costs no more; for {surely} of them that one's {q} is higher by more than chance."
         )
+    return said
+
+
+def _how_it_ran(result: SearchResult) -> str:
+    """What simulated and packed means, and which layers no kernel runs."""
+    said = "On the search split scores are simulated: dequantized weights, float32 arithmetic, inputs rounded as the scheme says."
+    confirmed = result.on("confirm").values()
+    if not any(e.packed for e in confirmed):
+        return said
+    said += " On the confirm split the models ran on packed weights, and a forward pass of them was timed."
+    used = {(layer, e.allocation[g.name]) for e in confirmed for g in result.space.groups for layer in g.layers}
+    without = {(la.kind, name) for la, name in used if kernel_for(la.kind, la.shape, result.space.schemes[name]) is None}
+    if without:
+        pairs = ", ".join(f"{kind} in `{name}`" for kind, name in sorted(without))
+        said += f" No kernel runs {pairs}: such layers are dequantized at every call, which is slow."
     return said
 
 
@@ -275,8 +308,8 @@ def _thin(front: list[Evaluation], picked: Evaluation) -> list[Evaluation]:
     return [e for i, e in enumerate(front) if i in keep or e.allocation == picked.allocation]
 
 
-def _limits_bytes(result: SearchResult) -> Mapping[str, float]:
-    """Budgets as positions on the size axis, where they are limits on size in any unit."""
+def _limits(result: SearchResult) -> Mapping[str, float]:
+    """Budgets as positions on the axis of the objective: those on it, and on size in any unit where that is the objective."""
     space, limits = result.space, {}
     whole = space.size_bits()
     for name, limit in result.budgets.items():
@@ -285,9 +318,14 @@ def _limits_bytes(result: SearchResult) -> Mapping[str, float]:
             "bits": (limit * space.numel + space.other_bits) / 8,
             "fraction": limit * whole / 8,
         }
-        if name in to_bytes:
-            limits[f"budget.{name} = {limit:,.10g}"] = to_bytes[name]
+        at = to_bytes.get(name) if result.objective == "size_bytes" else limit if name == result.objective else None
+        if at is not None:
+            limits[f"budget.{name} = {limit:,.10g}"] = at
     return limits
+
+
+def _unit(result: SearchResult) -> str:
+    return {"size_bytes": "bytes", "latency_ms": "milliseconds (predicted)"}.get(result.objective, result.objective)
 
 
 def _read_confirm(folder: Path) -> pd.DataFrame | None:

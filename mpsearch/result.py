@@ -133,12 +133,12 @@ class RunFolder:
             known[row["group"], row["scheme"]] = _number(file, number, row["value"])
         return known
 
-    def read_evaluations(self, space: SearchSpace, quality_name: str) -> list[Evaluation]:
-        """All evaluations so far, in the order in which they were made."""
+    def read_evaluations(self, space: SearchSpace, quality_name: str, costs: Sequence[str] = ()) -> list[Evaluation]:
+        """All evaluations so far, in the order in which they were made; `costs` are the columns beside the size."""
         file = self.path / "evaluations.csv"
         found: list[Evaluation] = []
         trials: set[tuple[str, int]] = set()
-        for number, row in self.rows("evaluations", evaluation_columns(quality_name)):
+        for number, row in self.rows("evaluations", evaluation_columns(quality_name, costs)):
             try:
                 found.append(
                     Evaluation(
@@ -158,6 +158,8 @@ class RunFolder:
                         n_samples=int(row["n_samples"]),
                         seconds=float(row["seconds"]),
                         packed=_one_of(row["packed"], ("True", "False")) == "True",
+                        measured_ms=float(row["measured_ms"]) if row["measured_ms"] else None,
+                        costs={name: float(row[name]) for name in costs if row[name]},
                     )
                 )
                 _check_row(found[-1], space, trials)
@@ -166,21 +168,25 @@ class RunFolder:
         return found
 
 
-def evaluation_columns(quality_name: str) -> tuple[str, ...]:
-    """The columns of `evaluations.csv`: the fields of `Evaluation`, with the quality under its own name."""
-    return tuple(f.name.replace("quality", quality_name) for f in fields(Evaluation))
+def evaluation_columns(quality_name: str, costs: Sequence[str] = ()) -> tuple[str, ...]:
+    """The columns of `evaluations.csv`: the fields of `Evaluation`, the quality under its own name, each cost on its own."""
+    return (*(f.name.replace("quality", quality_name) for f in fields(Evaluation) if f.name != "costs"), *costs)
 
 
-def evaluation_row(evaluation: Evaluation, space: SearchSpace, quality_name: str) -> dict[str, Any]:
-    """An evaluation as a row of `evaluations.csv`; the float model's allocation is empty."""
-    values = {f.name: getattr(evaluation, f.name) for f in fields(Evaluation)}
+def evaluation_row(evaluation: Evaluation, space: SearchSpace, quality_name: str, costs: Sequence[str] = ()) -> dict[str, Any]:
+    """An evaluation as a row of `evaluations.csv`; the float model's allocation is empty, and its costs but the size."""
+    values = {f.name: getattr(evaluation, f.name) for f in fields(Evaluation) if f.name != "costs"}
     values["allocation"] = space.encode(evaluation.allocation) if evaluation.allocation else ""
-    return dict(zip(evaluation_columns(quality_name), values.values(), strict=True))
+    of_costs = (evaluation.costs.get(name) for name in costs)
+    return dict(zip(evaluation_columns(quality_name, costs), (*values.values(), *of_costs), strict=True))
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a run found. `evaluations` holds every split; `budgets` are the limits in words."""
+    """What a run found. `evaluations` holds every split; `budgets` are the limits by cost.
+
+    `objective` is the column of the cost that the front weighs against the loss, `costs` the columns beside the size.
+    """
 
     space: SearchSpace
     quality_name: str
@@ -188,6 +194,8 @@ class SearchResult:
     sensitivity: SensitivityTable
     budgets: Mapping[str, float] = field(default_factory=dict)
     identity: Mapping[str, Any] = field(default_factory=dict)
+    objective: str = "size_bytes"
+    costs: Sequence[str] = ()
 
     @classmethod
     def load(cls, folder: Path | str, schemes: Mapping[str, QuantScheme] | None = None) -> SearchResult:
@@ -204,9 +212,11 @@ class SearchResult:
                 f"Go on with: mpsearch search run={run.path}."
             )
         values = np.array([[known.get((g, s), np.inf) for s in space.scheme_names] for g in space.names])
-        evaluations = run.read_evaluations(space, identity["quality_name"])
-        sensitivity = SensitivityTable(metric, unit, values, space)
-        return cls(space, identity["quality_name"], evaluations, sensitivity, identity.get("budgets", {}), identity)
+        costs, objective = identity.get("costs", []), identity.get("objective", "size_bytes")
+        evaluations = run.read_evaluations(space, identity["quality_name"], costs)
+        table = SensitivityTable(metric, unit, values, space)
+        budgets = identity.get("budgets", {})
+        return cls(space, identity["quality_name"], evaluations, table, budgets, identity, objective, costs)
 
     def baseline(self, split: str = "search") -> Evaluation | None:
         """The float model's evaluation."""
@@ -227,10 +237,10 @@ class SearchResult:
 
     @cached_property
     def front(self) -> list[Evaluation]:
-        """The non-dominated feasible evaluations on the search split (size, loss), smallest first."""
+        """The non-dominated feasible evaluations on the search split (objective, loss), cheapest first."""
         measured = [e for e in self.on("search").values() if e.feasible and np.isfinite(e.loss)]
-        keep = non_dominated(np.array([[e.size_bytes, e.loss] for e in measured]).reshape(-1, 2))
-        return sorted((e for e, kept in zip(measured, keep, strict=True) if kept), key=lambda e: e.size_bytes)
+        keep = non_dominated(np.array([[e.cost(self.objective), e.loss] for e in measured]).reshape(-1, 2))
+        return sorted((e for e, kept in zip(measured, keep, strict=True) if kept), key=lambda e: e.cost(self.objective))
 
     @property
     def uniform(self) -> list[tuple[str, Evaluation]]:
@@ -241,8 +251,8 @@ class SearchResult:
 
     def to_frame(self) -> pd.DataFrame:
         """All evaluations, tidy: one row each, columns as in `evaluations.csv`."""
-        rows = [evaluation_row(e, self.space, self.quality_name) for e in self.evaluations]
-        return pd.DataFrame(rows, columns=list(evaluation_columns(self.quality_name)))
+        rows = [evaluation_row(e, self.space, self.quality_name, self.costs) for e in self.evaluations]
+        return pd.DataFrame(rows, columns=list(evaluation_columns(self.quality_name, self.costs)))
 
 
 def read_space(

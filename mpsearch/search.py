@@ -14,16 +14,20 @@ import optuna
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.budget import Budget
+from mpsearch.costs.base import CostTable
 from mpsearch.engine import FLOAT, QuantEngine
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Evaluation, SensitivityTable
+from mpsearch.evaluation import Evaluation, Score, SensitivityTable
+from mpsearch.hardware import first_samples, model_latency
 from mpsearch.knapsack import front, repair
+from mpsearch.packed import packed
 from mpsearch.progress import phase
 from mpsearch.samplers.base import distributions
 from mpsearch.samplers.repaired import Repaired
 
 # Losses are told in log10, where a front is a line and not a wall; below this floor (nats) float rounding is all there is.
 LOSS_FLOOR = 1e-9
+LATENCY_SECONDS = 0.1  # spent on timing each confirmed point
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -31,7 +35,9 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 class Evaluator:
     """Scores allocations with the engine, adds their costs, and records each new evaluation before it returns it.
 
-    `known` are the evaluations of an interrupted run: a trial that is among them is looked up, by number, and must be the same.
+    On the confirm split they run on packed weights, and a forward pass of `latency_batch_size` samples is timed. `costs` are
+    those beside the size. `known` are the evaluations of an interrupted run: a trial that is among them is looked up, by number,
+    and must be the same.
     """
 
     def __init__(
@@ -40,11 +46,21 @@ class Evaluator:
         budgets: Sequence[Budget],
         record: Callable[[Evaluation], None] = lambda evaluation: None,
         known: Sequence[Evaluation] = (),
+        costs: Sequence[CostTable] = (),
+        latency_batch_size: int = 1,
     ) -> None:
-        self.engine, self.budgets, self.record = engine, budgets, record
+        self.engine, self.budgets, self.record, self.costs = engine, budgets, record, costs
+        self.latency_batch_size = latency_batch_size
         self.evaluations = list(known)
         self._trials = {(e.split, e.trial): e for e in known if e.trial is not None}
         self._measured = {(e.split, e.allocation): e for e in known}
+        self._qualities: dict[Allocation, np.ndarray] = {}
+
+    def qualities(self, allocation: Allocation) -> np.ndarray:
+        """The quality of each sample of the confirm split, float32 `[n]`; run again where it is not at hand."""
+        if allocation not in self._qualities:
+            self._qualities[allocation] = self.run_packed(allocation)[0].qualities
+        return self._qualities[allocation]
 
     def __call__(self, allocation: Allocation, origin: str, split: str = "search", trial: int | None = None) -> Evaluation:
         """The allocation's evaluation on the split; a repeat costs nothing, a repeated trial still gets its row."""
@@ -72,7 +88,13 @@ class Evaluator:
         space = self.engine.space
         choice = space.choice(allocation) if allocation else None
         bits = space.size_bits(choice)
-        score = earlier or self.engine.score(allocation, split)
+        score: Score | Evaluation
+        milliseconds = None
+        if earlier is None and split == "confirm":
+            score, milliseconds = self.run_packed(allocation)
+            self._qualities[allocation] = score.qualities
+        else:
+            score = earlier or self.engine.score(allocation, split)
         return Evaluation(
             trial=trial,
             origin=origin,
@@ -89,7 +111,20 @@ class Evaluator:
             feasible=choice is None or all(budget.allows(choice) for budget in self.budgets),
             n_samples=score.n_samples,
             seconds=time.perf_counter() - start,
+            packed=split == "confirm" and choice is not None,
+            measured_ms=milliseconds,
+            costs={} if choice is None else {table.column: table.of(choice) for table in self.costs},
         )
+
+    def run_packed(self, allocation: Allocation) -> tuple[Score, float]:
+        """Score on the confirm split on packed weights, and milliseconds of a forward pass there."""
+        engine = self.engine
+        engine.float_logits("confirm")
+        inputs = first_samples(engine.batches("confirm")[0][0], self.latency_batch_size)
+        with packed(engine, allocation) as model:
+            score = engine.score_of(model if allocation else None, "confirm")
+            milliseconds = model_latency({"": model}, engine.task.forward, inputs, LATENCY_SECONDS)[""]
+        return score, milliseconds
 
 
 def search(
@@ -100,14 +135,17 @@ def search(
     n_trials: int,
     n_seeds: int = 50,
     max_seconds: float | None = None,
+    objective: CostTable | None = None,
 ) -> list[Evaluation]:
     """Measure the float model and the uniform allocations, then run `n_trials` trials; returns all evaluations.
 
-    The study begins with the uniform allocations within the budgets and `n_seeds` exact knapsack solutions along the front; then
-    `sampler` (one of Optuna's; wrapped so that its proposals stay within the budgets) goes on from there.
+    `objective` is the cost that the study weighs against the loss, `None` the size. The study begins with the uniform
+    allocations within the budgets and `n_seeds` exact knapsack solutions along the front; then `sampler` (one of Optuna's;
+    wrapped so that its proposals stay within the budgets) goes on from there.
     """
     space, budgets = evaluate.engine.space, evaluate.budgets
     names, losses = space.names, sensitivity.losses()
+    column = "size_bytes" if objective is None else objective.column
     evaluate(FLOAT, "float")
     uniform = list(dict.fromkeys(space.uniform(scheme) for scheme in space.scheme_names))
     within = [a for a in uniform if all(budget.allows(space.choice(a)) for budget in budgets)]
@@ -116,7 +154,7 @@ def search(
             evaluate(allocation, "uniform")
 
     origins = dict.fromkeys(within, "uniform")
-    for allocation in knapsack_seeds(space, losses, budgets, n_seeds):
+    for allocation in knapsack_seeds(space, losses, budgets, n_seeds, None if objective is None else objective.values):
         origins.setdefault(allocation, "knapsack")
     proposer = _within_budgets(sampler, space, losses, budgets)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=proposer)
@@ -133,7 +171,7 @@ def search(
             trial = study.ask(parameters)
             allocation = Allocation((name, trial.params[name]) for name in names)
             evaluation = evaluate(allocation, origins.get(allocation, "sampler"), trial=number)
-            study.tell(trial, (float(np.log10(max(evaluation.loss, LOSS_FLOOR))), evaluation.size_bytes))
+            study.tell(trial, (float(np.log10(max(evaluation.loss, LOSS_FLOOR))), evaluation.cost(column)))
             advance(f"{evaluation.average_bits:.2f} bits: KL {evaluation.loss:.3g}")
     for allocation in uniform:  # also those that the trials did not reach
         evaluate(allocation, "uniform")
@@ -161,20 +199,24 @@ def compact(space: SearchSpace, table: np.ndarray) -> np.ndarray:
     return padded
 
 
-def knapsack_seeds(space: SearchSpace, losses: np.ndarray, budgets: Sequence[Budget], n: int) -> list[Allocation]:
-    """At most `n` (0, or 2 and more) exact solutions of the additive problem, spread over the sizes that the budgets allow.
+def knapsack_seeds(
+    space: SearchSpace, losses: np.ndarray, budgets: Sequence[Budget], n: int, values: np.ndarray | None = None
+) -> list[Allocation]:
+    """At most `n` (0, or 2 and more) exact solutions of the additive problem, spread over the costs that the budgets allow.
 
-    Ordered so that any first few are spread too (van der Corput): a short run sees the whole front.
+    `values` `[n_groups, n_schemes]` is the objective's cost table, `None` the stored bits. Ordered so that any first few are
+    spread too (van der Corput): a short run sees the whole front.
     """
     if n < 2:
         return []
-    bits, limit = space.storage_bits, np.inf
-    # A budget on size (in whichever unit) moves the upper end, so that all seeds fall on this side of it.
+    values = space.storage_bits if values is None else values
+    limit = np.inf
+    # A budget on the objective (in whichever unit) moves the upper end, so that all seeds fall on this side of it.
     for budget in budgets:
-        scale = (budget.table.values / bits).max()
-        if np.allclose(budget.table.values, scale * bits, atol=0):
+        scale = (budget.table.values / values).max()
+        if np.allclose(budget.table.values, scale * values, atol=0):
             limit = min(limit, budget.room / scale)
-    found = front(losses, bits, n, limit)
+    found = front(losses, values, n, limit)
     tables, rooms = [budget.table.values for budget in budgets], [budget.room for budget in budgets]
     spread = sorted(range(len(found)), key=lambda i: f"{i:b}"[::-1])
     return list(dict.fromkeys(space.allocation(repair(found[i], losses, tables, rooms)) for i in spread))

@@ -50,9 +50,11 @@ def test_confirming_changes_no_front(searched):
 
 def test_drops_are_paired_with_the_float_model(searched):
     evaluate, _, confirmed, _ = searched
-    baseline = evaluate.engine.score(FLOAT, "confirm")
+    baseline, _ = evaluate.run_packed(FLOAT)
     for c in confirmed:
-        score = evaluate.engine.score(c.evaluation.allocation, "confirm")
+        assert c.evaluation.packed
+        assert c.evaluation.measured_ms > 0
+        score, _ = evaluate.run_packed(c.evaluation.allocation)
         low, high = paired_interval(score.qualities - baseline.qualities)
         assert c.drop == pytest.approx(baseline.quality - score.quality)
         assert c.drop_low == pytest.approx(max(-high, baseline.quality - 1))
@@ -81,19 +83,18 @@ def test_sure_is_only_what_is_more_than_chance(tiny):
     engine = tiny.engine(tiny.net(), tiny.task())
     space = engine.space
     small, large = Allocation({"first": "w2", "second": "w4", "last": "w4"}), space.uniform("w8")
-    score = engine.score
     wrong = {2: False, 25: True}
     for n_wrong, sure in wrong.items():
 
-        def spoilt(allocation, split="search", n_wrong=n_wrong):
-            found = score(allocation, split)
+        def spoilt(allocation, n_wrong=n_wrong):
             qualities = np.ones(30, dtype=np.float32)
             qualities[: n_wrong if allocation == large else 0] = 0
-            loss = {FLOAT: 0.0, large: 0.9}.get(allocation, 0.5) if split == "confirm" else found.loss
-            return dataclasses.replace(found, loss=loss, quality=float(qualities.mean()), qualities=qualities)
+            loss = {FLOAT: 0.0, large: 0.9}.get(allocation, 0.5)
+            found = engine.score(allocation)
+            return dataclasses.replace(found, loss=loss, quality=float(qualities.mean()), qualities=qualities), 1.0
 
-        engine.score = spoilt
         evaluate = Evaluator(engine, [])
+        evaluate.run_packed = spoilt
         rows = [evaluate(small, "sampler", trial=0), evaluate(large, "uniform", trial=1)]
         table = measure_sensitivity(engine, KL())
         confirmed = confirm(evaluate, SearchResult(space, "accuracy", rows, table))
@@ -108,12 +109,10 @@ def test_what_is_beyond_the_budget_overtakes_nothing(tiny):
     engine = tiny.engine(tiny.net(), tiny.task())
     slow = Budget(CostTable("latency", "milliseconds", np.array([[9.0, 1, 1]] * 3), 0.0), 3.0)
     small, large = engine.space.uniform("w2"), engine.space.uniform("w8")
-    score = engine.score
     losses = {FLOAT: 0.0, small: 0.1, large: 0.9}
-    engine.score = lambda allocation, split="search": dataclasses.replace(
-        score(allocation, split), **({"loss": losses[allocation]} if split == "confirm" else {})
-    )
     evaluate = Evaluator(engine, [slow])
+    run = evaluate.run_packed
+    evaluate.run_packed = lambda allocation: (dataclasses.replace(run(allocation)[0], loss=losses[allocation]), 1.0)
     rows = [evaluate(small, "uniform"), evaluate(large, "uniform", trial=0)]
     table = SensitivityTable("kl", "nats", np.ones((3, 3)), engine.space)
     confirmed = confirm(evaluate, SearchResult(engine.space, "accuracy", rows, table))

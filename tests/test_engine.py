@@ -253,7 +253,9 @@ def test_interval_of_no_difference_is_a_point():
 
 
 def test_quality_interval_is_laid_round_the_float_model(trained):
-    baseline, score = (trained.score(allocation, "confirm") for allocation in (FLOAT, trained.space.uniform("w2")))
+    baseline = trained.score_of(None, "confirm")
+    with trained.applied(trained.space.uniform("w2")) as model:
+        score = trained.score_of(model, "confirm")
     low, high = paired_interval(score.qualities - baseline.qualities)
     assert score.quality_low == pytest.approx(baseline.quality + low)
     assert score.quality_high == pytest.approx(baseline.quality + high)

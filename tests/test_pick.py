@@ -71,15 +71,33 @@ def test_accuracy_is_that_of_the_confirm_split_where_it_was_measured():
     assert pick(result(*confirmed[1:4]), min_accuracy=0.9).size_bytes == search, "the splits are not mixed"
 
 
+def test_milliseconds_are_those_that_were_measured():
+    timed = [dataclasses.replace(e, split="confirm", trial=None, measured_ms=10.0 - i) for i, e in enumerate(POINTS)]
+    assert pick(result(*timed), max_ms=8.5).size_bytes == 4000
+    assert pick(result(*timed), max_ms=8.5, max_bytes=3000).size_bytes == 3000
+    with pytest.raises(InputError, match="has at most 6 ms; the least is 7 ms"):
+        pick(result(*timed), max_ms=6)
+    with pytest.raises(InputError, match="was not timed"):
+        pick(result(*timed[1:]), max_ms=8.5)
+
+
+def test_the_front_of_another_objective():
+    slow = [dataclasses.replace(e, costs={"latency_ms": 10.0 - i}) for i, e in enumerate(POINTS)]
+    table = SensitivityTable("kl", "nats", np.ones((1, 6)), SPACE)
+    found = SearchResult(SPACE, "accuracy", slow, table, objective="latency_ms", costs=["latency_ms"])
+    assert [e.size_bytes for e in found.front] == [3500, 4000], "of lower latency, or of lower loss"
+    assert pick(found, max_bytes=3999).size_bytes == 3500
+
+
 @pytest.mark.parametrize(
     ("limit", "sentence"),
     [
-        ({"max_bytes": 999}, r"No point of the front has at most 999 bytes; the smallest has 1,000 bytes"),
-        ({"bits": 0.5}, r"at most 0.5 bits; the smallest has 1.000 bits"),
+        ({"max_bytes": 999}, r"No point of the front has at most 999 bytes; the least is 1,000 bytes"),
+        ({"bits": 0.5}, r"at most 0.5 bits; the least is 1 bits"),
         ({"min_accuracy": 0.96}, r"has accuracy >= 0.96; the best has 0.9500"),
         ({"max_bytes": "big"}, "'big' is no size"),
         ({"max_bytes": 3000, "min_accuracy": 0.95}, r"No point of the front that fits has accuracy >= 0.95; the best has 0.9200"),
-        ({"max_bytes": 1500, "bits": 0.9}, r"at most 0.9 bits; the smallest has 1.000 bits"),
+        ({"max_bytes": 1500, "bits": 0.9}, r"at most 0.9 bits; the least is 1 bits"),
         ({"bits": "few"}, "pick.bits is a number; 'few' came"),
         ({"min_accuracy": [1]}, r"pick.min_accuracy is a number; '\[1\]' came"),
     ],

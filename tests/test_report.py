@@ -25,7 +25,17 @@ from mpsearch.search import Evaluator, search
 from mpsearch.sensitivity import measure_sensitivity
 
 COSTS = {"bytes": Bytes(), "bits": AverageBits(), "fraction": Fraction()}
-FRONT_COLUMNS = ["size_bytes", "average_bits", "loss", "accuracy", "accuracy_low", "accuracy_high", "split", "allocation"]
+FRONT_COLUMNS = [
+    "size_bytes",
+    "average_bits",
+    "loss",
+    "accuracy",
+    "accuracy_low",
+    "accuracy_high",
+    "measured_ms",
+    "split",
+    "allocation",
+]
 FIGURES = ("pareto.png", "layers.png", "sensitivity.png")
 
 
@@ -78,14 +88,15 @@ def test_front_table_has_its_columns_and_two_rows_a_point(reported):
     with open(folder / "front.csv", newline="") as stream:
         header, *rows = csv.reader(stream)
     assert header == FRONT_COLUMNS
-    assert [row[6] for row in rows] == ["search", "confirm"] * len(result.front)
+    assert [bool(row[6]) for row in rows] == [False, True] * len(result.front), "what is packed is timed"
+    assert [row[7] for row in rows] == ["search", "confirm"] * len(result.front)
     assert len(result.front) > 2
     confirmed = result.on("confirm")
     for e, of_search, of_confirm in zip(result.front, rows[::2], rows[1::2], strict=True):
         for measured, row in ((e, of_search), (confirmed[e.allocation], of_confirm)):
             scores = (measured.loss, measured.quality, measured.quality_low, measured.quality_high)
             assert [float(cell) for cell in row[:6]] == [e.size_bytes, e.average_bits, *scores], "floats to the last bit"
-            assert Allocation(json.loads(row[7])) == e.allocation
+            assert Allocation(json.loads(row[8])) == e.allocation
     assert [int(row[0]) for row in rows] == sorted(int(row[0]) for row in rows)
 
 
@@ -129,7 +140,7 @@ def test_the_page_says_what_was_found(reported):
         assert words in page
     picked = pick(result)
     assert f"The picked point has {picked.average_bits:.2f} bits" in page
-    assert "`packed` is False" in page
+    assert "the models ran on packed weights" in page
     for e in result.front:
         assert f"| {e.average_bits:.3f} | {e.size_bytes:,} | {e.loss:.4g} |" in page
     assert page.count("| picked") >= 1

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "search": "find how many bits each layer should get; go on with an interrupted run",
     "sensitivity": "measure how much each layer minds each scheme: the table and its chart",
+    "hardware": "say what this machine's kernels run, test them, and measure each layer in each scheme",
     "report": "draw the tables, figures and page of a run again",
     "export": "write a point of a run's front to a file for another runtime",
 }

@@ -1,6 +1,7 @@
 """Our own format: `allocation.json` for people and programs, `allocation.safetensors` with the packed tensors it speaks of.
 
-`load_allocation` reads them and makes of the float model the very one that was scored, to the last bit, without data.
+`load_allocation` reads them and makes of the float model, without data, the very one that was scored, to the last bit, or the
+packed one that was confirmed.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from mpsearch.engine import QuantEngine, quantize_input
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
 from mpsearch.exporters.base import Exporter, Picked
-from mpsearch.fold import apply_folds
+from mpsearch.fold import Pair, apply_folds
 from mpsearch.layer import from_rows, weights_sha256
+from mpsearch.packed import pack
+from mpsearch.packed_layer import QuantizedLayer
 from mpsearch.result import write_atomically
 from mpsearch.schemes.base import QuantizedTensor, scheme_from_fields
 
@@ -89,30 +92,53 @@ class ExportedAllocation:
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> nn.Module:
-        """Fold and quantize the float `model` in place, as it was scored; returns it in eval mode.
+        """Fold and quantize the float `model` in place, as the search scored it; returns it in eval mode.
 
         `InputError` where its weights are not those that were searched.
         """
+        self._check(model)
+        apply_folds(model.eval(), self.folds)
+        for layer in self.layers():
+            owner: Any = model.get_submodule(layer.modules[0])
+            owner.weight.copy_(from_rows(owner, layer.weight.dequantize()))
+            for name in layer.modules:
+                quantize_input(model.get_submodule(name), layer.weight)
+            for name, bias in layer.biases.items():
+                biased: Any = model.get_submodule(name)
+                biased.bias.copy_(bias)
+        return model
+
+    def pack(self, model: nn.Module) -> nn.Module:
+        """Make of the float `model`, in place, the packed one that was confirmed; returns it in eval mode.
+
+        It runs on packed weights and holds no others: `mpsearch.packed.save` writes it. `InputError` as in `apply`.
+        """
+        self._check(model)
+        return pack(model, self.layers(), self.folds)
+
+    @property
+    def folds(self) -> list[Pair]:
+        """The (layer, batch norm) pairs to fold."""
+        return [(layer, norm) for layer, norm in self.data["folded_batch_norms"]]
+
+    def layers(self) -> list[QuantizedLayer]:
+        """Every layer with its stored weight."""
+        found = []
+        for name, layer in self.data["layers"].items():
+            scheme = scheme_from_fields({key: value for key, value in layer["scheme"].items() if key != "name"})
+            stored = {key: self.tensors[f"{name}.{key}"] for key in layer["tensors"]}
+            weight = QuantizedTensor(scheme, tuple(layer["shape"]), stored)
+            biases = {module: self.tensors[f"{module}.bias"] for module in layer["biases"]}
+            found.append(QuantizedLayer(layer["kind"], tuple(layer["modules"]), weight, biases))
+        return found
+
+    def _check(self, model: nn.Module) -> None:
         found = weights_sha256(model)
         if found != self.data["model_sha256"]:
             raise InputError(
                 f"This allocation is for a model with checksum {self.data['model_sha256'][:12]}…; this one has {found[:12]}…. "
                 "Load the same float weights, unfolded and unquantized."
             )
-        model.eval()
-        apply_folds(model, [(layer, norm) for layer, norm in self.data["folded_batch_norms"]])
-        for name, layer in self.data["layers"].items():
-            scheme = scheme_from_fields({key: value for key, value in layer["scheme"].items() if key != "name"})
-            stored = {key: self.tensors[f"{name}.{key}"] for key in layer["tensors"]}
-            quantized = QuantizedTensor(scheme, tuple(layer["shape"]), stored)
-            module: Any = model.get_submodule(layer["modules"][0])
-            module.weight.copy_(from_rows(module, quantized.dequantize()))
-            for called in layer["modules"]:
-                quantize_input(model.get_submodule(called), quantized)
-            for biased in layer["biases"]:
-                owner: Any = model.get_submodule(biased)
-                owner.bias.copy_(self.tensors[f"{biased}.bias"])
-        return model
 
 
 def load_allocation(path: Path | str) -> ExportedAllocation:

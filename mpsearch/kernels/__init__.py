@@ -15,9 +15,10 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference
 from mpsearch.kernels.backends import active_backend, available_backends, backend_index, backend_of, compiled, use_backend
-from mpsearch.kernels.products import PackedWeight, linear, linear_a8, pack_weight, unpack_weight
+from mpsearch.kernels.products import MOST_GROUP_COLUMNS, PackedWeight, linear, linear_a8, pack_weight, unpack_weight
 
 __all__ = [
+    "MOST_GROUP_COLUMNS",
     "PackedWeight",
     "active_backend",
     "available_backends",

@@ -42,22 +42,23 @@ class IntegerInput:
         return 2 ** (self.bits - 1) - 1
 
     def static_scale(self, largest: float) -> Tensor:
-        """float32 `[1]`: the scale under which inputs up to `largest` do not saturate."""
-        return torch.tensor([largest], dtype=torch.float32) / self.largest_code
+        """float32 `[1]`: the scale under which inputs up to `largest` do not saturate, a normal number."""
+        return (torch.tensor([largest], dtype=torch.float32) / self.largest_code).clamp_(min=SMALLEST_NORMAL)
 
     def fake_quantize(self, x: Tensor, n_inner: int, static_scale: Tensor | None = None) -> Tensor:
         """float32, shaped like x: `code * scale`. The last `n_inner` dimensions of x are one token.
 
-        `static_scale` float32 `[1]`, needed where `scale` is "static". A token with a NaN or infinite value gives NaN where the
-        scale is its own; under a static scale NaN becomes the lowest code, as in the kernels.
+        `static_scale` float32 `[1]`, needed where `scale` is "static". A token with a NaN or infinite value becomes all NaN.
         """
+        if x.numel() == 0:
+            return x.clone()
+        largest = x.abs().amax(tuple(range(x.dim() - n_inner, x.dim())), keepdim=True)
         if self.scale == "static":
             assert static_scale is not None
             scale = static_scale.to(x.device)
         else:
-            inner = tuple(range(x.dim() - n_inner, x.dim()))
-            scale = x.abs().amax(inner, keepdim=True) / self.largest_code
-            scale = torch.where(torch.isfinite(scale), scale, torch.nan)
+            scale = largest / self.largest_code
+        scale = torch.where(torch.isfinite(largest), scale, torch.nan)
         inverse = torch.where(scale >= SMALLEST_NORMAL, 1.0 / scale, 0.0)
         codes = (x * inverse).nan_to_num_(-self.largest_code).clamp_(-self.largest_code, self.largest_code).round_()
         return codes.mul_(scale)

@@ -89,12 +89,35 @@ class Integer(QuantScheme):
         if importance is not None and self.group_size == "tensor":
             importance = importance.repeat_interleave(shape[0] // importance.shape[0], dim=0).reshape(1, columns)
         found, scales, zero_points = codes(weight.reshape(rows, columns).contiguous(), self, group_size, importance)
-        tensors = {"codes": kernels.pack(found, self.bits), "scales": scales}
-        if zero_points is not None:
-            tensors["zero_points"] = zero_points
-        if self.input is not None and self.has_static_input:
-            tensors["input_scale"] = self.input.static_scale(largest_input)
-        return QuantizedTensor(self, shape, tensors)
+        static = self.input.static_scale(largest_input) if self.input is not None and self.has_static_input else None
+        return self.stored(found, scales, zero_points, static, shape)
+
+    def stored(
+        self, codes: Tensor, scales: Tensor, zero_points: Tensor | None, input_scale: Tensor | None, shape: tuple[int, ...]
+    ) -> QuantizedTensor:
+        """A weight of `shape` from its codes (uint8, one each); scales and zero points have a row for each row of the matrix.
+
+        The inverse of `unpacked`.
+        """
+        if self.group_size == "tensor":
+            scales, zero_points = scales[:1], None if zero_points is None else zero_points[:1]
+        optional = {"zero_points": zero_points, "input_scale": input_scale}
+        tensors = {"codes": kernels.pack(codes, self.bits), "scales": scales.contiguous()}
+        return QuantizedTensor(self, shape, tensors | {name: tensor for name, tensor in optional.items() if tensor is not None})
+
+    def unpacked(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Codes uint8 `[out, columns]`, scales and zero points `[out, n_groups]`, and the columns of a group.
+
+        Rows are output channels, whatever the granularity: a scale of the whole tensor is repeated for each.
+        """
+        rows, columns = shape[0], math.prod(shape[1:])
+        codes = kernels.unpack(tensors["codes"], self.bits, rows * columns).reshape(rows, columns)
+        scales, zero_points = tensors["scales"], tensors.get("zero_points")
+        if self.group_size == "tensor":
+            scales = scales.expand(rows, 1).contiguous()
+            zero_points = None if zero_points is None else zero_points.expand(rows, 1).contiguous()
+        whole = isinstance(self.group_size, str)
+        return codes, scales, zero_points, max(columns, 1) if whole else int(self.group_size)
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """`(code - zero_point) * scale`, float32."""

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.costs.base import Cost
+from mpsearch.costs.latency import REST, Latency, write_latency
 from mpsearch.costs.size import parse_bytes
 from mpsearch.errors import InputError
 from mpsearch.layer import LayerSpec
@@ -26,13 +27,23 @@ def space():
     return SearchSpace.build(layers, SCHEMES, other_bits=8 * 333)
 
 
+@pytest.fixture
+def latency_csv(space, tmp_path):
+    """What `cost=latency_ms` reads: each layer faster in a smaller scheme."""
+    pairs = [(name, scheme) for name in space.names for scheme in space.scheme_names]
+    cells = [Latency(n, "linear", "1x27", s, 1, 2, "avx2", i + 1.0) for i, (n, s) in enumerate(pairs)]
+    write_latency(tmp_path / "latency.csv", [Latency(REST, "", "", REST, 1, 2, "avx2", 0.5), *cells])
+    return str(tmp_path / "latency.csv")
+
+
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_shelf(path, space):
+def test_the_shelf(path, space, latency_csv):
     assert path.read_text().startswith("# @package _global_\n")
     config = OmegaConf.load(path)
     assert list(config.cost) == list(config.budget) == [path.stem]
     assert config.budget[path.stem] is None
-    cost = instantiate(config.cost[path.stem], _convert_="object")
+    reads = {"path": latency_csv} if "path" in config.cost[path.stem] else {}
+    cost = instantiate(config.cost[path.stem], _convert_="object", **reads)
     assert isinstance(cost, Cost)
     assert cost.name == path.stem
     table = cost.table(space)
@@ -53,7 +64,7 @@ def test_one_size_in_three_units(space):
         (2, 2, 2): 16 * weights,
         (0, 1, 2): (8 * 27 + 16 * 8) + (8 * 14 + 24 * 10) + 16 * 13,
     }
-    costs = {path.stem: instantiate(OmegaConf.load(path).cost[path.stem]).table(space) for path in CONF.glob("*.yaml")}
+    costs = {path.stem: instantiate(OmegaConf.load(path).cost[path.stem]).table(space) for path in CONF.glob("[bf]*.yaml")}
     for choice, expected in bits.items():
         assert costs["bytes"].of(choice) == expected / 8 + 333
         assert costs["bits"].of(choice) == pytest.approx(expected / weights)

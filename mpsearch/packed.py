@@ -1,0 +1,263 @@
+"""The packed model: quantized layers run on packed weights by the compiled kernels, in the memory that was counted.
+
+`pack` puts packed modules in the place of the float ones; `packed` does so for a while, to measure; `save` and `load` keep a
+packed model in one safetensors file, whose tensors weigh what the budget counted. A layer for which there is no kernel keeps
+its stored tensors and dequantizes them whenever it is called: right, as small, and slow.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mpsearch import kernels
+from mpsearch.allocation import Allocation
+from mpsearch.engine import QuantEngine, quantize_input
+from mpsearch.errors import InputError
+from mpsearch.fold import Pair, apply_folds
+from mpsearch.layer import rows_shape, runs_as_usual
+from mpsearch.packed_layer import (
+    Dequantized,
+    PackedLinear,
+    PackedModule,
+    QuantizedLayer,
+    kernel_for,
+)
+from mpsearch.schemes.base import QuantizedTensor, scheme_from_fields
+from mpsearch.schemes.integer import Integer
+
+FORMAT, VERSION = "mpsearch-packed", 1
+
+
+def pack(model: nn.Module, layers: Sequence[QuantizedLayer], folds: Sequence[Pair] = ()) -> nn.Module:
+    """Fold the batch norms in `folds` and pack `layers` of the float model, in place; returns it in eval mode.
+
+    Raises `InputError` where a weight has another shape than its module's. A packed model gives no gradients.
+    """
+    apply_folds(model.eval(), folds)
+    _install(model, layers)
+    cast(Any, model).folded_batch_norms = tuple(folds)  # for `load`, which is given the model unfolded
+    return model.requires_grad_(False)
+
+
+@contextmanager
+def packed(engine: QuantEngine, allocation: Allocation) -> Iterator[nn.Module]:
+    """The engine's model on packed weights while the block runs; afterwards it is bitwise as it was."""
+    undo = _install(engine.model, quantized_layers(engine, allocation))
+    try:
+        yield engine.model
+    finally:
+        undo()
+
+
+def quantized_layers(engine: QuantEngine, allocation: Allocation) -> list[QuantizedLayer]:
+    """The layers of an allocation, as the engine's bank has them; groups that it leaves out stay float."""
+    return [
+        QuantizedLayer(layer.kind, layer.modules, engine.quantized(layer.name, scheme), engine.biases(layer.name, scheme))
+        for group in engine.space.groups
+        if (scheme := allocation.get(group.name)) is not None
+        for layer in group.layers
+    ]
+
+
+RUNS = {"linear": PackedLinear}
+
+
+def _install(model: nn.Module, layers: Iterable[QuantizedLayer]) -> Callable[[], None]:
+    """Put packed modules in place, one layer after the other; returns what puts the float ones back."""
+    undo: list[Callable[[], None]] = []
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    # A bias may be shared too: it has one value, that of its last layer, as where an allocation is swapped in.
+    known = layers if isinstance(layers, Sequence) else ()
+    biases = {id(model.get_submodule(m).bias): bias for layer in known for m, bias in layer.biases.items()}
+
+    def run_backwards() -> None:
+        for step in reversed(undo):
+            step()
+
+    try:
+        for layer in layers:
+            modules: list[Any] = [model.get_submodule(name) for name in layer.modules]
+            _check_shape(layer, modules[0])
+            layer = layer.on(modules[0].weight.device)
+            runs = runs_packed(layer, modules) and not any("" in names[module] for module in modules)
+            packed = packed_weight(layer.kind, modules[0], layer.weight) if runs else None
+            for module in modules:
+                bias = getattr(module, "bias", None)
+                bias = None if bias is None else biases.get(id(bias), bias.detach()).to(bias.device)
+                if runs:
+                    new = RUNS[layer.kind](module, layer, packed, bias).eval()
+                    for name in names[module]:
+                        model.set_submodule(name, new)
+                        undo.append(functools.partial(model.set_submodule, name, module))
+                else:
+                    undo.append(_dequantize_when_called(module, layer, bias))
+    except BaseException:
+        run_backwards()
+        raise
+    return run_backwards
+
+
+def packed_weight(kind: str, module: Any, weight: QuantizedTensor) -> Any:
+    """The weight as its kernel reads it."""
+    scheme = cast(Integer, weight.scheme)
+    codes, scales, zero_points, group_size = scheme.unpacked(weight.tensors, weight.shape)
+    return kernels.pack_weight(codes, scales, zero_points, bits=scheme.bits, group_size=group_size)
+
+
+def runs_packed(layer: QuantizedLayer, modules: Sequence[Any]) -> bool:
+    """Whether a kernel runs the layer, and nothing but the modules' own forward would have run."""
+    hooks = [(m._forward_hooks, m._forward_pre_hooks, m._backward_hooks) for m in modules]
+    plain = all(runs_as_usual(module) and getattr(module, "max_norm", None) is None for module in modules)
+    return plain and not any(map(any, hooks)) and kernel_for(layer.kind, layer.weight.shape, layer.weight.scheme) is not None
+
+
+def _dequantize_when_called(module: Any, layer: QuantizedLayer, bias: Tensor | None) -> Callable[[], None]:
+    cls, parameters, weight = type(module), dict(module._parameters), layer.weight
+    handle = quantize_input(module, weight)
+    module.__class__ = type(cls.__name__, (Dequantized, cls), {})
+    del module._parameters["weight"]
+    if bias is not None:
+        module._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
+    attributes = {
+        "own_state": (*module._parameters, *module._buffers),
+        "stored": tuple(weight.tensors),
+        "kind": layer.kind,
+        "owners": layer.modules,
+        "scheme": weight.scheme,
+        "shape": weight.shape,
+    }
+    for name, tensor in weight.tensors.items():
+        module.register_buffer(f"stored_{name}", tensor.clone())  # no view of a file or of the bank
+    for name, value in attributes.items():
+        setattr(module, name, value)
+
+    def undo() -> None:
+        module.__class__ = cls
+        module._parameters.clear()
+        module._parameters.update(parameters)
+        for name in weight.tensors:
+            del module._buffers[f"stored_{name}"]
+        for name in attributes:
+            delattr(module, name)
+        if handle is not None:
+            handle.remove()
+
+    return undo
+
+
+def _check_shape(layer: QuantizedLayer, module: Any) -> None:
+    if rows_shape(module) != tuple(layer.weight.shape):
+        raise InputError(
+            f"Layer '{layer.modules[0]}' has a weight of shape {list(rows_shape(module))} (output channels first); the packed "
+            f"one is {list(layer.weight.shape)}. Give the model that was quantized."
+        )
+
+
+def packed_modules(model: nn.Module) -> dict[str, Any]:
+    """Name -> each module that runs on packed weights or dequantizes them."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {name: module for name, module in modules if isinstance(module, PackedModule | Dequantized)}
+
+
+def save(model: nn.Module, path: Path | str) -> Path:
+    """Write a packed model to a safetensors file: stored tensors, and all other parameters and buffers; returns the path.
+
+    The tensors weigh what `size_bytes` counted; what they are stands in the file's metadata, as JSON. `InputError` where the
+    model is not packed.
+    """
+    modules = packed_modules(model)
+    if not modules:
+        raise InputError(f"This {type(model).__name__} is not packed. Pack it first: load_allocation(path).pack(model).")
+    layers: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    done: set[str] = set()  # names in the state that stand for packed weights
+    for name, module in modules.items():
+        done |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False) if buffer not in module.own_state}
+        layer = module.owners[0]
+        if layer not in layers:
+            weight = module.quantized()
+            tensors.update({f"{layer}.weight.{key}": tensor.contiguous() for key, tensor in weight.tensors.items()})
+            layers[layer] = {
+                "kind": module.kind,
+                "modules": list(module.owners),
+                "shape": list(weight.shape),
+                "scheme": weight.scheme.fields(),
+                "tensors": sorted(weight.tensors),
+            }
+    first: dict[tuple[int, torch.Size], str] = {}
+    shared = {}
+    for name, tensor in model.state_dict().items():
+        if name in done:
+            continue
+        if tensor.numel() and (tensor.data_ptr(), tensor.shape) in first:
+            shared[name] = first[tensor.data_ptr(), tensor.shape]
+        else:
+            first[tensor.data_ptr(), tensor.shape] = name
+            tensors[name] = tensor.cpu().contiguous()
+    about = {"version": VERSION, "folds": model.folded_batch_norms, "layers": layers, "shared": shared}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file(tensors, temporary, metadata={FORMAT: json.dumps(about)})
+    temporary.replace(path)
+    return path
+
+
+def load(path: Path | str, model: nn.Module) -> nn.Module:
+    """Make of `model` (the same network, whatever its weights, on the CPU or the "meta" device) the packed one that was saved.
+
+    In place; returned in eval mode. `InputError` where the file is missing or damaged, or belongs to another network.
+    """
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = _about(path, file.metadata() or {})
+            names = dict(model.named_modules(remove_duplicate=False))
+            if unknown := [m for layer in about["layers"].values() for m in layer["modules"] if m not in names]:
+                raise InputError(f"{path} belongs to another model: this {type(model).__name__} has no module '{unknown[0]}'.")
+            pack(model, (), [(layer, norm) for layer, norm in about["folds"]])
+            _install(model, (_stored_layer(file, name, layer) for name, layer in about["layers"].items()))
+            packed_names = {f"{n}.weight.{key}" for n, layer in about["layers"].items() for key in layer["tensors"]}
+            # Copies: a tensor of the file's would keep all of it in memory.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys() if name not in packed_names}  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(f"There is no file {path}. Give the file that save() wrote.") from None
+    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Save the packed model again.") from None
+    tensors |= {name: tensors[first] for name, first in about["shared"].items()}
+    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    missing = [name for name in missing if name.rpartition(".")[0] not in packed_modules(model) or name.endswith(".bias")]
+    if missing or unexpected:
+        raise InputError(
+            f"{path} belongs to another model: {len(missing)} tensors are missing and {len(unexpected)} unknown, such as "
+            f"'{(missing + unexpected)[0]}'."
+        )
+    return model
+
+
+def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the file says of itself."""
+    if FORMAT not in metadata:
+        raise InputError(f"{path} is no packed model of mpsearch. Give the file that save() wrote.")
+    about = json.loads(metadata[FORMAT])
+    if about["version"] != VERSION:
+        raise InputError(f"{path} has version {about['version']}; this mpsearch reads version {VERSION}.")
+    return about
+
+
+def _stored_layer(file: Any, name: str, about: Mapping[str, Any]) -> QuantizedLayer:
+    tensors = {key: file.get_tensor(f"{name}.weight.{key}") for key in about["tensors"]}
+    weight = QuantizedTensor(scheme_from_fields(about["scheme"]), tuple(about["shape"]), tensors)
+    return QuantizedLayer(about["kind"], tuple(about["modules"]), weight)

@@ -1,0 +1,119 @@
+"""What runs in the place of a quantized layer: modules on packed weights, and which layers there is a kernel for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch import kernels
+from mpsearch.layer import from_rows
+from mpsearch.schemes.base import QuantizedTensor, QuantScheme
+from mpsearch.schemes.integer import Integer
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A layer as it is to be packed: the names of the modules that own its weight, and their corrected biases by name."""
+
+    kind: str
+    modules: tuple[str, ...]
+    weight: QuantizedTensor
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> QuantizedLayer:
+        """The same with the weight on a device; "meta", where nothing is, leaves it."""
+        if device.type == "meta":
+            return self
+        return replace(self, weight=replace(self.weight, tensors={k: t.to(device) for k, t in self.weight.tensors.items()}))
+
+
+def kernel_for(kind: str, shape: Sequence[int], scheme: QuantScheme) -> str | None:
+    """The op of `mpsearch.kernels` that runs a layer of this kind and shape in this scheme; `None`: none does."""
+    op = {"linear": "linear"}.get(kind)
+    if op is None or not isinstance(scheme, Integer) or 0 in shape:
+        return None
+    columns = math.prod(shape[1:])
+    if min(columns, scheme.group_size if isinstance(scheme.group_size, int) else columns) > kernels.MOST_GROUP_COLUMNS:
+        return None
+    if op == "embedding" or scheme.input is None:
+        return op
+    return f"{op}_a8" if scheme.input.bits == 8 else None
+
+
+class PackedModule(nn.Module):
+    """What runs in a float module's place; its plain attributes (`in_features`, `stride`, ...) are the float module's.
+
+    `owners` are the modules that own the weight, `data` (uint8) is the weight as the kernels read it. `weight` dequantizes it,
+    for code that looks at a weight: float32, in the float module's layout.
+    """
+
+    own_state = ("bias",)  # what is a state of its own, not the packed weight's
+    bias: Tensor | None
+    data: Tensor
+
+    def __init__(self, module: nn.Module, layer: QuantizedLayer, packed: Any, bias: Tensor | None) -> None:
+        super().__init__()
+        for name, value in vars(module).items():
+            if not name.startswith("_"):
+                setattr(self, name, value)
+        self.kind, self.owners, self.scheme, self.shape = layer.kind, layer.modules, layer.weight.scheme, layer.weight.shape
+        self.packed = packed
+        self.step = None if layer.weight.input_scale is None else float(layer.weight.input_scale)
+        self.register_buffer("data", packed.data)
+        self.register_buffer("bias", bias)
+
+    def unpacked(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes `[rows, columns]`, scales and zero points `[rows, n_groups]`, as they were packed."""
+        return kernels.unpack_weight(self.packed)
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight as its scheme stores it."""
+        step = None if self.step is None else torch.tensor([self.step])
+        return cast(Integer, self.scheme).stored(*self.unpacked(), step, self.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """See the class."""
+        return self.quantized().dequantize()
+
+    def extra_repr(self) -> str:
+        """Shape and scheme."""
+        return f"{list(self.shape)}, {self.scheme.describe()}"
+
+
+class PackedLinear(PackedModule):
+    """`nn.Linear` on `kernels.linear`, or `kernels.linear_a8`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float32 `[..., in]` -> `[..., out]`."""
+        if self.scheme.input_format is None:
+            return kernels.linear(input, self.packed, self.bias)
+        return kernels.linear_a8(input, self.packed, self.bias, self.step)
+
+
+class Dequantized:
+    """Mixed into the class of a module for which there is no kernel: `weight` is dequantized whenever it is looked at.
+
+    The stored tensors are buffers; the other attributes are as in `PackedModule`.
+    """
+
+    kind: str
+    owners: tuple[str, ...]
+    own_state: tuple[str, ...]
+    scheme: QuantScheme
+    shape: tuple[int, ...]
+    stored: tuple[str, ...]
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight as its scheme stores it."""
+        return QuantizedTensor(self.scheme, self.shape, {name: getattr(self, f"stored_{name}") for name in self.stored})
+
+    @property
+    def weight(self) -> Tensor:
+        """float32, in the module's own layout."""
+        return from_rows(self, self.quantized().dequantize())
