@@ -15,21 +15,29 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference
 from mpsearch.kernels.backends import active_backend, available_backends, backend_index, backend_of, compiled, use_backend
+from mpsearch.kernels.convolution import PackedConv, conv, conv_a8, pack_conv, unpack_conv
+from mpsearch.kernels.embedding import embedding
 from mpsearch.kernels.products import MOST_GROUP_COLUMNS, PackedWeight, linear, linear_a8, pack_weight, unpack_weight
 
 __all__ = [
     "MOST_GROUP_COLUMNS",
+    "PackedConv",
     "PackedWeight",
     "active_backend",
     "available_backends",
+    "conv",
+    "conv_a8",
     "dequantize",
+    "embedding",
     "fake_quantize",
     "linear",
     "linear_a8",
     "pack",
+    "pack_conv",
     "pack_weight",
     "quantize",
     "unpack",
+    "unpack_conv",
     "unpack_weight",
     "use_backend",
 ]

@@ -56,6 +56,37 @@ def pack_weight(codes: Tensor, scales: Tensor, zero_points: Tensor | None, *, bi
 
     Raises `InputError` where anything differs from that.
     """
+    group_size = check_format(codes, scales, zero_points, bits, group_size)
+    rows, columns = codes.shape
+    scales, half_scales = scales.detach(), scales.dtype == torch.float16
+    backend = backend_of(codes)
+    if backend == "reference":
+        seen = None
+        data = reference.pack_weight(codes, scales, zero_points, bits, group_size)
+    else:
+        codes, scales = codes.contiguous(), scales.contiguous()
+        zero_points = None if zero_points is None else zero_points.contiguous()
+        data = torch.empty(_packed_bytes(rows, columns, bits, group_size, half_scales), dtype=torch.uint8)
+        seen = compiled.pack_weight(
+            backend_index(backend),
+            codes.data_ptr(),
+            scales.data_ptr(),
+            0 if zero_points is None else zero_points.data_ptr(),
+            data.data_ptr(),
+            data.numel(),
+            rows,
+            columns,
+            group_size,
+            bits,
+            half_scales,
+            torch.get_num_threads(),
+        )
+    check_values(codes, scales, bits, seen)
+    return PackedWeight(data, rows, columns, bits, group_size, half_scales, zero_points is None)
+
+
+def check_format(codes: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int) -> int:
+    """Refuse codes, scales and zero points that do not fit together; the group size, at most the columns."""
     if not 1 <= bits <= 8:
         raise InputError(f"bits is {bits}, but must be 1 to 8.")
     if group_size < 1:
@@ -76,41 +107,24 @@ def pack_weight(codes: Tensor, scales: Tensor, zero_points: Tensor | None, *, bi
             raise InputError(f"{name} have shape {list(tensor.shape)}, but one value per group is {per_group}.")
         if tensor is not None and tensor.device != codes.device:
             raise InputError(f"{name} are on {tensor.device} and codes on {codes.device}, but must be on one device.")
-    scales, half_scales = scales.detach(), scales.dtype == torch.float16
-    backend = backend_of(codes)
-    if backend == "reference":
+    return group_size
+
+
+def check_values(codes: Tensor, scales: Tensor, bits: int, seen: int | None = None) -> None:
+    """Refuse codes that are too large and scales that are not finite; `seen` is the codes or-ed, + 256 if a scale is not."""
+    if seen is None:
         seen = (int(codes.max()) if codes.numel() else 0) | (0 if torch.isfinite(scales).all() else 256)
-        data = reference.pack_weight(codes, scales, zero_points, bits, group_size)
-    else:
-        codes, scales = codes.contiguous(), scales.contiguous()
-        zero_points = None if zero_points is None else zero_points.contiguous()
-        data = torch.empty(_packed_bytes(rows, columns, bits, group_size, half_scales), dtype=torch.uint8)
-        seen = compiled.pack_weight(
-            backend_index(backend),
-            codes.data_ptr(),
-            scales.data_ptr(),
-            0 if zero_points is None else zero_points.data_ptr(),
-            data.data_ptr(),
-            data.numel(),
-            rows,
-            columns,
-            group_size,
-            bits,
-            half_scales,
-            torch.get_num_threads(),
-        )
     if seen >= 256:
         bad = int((~torch.isfinite(scales)).sum())
         raise InputError(f"{bad} of {scales.numel()} scales are NaN or infinite. Quantize a sound weight.")
     if seen >= 2**bits:
         raise InputError(f"The largest code is {int(codes.max())}, but {bits} bits hold 0 to {2**bits - 1}.")
-    return PackedWeight(data, rows, columns, bits, group_size, half_scales, zero_points is None)
 
 
 def unpack_weight(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and zero points, exactly as they came to `pack_weight`, contiguous; zero points `None` where symmetric."""
     rows, columns, bits, group_size, half_scales = _format(packed)
-    _check_packed_weight(packed.data, rows, columns, bits, group_size, half_scales)
+    check_packed_weight(packed.data, rows, columns, bits, group_size, half_scales)
     scale_dtype = torch.float16 if half_scales else torch.float32
     backend = backend_of(packed.data)
     if backend == "reference" and rows and columns:
@@ -272,10 +286,11 @@ def _check_product(
         )
     if input_scale is not None and not SMALLEST_SCALE <= input_scale <= LARGEST_SCALE:
         raise InputError(f"input_scale is {input_scale}, but must be from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}.")
-    _check_packed_weight(data, rows, columns, bits, group_size, half_scales)
+    check_packed_weight(data, rows, columns, bits, group_size, half_scales)
 
 
-def _check_packed_weight(data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> None:
+def check_packed_weight(data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> None:
+    """Refuse what is not a weight in the products' layout."""
     n_bytes = _packed_bytes(rows, columns, bits, group_size, half_scales)
     if data.dtype != torch.uint8 or data.dim() != 1 or data.shape[0] != n_bytes or not data.is_contiguous():
         raise InputError(

@@ -164,6 +164,7 @@ NB_MODULE(_cpu, module) {
     module.def("unpack", &mpsearch::unpack, no_gil(), "backend"_a, "packed"_a, "codes"_a, "numel"_a, "bits"_a,
                "n_threads"_a, "Packed codes to one byte each.");
     mpsearch::bind_products(module);
+    mpsearch::bind_conv(module);
     module.def("use_huge_pages", &mpsearch::use_huge_pages, "address"_a, "bytes"_a,
                "Asks for large pages where a tensor that is about to be written lies.");
 }

@@ -16,5 +16,6 @@ T* at(uintptr_t address) {
 }
 
 void bind_products(nanobind::module_& module);
+void bind_conv(nanobind::module_& module);  // and embeddings
 
 }  // namespace mpsearch

@@ -7,31 +7,38 @@
 #include <sys/auxv.h>
 #endif
 
-#define MPSEARCH_BACKEND(isa)                                                                             \
-    Backend {                                                                                             \
-        #isa, Kernels {                                                                                   \
-            isa::quantize, isa::dequantize, isa::pack, isa::unpack, isa::pack_weight, isa::unpack_weight, \
-                isa::tokens_per_block, isa::stage, isa::stage_int8, isa::linear, isa::linear_a8           \
-        }                                                                                                 \
+#define MPSEARCH_BACKEND(isa)                                                                                \
+    Backend {                                                                                                \
+        #isa, Kernels {                                                                                      \
+            isa::quantize, isa::dequantize, isa::pack, isa::unpack, isa::pack_weight, isa::unpack_weight,    \
+                isa::tokens_per_block, isa::stage, isa::stage_int8, isa::linear, isa::linear_a8, isa::embed, \
+                &isa::conv_float, &isa::conv_int8, &isa::conv_lanes                                          \
+        }                                                                                                    \
     }
 
 #if defined(MPSEARCH_HAS_baseline)
 MPSEARCH_DECLARE_KERNELS(baseline)
+MPSEARCH_DECLARE_CONV(baseline)
 #endif
 #if defined(MPSEARCH_HAS_avx2)
 MPSEARCH_DECLARE_KERNELS(avx2)
+MPSEARCH_DECLARE_CONV(avx2)
 #endif
 #if defined(MPSEARCH_HAS_avx512)
 MPSEARCH_DECLARE_KERNELS(avx512)
+MPSEARCH_DECLARE_CONV(avx512)
 #endif
 #if defined(MPSEARCH_HAS_avx512vnni)
 MPSEARCH_DECLARE_KERNELS(avx512vnni)
+MPSEARCH_DECLARE_CONV(avx512vnni)
 #endif
 #if defined(MPSEARCH_HAS_neon)
 MPSEARCH_DECLARE_KERNELS(neon)
+MPSEARCH_DECLARE_CONV(neon)
 #endif
 #if defined(MPSEARCH_HAS_neondotprod)
 MPSEARCH_DECLARE_KERNELS(neondotprod)
+MPSEARCH_DECLARE_CONV(neondotprod)
 #endif
 
 namespace mpsearch {

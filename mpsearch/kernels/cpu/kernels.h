@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "conv.h"
+
 namespace mpsearch {
 
 struct QuantizeJob {
@@ -118,6 +120,12 @@ struct Kernels {
     // Tiles [begin, end) of 16 rows of the weight, after all tokens are staged.
     void (*linear)(const LinearJob& job, int64_t begin, int64_t end);
     void (*linear_a8)(const LinearJob& job, int64_t begin, int64_t end);
+
+    // Row `row` of a weight in the products' layout (x and tokens of the job are not used) to y, [columns].
+    void (*embed)(const LinearJob& job, int64_t row, float* y);
+
+    // Float input, int8 input, and either for groups of few rows.
+    const ConvKernels *conv_float, *conv_int8, *conv_lanes;
 };
 
 }  // namespace mpsearch
@@ -137,4 +145,5 @@ struct Kernels {
     void stage_int8(const LinearJob& job, int64_t begin, int64_t end);                                        \
     void linear(const LinearJob& job, int64_t begin, int64_t end);                                            \
     void linear_a8(const LinearJob& job, int64_t begin, int64_t end);                                         \
+    void embed(const LinearJob& job, int64_t row, float* y);                                                  \
     }

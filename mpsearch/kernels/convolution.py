@@ -1,0 +1,375 @@
+"""Convolutions in one and two dimensions with packed weights, for Conv1d and Conv2d layers of any groups.
+
+A weight is packed once (`pack_conv`, which checks it) and used often: with float32 input (`conv`), or with the input quantized
+to int8 (`conv_a8`). Both are registered with `torch.library` as `mpsearch::conv` and `mpsearch::conv_a8`; gradients are not
+followed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpsearch.errors import InputError
+from mpsearch.kernels import reference, reference_conv
+from mpsearch.kernels.backends import backend_index, backend_of, compiled
+from mpsearch.kernels.products import LARGEST_SCALE, MOST_GROUP_COLUMNS, SMALLEST_SCALE, check_format, check_values
+
+
+@dataclass(frozen=True)
+class PackedConv:
+    """A weight `[rows, columns // taps, *kernel_size]`, `taps` the product of `kernel_size`, as the convolutions read it.
+
+    data         uint8 `[nbytes]`, whose layout `reference_conv.py` describes
+    columns      of the weight as a matrix: channels of a group times `taps`
+    group_size   columns that share a scale, at most `columns`
+    half_scales  whether scales are float16 (else float32)
+    symmetric    whether zero points are the implied ones
+    groups       of the convolution
+    """
+
+    data: Tensor
+    rows: int
+    columns: int
+    bits: int
+    group_size: int
+    half_scales: bool
+    symmetric: bool
+    kernel_size: tuple[int, ...]
+    groups: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory: scales, zero points and dense codes, those of each tile of up to 16 rows in whole bytes."""
+        return self.data.numel()
+
+
+def pack_conv(
+    codes: Tensor,
+    scales: Tensor,
+    zero_points: Tensor | None,
+    *,
+    bits: int,
+    group_size: int,
+    kernel_size: tuple[int, ...],
+    groups: int,
+) -> PackedConv:
+    """Prepare a quantized weight, as `quantize` gives it, for `conv` and `conv_a8`.
+
+    codes        uint8 `[rows, columns]`, below `2**bits`: a weight `[rows, channels / groups, *kernel_size]`, all but its rows
+                 flattened
+    scales       float16 or float32 `[rows, n_groups]`, finite, `n_groups = ceil(columns / group_size)`
+    zero_points  uint8 `[rows, n_groups]`; `None` for symmetric codes, whose zero point is `2**(bits-1)`, at 1 bit 0.5
+    bits         1 to 8
+    group_size   columns per group, up to 32,768; fastest where it is all columns or whole channels, 4 or a multiple of 4
+    kernel_size  `(width,)` or `(height, width)`
+    groups       of the convolution, dividing the rows
+
+    The packed weight takes no more bytes than codes packed densely, scales and zero points, but for the last byte of each tile:
+    codes are padded to whole bytes at the end of each 16 rows and, where groups have 16 rows or more, of each group. (A call
+    unpacks it into memory that its thread keeps for the next one: 1 or 2 bytes a weight for int8 input, 4 for floats.) Raises
+    `InputError` where anything differs from that.
+    """
+    group_size = check_format(codes, scales, zero_points, bits, group_size)
+    check_values(codes, scales, bits)
+    (rows, columns), kernel_size = codes.shape, tuple(kernel_size)
+    if len(kernel_size) not in (1, 2) or min(kernel_size) < 1:
+        raise InputError(f"kernel_size is {kernel_size}, but must be 1 or 2 whole numbers of 1 or more.")
+    height, width = _pair(kernel_size, 1)
+    if columns % (height * width):
+        raise InputError(f"codes have {columns} columns, which a kernel of {height * width} weights a channel does not divide.")
+    if groups < 1 or rows % groups:
+        raise InputError(f"groups is {groups}, which does not divide the weight's {rows} rows.")
+    data = reference_conv.pack_conv(codes, scales.detach(), zero_points, bits, group_size, (height, width), groups)
+    half_scales = scales.dtype == torch.float16
+    return PackedConv(data, rows, columns, bits, group_size, half_scales, zero_points is None, kernel_size, groups)
+
+
+def unpack_conv(weight: PackedConv) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and zero points, exactly as they came to `pack_conv`, contiguous; zero points `None` where symmetric."""
+    format = _format(weight)
+    _check_packed(weight.data, format)
+    return _unpack(weight.data, format)
+
+
+def conv(
+    x: Tensor,
+    weight: PackedConv,
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> Tensor:
+    """x convolved with the weight, as `torch.nn.functional.conv2d` has it: float32 `[n, rows, *out]`.
+
+    x         float32 `[n, channels, width]` or `[n, channels, height, width]` as the kernel has dimensions, on the device of
+              `weight`; contiguous or channels-last, which the result then is too (other strides are copied)
+    bias      float32 `[rows]`, on the same device; `None` is zeros
+    stride, padding (with zeros, the same on both sides) and dilation have a number for each dimension
+
+    Within `(columns + 8) * 2**-24 * (|bias| + sum of |weight * x|)` of the exact result; the same for any number of threads and
+    in any batch. Raises `InputError` for another dtype, device or shape.
+    """
+    return torch.ops.mpsearch.conv(x, weight.data, _format(weight), bias, stride, padding, dilation)
+
+
+def conv_a8(
+    x: Tensor,
+    weight: PackedConv,
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    input_scale: float | None = None,
+) -> Tensor:
+    """The same with x first quantized to int8, symmetric, values beyond 127 steps saturating: float32 `[n, rows, *out]`.
+
+    input_scale  the step, a positive normal float32 number; `None` is `max|x| / 127` of each sample `[channels, *size]`
+
+    The result is defined to the bit (`reference_conv.py`) and the same on every backend, for any number of threads and in any
+    batch. A sample with a NaN or infinite value gives NaN. Otherwise takes and raises what `conv` does.
+    """
+    return torch.ops.mpsearch.conv_a8(x, weight.data, _format(weight), bias, stride, padding, dilation, input_scale)
+
+
+# The fields of PackedConv after `data`, all numbers, the kernel size last: an operator takes one list in less time than nine
+# arguments.
+Format = tuple[int, ...]
+KERNEL_SIZE = 7  # where it begins
+
+
+def _format(weight: PackedConv) -> Format:
+    return (
+        weight.rows,
+        weight.columns,
+        weight.bits,
+        weight.group_size,
+        weight.half_scales,
+        weight.symmetric,
+        weight.groups,
+        *weight.kernel_size,
+    )
+
+
+def _conv(
+    x: Tensor,
+    data: Tensor,
+    format: Sequence[int],
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    return _convolve(x, data, tuple(format), bias, tuple(stride), tuple(padding), tuple(dilation), None, int8_input=False)
+
+
+def _conv_a8(
+    x: Tensor,
+    data: Tensor,
+    format: Sequence[int],
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    input_scale: float | None,
+) -> Tensor:
+    return _convolve(x, data, tuple(format), bias, tuple(stride), tuple(padding), tuple(dilation), input_scale, int8_input=True)
+
+
+def _fake(
+    x: Tensor,
+    data: Tensor,
+    format: Sequence[int],
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    input_scale: float | None = None,
+) -> Tensor:
+    _check(x, data, tuple(format), bias, input_scale)
+    return _result(x, (x.shape[0], format[0], *_out_size(x.shape, tuple(format), tuple(stride), tuple(padding), tuple(dilation))))
+
+
+def _convolve(
+    x: Tensor,
+    data: Tensor,
+    format: Format,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    input_scale: float | None,
+    *,
+    int8_input: bool,
+) -> Tensor:
+    _check(x, data, format, bias, input_scale)
+    channels_last = _is_channels_last(x)
+    out, shape = _plan(x.shape, channels_last, format, stride, padding, dilation)
+    y = _result(x, out)
+    if y.numel() == 0 or x.numel() == 0:
+        return y.zero_() if bias is None else y.copy_(bias.detach().reshape(-1, *[1] * (y.dim() - 2)).expand_as(y))
+    backend = backend_of(x)
+    x = x.detach() if x.requires_grad else x
+    if bias is not None and (bias.requires_grad or not bias.is_contiguous()):
+        bias = bias.detach().contiguous()
+    if backend == "reference":
+        return y.copy_(_specified(x, data, format, bias, stride, padding, dilation, input_scale, int8_input).view(out))
+    x = x if channels_last else x.contiguous()
+    compiled.conv(
+        backend_index(backend),
+        x.data_ptr(),
+        data.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        shape.data_ptr(),
+        int8_input,
+        input_scale or 0.0,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _specified(
+    x: Tensor,
+    data: Tensor,
+    format: Format,
+    bias: Tensor | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    input_scale: float | None,
+    int8_input: bool,
+) -> Tensor:
+    """What `reference_conv` gives, contiguous."""
+    rows, _, bits, group_size, _, _, groups, *kernel_size = format
+    codes, scales, zero_points = _unpack(data, format)
+    x = x.unsqueeze(2) if x.dim() == 3 else x
+    kernel, geometry = _pair(kernel_size, 1), (_pair(stride, 1), _pair(padding, 0), _pair(dilation, 1))
+    if int8_input:
+        return reference_conv.conv_a8(
+            x, codes, scales, zero_points, bits, group_size, bias, input_scale, kernel, *geometry, groups
+        )
+    weight = reference.dequantize_codes(codes, scales, zero_points, bits, group_size)
+    return reference_conv.conv(x, weight.reshape(rows, -1, *kernel), bias, *geometry, groups).contiguous()
+
+
+def _unpack(data: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor | None]:
+    rows, columns, bits, group_size, half_scales, symmetric, groups, *kernel_size = format
+    scale_dtype = torch.float16 if half_scales else torch.float32
+    return reference_conv.unpack_conv(
+        data, rows, columns, bits, group_size, scale_dtype, bool(symmetric), _pair(kernel_size, 1), groups
+    )
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _result(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if _is_channels_last(x):
+        return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return x.new_empty(shape)
+
+
+def _pair(of: Sequence[int], missing: int) -> tuple[int, int]:
+    """One dimension as two."""
+    return (of[0], of[1]) if len(of) == 2 else (missing, of[0])
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    size: torch.Size,
+    channels_last: bool,
+    format: Format,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+) -> tuple[tuple[int, ...], Tensor]:
+    """The shape of the result, and `ConvShape` of bind_conv.cpp."""
+    rows, columns, bits, group_size, half_scales, symmetric, groups, *kernel_size = format
+    out_size = _out_size(size, format, stride, padding, dilation)
+    kernel = _pair(kernel_size, 1)
+    order = reference_conv.order_of(rows, columns, group_size, kernel, groups)
+    shape = (size[0], size[1], *_pair(size[2:], 1), rows, *_pair(out_size, 1), *kernel)
+    geometry = (*_pair(stride, 1), *_pair(padding, 0), *_pair(dilation, 1), groups)
+    how = (bits, group_size, half_scales, symmetric, order, channels_last)
+    return (size[0], rows, *out_size), torch.tensor((*shape, *geometry, *how), device="cpu")
+
+
+def _out_size(
+    size: torch.Size, format: Format, stride: tuple[int, ...], padding: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[int, ...]:
+    """Height and width of the result."""
+    kernel_size = format[KERNEL_SIZE:]
+    for name, given, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if len(given) != len(kernel_size) or min(given) < least:
+            raise InputError(f"{name} is {given}, but must be {len(kernel_size)} whole numbers of {least} or more.")
+    padded = [n + 2 * p for n, p in zip(size[2:], padding, strict=True)]
+    covered = [d * (k - 1) + 1 for k, d in zip(kernel_size, dilation, strict=True)]
+    if any(n < k for n, k in zip(padded, covered, strict=True)):
+        raise InputError(f"The kernel covers {covered} values, dilation included, but the padded input has {padded}.")
+    return tuple((n - k) // s + 1 for n, k, s in zip(padded, covered, stride, strict=True))
+
+
+def _check(x: Tensor, data: Tensor, format: Format, bias: Tensor | None, input_scale: float | None) -> None:
+    """What a kernel needs so as to stay within its tensors; numbers only, as this runs at every call."""
+    _check_packed(data, format)
+    rows, n_dims, channels = format[0], len(format) - KERNEL_SIZE, _expected(format)[1]
+    shape, device = x.shape, data.device
+    if x.dtype != torch.float32 or len(shape) != 2 + n_dims or shape[1] != channels:
+        size = "height, width" if n_dims == 2 else "width"
+        raise InputError(f"x is {_dtype(x)} {list(shape)}, but must be float32 [n, {channels}, {size}] for this weight.")
+    if x.device != device:
+        raise InputError(f"x is on {x.device} and the packed weight on {device}, but must be on one device.")
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != (rows,) or bias.device != device):
+        raise InputError(
+            f"bias is {_dtype(bias)} {list(bias.shape)} on {bias.device}, but must be float32 [{rows}] on {device}, "
+            "one for each row of the weight."
+        )
+    if input_scale is not None and not SMALLEST_SCALE <= input_scale <= LARGEST_SCALE:
+        raise InputError(f"input_scale is {input_scale}, but must be from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}.")
+
+
+def _check_packed(data: Tensor, format: Format) -> None:
+    n_bytes = _expected(format)[0]
+    if data.shape != (n_bytes,) or data.dtype != torch.uint8 or not data.is_contiguous():
+        rows, columns, bits, group_size, _, _, groups, *kernel_size = format
+        raise InputError(
+            f"the packed weight is {_dtype(data)} {list(data.shape)}, but {bits} bits [{rows}, {columns}] in groups of "
+            f"{group_size}, kernel {kernel_size} and {groups} groups of the convolution are uint8 [{n_bytes}], contiguous. "
+            "Make it with pack_conv."
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _expected(format: Format) -> tuple[int, int]:
+    """Bytes of a packed weight, -1 where there is none such, and the channels that x must have."""
+    rows, columns, bits, group_size, half_scales, symmetric, groups, *kernel_size = format
+    sound = rows >= 0 and columns >= 0 and 1 <= bits <= 8 and 1 <= group_size <= MOST_GROUP_COLUMNS and groups >= 1
+    if not sound or len(kernel_size) not in (1, 2) or min(kernel_size) < 1 or rows % groups:
+        return -1, -1
+    height, width = _pair(kernel_size, 1)
+    if columns % (height * width):
+        return -1, -1
+    scale_bytes = 2 if half_scales else 4
+    n_bytes = reference_conv.packed_bytes(rows, columns, bits, group_size, scale_bytes, bool(symmetric), (height, width), groups)
+    return n_bytes, columns // (height * width) * groups
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+_library = torch.library.Library("mpsearch", "FRAGMENT")  # lives as long as its operators
+_ARGUMENTS = "Tensor x, Tensor data, int[] format, Tensor? bias, int[] stride, int[] padding, int[] dilation"
+for _name, _implementation, _more in (("conv", _conv, ""), ("conv_a8", _conv_a8, ", float? input_scale")):
+    _library.define(f"{_name}({_ARGUMENTS}{_more}) -> Tensor")
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"mpsearch::{_name}", _fake, lib=_library)

@@ -1,0 +1,182 @@
+"""The specification of convolutions and embeddings of packed weights in plain PyTorch, written to be read; see `reference.py`.
+
+A weight `[rows, channels / groups, *kernel]` is the matrix `[rows, columns]`; x and y have two dimensions, `[n, channels, h, w]`,
+one dimension being a height of 1. `window[n, c, p]` is the value of x under column c of the window of output position p, 0 in the
+padding. Of sample n, row r and position p, summed over the columns c (of scale group g):
+
+    conv       y[n, r, p] = (sum of weight[r, c] * window[n, c, p]) + bias[r]
+    conv_a8    x8 = x quantized as `quantize_tokens` does, a sample being a token; its windows are window8
+               D[n, r, g, p] = sum of (2 * code[r, c] - 2 * zero[r, g]) * window8[n, c, p]     exact, then rounded to float32
+               y[n, r, p] = ((sample_scale[n] * 0.5) * sum of D * scale[r, g] over g in ascending order) + bias[r]
+
+Without a bias nothing is added. The backends equal `conv_a8` bit for bit, and are within
+`(columns + 8) * 2**-24 * (|bias| + sum of |weight * window|)` of `conv`, which is float64 here, rounded at the end.
+
+A packed convolution is scales `[rows, n_groups]`, zero points `[rows, n_groups]` unless symmetric, and for each tile of up to 16
+rows the bit stream of its codes up to a whole byte. In each scale group, one after the other, codes go by units of columns, in a
+unit by rows, in a row by columns. A unit is, by the `order`,
+
+    WHOLE       up to 4 channels at one kernel position, where a scale covers whole channels; by kernel position, then channel
+    GATHERED    up to 4 consecutive columns
+    LANES       1 column, where the convolution's groups have fewer than 16 rows; then tiles may span several of them
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpsearch.kernels.reference import TILE_ROWS, pack, quantize_tokens, unpack
+
+UNIT_COLUMNS = 4
+WHOLE, GATHERED, LANES = range(3)
+Pair = tuple[int, int]
+
+
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Tensor:
+    """x `[n, channels, h, w]` convolved with `weight` `[rows, channels / groups, kh, kw]`, in float64, as float32."""
+    bias = None if bias is None else bias.double()
+    return F.conv2d(x.double(), weight.double(), bias, stride, padding, dilation, groups).float()
+
+
+def conv_a8(
+    x: Tensor,  # [n, channels, h, w] float32
+    codes: Tensor,  # [rows, columns] uint8
+    scales: Tensor,  # [rows, n_groups]
+    zero_points: Tensor | None,  # [rows, n_groups] uint8; None: symmetric
+    bits: int,
+    group_size: int,
+    bias: Tensor | None,  # [rows] float32
+    input_scale: float | None,
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    groups: int,
+) -> Tensor:
+    """x, quantized to int8, convolved with a quantized weight: float32 `[n, rows, positions]`."""
+    (rows, columns), n = codes.shape, len(x)
+    x8, sample_scale = quantize_tokens(x.flatten(1), input_scale)
+    windows = F.unfold(x8.reshape(x.shape).double(), kernel_size, dilation, padding, stride)
+    windows = windows.reshape(n, groups, columns, -1)
+    doubled_zeros = torch.full_like(scales, 1 if bits == 1 else 2**bits) if zero_points is None else 2 * zero_points.double()
+    total = x.new_zeros(n, rows, windows.shape[-1])
+    for group in range(scales.shape[1]):
+        columns_of = slice(group * group_size, (group + 1) * group_size)
+        doubled = 2 * codes[:, columns_of].double() - doubled_zeros[:, group, None].double()
+        exact = doubled.reshape(groups, rows // groups, -1) @ windows[:, :, columns_of]
+        total = total + exact.reshape(total.shape).float() * scales[:, group, None].float()
+    y = (sample_scale[:, :, None] * 0.5) * total
+    return y if bias is None else y + bias[:, None]
+
+
+def order_of(rows: int, columns: int, group_size: int, kernel_size: Pair, groups: int) -> int:
+    """The order in which a convolution's codes are packed."""
+    taps = kernel_size[0] * kernel_size[1]
+    if groups > 1 and rows // groups < TILE_ROWS:
+        return LANES
+    return WHOLE if group_size >= columns or group_size % (UNIT_COLUMNS * taps) == 0 else GATHERED
+
+
+def pack_conv(
+    codes: Tensor,  # [rows, columns] uint8
+    scales: Tensor,  # [rows, n_groups] float16 or float32
+    zero_points: Tensor | None,  # [rows, n_groups] uint8; None: symmetric
+    bits: int,
+    group_size: int,
+    kernel_size: Pair,
+    groups: int,
+) -> Tensor:
+    """The weight as the convolutions read it: uint8, one dimension."""
+    if codes.numel() == 0:
+        return codes.new_empty(0)
+    parts = [scales.contiguous().flatten().view(torch.uint8)]
+    if zero_points is not None:
+        parts.append(zero_points.flatten())
+    rows, columns = codes.shape
+    for tile, by_unit, place in _places(rows, columns, group_size, kernel_size, groups, codes.device):
+        stream = codes.new_empty(place.numel())
+        stream[place] = codes[tile][:, by_unit]
+        parts.append(pack(stream, bits))
+    return torch.cat(parts)
+
+
+def unpack_conv(
+    data: Tensor,
+    rows: int,
+    columns: int,
+    bits: int,
+    group_size: int,
+    scale_dtype: torch.dtype,
+    symmetric: bool,
+    kernel_size: Pair,
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and zero points of what `pack_conv` made."""
+    n_groups = -(-columns // group_size)
+    codes = data.new_empty(rows, columns)
+    if codes.numel() == 0:
+        empty = data.new_empty(rows, n_groups)
+        return codes, empty.to(scale_dtype), None if symmetric else empty
+    n_scales = rows * n_groups
+    at = n_scales * scale_dtype.itemsize
+    scales = data[:at].clone().view(scale_dtype).reshape(rows, n_groups)
+    zero_points = None if symmetric else data[at : at + n_scales].reshape(rows, n_groups).clone()
+    at += 0 if symmetric else n_scales
+    for tile, by_unit, place in _places(rows, columns, group_size, kernel_size, groups, data.device):
+        end = at + -(-place.numel() * bits // 8)
+        stream = unpack(data[at:end], bits, place.numel())
+        codes[tile, by_unit] = stream[place]
+        at = end
+    return codes, scales, zero_points
+
+
+def packed_bytes(
+    rows: int, columns: int, bits: int, group_size: int, scale_bytes: int, symmetric: bool, kernel_size: Pair, groups: int
+) -> int:
+    """The size of what `pack_conv` makes."""
+    if rows == 0 or columns == 0:
+        return 0
+    order = order_of(rows, columns, group_size, kernel_size, groups)
+    codes = sum(-(-(tile.stop - tile.start) * columns * bits // 8) for tile in _tiles(rows, groups, order))
+    return rows * -(-columns // group_size) * (scale_bytes + (not symmetric)) + codes
+
+
+def _tiles(rows: int, groups: int, order: int) -> list[slice]:
+    """The rows of each tile."""
+    run = rows if order == LANES else rows // groups
+    firsts = [row for begin in range(0, rows, run) for row in range(begin, begin + run, TILE_ROWS)]
+    return [slice(first, min(first + TILE_ROWS, (first // run + 1) * run)) for first in firsts]
+
+
+def _units(columns: int, group_size: int, kernel_size: Pair, order: int) -> Iterator[list[int]]:
+    """The columns of each unit."""
+    taps = kernel_size[0] * kernel_size[1]
+    for begin in range(0, columns, group_size):
+        end = min(begin + group_size, columns)
+        if order == WHOLE:
+            for tap in range(taps):
+                at_tap = range(begin + tap, end, taps)
+                yield from (list(at_tap[i : i + UNIT_COLUMNS]) for i in range(0, len(at_tap), UNIT_COLUMNS))
+        else:
+            n = 1 if order == LANES else UNIT_COLUMNS
+            yield from (list(range(i, min(i + n, end))) for i in range(begin, end, n))
+
+
+def _places(
+    rows: int, columns: int, group_size: int, kernel_size: Pair, groups: int, device: torch.device
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Of each tile its rows, the columns by unit `[columns]`, and where in its stream codes so sorted lie `[rows, columns]`."""
+    order = order_of(rows, columns, group_size, kernel_size, groups)
+    units = list(_units(columns, group_size, kernel_size, order))
+    sizes = torch.tensor([len(unit) for unit in units], device=device)
+    by_unit = torch.tensor([column for unit in units for column in unit], device=device)
+    size = sizes.repeat_interleave(sizes)
+    start = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # of a column's unit
+    within = torch.arange(columns, device=device) - start
+    for tile in _tiles(rows, groups, order):
+        row = torch.arange(tile.stop - tile.start, device=device)[:, None]
+        yield tile, by_unit, start * len(row) + row * size + within
