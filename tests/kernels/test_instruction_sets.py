@@ -18,6 +18,7 @@ from pathlib import Path
 
 import native_program
 import pytest
+import test_backends
 import test_pack
 import test_products
 import test_quantize
@@ -134,6 +135,9 @@ def test_packing(names: tuple[str, ...], bits: int) -> None:
 
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_matrix_products(names: tuple[str, ...], bits: int) -> None:
+    for scale_dtype in (torch.float16, torch.float32):
+        test_products.test_layout(bits, scale_dtype)
+        test_products.test_unpacking_gives_back_what_was_packed(bits, scale_dtype)
     test_products.test_backends_agree(bits, symmetric=bits % 2 == 1)  # symmetric at 1 bit, where the zero point is 0.5
 
 
@@ -147,3 +151,8 @@ def test_inputs(names: tuple[str, ...]) -> None:
     test_products.test_input_scale()
     for name in names:
         test_products.test_input_values(name)
+
+
+def test_threads(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in names:
+        test_backends.test_thread_counts_agree(name, lambda n: monkeypatch.setattr(torch, "get_num_threads", lambda: n))
