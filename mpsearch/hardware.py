@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mpsearch import kernels
 from mpsearch.allocation import SearchSpace
 from mpsearch.costs.latency import FLOAT, REST, Latency
-from mpsearch.layer import LayerSpec, from_rows, weight_rows
+from mpsearch.layer import LayerSpec, from_rows, kind_of, weight_rows
 from mpsearch.packed import RUNS, packed_weight, runs_packed
 from mpsearch.packed_layer import QuantizedLayer, kernel_for
 from mpsearch.progress import phase
@@ -136,8 +136,8 @@ def _run_of(
         quantized = quantizers[scheme].quantize(weight_rows(modules[0]).float().cpu(), space.schemes[scheme])
         as_packed = QuantizedLayer(layer.kind, layer.modules, quantized).on(modules[0].weight.device)
         if runs_packed(as_packed, modules):
-            weight = packed_weight(layer.kind, modules[0], as_packed.weight)
-            made = [RUNS[layer.kind](module, as_packed, weight, getattr(module, "bias", None)).eval() for module in modules]
+            weight = packed_weight(modules[0], as_packed.weight)
+            made = [RUNS[str(kind_of(m))](m, as_packed, weight, getattr(m, "bias", None)).eval() for m in modules]
         else:
 
             def dequantized() -> None:

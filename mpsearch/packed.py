@@ -24,9 +24,11 @@ from mpsearch.allocation import Allocation
 from mpsearch.engine import QuantEngine, quantize_input
 from mpsearch.errors import InputError
 from mpsearch.fold import Pair, apply_folds
-from mpsearch.layer import rows_shape, runs_as_usual
+from mpsearch.layer import kind_of, rows_shape, runs_as_usual
 from mpsearch.packed_layer import (
     Dequantized,
+    PackedConv,
+    PackedEmbedding,
     PackedLinear,
     PackedModule,
     QuantizedLayer,
@@ -69,7 +71,7 @@ def quantized_layers(engine: QuantEngine, allocation: Allocation) -> list[Quanti
     ]
 
 
-RUNS = {"linear": PackedLinear}
+RUNS = {"linear": PackedLinear, "conv1d": PackedConv, "conv2d": PackedConv, "embedding": PackedEmbedding}
 
 
 def _install(model: nn.Module, layers: Iterable[QuantizedLayer]) -> Callable[[], None]:
@@ -92,12 +94,12 @@ def _install(model: nn.Module, layers: Iterable[QuantizedLayer]) -> Callable[[],
             _check_shape(layer, modules[0])
             layer = layer.on(modules[0].weight.device)
             runs = runs_packed(layer, modules) and not any("" in names[module] for module in modules)
-            packed = packed_weight(layer.kind, modules[0], layer.weight) if runs else None
+            packed = packed_weight(modules[0], layer.weight) if runs else None
             for module in modules:
                 bias = getattr(module, "bias", None)
                 bias = None if bias is None else biases.get(id(bias), bias.detach()).to(bias.device)
                 if runs:
-                    new = RUNS[layer.kind](module, layer, packed, bias).eval()
+                    new = RUNS[str(kind_of(module))](module, layer, packed, bias).eval()
                     for name in names[module]:
                         model.set_submodule(name, new)
                         undo.append(functools.partial(model.set_submodule, name, module))
@@ -109,18 +111,22 @@ def _install(model: nn.Module, layers: Iterable[QuantizedLayer]) -> Callable[[],
     return run_backwards
 
 
-def packed_weight(kind: str, module: Any, weight: QuantizedTensor) -> Any:
-    """The weight as its kernel reads it."""
+def packed_weight(module: Any, weight: QuantizedTensor) -> Any:
+    """The weight as the module's kernel reads it; one for a Linear and an Embedding that are tied."""
     scheme = cast(Integer, weight.scheme)
     codes, scales, zero_points, group_size = scheme.unpacked(weight.tensors, weight.shape)
-    return kernels.pack_weight(codes, scales, zero_points, bits=scheme.bits, group_size=group_size)
+    if isinstance(module, nn.Linear | nn.Embedding):
+        return kernels.pack_weight(codes, scales, zero_points, bits=scheme.bits, group_size=group_size)
+    geometry = {"kernel_size": module.kernel_size, "groups": module.groups}
+    return kernels.pack_conv(codes, scales, zero_points, bits=scheme.bits, group_size=group_size, **geometry)
 
 
 def runs_packed(layer: QuantizedLayer, modules: Sequence[Any]) -> bool:
-    """Whether a kernel runs the layer, and nothing but the modules' own forward would have run."""
+    """Whether kernels run all the layer's modules, and nothing but the modules' own forward would have run."""
     hooks = [(m._forward_hooks, m._forward_pre_hooks, m._backward_hooks) for m in modules]
     plain = all(runs_as_usual(module) and getattr(module, "max_norm", None) is None for module in modules)
-    return plain and not any(map(any, hooks)) and kernel_for(layer.kind, layer.weight.shape, layer.weight.scheme) is not None
+    ops = [kernel_for(str(kind_of(module)), layer.weight.shape, layer.weight.scheme) for module in modules]
+    return plain and not any(map(any, hooks)) and None not in ops
 
 
 def _dequantize_when_called(module: Any, layer: QuantizedLayer, bias: Tensor | None) -> Callable[[], None]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch import kernels
@@ -34,7 +35,7 @@ class QuantizedLayer:
 
 def kernel_for(kind: str, shape: Sequence[int], scheme: QuantScheme) -> str | None:
     """The op of `mpsearch.kernels` that runs a layer of this kind and shape in this scheme; `None`: none does."""
-    op = {"linear": "linear"}.get(kind)
+    op = {"linear": "linear", "conv1d": "conv", "conv2d": "conv", "embedding": "embedding"}.get(kind)
     if op is None or not isinstance(scheme, Integer) or 0 in shape:
         return None
     columns = math.prod(shape[1:])
@@ -94,6 +95,44 @@ class PackedLinear(PackedModule):
         if self.scheme.input_format is None:
             return kernels.linear(input, self.packed, self.bias)
         return kernels.linear_a8(input, self.packed, self.bias, self.step)
+
+
+class PackedEmbedding(PackedModule):
+    """`nn.Embedding` on `kernels.embedding`: rows are dequantized when they are looked up."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """int `[...]` -> float32 `[..., features]`."""
+        return kernels.embedding(input, self.packed)
+
+
+class PackedConv(PackedModule):
+    """`nn.Conv1d` or `nn.Conv2d` on `kernels.conv`, or `kernels.conv_a8`."""
+
+    def __init__(self, module: Any, layer: QuantizedLayer, packed: Any, bias: Tensor | None) -> None:
+        super().__init__(module, layer, packed, bias)
+        # The kernels pad with zeros, alike on both sides; anything else is padded here.
+        self.pads_first = module.padding_mode != "zeros" or isinstance(module.padding, str)
+        self.sides = module._reversed_padding_repeated_twice
+        self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        self.geometry = {
+            "stride": module.stride,
+            "padding": (0,) * len(module.stride) if self.pads_first else module.padding,
+            "dilation": module.dilation,
+        }
+
+    def unpacked(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `PackedModule`."""
+        return kernels.unpack_conv(self.packed)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float32 `[n, in, *space]` or `[in, *space]` -> `[n, out, *space]` or `[out, *space]`."""
+        batch = input if input.dim() == len(self.shape) else input[None]
+        batch = F.pad(batch, self.sides, mode=self.mode) if self.pads_first else batch
+        if self.scheme.input_format is None:
+            output = kernels.conv(batch, self.packed, self.bias, **self.geometry)
+        else:
+            output = kernels.conv_a8(batch, self.packed, self.bias, **self.geometry, input_scale=self.step)
+        return output if input.dim() == len(self.shape) else output[0]
 
 
 class Dequantized:

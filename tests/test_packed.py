@@ -15,7 +15,7 @@ from mpsearch.engine import other_bits
 from mpsearch.errors import InputError
 from mpsearch.models.digits import digits
 from mpsearch.packed import QuantizedLayer, load, pack, packed, quantized_layers, save
-from mpsearch.packed_layer import Dequantized, PackedLinear, PackedModule
+from mpsearch.packed_layer import Dequantized, PackedConv, PackedEmbedding, PackedLinear, PackedModule, kernel_for
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
@@ -99,6 +99,38 @@ def test_packed_and_simulated_agree(engine, tiny, index):
     # A float product's last bits may move a value over the edge of a code of the next layer's input: a step there, no more.
     quantizes = any(SCHEMES[scheme].input_format for scheme in allocation.values())
     assert (ours - simulated).abs().max() <= (2e-2 if quantizes else 1e-5) * simulated.abs().max()
+
+
+def test_what_runs(engine):
+    with packed(engine, engine.space.uniform("w4a8")) as model:
+        kinds = {name: type(module) for name, module in model.named_modules()}
+        assert model.again is model.other
+        assert model.one.data.data_ptr() == model.other.data.data_ptr(), "tied weights are held once"
+        assert model.head.data.data_ptr() == model.embed.data.data_ptr()
+    assert kinds["embed"] is PackedEmbedding
+    assert kinds["one"] is kinds["head"] is PackedLinear
+    assert kinds["first"] is kinds["grouped"] is kinds["depthwise"] is kinds["line"] is PackedConv
+    assert issubclass(kinds["up"], Dequantized)
+    assert issubclass(kinds["up"], nn.ConvTranspose1d)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "scheme", "op"),
+    [
+        ("linear", (4, 9), Integer(3), "linear"),
+        ("linear", (4, 9), Integer(3, input=A8), "linear_a8"),
+        ("linear", (4, 9), Integer(3, input={"bits": 4}), None),
+        ("conv1d", (4, 9, 3), Integer(8, 7), "conv"),
+        ("conv2d", (4, 9, 3, 3), Integer(8, input=STATIC), "conv_a8"),
+        ("conv3d", (4, 9, 3, 3, 3), Integer(8), None),
+        ("embedding", (4, 9), Integer(8, input=A8), "embedding"),
+        ("linear", (4, 9), Float("bfloat16"), None),
+        ("linear", (1, 40_000), Integer(4), None),
+        ("linear", (1, 40_000), Integer(4, 128), "linear"),
+    ],
+)
+def test_which_layers_there_is_a_kernel_for(kind, shape, scheme, op):
+    assert kernel_for(kind, shape, scheme) == op
 
 
 @pytest.mark.parametrize("index", range(len(SCHEMES) + 1))
