@@ -13,12 +13,15 @@ from torch import nn
 from mpsearch.allocation import Allocation
 from mpsearch.engine import other_bits
 from mpsearch.errors import InputError
+from mpsearch.fold import fold_batch_norms
 from mpsearch.models.digits import digits
+from mpsearch.models.resnet import resnet
 from mpsearch.packed import QuantizedLayer, load, pack, packed, quantized_layers, save
 from mpsearch.packed_layer import Dequantized, PackedConv, PackedEmbedding, PackedLinear, PackedModule, kernel_for
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
+from mpsearch.tasks.cifar10 import Cifar10
 
 A8, STATIC = {"bits": 8}, {"bits": 8, "scale": "static"}
 SCHEMES = {
@@ -159,7 +162,6 @@ def test_folds_are_kept(tiny, tmp_path):
     engine = tiny.digits({"w4": Integer(4), "w4a8": Integer(4, input=A8)})
     float_model = digits()
     names = {id(module): name for name, module in float_model.named_modules()}
-    from mpsearch.fold import fold_batch_norms
 
     folds = fold_batch_norms(digits(), engine.task.forward, engine.task.batches("calibration")[0][0])
     assert folds
@@ -289,3 +291,22 @@ def test_groups_that_are_left_out_stay_float(engine):
     with packed(engine, Allocation({"one": "w8a8"})) as model:
         assert isinstance(model.one, PackedLinear)
         assert type(model.first) is nn.Conv2d
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("schemes", [("w4", "w8"), ("w4a8", "w8a8")], ids="-".join)
+def test_resnet20_tells_the_same_packed_and_simulated(tiny, data_dir, schemes):
+    """Uniform and mixed: the same class on at least 99.9 % of 2,000 test images."""
+    every = {name: Integer(int(name[1]), input=A8 if "a8" in name else None) for name in schemes}
+    net = resnet(20, data_dir / "cifar10" / "resnet20.safetensors")
+    task = Cifar10(str(data_dir / "cifar10"), n_calibration=100, n_search=100, n_confirm=2000, seed=0)
+    fold_batch_norms(net, task.forward, task.batches("calibration")[0][0])
+    engine = tiny.engine(net, task, every, quantizer=RoundToNearest())
+    mixed = engine.space.allocation([i % 2 for i in range(len(engine.space.groups))])
+    for allocation in (engine.space.uniform(schemes[0]), mixed):
+        with engine.applied(allocation) as model:
+            simulated = outputs(engine, model, "confirm")
+        with packed(engine, allocation) as model:
+            assert all(isinstance(m, PackedModule) for m in model.modules() if hasattr(m, "scheme"))
+            ours = outputs(engine, model, "confirm")
+        assert (ours.argmax(-1) == simulated.argmax(-1)).float().mean() >= 0.999
