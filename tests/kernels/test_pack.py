@@ -124,3 +124,16 @@ def test_bad_arguments_of_pack_and_unpack() -> None:
         kernels.unpack(torch.zeros(3, dtype=torch.uint8), 4, -1)
     with pytest.raises(InputError, match=r"packed codes have shape \[3\], but 7 codes of 4 bits take \[4\]"):
         kernels.unpack(torch.zeros(3, dtype=torch.uint8), 4, 7)
+
+
+def test_indices_go_beyond_31_bits() -> None:
+    """2**31 + 9 codes, all but the last one 0: pages of zeros are not really there, so that this takes 270 MB."""
+    if kernels.active_backend() == "reference":
+        pytest.skip("plain PyTorch makes copies of 2 GB")
+    numel = 2**31 + 9
+    codes = torch.zeros(numel, dtype=torch.uint8)
+    codes[-1] = 1
+    packed = kernels.pack(codes, 1)
+    assert packed.shape == (2**28 + 2,)
+    assert packed[-1] == 1
+    assert not packed[:-1].any()
