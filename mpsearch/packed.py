@@ -177,8 +177,10 @@ def packed_modules(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in modules if isinstance(module, PackedModule | Dequantized)}
 
 
-def save(model: nn.Module, path: Path | str) -> Path:
+def save(model: nn.Module, path: Path | str, folds: Sequence[Pair] | None = None) -> Path:
     """Write a packed model to a safetensors file: stored tensors, and all other parameters and buffers; returns the path.
+
+    `folds` are the batch norms that were folded, `None` those that `pack` folded: `load` is given the network unfolded.
 
     The tensors weigh what `size_bytes` counted; what they are stands in the file's metadata, as JSON. `InputError` where the
     model is not packed.
@@ -212,7 +214,12 @@ def save(model: nn.Module, path: Path | str) -> Path:
         else:
             first[tensor.data_ptr(), tensor.shape] = name
             tensors[name] = tensor.cpu().contiguous()
-    about = {"version": VERSION, "folds": model.folded_batch_norms, "layers": layers, "shared": shared}
+    about = {
+        "version": VERSION,
+        "folds": model.folded_batch_norms if folds is None else folds,
+        "layers": layers,
+        "shared": shared,
+    }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")

@@ -1,0 +1,18 @@
+"""The packed model in one file, which `mpsearch.packed.load` reads: nothing else is needed but the network's code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpsearch import packed
+from mpsearch.engine import QuantEngine
+from mpsearch.exporters.base import Exporter, Picked
+
+
+class Packed(Exporter):
+    """Writes `packed.safetensors`: the stored tensors of every quantized layer, and all other parameters and buffers."""
+
+    def export(self, picked: Picked, engine: QuantEngine, folder: Path) -> Path:
+        """The path of `packed.safetensors`."""
+        with packed.packed(engine, picked.evaluation.allocation) as model:
+            return packed.save(model, folder / "packed.safetensors", picked.folds)
