@@ -158,6 +158,17 @@ def on_meta(build):
         return build().eval()
 
 
+@pytest.mark.parametrize("scheme", ["w4g5", "w8a8", "fp16"])
+def test_compiled_and_exported(engine, scheme):
+    """Every op is opaque to both: no graph breaks, the same result to the last bit."""
+    model = pack(copy.deepcopy(engine.model), quantized_layers(engine, engine.space.uniform(scheme)))
+    x, _ = engine.batches("search")[0]
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(torch.compile(model, fullgraph=True, backend="aot_eager")(x), expected)
+        assert torch.equal(torch.export.export(model, (x,)).module()(x), expected)
+
+
 def test_folds_are_kept(tiny, tmp_path):
     engine = tiny.digits({"w4": Integer(4), "w4a8": Integer(4, input=A8)})
     float_model = digits()

@@ -214,6 +214,12 @@ def dequantize(
         if zero_points.dtype != torch.uint8:
             raise InputError(f"zero_points are {_dtype(zero_points)}, but must be uint8.")
         _check_per_group("zero_points", zero_points, per_group, packed)
+    return torch.ops.mpsearch.dequantize(packed, scales, zero_points, bits, rows, columns, group_size)
+
+
+def _dequantize(
+    packed: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, rows: int, columns: int, group_size: int
+) -> Tensor:
     backend = backend_of(packed)
     if backend == "reference":
         codes = reference.unpack(packed, bits, rows * columns).reshape(rows, columns)
@@ -233,6 +239,20 @@ def dequantize(
         torch.get_num_threads(),
     )
     return weight
+
+
+# An operator, so that torch.compile and torch.export know it: a layer without a kernel of its own calls it in the model.
+_library = torch.library.Library("mpsearch", "FRAGMENT")
+_library.define(
+    "dequantize(Tensor packed, Tensor scales, Tensor? zero_points, int bits, int rows, int columns, int group_size) -> Tensor"
+)
+_library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
+_library.impl("dequantize", torch.library.fallthrough_kernel, "Autograd")
+torch.library.register_fake(
+    "mpsearch::dequantize",
+    lambda packed, scales, zero_points, bits, rows, columns, group_size: packed.new_empty(rows, columns, dtype=torch.float32),
+    lib=_library,
+)
 
 
 def _run_quantize(
