@@ -45,9 +45,9 @@ struct ConvJob {
     int64_t tiled_rows, tiles_per_run;    // tiles begin anew after so many rows, or so many tiles
     int64_t n_tiles, n_units;             // n_units: of a row
     int64_t padded_height, padded_width;  // of the staged map
-    int64_t staged_channels,
-        group_staged;             // of its pixels: channels of each group padded to a multiple of 4; of one group
-    const int64_t* group_units;   // [n_groups + 1] the first unit of each scale group
+    int64_t group_staged;                 // its channels of a group, padded to a multiple of 4
+    int64_t staged_channels;              // of all groups
+    const int64_t* group_units;           // [n_groups + 1] the first unit of each scale group
     const int64_t* offsets;       // kGathered: [n_units, 4], else [n_units]: from a position's base to its values,
                                   // in elements of the staged map; -1: no column
     const uint8_t* unit_columns;  // [n_units] 1 to 4
