@@ -125,7 +125,7 @@ void linear(int backend,
         job.x = at<const float>(x) + done * columns;
         job.y = at<float>(y) + done * rows;
         job.n_tokens = std::min(n_tokens - done, kMostTokens);
-        job.tokens_per_block = kernels.tokens_per_block(job.n_tokens);
+        job.tokens_per_block = kernels.tokens_per_block(job.n_tokens, int8_input);
         job.n_token_blocks = (job.n_tokens + job.tokens_per_block - 1) / job.tokens_per_block;
         const int64_t padded_tokens = job.n_token_blocks * job.tokens_per_block;
         const int64_t value_bytes = int8_input ? 1 : 4;

@@ -75,7 +75,7 @@ struct LinearJob {
     int64_t group_size;
     int64_t n_groups;      // per row
     int64_t group_blocks;  // ceil(group_size / 32): blocks of 32 columns that a group is padded to
-    int tokens_per_block;  // 1, 4 or 8, as the kernels' `tokens_per_block` wants it
+    int tokens_per_block;  // 1, 4, 8, 12 or 16, as the kernels' `tokens_per_block` wants it
     int bits;
     bool half_scales;
     float input_scale;  // int8 only: the scale of every token, or 0: max|x| / 127 of each
@@ -111,7 +111,7 @@ struct Kernels {
     void (*unpack_weight)(const WeightJob& job, int64_t begin, int64_t end);
 
     // How many tokens (rows of x) are multiplied together where there are n.
-    int (*tokens_per_block)(int64_t n_tokens);
+    int (*tokens_per_block)(int64_t n_tokens, bool int8_input);
 
     // Blocks [begin, end) of tokens, as they are or quantized to int8.
     void (*stage)(const LinearJob& job, int64_t begin, int64_t end);
@@ -140,7 +140,7 @@ struct Kernels {
     void unpack(const uint8_t* packed, uint8_t* codes, int64_t numel, int bits, int64_t begin, int64_t end);  \
     int pack_weight(const WeightJob& job, int64_t begin, int64_t end);                                        \
     void unpack_weight(const WeightJob& job, int64_t begin, int64_t end);                                     \
-    int tokens_per_block(int64_t n_tokens);                                                                   \
+    int tokens_per_block(int64_t n_tokens, bool int8_input);                                                  \
     void stage(const LinearJob& job, int64_t begin, int64_t end);                                             \
     void stage_int8(const LinearJob& job, int64_t begin, int64_t end);                                        \
     void linear(const LinearJob& job, int64_t begin, int64_t end);                                            \

@@ -77,17 +77,18 @@ static void add_group(const LinearJob& job, int64_t tile, int64_t group, Lanes (
 }
 
 struct FloatProduct {
-    // One token; `n` tiles from `begin`, `apart` tiles apart.
-    template <int bits, int n>
-    static void multiply_token(const LinearJob& job, int64_t begin, int64_t apart) {
+    static constexpr int kFew = 1, kTiles = 1;
+
+    template <int bits, int tokens, int n>
+    static void multiply_few(const LinearJob& job, int64_t begin, int64_t apart) {
         Lanes totals[n][kVectors] = {};
         for (int64_t group = 0; group < job.n_groups; ++group)
             for (int i = 0; i < n; ++i) add_group<bits>(job, begin + i * apart, group, totals[i]);
         for (int i = 0; i < n; ++i) store_rows(job, 0, begin + i * apart, totals[i]);
     }
 
-    template <int bits, int tokens>
-    static void multiply_tokens(const LinearJob& job, int64_t tile) {
+    template <int bits, int tokens, int n>
+    static void multiply_many(const LinearJob& job, int64_t tile) {
         Lanes weights[kStripBlocks * kBlockColumns][kVectors];
         Lanes totals[kMostTokens][kVectors];
         memset(totals, 0, job.n_token_blocks * tokens * sizeof(totals[0]));

@@ -12,10 +12,12 @@
 // signed bytes only, so that codes of 8 bits go there as code - 128 and their zero points likewise; with dotprod one
 // instruction multiplies and adds a quad, without it products are summed in int16, as with AVX2.
 //
-// One thread handles a range of tiles (16 rows) for all tokens. One token: the codes are unpacked in registers, and four
-// tiles are read in lock-step, because a core draws more from memory in four streams than in one. More tokens: a strip of
-// the tile is unpacked into the first cache and multiplied by every block of tokens. Bytes moved per weight: bits / 8,
-// and for each 16 groups a header of 64 or 128. Bound: memory for one token, from about 8 tokens arithmetic.
+// One thread handles a range of tiles (16 rows) for all tokens. Few tokens (1; with VNNI up to 16): the codes are unpacked
+// in registers and multiplied at once. For one token four tiles are read in lock-step, because a core draws more from
+// memory in four streams than in one. Many tokens: a strip of the tile (with VNNI of two, which halves the loads of x) is
+// unpacked into the first cache and multiplied by every block of tokens. Bytes moved per weight: bits / 8, and for each 16
+// groups a header of 64 or 128. Bound: memory up to about 4 tokens, from about 8 arithmetic: 64 products a cycle with
+// VNNI on Zen 4, of which 82 to 87% were measured in groups of 128.
 #include "tile.h"
 
 MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
@@ -23,7 +25,7 @@ MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
 namespace mpsearch::MPSEARCH_ISA {
 
 constexpr int kStripBlocks = 8;       // unpacked at a time: 4 KB
-constexpr int kPrefetchBytes = 4096;  // how far ahead weights are asked for while a strip is multiplied
+constexpr int kPrefetchBytes = 4096;  // how far ahead weights are asked for
 
 MPSEARCH_INLINE uint32_t load_quad(const uint32_t* x) {
     uint32_t value;
@@ -31,19 +33,22 @@ MPSEARCH_INLINE uint32_t load_quad(const uint32_t* x) {
     return value;
 }
 
-// Adds the products of a block: sums[t][v] += codes of vector v * x of token t. `codes` are [8 quads][n_vectors], x is
-// [8 quads][tokens], four int8 each.
+// Adds the products of a block: sums[..][t][v] += codes of vector v * x of token t, in `parts` parts, so that additions to
+// one need not wait for one another. `codes` are [8 quads][n_vectors], x is [8 quads][tokens], four int8 each.
 #if defined(__AVX512VNNI__)
 
-template <int bits, int tokens, int n_vectors>
-MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&sums)[tokens][n_vectors]) {
-    static_assert(n_vectors == 1);
+template <int bits, int tokens, int n_vectors, int parts>
+MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&sums)[parts][tokens][n_vectors]) {
 #pragma GCC unroll 8
     for (int q = 0; q < kQuads; ++q) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int t = 0; t < tokens; ++t) {
             const __m512i values = _mm512_set1_epi32(static_cast<int>(load_quad(x + q * tokens + t)));
-            sums[t][0] = (Ints)_mm512_dpbusd_epi32((__m512i)sums[t][0], (__m512i)codes[q], values);
+#pragma GCC unroll 2
+            for (int v = 0; v < n_vectors; ++v) {
+                Ints& sum = sums[q % parts][t][v];
+                sum = (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes[q * n_vectors + v], values);
+            }
         }
     }
 }
@@ -72,8 +77,8 @@ MPSEARCH_INLINE Ints widen(Shorts sums, int16_t factor) {
 }
 #endif
 
-template <int bits, int tokens, int n_vectors>
-MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&sums)[tokens][n_vectors]) {
+template <int bits, int tokens, int n_vectors, int parts>
+MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&sums)[parts][tokens][n_vectors]) {
     constexpr int n_planes = bits == 8 ? 2 : 1, plane_bits = bits / n_planes;
     // kRun * 2 * (2^plane_bits - 1) * 127 is below 2^15.
     constexpr int kRun = plane_bits <= 4 ? 8 : plane_bits == 5 ? 4 : plane_bits == 6 ? 2 : 1;
@@ -100,7 +105,7 @@ MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&
 #pragma GCC unroll 8
             for (int t = 0; t < tokens; ++t)
 #pragma GCC unroll 2
-                for (int v = 0; v < n_vectors; ++v) sums[t][v] += widen(narrow[t][v], plane == 0 ? 1 : 16);
+                for (int v = 0; v < n_vectors; ++v) sums[0][t][v] += widen(narrow[t][v], plane == 0 ? 1 : 16);
         }
     }
 }
@@ -118,8 +123,8 @@ MPSEARCH_INLINE int8x16_t broadcast_quad(uint32_t x) {
 
 #if defined(__ARM_FEATURE_DOTPROD)
 
-template <int bits, int tokens, int n_vectors>
-MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&sums)[tokens][n_vectors]) {
+template <int bits, int tokens, int n_vectors, int parts>
+MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&sums)[parts][tokens][n_vectors]) {
 #pragma GCC unroll 8
     for (int q = 0; q < kQuads; ++q) {
         int8x16_t code[n_vectors];
@@ -129,15 +134,16 @@ MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&
         for (int t = 0; t < tokens; ++t) {
             const int8x16_t values = broadcast_quad(load_quad(x + q * tokens + t));
 #pragma GCC unroll 4
-            for (int v = 0; v < n_vectors; ++v) sums[t][v] = (Ints)vdotq_s32((int32x4_t)sums[t][v], code[v], values);
+            for (int v = 0; v < n_vectors; ++v)
+                sums[0][t][v] = (Ints)vdotq_s32((int32x4_t)sums[0][t][v], code[v], values);
         }
     }
 }
 
 #else
 
-template <int bits, int tokens, int n_vectors>
-MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&sums)[tokens][n_vectors]) {
+template <int bits, int tokens, int n_vectors, int parts>
+MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&sums)[parts][tokens][n_vectors]) {
     // kRun * 2 * max|signed code| * 127 is below 2^15.
     constexpr int kRun = bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
 #pragma GCC unroll 4
@@ -157,7 +163,7 @@ MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&
             }
 #pragma GCC unroll 8
             for (int t = 0; t < tokens; ++t)
-                sums[t][v] = (Ints)vpadalq_s16((int32x4_t)sums[t][v], vpaddq_s16(low[t], high[t]));
+                sums[0][t][v] = (Ints)vpadalq_s16((int32x4_t)sums[0][t][v], vpaddq_s16(low[t], high[t]));
         }
     }
 }
@@ -176,16 +182,16 @@ MPSEARCH_INLINE Ints multiply_add_pairs(Shorts codes, Shorts x) {
 #endif
 }
 
-template <int bits, int tokens, int n_vectors>
-MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&sums)[tokens][n_vectors]) {
+template <int bits, int tokens, int n_vectors, int parts>
+MPSEARCH_INLINE void add_products(const Bytes* codes, const uint32_t* x, Ints (&sums)[parts][tokens][n_vectors]) {
     for (int q = 0; q < kQuads; ++q) {
         for (int t = 0; t < tokens; ++t) {
             const Shorts values = (Shorts)(Ints{} + static_cast<int32_t>(load_quad(x + q * tokens + t)));
             const Shorts even = values << 8 >> 8, odd = values >> 8;
             for (int v = 0; v < n_vectors; ++v) {
                 const Pairs pairs = (Pairs)codes[q * n_vectors + v];
-                sums[t][v] += multiply_add_pairs((Shorts)(pairs & 0x00ff), even);
-                sums[t][v] += multiply_add_pairs((Shorts)(pairs >> 8), odd);
+                sums[0][t][v] += multiply_add_pairs((Shorts)(pairs & 0x00ff), even);
+                sums[0][t][v] += multiply_add_pairs((Shorts)(pairs >> 8), odd);
             }
         }
     }
@@ -203,91 +209,133 @@ MPSEARCH_INLINE Ints load_code_zeros(const uint8_t* record, bool half_scales, in
     return doubled;
 }
 
-// What a group adds to the result: float(2 * sum - 2 * zero * sum of x) * scale.
-MPSEARCH_INLINE Lanes group_result(Ints sum, int32_t sum_of_x, Lanes scales, Ints doubled_zeros) {
-    return __builtin_convertvector(sum + sum - doubled_zeros * sum_of_x, Lanes) * scales;
-}
+// With VNNI sums have room to begin with -2 * zero * X and take doubled codes, if these fit a byte: they end as D.
+template <int bits>
+constexpr bool kSumsAreD = kFewTokens > 1 && bits < 8;
 
 template <int bits>
-static void add_group(const LinearJob& job, int64_t tile, int64_t group, Lanes (&totals)[kVectors]) {
+MPSEARCH_INLINE Ints first_sum(int32_t sum_of_x, Ints doubled_zeros) {
+    return kSumsAreD<bits> ? doubled_zeros * -sum_of_x : Ints{};
+}
+
+// What a group adds to the result: float(D) * scale.
+template <int bits>
+MPSEARCH_INLINE Lanes group_result(Ints sum, int32_t sum_of_x, Lanes scales, Ints doubled_zeros) {
+    const Ints exact = kSumsAreD<bits> ? sum : sum + sum - doubled_zeros * sum_of_x;
+    return __builtin_convertvector(exact, Lanes) * scales;
+}
+
+template <int bits, int tokens>
+static void add_group(const LinearJob& job, int64_t tile, int64_t group, Lanes (&totals)[tokens][kVectors]) {
+    // Asking ahead pays where arithmetic takes longer than reading; elsewhere it costs a third (measured).
+    constexpr bool prefetch = tokens > bits || (tokens > 1 && bits <= 4);
+    constexpr int parts = kFewTokens == 1 ? 1 : tokens == 1 ? 4 : tokens == 4 ? 2 : 1;
     const uint8_t* record = job.packed + (tile * job.n_groups + group) * record_bytes(job);
     const uint8_t* blocks = record + header_bytes(job.half_scales);
-    const uint32_t* x = static_cast<const uint32_t*>(job.staged) + group * job.group_blocks * kQuads;
+    const uint32_t* x = static_cast<const uint32_t*>(job.staged) + group * job.group_blocks * kQuads * tokens;
+    const int32_t* sums_of_x = job.token_sums + group * tokens;
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-        Ints sums[1][1] = {};
+        const Ints doubled_zeros = load_code_zeros<bits>(record, job.half_scales, v);
+        Ints sums[parts][tokens][1] = {};
+#pragma GCC unroll 16
+        for (int t = 0; t < tokens; ++t) sums[0][t][0] = first_sum<bits>(sums_of_x[t], doubled_zeros);
         for (int64_t b = 0; b < job.group_blocks; ++b) {
+            const uint8_t* block = blocks + b * bits * kQuadBytes;
+            if (prefetch)
+                for (int i = 0; i < bits; ++i) __builtin_prefetch(block + i * kQuadBytes + kPrefetchBytes);
             Bytes codes[kQuads];
-            unpack_quads<bits>(blocks + b * bits * kQuadBytes, v, codes);
-            add_products<bits>(codes, x + b * kQuads, sums);
+            unpack_quads<bits, kSumsAreD<bits>>(block, v, codes);
+            add_products<bits>(codes, x + b * kQuads * tokens, sums);
         }
-        totals[v] += group_result(sums[0][0], job.token_sums[group], load_scales(record, job.half_scales, v),
-                                  load_code_zeros<bits>(record, job.half_scales, v));
+        const Lanes scales = load_scales(record, job.half_scales, v);
+#pragma GCC unroll 16
+        for (int t = 0; t < tokens; ++t) {
+#pragma GCC unroll 4
+            for (int part = 1; part < parts; ++part) sums[0][t][0] += sums[part][t][0];
+            totals[t][v] += group_result<bits>(sums[0][t][0], sums_of_x[t], scales, doubled_zeros);
+        }
     }
 }
 
 struct Int8Product {
-    // One token; `n` tiles from `begin`, `apart` tiles apart.
-    template <int bits, int n>
-    static void multiply_token(const LinearJob& job, int64_t begin, int64_t apart) {
-        Lanes totals[n][kVectors] = {};
+    static constexpr int kFew = kFewTokens, kTiles = kFewTokens > 1 ? 2 : 1;
+
+    template <int bits, int tokens, int n>
+    static void multiply_few(const LinearJob& job, int64_t begin, int64_t apart) {
+        Lanes totals[n][tokens][kVectors] = {};
         for (int64_t group = 0; group < job.n_groups; ++group)
-            for (int i = 0; i < n; ++i) add_group<bits>(job, begin + i * apart, group, totals[i]);
-        for (int i = 0; i < n; ++i) {
-            for (int v = 0; v < kVectors; ++v) totals[i][v] = (job.token_scales[0] * 0.5f) * totals[i][v];
-            store_rows(job, 0, begin + i * apart, totals[i]);
-        }
+            for (int i = 0; i < n; ++i) add_group<bits, tokens>(job, begin + i * apart, group, totals[i]);
+        for (int i = 0; i < n; ++i)
+            for (int t = 0; t < tokens && t < job.n_tokens; ++t) store_token(job, t, begin + i * apart, totals[i][t]);
     }
 
-    template <int bits, int tokens>
-    static void multiply_tokens(const LinearJob& job, int64_t tile) {
-        Bytes codes[kStripBlocks * kQuads * kVectors];
-        Ints sums[kMostTokens / tokens][tokens][kVectors];
-        Lanes totals[kMostTokens][kVectors];
+    template <int bits, int tokens, int n>
+    static void multiply_many(const LinearJob& job, int64_t tile) {
+        constexpr int n_vectors = n * kVectors;
+        Bytes codes[kStripBlocks * kQuads * n_vectors];
+        Ints sums[kMostTokens / tokens][1][tokens][n_vectors];
+        Lanes totals[kMostTokens][n][kVectors];
         memset(totals, 0, job.n_token_blocks * tokens * sizeof(totals[0]));
         for (int64_t group = 0; group < job.n_groups; ++group) {
             const uint8_t* record = job.packed + (tile * job.n_groups + group) * record_bytes(job);
-            const uint8_t* blocks = record + header_bytes(job.half_scales);
-            Lanes scales[kVectors];
-            Ints doubled_zeros[kVectors];
-            for (int v = 0; v < kVectors; ++v) {
-                scales[v] = load_scales(record, job.half_scales, v);
-                doubled_zeros[v] = load_code_zeros<bits>(record, job.half_scales, v);
+            const int64_t apart = job.n_groups * record_bytes(job);
+            Lanes scales[n_vectors];
+            Ints doubled_zeros[n_vectors];
+            for (int v = 0; v < n_vectors; ++v) {
+                const uint8_t* header = record + v / kVectors * apart;
+                scales[v] = load_scales(header, job.half_scales, v % kVectors);
+                doubled_zeros[v] = load_code_zeros<bits>(header, job.half_scales, v % kVectors);
             }
             for (int64_t begin = 0; begin < job.group_blocks; begin += kStripBlocks) {
                 const int64_t left = job.group_blocks - begin, n_blocks = left < kStripBlocks ? left : kStripBlocks;
                 for (int64_t b = 0; b < n_blocks; ++b) {
-                    const uint8_t* ahead = blocks + (begin + b) * bits * kQuadBytes + kPrefetchBytes;
-                    for (int i = 0; i < bits; ++i) __builtin_prefetch(ahead + i * kQuadBytes);
-                    for (int v = 0; v < kVectors; ++v) {
+                    for (int v = 0; v < n_vectors; ++v) {
+                        const uint8_t* block = record + v / kVectors * apart + header_bytes(job.half_scales) +
+                                               (begin + b) * bits * kQuadBytes;
+                        for (int i = v % kVectors; i < bits; i += kVectors)
+                            __builtin_prefetch(block + kPrefetchBytes + i * kQuadBytes);
                         Bytes quads[kQuads];
-                        unpack_quads<bits>(blocks + (begin + b) * bits * kQuadBytes, v, quads);
-                        for (int q = 0; q < kQuads; ++q) codes[(b * kQuads + q) * kVectors + v] = quads[q];
+                        unpack_quads<bits, kSumsAreD<bits>>(block, v % kVectors, quads);
+                        for (int q = 0; q < kQuads; ++q) codes[(b * kQuads + q) * n_vectors + v] = quads[q];
                     }
                 }
                 for (int64_t block = 0; block < job.n_token_blocks; ++block) {
                     const int64_t at = group * job.n_token_blocks + block;
                     const uint32_t* x =
                         static_cast<const uint32_t*>(job.staged) + (at * job.group_blocks + begin) * kQuads * tokens;
-                    Ints sum[tokens][kVectors] = {};
-                    if (begin > 0) memcpy(sum, sums[block], sizeof(sum));
+                    const int32_t* sums_of_x = job.token_sums + at * tokens;
+                    Ints sum[1][tokens][n_vectors];
+                    if (begin > 0)
+                        memcpy(sum, sums[block], sizeof(sum));
+                    else
+#pragma GCC unroll 8
+                        for (int t = 0; t < tokens; ++t)
+#pragma GCC unroll 4
+                            for (int v = 0; v < n_vectors; ++v)
+                                sum[0][t][v] = first_sum<bits>(sums_of_x[t], doubled_zeros[v]);
                     for (int64_t b = 0; b < n_blocks; ++b)
-                        add_products<bits>(codes + b * kQuads * kVectors, x + b * kQuads * tokens, sum);
+                        add_products<bits>(codes + b * kQuads * n_vectors, x + b * kQuads * tokens, sum);
                     if (n_blocks < left) {
                         memcpy(sums[block], sum, sizeof(sum));
                         continue;
                     }
+#pragma GCC unroll 8
                     for (int t = 0; t < tokens; ++t)
-                        for (int v = 0; v < kVectors; ++v)
-                            totals[block * tokens + t][v] +=
-                                group_result(sum[t][v], job.token_sums[at * tokens + t], scales[v], doubled_zeros[v]);
+#pragma GCC unroll 4
+                        for (int v = 0; v < n_vectors; ++v)
+                            totals[block * tokens + t][v / kVectors][v % kVectors] +=
+                                group_result<bits>(sum[0][t][v], sums_of_x[t], scales[v], doubled_zeros[v]);
                 }
             }
         }
-        for (int64_t token = 0; token < job.n_tokens; ++token) {
-            for (int v = 0; v < kVectors; ++v) totals[token][v] = (job.token_scales[token] * 0.5f) * totals[token][v];
-            store_rows(job, token, tile, totals[token]);
-        }
+        for (int64_t token = 0; token < job.n_tokens; ++token)
+            for (int i = 0; i < n; ++i) store_token(job, token, tile + i, totals[token][i]);
+    }
+
+    static void store_token(const LinearJob& job, int64_t token, int64_t tile, Lanes (&total)[kVectors]) {
+        for (int v = 0; v < kVectors; ++v) total[v] = (job.token_scales[token] * 0.5f) * total[v];
+        store_rows(job, token, tile, total);
     }
 };
 

@@ -16,9 +16,10 @@ MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
 
 namespace mpsearch::MPSEARCH_ISA {
 
-int tokens_per_block(int64_t n_tokens) {
+int tokens_per_block(int64_t n_tokens, bool int8_input) {
     if (n_tokens == 1) return 1;
-    return kVectors == 1 && n_tokens > 4 ? 8 : 4;  // as many as there are registers for
+    if (int8_input && n_tokens <= kFewTokens) return static_cast<int>((n_tokens + 3) / 4 * 4);
+    return n_tokens <= 4 ? 4 : kBlockTokens;
 }
 
 // Calls write(quad, columns, n) for each 4 columns of a group, `columns` pointing to n values that x has there.
@@ -68,16 +69,42 @@ static float scale_of(const float* x, int64_t n) {
     return largest(max(broadcast(0) - low, high)) / 127.0f + sum;
 }
 
-// Four codes, of 0 beyond the first n. 1.5 * 2^23 + x has no bits left for a fraction, and its low byte is the code.
-MPSEARCH_INLINE void quantize_quad(const float* x, int64_t n, float inverse, int8_t* codes) {
-    for (int64_t i = 0; i < 4; ++i) {
-        const float at = i < n ? x[i] * inverse : 0.0f;
-        const float clamped = at > -127.0f ? (at < 127.0f ? at : 127.0f) : -127.0f;
-        codes[i] = static_cast<int8_t>(bits_of(clamped + 12582912.0f));
+// As many codes as `Lanes` has lanes, in the low bytes: 1.5 * 2^23 + x has no bits left for a fraction.
+constexpr float kRound = 12582912.0f;
+constexpr int32_t kRoundBits = 0x4b400000;
+
+MPSEARCH_INLINE Ints quantize_lanes(Lanes x, float inverse) {
+    const Lanes most = 127.0f - Lanes{}, least = -127.0f - Lanes{};
+    Lanes at = x * inverse;
+    at = at > least ? at : least;
+    at = at < most ? at : most;
+    return (Ints)(at + kRound) - kRoundBits;
+}
+
+// Stages n values of a token in a group of `padded` columns, 4 of them together, `apart` bytes from one to the next four.
+// Returns the sum of their codes.
+static int32_t stage_group(const float* x, int64_t n, int64_t padded, float inverse, int8_t* to, int64_t apart) {
+    typedef int8_t Codes __attribute__((vector_size(kVectorRows)));
+    Ints sums = {};
+    for (int64_t i = 0; i < padded; i += kVectorRows) {
+        Lanes values = {};
+        if (i + kVectorRows <= n)
+            values = load_vector<Lanes>(x + i);
+        else if (i < n)
+            memcpy(&values, x + i, (n - i) * sizeof(float));
+        const Ints codes = quantize_lanes(values, inverse);
+        sums += codes;
+        const Codes narrow = __builtin_convertvector(codes, Codes);
+        for (int k = 0; k < kVectorRows; k += 4)
+            memcpy(to + (i + k) / 4 * apart, reinterpret_cast<const int8_t*>(&narrow) + k, 4);
     }
+    int32_t sum = 0;
+    for (int k = 0; k < kVectorRows; ++k) sum += sums[k];
+    return sum;
 }
 
 void stage_int8(const LinearJob& job, int64_t begin, int64_t end) {
+    const int64_t padded = job.group_blocks * kBlockColumns;
     for (int64_t block = begin; block < end; ++block) {
         for (int t = 0; t < job.tokens_per_block; ++t) {
             const int64_t token = block * job.tokens_per_block + t;
@@ -88,18 +115,11 @@ void stage_int8(const LinearJob& job, int64_t begin, int64_t end) {
             const float inverse = scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
             job.token_scales[token] = scale;
             for (int64_t group = 0; group < job.n_groups; ++group) {
+                const int64_t column = group * job.group_size, left = job.columns - column;
+                const int64_t n = !there ? 0 : left < job.group_size ? left : job.group_size;
                 int8_t* to = static_cast<int8_t*>(job.staged) + 4 * (staged_at(job, group, block) + t);
-                int32_t sum = 0;
-                for_each_quad(job, row, group, [&](int64_t quad, const float* x, int64_t n) {
-                    int8_t codes[4];
-                    if (there && n == 4)
-                        quantize_quad(x, 4, inverse, codes);
-                    else
-                        quantize_quad(x, there ? n : 0, inverse, codes);
-                    sum += codes[0] + codes[1] + codes[2] + codes[3];
-                    memcpy(to + 4 * quad * job.tokens_per_block, codes, sizeof(codes));
-                });
-                job.token_sums[(group * job.n_token_blocks + block) * job.tokens_per_block + t] = sum;
+                job.token_sums[(group * job.n_token_blocks + block) * job.tokens_per_block + t] =
+                    stage_group(row + column, n, padded, inverse, to, 4 * job.tokens_per_block);
             }
         }
     }

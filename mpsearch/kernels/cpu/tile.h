@@ -78,8 +78,8 @@ constexpr StreamPiece stream_piece(int bits, int i, int q) {
     return {fields * bits + begin - i * left_over, begin - q * bits, end - begin};
 }
 
-// Vector `part` of the eight quads of a block.
-template <int bits>
+// Vector `part` of the eight quads of a block, codes from bit `to` of their bytes.
+template <int bits, int to = 0>
 MPSEARCH_INLINE void unpack_quads(const uint8_t* block, int part, Bytes (&quads)[kQuads]) {
     constexpr int fields = 8 / bits, left_over = 8 - fields * bits;
     Bytes packed[bits];
@@ -87,7 +87,7 @@ MPSEARCH_INLINE void unpack_quads(const uint8_t* block, int part, Bytes (&quads)
     for (int i = 0; i < bits; ++i) {
         packed[i] = load_vector<Bytes>(block + i * kQuadBytes + part * kVectorBytes);
 #pragma GCC unroll 8
-        for (int f = 0; f < fields; ++f) quads[i + bits * f] = move_bits(packed[i], bits * f, 0, bits);
+        for (int f = 0; f < fields; ++f) quads[i + bits * f] = move_bits(packed[i], bits * f, to, bits);
     }
 #pragma GCC unroll 8
     for (int q = 0; q < left_over; ++q) {
@@ -95,7 +95,7 @@ MPSEARCH_INLINE void unpack_quads(const uint8_t* block, int part, Bytes (&quads)
 #pragma GCC unroll 8
         for (int i = 0; i < bits; ++i) {
             const StreamPiece piece = stream_piece(bits, i, q);
-            if (piece.width > 0) code |= move_bits(packed[i], piece.in_vector, piece.in_code, piece.width);
+            if (piece.width > 0) code |= move_bits(packed[i], piece.in_vector, piece.in_code + to, piece.width);
         }
         quads[8 - left_over + q] = code;
     }
@@ -143,24 +143,54 @@ MPSEARCH_INLINE void store_rows(const LinearJob& job, int64_t token, int64_t til
     memcpy(job.y + token * job.rows + row, values, n_bytes);
 }
 
-// Tiles [begin, end) for all tokens. One token: kStreams tiles in lock-step; more: a tile at a time, for blocks of tokens.
-// `Product` has multiply_token<bits, n>(job, first, apart) and multiply_tokens<bits, tokens>(job, tile).
-constexpr int kStreams = 4;
+// Tokens that are multiplied together where there are many, and how many are few enough for `multiply_few`.
+constexpr int kBlockTokens = kVectors == 1 ? 8 : 4;
+#if defined(__AVX512VNNI__)
+constexpr int kFewTokens = 16;
+#else
+constexpr int kFewTokens = 1;
+#endif
 
+// Calls f.template operator()<n>() for the tokens_per_block that `tokens_per_block` gives.
+template <class Function>
+MPSEARCH_INLINE void with_tokens(int n, Function f) {
+    if (n == 1) return f.template operator()<1>();
+    if (n == 4) return f.template operator()<4>();
+    if constexpr (kVectors == 1)
+        if (n == 8) return f.template operator()<8>();
+    if constexpr (kFewTokens == 16) {
+        if (n == 12) return f.template operator()<12>();
+        if (n == 16) return f.template operator()<16>();
+    }
+}
+
+// Tiles [begin, end) for all tokens. `Product` has
+//
+//     multiply_few<bits, tokens, n>(job, first, apart)     one block of tokens, n tiles in lock-step, `apart` tiles apart
+//     multiply_many<bits, tokens, n>(job, first)           any number of blocks of up to kBlockTokens, n neighbouring tiles
+//     kFew, kTiles                                         the most tokens of the first and tiles of the second
 template <class Product>
 MPSEARCH_INLINE void walk_tiles(const LinearJob& job, int64_t begin, int64_t end) {
     with_bits(job.bits, [&]<int bits>() {
-        if (job.tokens_per_block == 1) {
-            const int64_t apart = (end - begin) / kStreams, rest = begin + kStreams * apart;
-            for (int64_t tile = begin; tile < begin + apart; ++tile)
-                Product::template multiply_token<bits, kStreams>(job, tile, apart);
-            for (int64_t tile = rest; tile < end; ++tile) Product::template multiply_token<bits, 1>(job, tile, 0);
-        } else if (kVectors == 1 && job.tokens_per_block == 8) {
-            for (int64_t tile = begin; tile < end; ++tile)
-                Product::template multiply_tokens<bits, kVectors == 1 ? 8 : 4>(job, tile);
-        } else {
-            for (int64_t tile = begin; tile < end; ++tile) Product::template multiply_tokens<bits, 4>(job, tile);
-        }
+        with_tokens(job.tokens_per_block, [&]<int tokens>() {
+            int64_t tile = begin;
+            if constexpr (tokens <= Product::kFew) {
+                if (job.n_token_blocks == 1) {
+                    constexpr int n = tokens == 1 ? 4 : 1;
+                    const int64_t apart = (end - begin) / n;
+                    for (; tile < begin + apart; ++tile)
+                        Product::template multiply_few<bits, tokens, n>(job, tile, apart);
+                    for (tile = begin + n * apart; tile < end; ++tile)
+                        Product::template multiply_few<bits, tokens, 1>(job, tile, 0);
+                    return;
+                }
+            }
+            if constexpr (tokens == kBlockTokens || (tokens == 4 && tokens > Product::kFew)) {
+                for (; tile + Product::kTiles <= end; tile += Product::kTiles)
+                    Product::template multiply_many<bits, tokens, Product::kTiles>(job, tile);
+                for (; tile < end; ++tile) Product::template multiply_many<bits, tokens, 1>(job, tile);
+            }
+        });
     });
 }
 
