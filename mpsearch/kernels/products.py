@@ -123,7 +123,7 @@ def check_values(codes: Tensor, scales: Tensor, bits: int, seen: int | None = No
 
 def unpack_weight(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and zero points, exactly as they came to `pack_weight`, contiguous; zero points `None` where symmetric."""
-    rows, columns, bits, group_size, half_scales = _format(packed)
+    rows, columns, bits, group_size, half_scales = packed.rows, packed.columns, packed.bits, packed.group_size, packed.half_scales
     check_packed_weight(packed.data, rows, columns, bits, group_size, half_scales)
     scale_dtype = torch.float16 if half_scales else torch.float32
     backend = backend_of(packed.data)
@@ -161,7 +161,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     Within `(columns + 8) * 2**-24 * (|bias| + sum of |weight * x|)` of the exact result. Raises `InputError` for another dtype,
     device or number of columns or rows.
     """
-    return torch.ops.mpsearch.linear(x, weight.data, *_format(weight), bias)
+    return _linear_op(x, weight.data, weight.rows, weight.columns, weight.bits, weight.group_size, weight.half_scales, bias)
 
 
 def linear_a8(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, input_scale: float | None = None) -> Tensor:
@@ -172,17 +172,15 @@ def linear_a8(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, input
     The result is defined to the bit (`reference.py`) and the same on every backend, for any number of threads and of tokens. A
     token with a NaN or infinite value gives NaN. Otherwise takes and raises what `linear` does.
     """
-    return torch.ops.mpsearch.linear_a8(x, weight.data, *_format(weight), bias, input_scale)
-
-
-def _format(packed: PackedWeight) -> tuple[int, int, int, int, bool]:
-    return (packed.rows, packed.columns, packed.bits, packed.group_size, packed.half_scales)
+    return _linear_a8_op(
+        x, weight.data, weight.rows, weight.columns, weight.bits, weight.group_size, weight.half_scales, bias, input_scale
+    )
 
 
 def _linear(
     x: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool, bias: Tensor | None = None
 ) -> Tensor:
-    return _multiply(x, data, rows, columns, bits, group_size, half_scales, bias, None, int8_input=False)
+    return _multiply(x, data, rows, columns, bits, group_size, half_scales, bias, None, False)
 
 
 def _linear_a8(
@@ -196,7 +194,7 @@ def _linear_a8(
     bias: Tensor | None = None,
     input_scale: float | None = None,
 ) -> Tensor:
-    return _multiply(x, data, rows, columns, bits, group_size, half_scales, bias, input_scale, int8_input=True)
+    return _multiply(x, data, rows, columns, bits, group_size, half_scales, bias, input_scale, True)
 
 
 def _multiply(
@@ -209,32 +207,34 @@ def _multiply(
     half_scales: bool,
     bias: Tensor | None,
     input_scale: float | None,
-    *,
     int8_input: bool,
 ) -> Tensor:
-    _check_product(x, data, rows, columns, bits, group_size, half_scales, bias, input_scale)
-    y = x.new_empty((*x.shape[:-1], rows))
-    if y.numel() == 0 or columns == 0:
+    """Called often and briefly: every attribute of a tensor costs as much as a row of the weight."""
+    shape = _check_product(x, data, rows, columns, bits, group_size, half_scales, bias, input_scale)
+    y = x.new_empty((*shape[:-1], rows))
+    n_values = x.numel()
+    if n_values == 0 or rows == 0:
         return y.zero_() if bias is None else y.copy_(bias.detach().expand_as(y))
     backend = backend_of(x)
-    x = x.detach() if x.requires_grad else x
     if backend == "reference":
         scale_dtype = torch.float16 if half_scales else torch.float32
         codes, scales, doubled_zeros = reference.unpack_weight(data, rows, columns, bits, group_size, scale_dtype)
-        tokens, bias = x.reshape(-1, columns), None if bias is None else bias.detach()
+        tokens, bias = x.detach().reshape(-1, columns), None if bias is None else bias.detach()
         if int8_input:
             return y.copy_(reference.linear_a8(tokens, codes, scales, doubled_zeros, group_size, bias, input_scale).view_as(y))
         weight = reference.dequantize_doubled(codes, scales, doubled_zeros, group_size)
         return y.copy_(reference.linear(tokens, weight, bias).view_as(y))
-    x = x.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    if not x.is_contiguous():
+        x = x.detach().contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.detach().contiguous()
     compiled.linear(
         backend_index(backend),
         x.data_ptr(),
         data.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         y.data_ptr(),
-        x.numel() // columns,
+        n_values // columns,
         rows,
         columns,
         group_size,
@@ -272,10 +272,10 @@ def _check_product(
     half_scales: bool,
     bias: Tensor | None,
     input_scale: float | None,
-) -> None:
-    """What a kernel needs so as to stay within its tensors; numbers only, as this runs at every call."""
+) -> torch.Size:
+    """What a kernel needs so as to stay within its tensors; gives the shape of x."""
     shape = x.shape
-    if x.dtype != torch.float32 or not shape or shape[-1] != columns:
+    if x.dtype is not torch.float32 or not shape or shape[-1] != columns:
         raise InputError(f"x is {_dtype(x)} {list(x.shape)}, but must be float32 [..., {columns}], the columns of the weight.")
     if x.device != data.device:
         raise InputError(f"x is on {x.device} and the packed weight on {data.device}, but must be on one device.")
@@ -287,12 +287,13 @@ def _check_product(
     if input_scale is not None and not SMALLEST_SCALE <= input_scale <= LARGEST_SCALE:
         raise InputError(f"input_scale is {input_scale}, but must be from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}.")
     check_packed_weight(data, rows, columns, bits, group_size, half_scales)
+    return shape
 
 
 def check_packed_weight(data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> None:
     """Refuse what is not a weight in the products' layout."""
     n_bytes = _packed_bytes(rows, columns, bits, group_size, half_scales)
-    if data.dtype != torch.uint8 or data.dim() != 1 or data.shape[0] != n_bytes or not data.is_contiguous():
+    if data.dtype is not torch.uint8 or data.shape != (n_bytes,) or not data.is_contiguous():
         raise InputError(
             f"the packed weight is {_dtype(data)} {list(data.shape)}, but {bits} bits [{rows}, {columns}] in groups of "
             f"{group_size} are uint8 [{n_bytes}], contiguous. Make it with pack_weight."
@@ -320,3 +321,4 @@ for _name, _implementation, _more in (("linear", _linear, ""), ("linear_a8", _li
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"mpsearch::{_name}", _fake, lib=_library)
+_linear_op, _linear_a8_op = torch.ops.mpsearch.linear.default, torch.ops.mpsearch.linear_a8.default
