@@ -2,6 +2,7 @@
 #include "threads.h"
 
 #include <atomic>
+#include <chrono>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -15,6 +16,12 @@ namespace {
 
 constexpr int kSpins = 2000;  // looks at the next job before sleeping: about 20 us
 
+// A worker whose core another process takes in the middle of a chunk keeps the caller waiting for milliseconds. After a wait
+// that no chunk is long enough for, callers work alone for a while, so that few of their calls meet with one.
+using Clock = std::chrono::steady_clock;
+constexpr auto kStall = std::chrono::microseconds(500);
+constexpr auto kAlone = std::chrono::milliseconds(100);
+
 inline void relax() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -25,6 +32,7 @@ inline void relax() {
 
 struct Pool {
     std::mutex owner;  // held by the caller whose job this is
+    Clock::time_point alone_until{};
     int n_workers = 0;
     std::atomic<uint32_t> job{0};  // counts jobs; workers sleep on it
     std::atomic<uint64_t> claims{
@@ -92,8 +100,9 @@ Pool& pool() {
 void run_chunks(int n_threads, int64_t n_chunks, void (*run)(void*, int64_t), void* context) {
     Pool& shared = pool();
     std::unique_lock<std::mutex> owner(shared.owner, std::try_to_lock);
-    if (owner.owns_lock()) shared.grow(n_threads - 1);
-    if (!owner.owns_lock() || shared.n_workers == 0) {
+    const bool alone = !owner.owns_lock() || Clock::now() < shared.alone_until;
+    if (!alone) shared.grow(n_threads - 1);
+    if (alone || shared.n_workers == 0) {
         for (int64_t chunk = 0; chunk < n_chunks; ++chunk) run(context, chunk);
         return;
     }
@@ -104,10 +113,14 @@ void run_chunks(int n_threads, int64_t n_chunks, void (*run)(void*, int64_t), vo
     shared.claims.store(static_cast<uint64_t>(n_chunks), std::memory_order_release);
     shared.job.fetch_add(1, std::memory_order_release);
     shared.job.notify_all();
+    const auto begin = Clock::now();
     shared.claim_all();
+    const auto finished = Clock::now();  // but for the chunks that workers have begun
     for (int64_t done = shared.done.load(std::memory_order_acquire); done < n_chunks;
          done = shared.done.load(std::memory_order_acquire))
         shared.done.wait(done, std::memory_order_acquire);
+    const auto end = Clock::now();
+    if (end - finished > kStall && end - finished > finished - begin) shared.alone_until = end + kAlone;
 }
 
 }  // namespace mpsearch

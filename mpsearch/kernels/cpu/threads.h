@@ -2,7 +2,8 @@
 //
 // Chunks are claimed from one 64-bit atomic, (next, total). The caller claims too and waits only for chunks that a
 // worker has begun, so a worker that the system has not scheduled costs nothing. Workers sleep between jobs; they are
-// created when first asked for, and anew in a forked child. A second caller that finds the workers taken does its own
+// created when first asked for, and anew in a forked child. Where one was stalled in the middle of a chunk, callers work
+// alone for a tenth of a second. A second caller that finds the workers taken does its own
 // work alone.
 #pragma once
 
