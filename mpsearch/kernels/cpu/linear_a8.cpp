@@ -24,8 +24,8 @@ MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
 
 namespace mpsearch::MPSEARCH_ISA {
 
-constexpr int kStripBlocks = 8;       // unpacked at a time: 4 KB
-constexpr int kPrefetchBytes = 4096;  // how far ahead weights are asked for
+constexpr int kStripBlocks = 8;       // unpacked at a time: 4 KB for each tile
+constexpr int kPrefetchBytes = 4096;  // how far ahead weights are asked for, with few tokens
 
 MPSEARCH_INLINE uint32_t load_quad(const uint32_t* x) {
     uint32_t value;
@@ -293,14 +293,17 @@ struct Int8Product {
                     for (int v = 0; v < n_vectors; ++v) {
                         const uint8_t* block = record + v / kVectors * apart + header_bytes(job.half_scales) +
                                                (begin + b) * bits * kQuadBytes;
-                        for (int i = v % kVectors; i < bits; i += kVectors)
-                            __builtin_prefetch(block + kPrefetchBytes + i * kQuadBytes);
                         Bytes quads[kQuads];
                         unpack_quads<bits, kSumsAreD<bits>>(block, v % kVectors, quads);
                         for (int q = 0; q < kQuads; ++q) codes[(b * kQuads + q) * n_vectors + v] = quads[q];
                     }
                 }
+                // The next strip, a share of it for each block of tokens: all at once they would wait for one another.
+                const uint8_t* ahead = record + header_bytes(job.half_scales) + (begin + n_blocks) * bits * kQuadBytes;
+                const int64_t share = n_blocks * bits / job.n_token_blocks + 1;
                 for (int64_t block = 0; block < job.n_token_blocks; ++block) {
+                    for (int64_t line = block * share; line < (block + 1) * share; ++line)
+                        for (int i = 0; i < n; ++i) __builtin_prefetch(ahead + i * apart + line * kQuadBytes);
                     const int64_t at = group * job.n_token_blocks + block;
                     const uint32_t* x =
                         static_cast<const uint32_t*>(job.staged) + (at * job.group_blocks + begin) * kQuads * tokens;
