@@ -146,6 +146,9 @@ def test_backends_agree(bits: int, geometry: Case) -> None:
         )
 
 
+LONG = [Case(17, 3_600, (3, 3), (3, 4)), Case(1, 500, (8, 8), (8, 9), groups=2)]
+
+
 def pairs(least: int, most: int) -> st.SearchStrategy[tuple[int, int]]:
     return st.tuples(st.integers(least, most), st.integers(least, most))
 
@@ -177,7 +180,7 @@ def test_any_geometry(case: Case) -> None:
     check(replace(case, channels_last=case.channels_last and case.group_channels * case.groups > 1))
 
 
-@pytest.mark.parametrize("geometry", [Case(17, 3_600, (3, 3), (3, 4)), Case(1, 500, (8, 8), (8, 9), groups=2)])
+@pytest.mark.parametrize("geometry", LONG, ids=["whole", "lanes"])
 @pytest.mark.parametrize("bits", [1, 7, 8])
 def test_extreme_codes_do_not_overflow(bits: int, geometry: Case) -> None:
     """All codes and inputs at their largest, over more columns than int16 or float32 hold exactly."""

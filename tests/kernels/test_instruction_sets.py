@@ -19,6 +19,8 @@ from pathlib import Path
 import native_program
 import pytest
 import test_backends
+import test_conv
+import test_embedding
 import test_pack
 import test_products
 import test_quantize
@@ -92,7 +94,7 @@ def names(command: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
             monkeypatch.setattr(module, "compiled", program)
     monkeypatch.setattr(backends, "_COMPILED", names)
     monkeypatch.setattr(backends, "_AVAILABLE", ("reference", *names))
-    for module in (test_products, test_quantize):
+    for module in (test_conv, test_products, test_quantize):
         monkeypatch.setattr(module, "COMPILED", names)
     yield names
     program.close()
@@ -156,3 +158,26 @@ def test_inputs(names: tuple[str, ...]) -> None:
 def test_threads(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in names:
         test_backends.test_thread_counts_agree(name, lambda n: monkeypatch.setattr(torch, "get_num_threads", lambda: n))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_convolutions(names: tuple[str, ...], bits: int) -> None:
+    for geometry in test_conv.GEOMETRIES:
+        test_conv.test_backends_agree(bits, geometry)
+
+
+@pytest.mark.parametrize("bits", [1, 7, 8])
+def test_largest_sums_of_convolutions(names: tuple[str, ...], bits: int) -> None:
+    for geometry in test_conv.LONG:
+        test_conv.test_extreme_codes_do_not_overflow(bits, geometry)
+
+
+def test_inputs_of_convolutions(names: tuple[str, ...]) -> None:
+    for name in names:
+        test_conv.test_input_values(name, test_conv.GEOMETRIES[0])
+        test_conv.test_input_values(name, test_conv.GEOMETRIES[5])
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_embeddings(names: tuple[str, ...], bits: int) -> None:
+    test_embedding.test_rows_are_those_of_dequantize(bits, symmetric=bits % 2 == 1)
