@@ -1,8 +1,8 @@
 """The face of the kernels: quantize, pack, unpack and dequantize weights.
 
 Each function checks its arguments, gives shapes and formula, and runs the fastest backend that this machine has; tensors on
-other devices than the CPU take `reference`, which is plain PyTorch and the specification. Where the compiled module is missing
-everything runs on `reference`, after one warning; `MPSEARCH_REQUIRE_KERNELS=1` makes that an `ImportError`.
+other devices than the CPU and NVIDIA's GPUs take `reference`, which is plain PyTorch and the specification. Where a compiled
+module is missing everything runs on `reference`, after one warning; `MPSEARCH_REQUIRE_KERNELS=1` makes that an `ImportError`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import InputError
-from mpsearch.kernels import reference
+from mpsearch.kernels import cuda_backend, reference
 from mpsearch.kernels.backends import active_backend, available_backends, backend_index, backend_of, compiled, use_backend
 from mpsearch.kernels.convolution import PackedConv, conv, conv_a8, pack_conv, unpack_conv
 from mpsearch.kernels.embedding import embedding
@@ -83,9 +83,9 @@ def quantize(
         )
     else:
         n_groups = -(-weight.shape[1] // group_size)
-        codes = torch.empty(weight.shape, dtype=torch.uint8)
-        scales = torch.empty(weight.shape[0], n_groups, dtype=scale_dtype)
-        zero_points = None if symmetric else torch.empty(weight.shape[0], n_groups, dtype=torch.uint8)
+        codes = torch.empty_like(weight, dtype=torch.uint8)
+        scales = weight.new_empty(weight.shape[0], n_groups, dtype=scale_dtype)
+        zero_points = None if symmetric else torch.empty_like(scales, dtype=torch.uint8)
         finite = _run_quantize(
             backend, weight, bits, group_size, symmetric, scale_dtype, ratios, importance, codes, None, scales, zero_points
         )
@@ -156,10 +156,13 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         packed = reference.pack(codes, bits)
     else:
         codes = codes.contiguous()
-        packed = torch.empty((codes.numel() * bits + 7) // 8, dtype=torch.uint8)
-        largest = compiled.pack(
-            backend_index(backend), codes.data_ptr(), packed.data_ptr(), codes.numel(), bits, torch.get_num_threads()
-        )
+        packed = codes.new_empty((codes.numel() * bits + 7) // 8)
+        if backend == "cuda":
+            largest = cuda_backend.pack(codes, packed, bits)
+        else:
+            largest = compiled.pack(
+                backend_index(backend), codes.data_ptr(), packed.data_ptr(), codes.numel(), bits, torch.get_num_threads()
+            )
     if largest >= 2**bits:
         raise InputError(f"The largest code is {int(codes.max())}, but {bits} bits hold 0 to {2**bits - 1}.")
     return packed
@@ -177,8 +180,11 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
     backend = backend_of(packed)
     if backend == "reference":
         return reference.unpack(packed, bits, numel)
-    codes = torch.empty(numel, dtype=torch.uint8)
-    compiled.unpack(backend_index(backend), packed.data_ptr(), codes.data_ptr(), numel, bits, torch.get_num_threads())
+    codes = packed.new_empty(numel)
+    if backend == "cuda":
+        cuda_backend.unpack(packed, codes, bits)
+    else:
+        compiled.unpack(backend_index(backend), packed.data_ptr(), codes.data_ptr(), numel, bits, torch.get_num_threads())
     return codes
 
 
@@ -224,7 +230,10 @@ def _dequantize(
     if backend == "reference":
         codes = reference.unpack(packed, bits, rows * columns).reshape(rows, columns)
         return reference.dequantize_codes(codes, scales, zero_points, bits, group_size)
-    weight = torch.empty(rows, columns)
+    weight = packed.new_empty(rows, columns, dtype=torch.float32)
+    if backend == "cuda":
+        cuda_backend.dequantize(packed, scales, zero_points, weight, bits, group_size)
+        return weight
     compiled.dequantize(
         backend_index(backend),
         packed.data_ptr(),
@@ -272,6 +281,10 @@ def _run_quantize(
     """Fill those of `codes`, `dequantized`, `scales` and `zero_points` that are given; whether all was finite."""
     rows, columns = weight.shape
     importance = None if ratios is None else importance  # min-max minds no errors
+    if backend == "cuda":
+        return cuda_backend.quantize(
+            weight, bits, group_size, symmetric, scale_dtype, ratios, importance, codes, dequantized, scales, zero_points
+        )
     return compiled.quantize(
         backend_index(backend),
         weight.data_ptr(),

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mpsearch.errors import InputError
+from mpsearch.kernels import cuda_backend
 
 compiled: Any = None  # the compiled module, where there is one
 _missing: str | None = None
@@ -60,8 +61,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backend_of(tensor: Tensor) -> str:
-    """The backend for a tensor's device; the first use without compiled kernels warns."""
+    """The backend for a tensor's device, `cuda` where its kernels run; the first use without compiled kernels warns."""
+    if _forced != "reference" and cuda_backend.takes(tensor):
+        return "cuda"
     if not tensor.is_cpu:
+        if tensor.is_cuda and _forced is None:
+            _warn_missing_cuda()
         return "reference"
     if _missing is not None and _forced is None:
         _warn_missing()
@@ -79,5 +84,16 @@ def _warn_missing() -> None:
         f"mpsearch's compiled kernels are missing ({_missing}): quantizing runs on plain PyTorch, 20 to 200 times slower. "
         "Build them with `pip install --force-reinstall --no-deps .` in the source tree (it needs GCC >= 12 or Clang >= 16), or "
         'silence this with `warnings.filterwarnings("ignore", message="mpsearch\'s compiled kernels")`.',
+        stacklevel=4,
+    )
+
+
+@functools.cache  # once a process
+def _warn_missing_cuda() -> None:
+    warnings.warn(
+        f"mpsearch's CUDA kernels are missing ({cuda_backend.missing}): tensors on the GPU take plain PyTorch, where a product "
+        "unpacks its whole weight each time. Build them with `pip install --force-reinstall --no-deps .` in the source tree on "
+        "this machine (it needs nvcc, CUDA >= 12), or silence this with "
+        '`warnings.filterwarnings("ignore", message="mpsearch\'s CUDA kernels")`.',
         stacklevel=4,
     )

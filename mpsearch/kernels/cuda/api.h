@@ -35,7 +35,8 @@ MPSEARCH_API int mpsearch_quantize(const float* weight,      // [rows, columns]
                                    uintptr_t stream);
 
 // *seen becomes all codes or-ed together.
-MPSEARCH_API int mpsearch_pack(const uint8_t* codes, uint8_t* packed, int* seen, int64_t numel, int bits, uintptr_t stream);
+MPSEARCH_API int mpsearch_pack(
+    const uint8_t* codes, uint8_t* packed, int* seen, int64_t numel, int bits, uintptr_t stream);
 MPSEARCH_API int mpsearch_unpack(const uint8_t* packed, uint8_t* codes, int64_t numel, int bits, uintptr_t stream);
 MPSEARCH_API int mpsearch_dequantize(const uint8_t* packed,
                                      const void* scales,          // [rows, n_groups]
@@ -63,8 +64,8 @@ MPSEARCH_API int mpsearch_dequantize_stream(const uint8_t* packed,
 MPSEARCH_API int64_t mpsearch_linear_scratch(
     int int8_input, int dtype, int64_t n_tokens, int64_t rows, int64_t columns, int64_t group_size, int n_processors);
 MPSEARCH_API int mpsearch_linear(int int8_input,
-                                 int dtype,          // of x and y
-                                 const void* x,      // [n_tokens, columns]
+                                 int dtype,      // of x and y
+                                 const void* x,  // [n_tokens, columns]
                                  const uint8_t* packed,
                                  const float* bias,  // [rows]
                                  void* y,            // [n_tokens, rows]

@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_blocks(const DequantizeJo
     const Stream& stream = job.stream;
     const int64_t number = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     const int64_t parts = stream.n_tiles * (kTileRows / kRows);
-    const int64_t part = number / stream.n_blocks;  // of the rows; threads beside one another take blocks of the same rows
+    const int64_t part =
+        number / stream.n_blocks;  // of the rows; threads beside one another take blocks of the same rows
     const int block = static_cast<int>(number % stream.n_blocks);
     if (part >= parts) return;
     const int group = block / stream.group_blocks, in_group = block % stream.group_blocks * kBlockColumns;
@@ -33,7 +34,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_blocks(const DequantizeJo
     const int64_t left = of_group < of_row ? of_group : of_row, n = left < kBlockColumns ? left : kBlockColumns;
     const uint8_t* record = record_of(stream, part * kRows / kTileRows, group);
     const int64_t first = part * kRows % kTileRows;
-    const uint8_t* codes = record + stream.header_bytes + in_group / kBlockColumns * int64_t{bits * kQuadBytes} + first * 4;
+    const uint8_t* codes =
+        record + stream.header_bytes + in_group / kBlockColumns * int64_t{bits * kQuadBytes} + first * 4;
     Bytes16 packed[bits];
 #pragma unroll
     for (int i = 0; i < bits; ++i) packed[i] = *reinterpret_cast<const Bytes16*>(codes + i * kQuadBytes);
@@ -47,8 +49,8 @@ __global__ void __launch_bounds__(kThreads) dequantize_blocks(const DequantizeJo
         unpack_words<bits, false>(words, quads);
         const float scale = stream.half_scales ? float_from_half(reinterpret_cast<const uint16_t*>(record)[first + r])
                                                : reinterpret_cast<const float*>(record)[first + r];
-        const float zero = 0.5f * static_cast<float>(
-                                      reinterpret_cast<const int16_t*>(record + stream.header_bytes / 2)[first + r]);
+        const float zero =
+            0.5f * static_cast<float>(reinterpret_cast<const int16_t*>(record + stream.header_bytes / 2)[first + r]);
         const int64_t to = row * stream.columns + column;
         const auto value = [&](int c) {
             return (static_cast<float>(quads[c / 4] >> 8 * (c % 4) & 255) - zero) * scale;

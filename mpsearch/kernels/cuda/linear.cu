@@ -45,10 +45,9 @@ Pass pass_of(const Stream& stream, bool int8_input, int dtype, int64_t n_tokens,
     pass.n_tiles = tiles <= 1 ? 1 : int8_input || (tiles > 2 && tiles <= 4) ? 4 : tiles == 2 ? 2 : 8;
     pass.n_ranges = int8_input ? 0 : ranges_of(stream, pass.n_tiles, n_processors);
     pass.staged_bytes = aligned(int64_t{stream.n_steps} * pass.n_tiles * (int8_input ? 2 : 4) * kWarp * 16);
-    const int64_t rest = int8_input ? pass.tokens * (4 + 4 * int64_t{stream.n_groups})
-                         : pass.n_ranges == stream.n_strips
-                             ? 0
-                             : int64_t{pass.n_ranges} * 2 * pass.tokens * kStripRows * 4;
+    const int64_t rest = int8_input                         ? pass.tokens * (4 + 4 * int64_t{stream.n_groups})
+                         : pass.n_ranges == stream.n_strips ? 0
+                                                            : int64_t{pass.n_ranges} * 2 * pass.tokens * kStripRows * 4;
     pass.scratch_bytes = pass.staged_bytes + aligned(rest);
     return pass;
 }

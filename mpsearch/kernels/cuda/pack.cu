@@ -113,7 +113,8 @@ __global__ void dequantize_kernel(const DequantizeJob job) {
     }
     if (n == 8 && reinterpret_cast<uintptr_t>(job.weight) % 16 == 0) {
         for (int i = 0; i < 8; i += 4) {
-            const Bytes16 four = {{bits_of(values[i]), bits_of(values[i + 1]), bits_of(values[i + 2]), bits_of(values[i + 3])}};
+            const Bytes16 four = {
+                {bits_of(values[i]), bits_of(values[i + 1]), bits_of(values[i + 2]), bits_of(values[i + 3])}};
             *reinterpret_cast<Bytes16*>(job.weight + at + i) = four;
         }
     } else {

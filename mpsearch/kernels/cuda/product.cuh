@@ -13,10 +13,10 @@ constexpr int64_t kSumBytes = 4 * kSumStride;  // of one column
 
 struct ProductJob {
     Stream stream;
-    const uint8_t* x;    // staged, or x itself where it needs no staging (`direct`)
-    const float* bias;   // [rows], or null
-    void* y;             // [n_tokens, rows] of `dtype`
-    float* partial;      // [n_ranges, 2, n_tokens, 32]: sums of strips that several blocks share
+    const uint8_t* x;           // staged, or x itself where it needs no staging (`direct`)
+    const float* bias;          // [rows], or null
+    void* y;                    // [n_tokens, rows] of `dtype`
+    float* partial;             // [n_ranges, 2, n_tokens, 32]: sums of strips that several blocks share
     const float* token_scales;  // int8 only, [n_tokens]
     const int32_t* token_sums;  // int8 only, [n_tokens, n_groups]
     int dtype;

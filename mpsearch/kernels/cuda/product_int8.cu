@@ -67,7 +67,8 @@ MPSEARCH_DEVICE void add_step(
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     const int at = 4 * i + q, r = 2 * half;
-                    const uint32_t weights[4] = {quads[r][at], quads[r + 1][at], quads[r][at + 1], quads[r + 1][at + 1]};
+                    const uint32_t weights[4] = {quads[r][at], quads[r + 1][at], quads[r][at + 1],
+                                                 quads[r + 1][at + 1]};
                     multiply_bytes(sums[tile][half], weights, x.word[q], x.word[q + 1]);
                 }
         }

@@ -36,8 +36,8 @@ struct QuantizeJob {
     uint8_t* zero_points;
     int* not_finite;
     int64_t columns, group_size, n_groups, rows_per_importance, n_ratios;
-    int64_t n_all;                 // groups in all rows
-    float top, steps, middle;      // largest code; steps between 0 (or the lowest) and the highest; implied zero point
+    int64_t n_all;             // groups in all rows
+    float top, steps, middle;  // largest code; steps between 0 (or the lowest) and the highest; implied zero point
     bool symmetric, half_scales;
 };
 
@@ -180,7 +180,8 @@ __global__ void __launch_bounds__(kThreads) quantize_any(const QuantizeJob job) 
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
     const int64_t group = int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp;
     if (group >= job.n_all) return;  // the whole warp
-    const int64_t row = group / job.n_groups, column = group % job.n_groups * job.group_size, at = row * job.columns + column;
+    const int64_t row = group / job.n_groups, column = group % job.n_groups * job.group_size,
+                  at = row * job.columns + column;
     const int64_t n = job.columns - column < job.group_size ? job.columns - column : job.group_size;
     const float* x = job.weight + at;
     float low = 0, high = 0, poison = 0;
@@ -244,11 +245,25 @@ int mpsearch_quantize(const float* weight,
     const float top = static_cast<float>((1 << bits) - 1), middle = static_cast<float>(1 << (bits - 1));
     const float steps = !symmetric ? top : bits == 1 ? 0.5f : middle - 1;
     const int64_t n_groups = (columns + group_size - 1) / group_size;
-    const QuantizeJob job{weight,     importance,    ratios,         codes,
-                          dequantized, scales,       zero_points,    not_finite,
-                          columns,    group_size,    n_groups,       rows_per_importance,
-                          n_ratios,   rows * n_groups, top,          steps,
-                          bits == 1 ? 0.5f : middle, symmetric != 0, half_scales != 0};
+    const QuantizeJob job{weight,
+                          importance,
+                          ratios,
+                          codes,
+                          dequantized,
+                          scales,
+                          zero_points,
+                          not_finite,
+                          columns,
+                          group_size,
+                          n_groups,
+                          rows_per_importance,
+                          n_ratios,
+                          rows * n_groups,
+                          top,
+                          steps,
+                          bits == 1 ? 0.5f : middle,
+                          symmetric != 0,
+                          half_scales != 0};
     const uintptr_t addresses = reinterpret_cast<uintptr_t>(weight) | reinterpret_cast<uintptr_t>(dequantized) |
                                 4 * reinterpret_cast<uintptr_t>(codes);
     if (!ratios && columns % group_size == 0 && addresses % 16 == 0) {

@@ -3,9 +3,8 @@
 // A block of threads handles one column n of the fragments: all chunks of it (int8, where the token's scale must be known
 // first) or a share of them (floats). A thread writes 16 bytes at a time. Bytes moved per value: 2 to 4 read, and read again
 // for int8; 1 to 6 written. Bound: latency; x is small beside the weight.
-#include "stage.cuh"
-
 #include "api.h"
+#include "stage.cuh"
 
 namespace mpsearch::cuda {
 namespace {
@@ -34,7 +33,8 @@ MPSEARCH_DEVICE Chunk chunk_of(const StageJob& job, int column_of_result, int in
     const Place place = place_of(stream, step, t);
     const int first = place.block * kBlockColumns + chunk * each;  // column of the group
     const int64_t column = place.group * stream.group_size + first;
-    int64_t n = stream.group_size - first < stream.columns - column ? stream.group_size - first : stream.columns - column;
+    int64_t n =
+        stream.group_size - first < stream.columns - column ? stream.group_size - first : stream.columns - column;
     const int step_class = stream.classes == 1 ? 0 : t / stream.group_blocks;
     const bool there = place.there && column_of_result / stream.classes < job.n_tokens * job.parts &&
                        step_class == column_of_result % stream.classes;
@@ -78,8 +78,8 @@ __global__ void stage_int8_kernel(const StageJob job) {
     const int column = static_cast<int>(blockIdx.x), token = column / stream.classes;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, n_warps = kThreads / kWarp;
     const int64_t row = int64_t{token} * stream.columns;
-    float scale = job.input_scale;
-    if (token < job.n_tokens && scale == 0) {
+    float scale = 0;
+    if (token < job.n_tokens) {
         float most = 0, poison = 0;
         for (int64_t i = thread; i < stream.columns; i += kThreads) {
             const float value = load_float(job.x, job.dtype, row + i);
@@ -101,7 +101,7 @@ __global__ void stage_int8_kernel(const StageJob job) {
             most = fmaxf(most, of_warps[2 * i]);
             poison += of_warps[2 * i + 1];
         }
-        scale = most / 127.0f + poison;
+        scale = (job.input_scale == 0 ? most / 127.0f : job.input_scale) + poison;
     }
     const float inverse = scale >= kSmallestNormal ? 1.0f / scale : 0.0f;
     for (int i = thread; i < stream.n_steps * kStepBlocks * 2; i += kThreads) {

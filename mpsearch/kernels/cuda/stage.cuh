@@ -25,7 +25,7 @@ struct StageJob {
     int dtype;
     int parts;
     int n_tokens;
-    int n_tiles;  // of 8 columns of the result
+    int n_tiles;        // of 8 columns of the result
     int n_blocks_each;  // CUDA blocks for each column
 };
 

@@ -43,7 +43,8 @@ struct Stream {
     bool half_scales;
 };
 
-inline Stream make_stream(const uint8_t* packed, int64_t rows, int64_t columns, int64_t group_size, int bits, int half_scales) {
+inline Stream make_stream(
+    const uint8_t* packed, int64_t rows, int64_t columns, int64_t group_size, int bits, int half_scales) {
     Stream stream{};
     stream.packed = packed;
     stream.rows = rows;
@@ -56,7 +57,8 @@ inline Stream make_stream(const uint8_t* packed, int64_t rows, int64_t columns, 
     stream.n_blocks = stream.n_groups * stream.group_blocks;
     stream.classes = stream.group_blocks == 1 ? 4 : stream.group_blocks == 2 ? 2 : 1;
     stream.group_steps = (stream.group_blocks + kStepBlocks - 1) / kStepBlocks;
-    stream.n_steps = stream.classes == 1 ? stream.n_groups * stream.group_steps : (stream.n_blocks + kStepBlocks - 1) / kStepBlocks;
+    stream.n_steps =
+        stream.classes == 1 ? stream.n_groups * stream.group_steps : (stream.n_blocks + kStepBlocks - 1) / kStepBlocks;
     stream.half_scales = half_scales != 0;
     stream.header_bytes = half_scales ? 64 : 128;
     stream.record_bytes = stream.header_bytes + int64_t{stream.group_blocks} * bits * kQuadBytes;
@@ -145,7 +147,8 @@ MPSEARCH_DEVICE void unpack_words(const uint32_t (&packed)[bits], uint32_t (&qua
             // Bits [begin, end) of the stream above the fields are both in vector i and in this code.
             const int begin = i * left_over > q * bits ? i * left_over : q * bits;
             const int end = (i + 1) * left_over < (q + 1) * bits ? (i + 1) * left_over : (q + 1) * bits;
-            if (begin < end) code |= moved(packed[i], fields * bits + begin - i * left_over, begin - q * bits + up, end - begin);
+            if (begin < end)
+                code |= moved(packed[i], fields * bits + begin - i * left_over, begin - q * bits + up, end - begin);
         }
         quads[8 - left_over + q] = code;
     }

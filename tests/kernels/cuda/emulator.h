@@ -50,8 +50,8 @@ struct Fiber {
     ucontext_t start;
     jmp_buf at;
     bool begun, done;
-    std::vector<Copy> open;                 // not yet in a group
-    std::deque<std::vector<Copy>> groups;   // in flight, oldest first
+    std::vector<Copy> open;                // not yet in a group
+    std::deque<std::vector<Copy>> groups;  // in flight, oldest first
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;
