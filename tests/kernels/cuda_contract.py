@@ -208,6 +208,19 @@ def check_linear_a8(device: str, bits: int) -> None:
             assert same_bits(got, wanted), (rows, columns, group_size, symmetric, n_tokens)
 
 
+def check_long_rows(device: str, bits: int) -> None:
+    """Enough steps for a warp to go round its ring more than once."""
+    torch.manual_seed(bits)
+    columns = 18_560
+    packed, here, weight = some_packed(device, 3, columns, 128, bits=bits, symmetric=False)
+    for n_tokens, dtype in ((1, torch.float16), (2, torch.bfloat16), (17, torch.float16)):
+        x = torch.randn(n_tokens, columns).to(dtype)
+        assert worst(kernels.linear(x.to(device), packed), x, weight, None) <= 1, (n_tokens, dtype)
+    with kernels.use_backend("reference"):
+        wanted = kernels.linear_a8(x.float(), here)
+    assert same_bits(kernels.linear_a8(x.float().to(device), packed), wanted)
+
+
 def check_int8_input(device: str) -> None:
     """Zeros, vanishing and huge tokens, ties, values that are not finite; half input; several passes; the largest sums."""
     torch.manual_seed(0)
@@ -274,6 +287,7 @@ CHECKS = {
 }
 for _bits in BITS:
     CHECKS[f"linear_a8, {_bits} bits"] = lambda device, bits=_bits: check_linear_a8(device, bits)
+    CHECKS[f"long rows, {_bits} bits"] = lambda device, bits=_bits: check_long_rows(device, bits)
     for _dtype in (torch.float32, torch.float16, torch.bfloat16):
         _name = f"linear, {_bits} bits, {str(_dtype).removeprefix('torch.')}"
         CHECKS[_name] = lambda device, bits=_bits, dtype=_dtype: check_linear(device, dtype, bits)
