@@ -256,8 +256,9 @@ __global__ void add_partial(const ProductJob job) {
 
 template <class Format, int bits, int n_tiles>
 int launch_multiply(const ProductJob& job, uintptr_t stream) {
-    const int n_warps = n_tiles <= 2 ? 8 : 4;
-    const int64_t shared = n_warps * warp_bytes<bits, n_tiles>(job.stream);
+    const int64_t each = warp_bytes<bits, n_tiles>(job.stream);
+    const int n_warps = n_tiles <= 2 && 8 * each <= most_shared_bytes() ? 8 : 4;
+    const int64_t shared = n_warps * each;
     const int error = launch(multiply<Format, bits, n_tiles>, job.n_ranges, n_warps * kWarp, shared, stream, job);
     if (error || job.n_ranges == job.stream.n_strips) return error;
     return launch(add_partial, job.stream.n_strips, kMostThreads, 0, stream, job);

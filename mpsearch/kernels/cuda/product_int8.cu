@@ -18,7 +18,7 @@
 namespace mpsearch::cuda {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
 
 // Which step a warp takes as its k-th; -1: none.
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) multiply(const ProductJob job) {
     const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
     const int slot_bytes = step_bytes(bits, false, false), classes = stream.classes;
     uint8_t* ring = shared_memory() + warp * ring_steps(bits) * slot_bytes;
-    int32_t* shared_sums = reinterpret_cast<int32_t*>(shared_memory() + kWarps * ring_steps(bits) * slot_bytes);
+    int32_t* two_sums = reinterpret_cast<int32_t*>(shared_memory() + kWarps * ring_steps(bits) * slot_bytes);
     const int64_t strip = blockIdx.x, row = strip * kStripRows + lane;  // the row that this thread adds up
     const Rounds rounds(stream);
     const int n_steps = rounds.n_rounds * rounds.steps;
@@ -107,9 +107,12 @@ __global__ void __launch_bounds__(kThreads) multiply(const ProductJob job) {
         end_copy_group();
     };
     for (int i = 0; i < ahead; ++i) fetch_next(i);
-    float totals[n_tiles] = {};  // of tokens warp, warp + 8, ...
+    constexpr int tokens_each = n_columns / kWarps;
+    float totals[tokens_each] = {};  // of tokens warp, warp + kWarps, ...
     int place = 0;
     for (int round = 0; round < rounds.n_rounds; ++round) {
+        // Rounds take turns in shared memory, so that one barrier each is enough.
+        int32_t* shared_sums = two_sums + round % 2 * (kWarps * n_columns * kSumStride);
         int32_t sums[n_tiles][2][4] = {};
         for (int i = 0; i < rounds.steps; ++i) {
             fetch_next(place == 0 ? ahead : place - 1);
@@ -130,7 +133,7 @@ __global__ void __launch_bounds__(kThreads) multiply(const ProductJob job) {
                 }
         sync_block();
 #pragma unroll
-        for (int i = 0; i < n_tiles; ++i) {
+        for (int i = 0; i < tokens_each; ++i) {
             const int token = warp + i * kWarps;
             if (token >= job.n_tokens || row >= stream.rows) continue;
             const int32_t* from = shared_sums + token * classes * kSumStride + lane;
@@ -140,19 +143,19 @@ __global__ void __launch_bounds__(kThreads) multiply(const ProductJob job) {
                 totals[i] = add_group(job, totals[i], sum, row, token, round);
                 continue;
             }
-            for (int w = 0; w < kWarps; ++w)
-                for (int c = 0; c < classes; ++c) {
-                    const int group = (round * kWarps + w) * classes + c;
-                    if (group < stream.n_groups)
-                        totals[i] =
-                            add_group(job, totals[i], from[(w * n_columns + c) * kSumStride], row, token, group);
+            for (int first = 0; first < kWarps * classes; first += kWarps) {  // some at a time, whose loads overlap
+#pragma unroll
+                for (int k = 0; k < kWarps; ++k) {
+                    const int at = first + k, group = round * kWarps * classes + at;
+                    const int32_t sum = from[(at / classes * n_columns + at % classes) * kSumStride];
+                    if (group < stream.n_groups) totals[i] = add_group(job, totals[i], sum, row, token, group);
                 }
+            }
         }
-        sync_block();
     }
     wait_for_copies<0>();
 #pragma unroll
-    for (int i = 0; i < n_tiles; ++i) {
+    for (int i = 0; i < tokens_each; ++i) {
         const int token = warp + i * kWarps;
         if (token < job.n_tokens && row < stream.rows)
             store_value(job, token, row, (job.token_scales[token] * 0.5f) * totals[i]);
@@ -162,7 +165,7 @@ __global__ void __launch_bounds__(kThreads) multiply(const ProductJob job) {
 template <int bits, int n_tiles>
 int launch_multiply(const ProductJob& job, uintptr_t stream) {
     const int64_t ring = int64_t{ring_steps(bits)} * step_bytes(bits, false, false);
-    const int64_t shared = kWarps * (ring + n_tiles * kTileColumns * kSumBytes);
+    const int64_t shared = kWarps * (ring + 2 * n_tiles * kTileColumns * kSumBytes);
     return launch(multiply<bits, n_tiles>, job.stream.n_strips, kThreads, shared, stream, job);
 }
 

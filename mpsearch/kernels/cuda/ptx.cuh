@@ -126,6 +126,14 @@ MPSEARCH_DEVICE void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory");
 }
 
+// Bytes of shared memory that a block may have on the current device.
+inline int64_t most_shared_bytes() {
+    int device = 0, bytes = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    return bytes;
+}
+
 // grid blocks of `threads` threads with `shared` bytes; 0 or a cudaError_t.
 template <class Job>
 int launch(void (*kernel)(Job), int64_t grid, int threads, int64_t shared, uintptr_t stream, const Job& job) {
@@ -261,8 +269,13 @@ void wait_for_copies() {
     emulator::wait_for_copies(n);
 }
 
+inline int64_t most_shared_bytes() {
+    return 99 << 10;  // the least of the GPUs of compute capability 8 and above
+}
+
 template <class Job>
 int launch(void (*kernel)(Job), int64_t grid, int threads, int64_t shared, uintptr_t, const Job& job) {
+    if (shared > most_shared_bytes()) return 1;  // cudaErrorInvalidValue
     return emulator::run(grid, threads, shared, [&] { kernel(job); });
 }
 

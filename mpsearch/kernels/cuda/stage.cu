@@ -51,17 +51,18 @@ __global__ void stage_floats_kernel(const StageJob job) {
     for (int i = share * kThreads + static_cast<int>(threadIdx.x); i < n_chunks; i += kThreads * job.n_blocks_each) {
         const Chunk chunk = chunk_of<4>(job, column, i);
         Bytes16 values = {};
-        for (int k = 0; k < chunk.n; ++k) {
-            const int64_t at = token * job.stream.columns + chunk.column + k;
-            uint32_t bits;
-            if (job.dtype == kFloat32) {
-                float value = static_cast<const float*>(job.x)[at];
+        const int64_t begin = token * job.stream.columns + chunk.column;
+        const auto* halves = static_cast<const uint16_t*>(job.x) + begin;
+        if (job.dtype == kFloat32) {
+            for (int k = 0; k < chunk.n; ++k) {
+                float value = static_cast<const float*>(job.x)[begin + k];
                 for (int p = 0; p < part; ++p) value -= float_of(bits_of(value) & 0xffff0000u);  // exact
-                bits = bits_of(value) >> 16;
-            } else {
-                bits = static_cast<const uint16_t*>(job.x)[at];
+                values.word[k / 2] |= bits_of(value) >> 16 << 16 * (k % 2);
             }
-            values.word[k / 2] |= bits << 16 * (k % 2);
+        } else if (chunk.n == 8 && reinterpret_cast<uintptr_t>(halves) % 16 == 0) {
+            values = *reinterpret_cast<const Bytes16*>(halves);
+        } else {
+            for (int k = 0; k < chunk.n; ++k) values.word[k / 2] |= uint32_t{halves[k]} << 16 * (k % 2);
         }
         *reinterpret_cast<Bytes16*>(chunk.to) = values;
     }

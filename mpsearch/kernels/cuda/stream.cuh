@@ -65,6 +65,11 @@ inline Stream make_stream(
     return stream;
 }
 
+// The group of a step, where classes is 1; divides only where groups are long and several.
+MPSEARCH_DEVICE int group_of(const Stream& stream, int step) {
+    return stream.group_steps == 1 ? step : stream.n_groups == 1 ? 0 : step / stream.group_steps;
+}
+
 // The block of lane t in a step. One that is not there stands for the last that is; x is 0 for it.
 struct Place {
     int group, block;  // block of the group
@@ -72,19 +77,19 @@ struct Place {
 };
 MPSEARCH_DEVICE Place place_of(const Stream& stream, int step, int t) {
     if (stream.classes == 1) {
-        const int group = step / stream.group_steps, block = (step - group * stream.group_steps) * kStepBlocks + t;
+        const int group = group_of(stream, step), block = (step - group * stream.group_steps) * kStepBlocks + t;
         const bool there = block < stream.group_blocks;
         return {group, there ? block : stream.group_blocks - 1, there};
     }
     const bool there = step * kStepBlocks + t < stream.n_blocks;
-    const int block = there ? step * kStepBlocks + t : stream.n_blocks - 1, group = block / stream.group_blocks;
+    const int block = there ? step * kStepBlocks + t : stream.n_blocks - 1, group = block >> (stream.group_blocks - 1);
     return {group, block - group * stream.group_blocks, there};
 }
 
 // The first of a step's blocks, counted through the row.
 MPSEARCH_DEVICE int first_block(const Stream& stream, int step) {
     if (stream.classes > 1) return step * kStepBlocks;
-    const int group = step / stream.group_steps;
+    const int group = group_of(stream, step);
     return group * stream.group_blocks + (step - group * stream.group_steps) * kStepBlocks;
 }
 
