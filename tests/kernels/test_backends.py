@@ -7,12 +7,14 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from mpsearch import kernels
 from mpsearch.errors import InputError
+from mpsearch.kernels import backends, cuda_backend
 
 HOW = {"bits": 3, "group_size": 64, "symmetric": False}
 RATIOS = torch.linspace(1, 0.4, 13)
@@ -143,3 +145,26 @@ def test_missing_kernels_are_an_error_where_required() -> None:
     run = run_python(BLOCK_COMPILED + USE, MPSEARCH_REQUIRE_KERNELS="1")
     assert run.returncode != 0
     assert "ImportError: The compiled kernels are missing" in run.stderr
+
+
+def test_missing_cuda_kernels_warn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda"))
+    monkeypatch.setattr(cuda_backend, "library", None)
+    monkeypatch.setattr(cuda_backend, "missing", "they were not built")
+    backends._warn_missing_cuda.cache_clear()
+    with kernels.use_backend("reference"):  # asked for: no warning
+        assert backends.backend_of(on_gpu) == "reference"
+    with pytest.warns(UserWarning, match=r"mpsearch's CUDA kernels are missing \(they were not built\)"):
+        assert backends.backend_of(on_gpu) == "reference"
+    assert backends.backend_of(on_gpu) == "reference"  # a second warning would be an error here
+
+
+def test_a_cuda_library_without_a_driver_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Built or not, without a GPU there is a reason and no library."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setattr(cuda_backend, "library", None)
+    monkeypatch.setattr(cuda_backend, "missing", None)
+    assert not cuda_backend.takes(SimpleNamespace(is_cuda=True, device=torch.device("cuda")))
+    assert cuda_backend.library is None
+    assert cuda_backend.missing

@@ -33,24 +33,25 @@ struct Half {
     }
 };
 
+// Codes of 8 bits: 2^23 + code less 2^23 + zero leaves a float32 whose upper half is all of it.
+template <int bits>
 struct Bfloat {
+    static constexpr uint32_t kLarge = 0x4b000000u;
+
     static MPSEARCH_DEVICE void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         multiply_bfloat(c, a, b0, b1);
     }
-    static MPSEARCH_DEVICE uint32_t offset_of(uint32_t zero) { return (0xc300u | zero) * 0x10001u; }
-    static MPSEARCH_DEVICE uint32_t centred(uint32_t quad, bool high, uint32_t offset) {
-        return add_bfloat2(select_bytes(quad, 0x43434343u, high ? 0x4342 : 0x4140), offset);
+    static MPSEARCH_DEVICE uint32_t offset_of(uint32_t zero) {
+        return bits == 8 ? kLarge | zero : (0xc300u | zero) * 0x10001u;
     }
-};
-
-// Codes of 8 bits: 2^23 + code less 2^23 + zero leaves a float32 whose upper half is all of it.
-struct WideBfloat : Bfloat {
-    static MPSEARCH_DEVICE uint32_t offset_of(uint32_t zero) { return 0x4b000000u | zero; }
     static MPSEARCH_DEVICE uint32_t centred(uint32_t quad, bool high, uint32_t offset) {
-        const uint32_t first = select_bytes(quad, 0x4b000000u, high ? 0x7442 : 0x7440);
-        const uint32_t second = select_bytes(quad, 0x4b000000u, high ? 0x7443 : 0x7441);
-        const float low = float_of(first) - float_of(offset), up = float_of(second) - float_of(offset);
-        return select_bytes(bits_of(low), bits_of(up), 0x7632);
+        if constexpr (bits == 8) {
+            const float first = float_of(select_bytes(quad, kLarge, high ? 0x7442 : 0x7440)) - float_of(offset);
+            const float second = float_of(select_bytes(quad, kLarge, high ? 0x7443 : 0x7441)) - float_of(offset);
+            return select_bytes(bits_of(first), bits_of(second), 0x7632);
+        } else {
+            return add_bfloat2(select_bytes(quad, 0x43434343u, high ? 0x4342 : 0x4140), offset);
+        }
     }
 };
 
@@ -272,21 +273,12 @@ int launch_tiles(const ProductJob& job, int n_tiles, uintptr_t stream) {
     return launch_multiply<Format, bits, 8>(job, stream);
 }
 
-template <int bits>
-struct WidestBfloat {
-    using type = Bfloat;
-};
-template <>
-struct WidestBfloat<8> {
-    using type = WideBfloat;
-};
-
 }  // namespace
 
 template <int bits>
 int multiply_float(const ProductJob& job, int n_tiles, uintptr_t stream) {
     if (job.dtype == kFloat16) return launch_tiles<Half, bits>(job, n_tiles, stream);
-    return launch_tiles<typename WidestBfloat<bits>::type, bits>(job, n_tiles, stream);
+    return launch_tiles<Bfloat<bits>, bits>(job, n_tiles, stream);
 }
 
 template int multiply_float<MPSEARCH_BITS>(const ProductJob& job, int n_tiles, uintptr_t stream);
