@@ -60,12 +60,15 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def backend_of(tensor: Tensor) -> str:
-    """The backend for a tensor's device, `cuda` where its kernels run; the first use without compiled kernels warns."""
-    if _forced != "reference" and cuda_backend.takes(tensor):
+def backend_of(tensor: Tensor, *, on_cuda: bool = True) -> str:
+    """The backend for a tensor's device; the first use without compiled kernels warns.
+
+    on_cuda  whether there is a CUDA kernel for what is asked (`cuda` where it runs); else tensors there take `reference`
+    """
+    if on_cuda and _forced != "reference" and cuda_backend.takes(tensor):
         return "cuda"
     if not tensor.is_cpu:
-        if tensor.is_cuda and _forced is None:
+        if tensor.is_cuda and on_cuda and _forced is None:
             _warn_missing_cuda()
         return "reference"
     if _missing is not None and _forced is None:

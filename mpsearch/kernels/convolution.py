@@ -214,7 +214,7 @@ def _convolve(
     y = _result(x, out)
     if y.numel() == 0 or x.numel() == 0:
         return y.zero_() if bias is None else y.copy_(bias.detach().reshape(-1, *[1] * (y.dim() - 2)).expand_as(y))
-    backend = backend_of(x)
+    backend = backend_of(x, on_cuda=False)
     x = x.detach() if x.requires_grad else x
     if bias is not None and (bias.requires_grad or not bias.is_contiguous()):
         bias = bias.detach().contiguous()

@@ -27,7 +27,7 @@ def embedding(indices: Tensor, weight: PackedWeight) -> Tensor:
 def _embedding(indices: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> Tensor:
     _check(indices, data, rows, columns, bits, group_size, half_scales)
     indices = indices.contiguous()
-    backend = backend_of(indices)
+    backend = backend_of(indices, on_cuda=False)
     if backend == "reference" or columns == 0:
         bad = ((indices < 0) | (indices >= rows)).flatten().nonzero()
         if len(bad):

@@ -59,7 +59,7 @@ def pack_weight(codes: Tensor, scales: Tensor, zero_points: Tensor | None, *, bi
     group_size = check_format(codes, scales, zero_points, bits, group_size)
     rows, columns = codes.shape
     scales, half_scales = scales.detach(), scales.dtype == torch.float16
-    backend = backend_of(codes)
+    backend = backend_of(codes, on_cuda=False)
     if backend == "reference":
         seen = None
         data = reference.pack_weight(codes, scales, zero_points, bits, group_size)
@@ -126,7 +126,7 @@ def unpack_weight(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
     rows, columns, bits, group_size, half_scales = packed.rows, packed.columns, packed.bits, packed.group_size, packed.half_scales
     check_packed_weight(packed.data, rows, columns, bits, group_size, half_scales)
     scale_dtype = torch.float16 if half_scales else torch.float32
-    backend = backend_of(packed.data)
+    backend = backend_of(packed.data, on_cuda=False)
     if backend == "reference" and rows and columns:
         codes, scales, doubled_zeros = reference.unpack_weight(packed.data, rows, columns, bits, group_size, scale_dtype)
         zero_points = None if packed.symmetric else (doubled_zeros.contiguous() // 2).to(torch.uint8)
