@@ -276,7 +276,13 @@ inline int64_t most_shared_bytes() {
 template <class Job>
 int launch(void (*kernel)(Job), int64_t grid, int threads, int64_t shared, uintptr_t, const Job& job) {
     if (shared > most_shared_bytes()) return 1;  // cudaErrorInvalidValue
-    return emulator::run(grid, threads, shared, [&] { kernel(job); });
+    struct Call {
+        void (*kernel)(Job);
+        const Job& job;
+    };
+    const Call call{kernel, job};
+    const auto run = [](const void* of) { static_cast<const Call*>(of)->kernel(static_cast<const Call*>(of)->job); };
+    return emulator::run(grid, threads, shared, run, &call);
 }
 
 #endif
