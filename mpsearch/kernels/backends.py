@@ -65,12 +65,13 @@ def backend_of(tensor: Tensor, *, on_cuda: bool = True) -> str:
 
     on_cuda  whether there is a CUDA kernel for what is asked (`cuda` where it runs); else tensors there take `reference`
     """
-    if on_cuda and _forced != "reference" and cuda_backend.takes(tensor):
-        return "cuda"
-    if not tensor.is_cpu:
+    if not tensor.is_cpu or cuda_backend.library is not None:  # products on the CPU are called too often for more questions
+        if on_cuda and _forced != "reference" and cuda_backend.takes(tensor):
+            return "cuda"
         if tensor.is_cuda and on_cuda and _forced is None:
             _warn_missing_cuda()
-        return "reference"
+        if not tensor.is_cpu:
+            return "reference"
     if _missing is not None and _forced is None:
         _warn_missing()
     return active_backend()
