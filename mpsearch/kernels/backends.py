@@ -29,7 +29,6 @@ except ImportError as error:
 
 _COMPILED: tuple[str, ...] = () if compiled is None else tuple(compiled.backends())
 _AVAILABLE = ("reference", *_COMPILED)
-_INDEX = {name: index for index, name in enumerate(_COMPILED)}
 _forced: str | None = None
 
 
@@ -79,7 +78,7 @@ def backend_of(tensor: Tensor, *, on_cuda: bool = True) -> str:
 
 def backend_index(backend: str) -> int:
     """The number by which the compiled module knows a backend."""
-    return _INDEX[backend]
+    return _COMPILED.index(backend)
 
 
 @functools.cache  # once a process
