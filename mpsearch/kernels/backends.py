@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mpsearch.errors import InputError
@@ -74,6 +75,14 @@ def backend_of(tensor: Tensor, *, on_cuda: bool = True) -> str:
     if _missing is not None and _forced is None:
         _warn_missing()
     return active_backend()
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether x is a plain tensor and nothing traces or watches the operators that it goes through.
+
+    Then an operator's implementation may be called as it is: the dispatcher takes half of the time of a small product's call.
+    """
+    return type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
 
 
 def backend_index(backend: str) -> int:

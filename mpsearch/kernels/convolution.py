@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference, reference_conv
-from mpsearch.kernels.backends import backend_index, backend_of, compiled
+from mpsearch.kernels.backends import backend_index, backend_of, compiled, is_plain
 from mpsearch.kernels.products import LARGEST_SCALE, MOST_GROUP_COLUMNS, SMALLEST_SCALE, check_format, check_values
 
 
@@ -115,7 +115,8 @@ def conv(
     Within `(columns + 8) * 2**-24 * (|bias| + sum of |weight * x|)` of the exact result; the same for any number of threads and
     in any batch. Raises `InputError` for another dtype, device or shape.
     """
-    return torch.ops.mpsearch.conv(x, weight.data, _format(weight), bias, stride, padding, dilation)
+    op = _conv if is_plain(x) else torch.ops.mpsearch.conv.default
+    return op(x, weight.data, _format(weight), bias, stride, padding, dilation)
 
 
 def conv_a8(
@@ -135,7 +136,8 @@ def conv_a8(
     The result is defined to the bit (`reference_conv.py`) and the same on every backend, for any number of threads and in any
     batch. A sample with a NaN or infinite value gives NaN. Otherwise takes and raises what `conv` does.
     """
-    return torch.ops.mpsearch.conv_a8(x, weight.data, _format(weight), bias, stride, padding, dilation, input_scale)
+    op = _conv_a8 if is_plain(x) else torch.ops.mpsearch.conv_a8.default
+    return op(x, weight.data, _format(weight), bias, stride, padding, dilation, input_scale)
 
 
 # The fields of PackedConv after `data`, all numbers, the kernel size last: an operator takes one list in less time than nine

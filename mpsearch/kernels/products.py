@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpsearch.errors import InputError
 from mpsearch.kernels import cuda_backend, reference
-from mpsearch.kernels.backends import backend_index, backend_of, compiled
+from mpsearch.kernels.backends import backend_index, backend_of, compiled, is_plain
 
 MOST_GROUP_COLUMNS = 32_768  # of a group: 2 * 255 * 127 * 32,768 is the largest such sum in int32
 SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of an input
@@ -162,7 +162,8 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     the dtype. From some 256 tokens on (85 of float32; fewer with groups below 128) CUDA has cuBLAS multiply the dequantized
     weight, in the dtype. Raises `InputError` for another dtype, device or number of columns or rows.
     """
-    return _linear_op(x, weight.data, weight.rows, weight.columns, weight.bits, weight.group_size, weight.half_scales, bias)
+    op = _linear if is_plain(x) else _linear_op
+    return op(x, weight.data, weight.rows, weight.columns, weight.bits, weight.group_size, weight.half_scales, bias)
 
 
 def linear_a8(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, input_scale: float | None = None) -> Tensor:
@@ -173,9 +174,8 @@ def linear_a8(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, input
     The result is defined to the bit (`reference.py`) and the same on every backend, for any number of threads and of tokens. A
     token with a NaN or infinite value gives NaN. Otherwise takes and raises what `linear` does.
     """
-    return _linear_a8_op(
-        x, weight.data, weight.rows, weight.columns, weight.bits, weight.group_size, weight.half_scales, bias, input_scale
-    )
+    op = _linear_a8 if is_plain(x) else _linear_a8_op
+    return op(x, weight.data, weight.rows, weight.columns, weight.bits, weight.group_size, weight.half_scales, bias, input_scale)
 
 
 def _linear(
