@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +35,7 @@ from mpsearch.pick import pick
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.report import SUMMARY_HEADER, draw_latency, draw_sensitivity, summary_rows, write_report
 from mpsearch.result import SCORED, RunFolder, SearchResult, evaluation_row
-from mpsearch.samplers.base import seeded
+from mpsearch.samplers.base import complete
 from mpsearch.search import Evaluator, check_sampler
 from mpsearch.search import search as run_search
 from mpsearch.sensitivity import measure_sensitivity
@@ -145,9 +146,10 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     budgets = read_budgets(settings["budget"], costs, space)
     tables = {name: cost.table(space) for name, cost in costs.items()}
     beside_size = [table for table in tables.values() if table.column not in SIZES]
-    sampler = seeded(build("sampler"), settings["seed"])
-    check_sampler(sampler, space, budgets)
     metric: SensitivityMetric = build("metric")
+    make_sampler = build("sampler")
+    nothing = SensitivityTable(metric.name, metric.unit, np.zeros(space.allowed.shape), space)
+    check_sampler(complete(make_sampler, nothing, [tables[objective]], budgets, settings["seed"]), space, budgets)
     run = RunFolder(folder)
     with run.locked():
         identity = {
@@ -175,7 +177,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         run_search(
             evaluate,
             sensitivity,
-            sampler,
+            complete(make_sampler, sensitivity, [tables[objective]], budgets, settings["seed"]),
             n_trials=settings["n_trials"],
             n_seeds=settings["n_seeds"],
             max_seconds=settings["max_seconds"],

@@ -1,7 +1,8 @@
 """The search: ask, evaluate, tell. The only study in the package.
 
-Optuna proposes one categorical parameter a group. The study lives in memory and the run's table is the record: a run that was
-interrupted is replayed (asked again from the same seed, in order), with recorded allocations looked up instead of measured.
+Optuna proposes one categorical parameter a group. The study lives in memory and the run's table is the record. A run that was
+interrupted goes on from its recorded trials, which are added to a new study; with Optuna's own samplers it is replayed (asked
+again from the same seed, in order), with recorded allocations looked up instead of measured.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mpsearch.knapsack import front, repair
 from mpsearch.packed import packed
 from mpsearch.progress import phase
 from mpsearch.samplers.base import distributions
+from mpsearch.samplers.proposer import Proposer
 from mpsearch.samplers.repaired import Repaired
 
 # Losses are told in log10, where a front is a line and not a wall; below this floor (nats) float rounding is all there is.
@@ -82,6 +84,13 @@ class Evaluator:
         self._measured.setdefault((split, allocation), evaluation)
         return evaluation
 
+    def recorded(self) -> list[Evaluation]:
+        """The trials of an interrupted run, from the first on, as far as none is missing."""
+        found: list[Evaluation] = []
+        while ("search", len(found)) in self._trials:
+            found.append(self._trials["search", len(found)])
+        return found
+
     def _measure(
         self, allocation: Allocation, origin: str, split: str, trial: int | None, earlier: Evaluation | None, start: float
     ) -> Evaluation:
@@ -133,15 +142,15 @@ def search(
     sampler: optuna.samplers.BaseSampler,
     *,
     n_trials: int,
-    n_seeds: int = 50,
+    n_seeds: int = 20,
     max_seconds: float | None = None,
     objective: CostTable | None = None,
 ) -> list[Evaluation]:
     """Measure the float model and the uniform allocations, then run `n_trials` trials; returns all evaluations.
 
     `objective` is the cost that the study weighs against the loss, `None` the size. The study begins with the uniform
-    allocations within the budgets and `n_seeds` exact knapsack solutions along the front; then `sampler` (one of Optuna's;
-    wrapped so that its proposals stay within the budgets) goes on from there.
+    allocations within the budgets and `n_seeds` exact knapsack solutions along the front; then `sampler` goes on from there (one
+    of Optuna's is wrapped so that its proposals stay within the budgets).
     """
     space, budgets = evaluate.engine.space, evaluate.budgets
     names, losses = space.names, sensitivity.losses()
@@ -156,31 +165,44 @@ def search(
     origins = dict.fromkeys(within, "uniform")
     for allocation in knapsack_seeds(space, losses, budgets, n_seeds, None if objective is None else objective.values):
         origins.setdefault(allocation, "knapsack")
-    proposer = _within_budgets(sampler, space, losses, budgets)
+    proposer = sampler if isinstance(sampler, Proposer) else _within_budgets(sampler, space, losses, budgets)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=proposer)
-    for allocation in origins:
+    parameters = distributions(names, space.choices)
+    seeds = list(origins)
+    recorded = evaluate.recorded() if isinstance(sampler, Proposer) else []
+    for number, found in enumerate(recorded):
+        known = evaluate(seeds[number] if number < len(seeds) else found.allocation, "sampler", trial=number)
+        study.add_trial(
+            optuna.create_trial(params=dict(known.allocation), distributions=parameters, values=_values(known, column))
+        )
+    for allocation in seeds[len(recorded) :]:
         study.enqueue_trial(dict(allocation))
 
     start = time.monotonic()
-    parameters = distributions(names, space.choices)
-    with phase("search", n_trials) as advance:
-        for number in range(n_trials):
+    with phase("search", n_trials, done=len(recorded)) as advance:
+        for number in range(len(recorded), n_trials):
             late = max_seconds is not None and time.monotonic() - start > max_seconds
             if late or proposer.exhausted(study):
                 break
             trial = study.ask(parameters)
             allocation = Allocation((name, trial.params[name]) for name in names)
             evaluation = evaluate(allocation, origins.get(allocation, "sampler"), trial=number)
-            study.tell(trial, (float(np.log10(max(evaluation.loss, LOSS_FLOOR))), evaluation.cost(column)))
+            study.tell(trial, _values(evaluation, column))
             advance(f"{evaluation.average_bits:.2f} bits: KL {evaluation.loss:.3g}")
     for allocation in uniform:  # also those that the trials did not reach
         evaluate(allocation, "uniform")
     return evaluate.evaluations
 
 
+def _values(evaluation: Evaluation, column: str) -> tuple[float, float]:
+    """What a study is told."""
+    return float(np.log10(max(evaluation.loss, LOSS_FLOOR))), evaluation.cost(column)
+
+
 def check_sampler(sampler: optuna.samplers.BaseSampler, space: SearchSpace, budgets: Sequence[Budget]) -> None:
     """Raise `InputError` where the sampler cannot search this space, or no allocation is within all budgets together."""
-    _within_budgets(sampler, space, np.where(space.allowed, 0.0, np.inf), budgets)
+    if not isinstance(sampler, Proposer):  # which checked it when it was made
+        _within_budgets(sampler, space, np.where(space.allowed, 0.0, np.inf), budgets)
 
 
 def _within_budgets(

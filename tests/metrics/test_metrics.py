@@ -14,6 +14,7 @@ from mpsearch.allocation import Allocation
 from mpsearch.engine import FLOAT
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.metrics.fisher import Fisher
+from mpsearch.metrics.hawq import HAWQ
 from mpsearch.metrics.kl import KL
 from mpsearch.metrics.sqnr import SQNR
 from mpsearch.metrics.task_loss import TaskLoss
@@ -92,7 +93,7 @@ def test_a_group_of_layers_counts_all_of_them(metric, tiny):
     object.__setattr__(together.space, "groups", (both, last))
     together._members = {"both": both.layers, "last": last.layers}
     (value,) = metric.measure(together, [("both", "w2")])
-    if isinstance(metric, Fisher | WeightMSE):
+    if isinstance(metric, Fisher | HAWQ | WeightMSE):
         assert value == pytest.approx(sum(metric.measure(engine, [("first", "w2"), ("second", "w2")])))
     else:
         score = engine.score(Allocation({"first": "w2", "second": "w2"}))
@@ -190,3 +191,18 @@ def test_fisher_predicts_measured_divergence(trained):
     pairs = [(group, "w4") for group in trained.space.names]
     fisher, kl = (np.array(list(metric.measure(trained, pairs))) for metric in (Fisher(), KL()))
     assert 0.05 < np.median(fisher / kl) < 20
+
+
+def test_hawq_finds_the_trace_of_the_hessian(tiny):
+    """Of the last layer it is known: the mean over the samples of sum_c p_c (1 - p_c) |x|^2, whatever the labels are."""
+    engine = tiny.engine(tiny.net(), tiny.task())
+    seen = []
+    hook = engine.model.last.register_forward_hook(lambda module, args, output: seen.append((args[0].detach(), output.detach())))
+    traces = HAWQ(n_probes=100)._traces(engine)
+    hook.remove()
+    x, p = torch.cat([x for x, _ in seen]), torch.cat([logits for _, logits in seen]).softmax(-1)
+    expected = ((p * (1 - p)).sum(1) * x.square().sum(1)).mean().item()
+    assert traces["last"] == pytest.approx(expected, rel=0.1)
+    error = (engine.quantized("last", "w2").dequantize() - engine.model.last.weight.detach()).double().square().sum().item()
+    (value,) = HAWQ().measure(engine, [("last", "w2")])
+    assert value == pytest.approx(0.5 * expected / 30 * error, rel=0.5)

@@ -1,0 +1,62 @@
+"""Hessian trace times weight error: one network-wide second derivative, no forward pass for any scheme.
+
+    sensitivity(layer, scheme) = 1/2 tr(H_layer) / n_layer * ||dW||^2
+
+(Dong et al. 2020, "HAWQ-V2", https://arxiv.org/abs/1911.03852, eq. 9: the average trace; Yao et al. 2021, "HAWQ-V3"). H is the
+Hessian of the mean cross-entropy with respect to the layer's weights, its trace estimated by Hutchinson's method, E[v^T H v] over
+random signs v. Labels are drawn from the model's own prediction, as in `fisher.py`. Runs on the calibration split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpsearch.engine import QuantEngine
+from mpsearch.layer import weight_rows
+from mpsearch.metrics.base import Pair, SensitivityMetric
+
+
+class HAWQ(SensitivityMetric):
+    """Half the average Hessian trace times the squared error of the weights; `n_probes` sign vectors a layer and batch."""
+
+    name = "hawq"
+    unit = "nats"
+
+    def __init__(self, n_probes: int = 4) -> None:
+        self.n_probes = n_probes
+
+    def measure(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[float]:
+        """All traces at once, then pairs one by one."""
+        layers = {group.name: group.layers for group in engine.space.groups}
+        traces = self._traces(engine)
+        for group, scheme in pairs:
+            total = 0.0
+            for layer in layers[group]:
+                weight = weight_rows(engine.model.get_submodule(layer.name)).float().cpu()
+                error = (engine.quantized(layer.name, scheme).dequantize() - weight).double().square().sum().item()
+                total += 0.5 * max(traces[layer.name], 0.0) / weight.numel() * error
+            yield total
+
+    def _traces(self, engine: QuantEngine) -> dict[str, float]:
+        names = [layer.name for layer in engine.space.layers]
+        weights: list[Tensor] = [engine.model.get_submodule(name).weight for name in names]  # type: ignore[misc]
+        generator = torch.Generator().manual_seed(0)
+        sums, n_samples = [0.0] * len(names), 0
+        for inputs, targets in engine.batches("calibration"):
+            with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                logits = engine.task.forward(engine.model, inputs)
+                labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+                slopes = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
+                # One layer at a time: the blocks between layers would drown the trace of a layer that minds little.
+                for i, (weight, slope) in enumerate(zip(weights, slopes, strict=True)):
+                    for _ in range(self.n_probes):
+                        sign = (torch.randint(0, 2, weight.shape, generator=generator) * 2.0 - 1).to(weight)
+                        (curve,) = torch.autograd.grad(slope, weight, sign, retain_graph=True, materialize_grads=True)
+                        sums[i] += (sign * curve).double().sum().item() / self.n_probes
+            n_samples += len(targets)
+        return dict(zip(names, (total / n_samples for total in sums), strict=True))

@@ -1,0 +1,162 @@
+"""Predicts the loss of an allocation from what was measured so far, with an error bar.
+
+A layer's quantization moves the network's output by an error e_g, and near the float model the loss is a quadratic form of their
+sum (LeCun et al. 1990, "Optimal Brain Damage"; Deng et al. 2023, "CLADO", https://arxiv.org/abs/2307.05657, eq. 3):
+
+    L(x) = |sum_g e_g|^2 / 2 = sum_g a_g + sum_{g != h} rho_gh sqrt(a_g a_h),      a_g: the sensitivity of group g in its scheme,
+
+so an allocation is seen as the unit vector of its amplitudes, phi_gs(x) = sqrt(a_gs / A) where g takes s, else 0; A = sum_g a_g.
+In logarithms,
+
+    ln L(x) = ln C (1 - exp(-A / C)) + b + l(ln A) + sum_gs w_gs phi_gs + sum_gs,ht rho_gs,ht phi_gs phi_ht + noise.
+
+The first term is what the sensitivities say, with a link that saturates at the largest loss C that was measured; l is a smooth
+function of the level, for a network that is more (or less) than additive when it is damaged much; w and rho are regularized
+towards none. All are Gaussian, so this is a Gaussian process (Rasmussen and Williams 2006, chapter 2) whose kernel needs inner
+products of the phi only: no matrix over pairs is ever formed, its rank is at most the number of evaluations. How much there is
+of each term is chosen by the evidence (chapter 5), so that interactions are taken up where the measurements ask for them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.optimize import minimize
+
+Floats = NDArray[np.float64]
+Choices = NDArray[np.intp]
+
+LEVEL_WIDTH = 2.0  # nats of ln A over which l changes its course
+SHARED = 0.5  # the part of a group's coefficients that all its schemes have in common
+OFFSET = 10.0  # prior variance of b: a metric in another unit than the loss
+START = np.log([3e-3, 0.05, 0.2, 0.2])  # variances of the noise, of l, w and rho
+WEIGHT = 0.05  # of the log-normal prior on these variances round START; a factor of 20 costs half a nat
+BOUNDS = [(-12.0, 3.0)] + [(-12.0, 5.0)] * 3
+NUGGET = 1e-5
+SMALLEST = 1e-7  # of the largest sensitivity: what counts as none
+
+
+class _Seen(NamedTuple):
+    """What the kernel sees of `n` allocations."""
+
+    level: Floats  # [n] ln A
+    group: NDArray[np.float32]  # [n, n_groups] sqrt(a_g / A)
+    scheme: NDArray[np.float32]  # [n, n_groups * n_choices] the same, where the group takes the scheme
+
+
+class Surrogate:
+    """The model of one search; `fit` it, then `predict`.
+
+    Args:
+        losses: float64 [n_groups, n_choices], the sensitivities, in any unit that adds up; infinite where not allowed.
+    """
+
+    def __init__(self, losses: Floats) -> None:
+        allowed = np.isfinite(losses)
+        top = float(losses[allowed].max(initial=0.0)) or 1.0
+        self.amplitude = np.sqrt(np.where(allowed, np.maximum(losses, SMALLEST * top), top))
+        self.variances = np.exp(START)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.ceiling, self._weights, self._factor = np.inf, np.empty(0), np.empty((0, 0))
+        self._known = self._see(np.empty((0, len(self.amplitude)), dtype=np.intp))
+
+    def additive(self, choices: Choices) -> Floats:
+        """[n] ln of the summed sensitivities of `choices` [n, n_groups]: what a model without measurements would say."""
+        return np.log(np.square(self.amplitude[np.arange(len(self.amplitude)), choices]).sum(1))
+
+    def choose_variances(self, choices: Choices, log_losses: Floats) -> None:
+        """Set the variances by the evidence of these measurements (arguments as `fit`); a few hundred are plenty."""
+        seen, residual = self._see(choices), log_losses - self._mean(choices, float(np.exp(log_losses.max())))
+        parts = self._parts(seen, seen)
+
+        def objective(logs: Floats) -> tuple[float, Floats]:
+            kernel = OFFSET + np.tensordot(np.exp(logs[1:]), parts, 1)
+            kernel[np.diag_indices(len(kernel))] += np.exp(logs[0])
+            factor = cholesky(kernel, lower=True)
+            weights = cho_solve((factor, True), residual)
+            inverse = cho_solve((factor, True), np.eye(len(kernel)))
+            off = logs - START
+            value = 0.5 * residual @ weights + np.log(np.diag(factor)).sum() + WEIGHT * off @ off
+            outer = inverse - np.outer(weights, weights)
+            slopes = np.append(np.trace(outer), (parts * outer).sum((1, 2)))
+            return value, 0.5 * np.exp(logs) * slopes + 2 * WEIGHT * off
+
+        found = minimize(objective, START, jac=True, method="L-BFGS-B", bounds=BOUNDS, options={"maxiter": 30})
+        self.variances = np.exp(found.x)
+
+    def fit(self, choices: Choices, log_losses: Floats) -> None:
+        """Condition on measurements: `choices` intp [n, n_groups], `log_losses` float64 [n], ln of the losses, finite."""
+        if not len(choices):
+            self._forget()
+            return
+        self.ceiling = float(np.exp(log_losses.max()))
+        self._known = self._see(choices)
+        kernel = self._kernel(self._known, self._known)
+        kernel[np.diag_indices(len(kernel))] += self.variances[0]
+        self._factor = cholesky(kernel, lower=True)
+        self._weights = cho_solve((self._factor, True), log_losses - self._mean(choices, self.ceiling))
+
+    def predict(self, choices: Choices) -> tuple[Floats, Floats]:
+        """(mean, standard deviation) [n] of ln loss of `choices` [n, n_groups], the noise of a measurement included."""
+        seen = self._see(choices)
+        kernel = self._kernel(seen, self._known)
+        own = OFFSET + self.variances.sum()  # phi has length 1
+        explained = (
+            np.square(solve_triangular(self._factor, kernel.T, lower=True)).sum(0) if kernel.size else np.zeros(len(choices))
+        )
+        return self._mean(choices, self.ceiling) + kernel @ self._weights, np.sqrt(np.maximum(own - explained, self.variances[0]))
+
+    def table(self, choice: Choices) -> Floats:
+        """[n_groups, n_choices]: what each choice adds to ln loss near the allocation `choice` [n_groups], to first order.
+
+        Sums over groups are comparable among allocations near `choice`: a knapsack of it is the way down from there.
+        """
+        seen = self._see(choice[None])
+        total = np.exp(seen.level[0])
+        _, level, linear, square = self.variances
+        shape = self.amplitude.shape
+        cross = self._inner(seen, self._known)[0]
+        pull = (self._weights * (linear + 2 * square * cross)).astype(np.float32)
+        slope = SHARED * (pull @ self._known.group)[:, None] + (1 - SHARED) * (pull @ self._known.scheme).reshape(shape)
+        share = self.amplitude / np.sqrt(total)
+        away = self._known.level - seen.level[0]
+        steeper = level * float(self._weights @ (np.exp(-0.5 * np.square(away / LEVEL_WIDTH)) * away)) / LEVEL_WIDTH**2
+        along = float(slope[np.arange(len(slope)), choice] @ share[np.arange(len(slope)), choice])
+        # Raising a_g also turns phi away from all the others, hence the half.
+        link = (total / self.ceiling) / np.expm1(min(total / self.ceiling, 50.0)) if np.isfinite(self.ceiling) else 1.0
+        return max(link + steeper - 0.5 * along, 0.1) * share**2 + slope * share
+
+    def _see(self, choices: Choices) -> _Seen:
+        rows = np.arange(len(self.amplitude))
+        amplitude = self.amplitude[rows, choices]
+        total = np.square(amplitude).sum(1)
+        group = (amplitude / np.sqrt(total)[:, None]).astype(np.float32)
+        scheme = np.zeros((len(choices), *self.amplitude.shape), dtype=np.float32)
+        scheme[np.arange(len(choices))[:, None], rows, choices] = group
+        return _Seen(np.log(total), group, scheme.reshape(len(choices), self.amplitude.size))
+
+    def _mean(self, choices: Choices, ceiling: float) -> Floats:
+        additive = self.additive(choices)
+        if not np.isfinite(ceiling):
+            return additive
+        return np.log(ceiling) + np.log(-np.expm1(-np.exp(additive - np.log(ceiling))))
+
+    def _inner(self, a: _Seen, b: _Seen) -> Floats:
+        return (SHARED * (a.group @ b.group.T) + (1 - SHARED) * (a.scheme @ b.scheme.T)).astype(np.float64)
+
+    def _parts(self, a: _Seen, b: _Seen) -> Floats:
+        """[3, n, m]: the kernels of l, w and rho; among the same allocations with the nugget that float32 asks for."""
+        level = np.exp(-0.5 * np.square((a.level[:, None] - b.level) / LEVEL_WIDTH))
+        inner = self._inner(a, b)
+        parts = np.stack([level, inner, inner**2])
+        if a is b:
+            parts[:, np.arange(len(inner)), np.arange(len(inner))] += NUGGET
+        return parts
+
+    def _kernel(self, a: _Seen, b: _Seen) -> Floats:
+        return OFFSET + np.tensordot(self.variances[1:], self._parts(a, b), 1)

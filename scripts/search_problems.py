@@ -1,0 +1,272 @@
+"""The problems of `bench_search.py`: networks small enough to be scored many thousand times, and made-up ones of any size.
+
+Every problem has what the search asks of an engine (`space`, `score`), and keeps what was scored in a file that all samplers
+share: `<cache>/<name>.csv`, one row an allocation, appended before the next is scored. A score is paid once, whoever asks for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpsearch.allocation import Allocation, SearchSpace
+from mpsearch.calibrate import calibrate
+from mpsearch.engine import QuantEngine, load_batches, other_bits
+from mpsearch.evaluation import Score
+from mpsearch.fold import fold_batch_norms
+from mpsearch.layer import LayerGroup, LayerSpec
+from mpsearch.models.base import load_weights
+from mpsearch.models.digits import digits
+from mpsearch.models.resnet import resnet
+from mpsearch.quantizers.clip_search import ClipSearch
+from mpsearch.schemes.integer import Integer
+from mpsearch.tasks.base import Task
+from mpsearch.tasks.cifar10 import Cifar10
+from mpsearch.tasks.digits import Digits
+from mpsearch.trace import trace_layers
+
+DATA = Path(os.environ.get("MPSEARCH_DATA", "../shared/data"))
+COLUMNS = "allocation,loss,quality,seconds"
+
+
+class Problem:
+    """A space and what every allocation in it scores, looked up in the file `<cache>/<name>.csv` where it is known."""
+
+    def __init__(self, name: str, space: SearchSpace, cache: Path) -> None:
+        self.name, self.space, self.file = name, space, cache / f"{name}.csv"
+        cache.mkdir(parents=True, exist_ok=True)
+        self.known: dict[str, tuple[float, float, float]] = {}
+        if self.file.exists():
+            text = self.file.read_text()
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:  # a row that a kill cut short is scored again
+                os.truncate(self.file, len(whole))
+            for row in whole.splitlines()[1:]:
+                code, *values = row.split(",")
+                self.known[code] = tuple(map(float, values))  # type: ignore[assignment]
+        else:
+            self.file.write_text(COLUMNS + "\n")
+        self.seconds = 0.0  # what all that was asked for so far took when it was measured
+        self.spent = 0.0  # what was measured just now
+
+    def measure(self, allocation: Allocation) -> tuple[float, float]:
+        """(loss, quality), really measured."""
+        raise NotImplementedError
+
+    def score(self, allocation: Allocation, split: str = "search") -> Score:
+        """As `QuantEngine.score`, on the search split; of the score the loss and the quality are filled in."""
+        code = self.encode(allocation)
+        if code not in self.known:
+            start = time.perf_counter()
+            loss, quality = self.measure(allocation)
+            self.remember(allocation, loss, quality, time.perf_counter() - start)
+            self.spent += time.perf_counter() - start
+        loss, quality, seconds = self.known[code]
+        self.seconds += seconds
+        return Score(loss, float("nan"), quality, quality, quality, float("nan"), 0, np.empty(0))
+
+    def remember(self, allocation: Allocation, loss: float, quality: float, seconds: float) -> None:
+        """Keep a score, on disk too."""
+        code = self.encode(allocation)
+        self.known[code] = loss, quality, seconds
+        with open(self.file, "a") as stream:
+            stream.write(",".join([code, *(f"{value:.9g}" for value in self.known[code])]) + "\n")
+
+    def encode(self, allocation: Allocation) -> str:
+        """One character a group, "-" where it stays float."""
+        index = {name: i for i, name in enumerate(self.space.scheme_names)}
+        return "".join(np.base_repr(index[allocation[g]], 36) if g in allocation else "-" for g in self.space.names)
+
+
+class Network(Problem):
+    """A trained network, scored by the real engine; the engine is built when the first score is asked for that is not known."""
+
+    def __init__(self, name: str, model: nn.Module, task: Task, bits: tuple[int, ...], groups: Any, cache: Path) -> None:
+        inputs = task.batches("calibration")[0][0]
+        fold_batch_norms(model, task.forward, inputs)
+        self.model, self.task = model, task
+        self.layers = [replace(layer, group=groups(layer.name)) for layer in trace_layers(model, task.forward, inputs)]
+        space = SearchSpace.build(self.layers, {f"w{b}": Integer(b) for b in bits}, (), other_bits(model, self.layers))
+        super().__init__(name, space, cache)
+
+    @cached_property
+    def engine(self) -> QuantEngine:
+        """The real one."""
+        moments = calibrate(self.model, self.task, self.layers, load_batches(self.task, "calibration", "cpu"))
+        return QuantEngine(self.model, self.task, self.space, dict.fromkeys(self.space.schemes, ClipSearch()), moments)
+
+    def measure(self, allocation: Allocation) -> tuple[float, float]:
+        """By the engine."""
+        score = self.engine.score(allocation)
+        self.engine._scores.clear()  # the file remembers
+        return score.loss, score.quality
+
+
+def digits_problem(cache: Path) -> Network:
+    """The digits network, its 10 layers at 2, 3 or 4 bits: 59,049 allocations, 400 search images."""
+    return Network("digits", digits(), Digits(), (2, 3, 4), str, cache)
+
+
+@torch.no_grad()
+def enumerate_digits(problem: Network) -> None:
+    """Score all 59,049 allocations of the digits network, block by block: what stands before a block is run once."""
+    engine, model = problem.engine, problem.model
+    names = problem.space.names
+    parts = [
+        [i for i, name in enumerate(names) if name.startswith(part)] for part in ("stem", "block1", "block2", "block3", "linear")
+    ]
+    runs = [
+        lambda x: F.relu(model.stem_bn(model.stem(x))),
+        model.block1,
+        model.block2,
+        model.block3,
+        lambda x: model.linear(x.mean((2, 3))),
+    ]
+    targets = torch.cat([y for _, y in engine.batches("search")])
+    reference = engine._logits(Allocation(), "search")
+
+    def descend(depth: int, outputs: list[Tensor], chosen: Allocation) -> None:
+        if depth == len(parts):
+            start = time.perf_counter()
+            score = engine._compare(torch.cat(outputs), reference, targets)
+            problem.remember(chosen, score.loss, score.quality, time.perf_counter() - start)
+            return
+        for schemes in itertools.product(problem.space.scheme_names, repeat=len(parts[depth])):
+            here = Allocation({names[i]: scheme for i, scheme in zip(parts[depth], schemes, strict=True)})
+            with engine.applied(here):
+                after = [runs[depth](x) for x in outputs]
+            descend(depth + 1, after, Allocation({**chosen, **here}))
+
+    descend(0, [x for x, _ in engine.batches("search")], Allocation())
+
+
+def resnet20_problem(cache: Path) -> Network:
+    """ResNet-20 on CIFAR-10, 20 layers at 2, 3, 4, 5, 6 or 8 bits; 250 search images from the training set."""
+    folder = DATA / "cifar10"
+    task = Cifar10(str(folder), n_calibration=1000, n_search=250)
+    return Network("resnet20", resnet(20, folder / "resnet20.safetensors"), task, (2, 3, 4, 5, 6, 8), str, cache)
+
+
+def stories_problem(cache: Path) -> Network:
+    """A Llama of 5 blocks on TinyStories; q/k/v and gate/up share a scheme: 21 groups at 2, 3, 4, 5, 6 or 8 bits."""
+    folder = DATA / "stories260k"
+
+    def group(name: str) -> str:
+        for members, together in (("wq wk wv", "wqkv"), ("w1 w3", "w13")):
+            head, _, last = name.rpartition(".")
+            if last in members.split():
+                return f"{head}.{together}"
+        return name
+
+    model = load_weights(Llama(), folder / "model.safetensors", ignore="output.")
+    return Network("stories260k", model, Stories(folder / "tokens_dev.npz"), (2, 3, 4, 5, 6, 8), group, cache)
+
+
+class Stories(Task):
+    """Next-token prediction: windows of 128 tokens from the stories; every position is a sample."""
+
+    quality_name = "next_token_accuracy"
+
+    def __init__(self, file: Path, window: int = 128) -> None:
+        tokens = torch.from_numpy(np.load(file)["tokens"].astype(np.int64))
+        self.parts = {}
+        for split, first, n in (("calibration", 0, 32), ("search", 400, 8), ("confirm", 800, 128)):
+            x = tokens[first * window : (first + n) * window].view(n, window)
+            y = tokens[first * window + 1 : (first + n) * window + 1].view(n, window)
+            self.parts[split] = [(a, b.flatten()) for a, b in zip(x.split(32), y.split(32), strict=True)]
+
+    def batches(self, split: str) -> list[tuple[Tensor, Tensor]]:
+        """Token ids [windows, 128] and the ids that follow [windows * 128]."""
+        return self.parts[split]
+
+    def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """[windows * 128, 512]."""
+        return model(inputs).flatten(0, 1)
+
+
+class Llama(nn.Module):
+    """stories260K (Llama 2 in small): 5 blocks of 64 features, 8 query and 4 key/value heads, tied embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tok_embeddings = nn.Embedding(512, 64)
+        self.layers = nn.ModuleList(LlamaBlock() for _ in range(5))
+        self.norm = nn.RMSNorm(64, eps=1e-5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Ids [n, length] -> logits [n, length, 512]."""
+        length = tokens.shape[1]
+        angle = torch.arange(length)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
+        turn = torch.polar(torch.ones_like(angle), angle)
+        x = self.tok_embeddings(tokens)
+        for layer in self.layers:
+            x = layer(x, turn)
+        return F.linear(self.norm(x), self.tok_embeddings.weight)
+
+
+class LlamaBlock(nn.Module):
+    """Attention with rotary positions on interleaved pairs, then SwiGLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"wq": 64, "wk": 32, "wv": 32, "wo": 64}
+        self.attention = nn.ModuleDict({name: nn.Linear(64, size, bias=False) for name, size in sizes.items()})
+        shapes = {"w1": (64, 172), "w2": (172, 64), "w3": (64, 172)}
+        self.feed_forward = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(64, eps=1e-5), nn.RMSNorm(64, eps=1e-5)
+
+    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
+        """[n, length, 64]."""
+        y = self.attention_norm(x)
+        q, k, v = (self.attention[name](y).unflatten(-1, (-1, 8)).transpose(1, 2) for name in ("wq", "wk", "wv"))
+        q, k = (
+            torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (4, 2)).contiguous()) * turn).flatten(-2) for t in (q, k)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.attention["wo"](mixed.transpose(1, 2).flatten(2))
+        y = self.ffn_norm(x)
+        up = F.silu(self.feed_forward["w1"](y)) * self.feed_forward["w3"](y)
+        return x + self.feed_forward["w2"](up)
+
+
+class Synthetic(Problem):
+    """`n` groups that interact in a known way, 2 to 8 bits, sizes spread over two decades.
+
+    Every group's error is a vector: its amplitude halves with every bit, its direction is fixed. Errors add up as vectors in 32
+    features that neighbours share, so that they reinforce or cancel one another; the loss is half their squared length, amplified
+    where early and late errors meet, and saturates at log(1000):  loss = C (1 - exp(-q (1 + 0.3 q) / C)),  q = |sum_g e_g|^2 / 2.
+    """
+
+    def __init__(self, n: int, seed: int = 0, bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)) -> None:
+        rng = np.random.default_rng(seed)
+        numel = np.maximum(64, 10 ** rng.uniform(2.5, 4.5, n)).astype(int)
+        layers = [LayerSpec(f"g{i}", "linear", (64, int(k) // 64 + 1), int(k), f"g{i}", (f"g{i}",)) for i, k in enumerate(numel)]
+        groups = tuple(LayerGroup(layer.name, (layer,)) for layer in layers)
+        schemes = {f"w{b}": Integer(b) for b in bits}
+        space = SearchSpace(groups, schemes, tuple(tuple(schemes) for _ in groups), 0)
+        self.name, self.space, self.seconds, self.spent = f"synthetic{n}", space, 0.0, 0.0
+        self._rows = {name: i for i, name in enumerate(space.names)}
+        walk = np.cumsum(rng.normal(size=(n, 32)), axis=0) * 0.3 + rng.normal(size=(n, 32))
+        self.directions = walk / np.linalg.norm(walk, axis=1)[:, None] * rng.choice([1, -1], size=(n, 1))
+        scale = np.exp(rng.normal(0, 1, n)) * (numel / numel.mean()) ** 0.25 * 3 / np.sqrt(n)
+        self.amplitudes = scale[:, None] * 2.0 ** -(np.array(bits) - 2) * np.exp(rng.normal(0, 0.15, (n, len(bits))))
+
+    def score(self, allocation: Allocation, split: str = "search") -> Score:
+        """By the formula; the quality is exp(-loss). Nothing is kept: it is quicker than a file."""
+        index = {name: i for i, name in enumerate(self.space.scheme_names)}
+        rows = [self._rows[group] for group in allocation]
+        chosen = self.amplitudes[rows, [index[scheme] for scheme in allocation.values()]]
+        error = chosen @ self.directions[rows] if rows else np.zeros(32)
+        q, top = 0.5 * float(error @ error), np.log(1000)
+        loss = float(top * -np.expm1(-q * (1 + 0.3 * q) / top))
+        return Score(loss, float("nan"), np.exp(-loss), np.exp(-loss), np.exp(-loss), float("nan"), 0, np.empty(0))

@@ -1,0 +1,142 @@
+"""The surrogate (mpsearch/surrogate.py) on losses whose interactions are known."""
+
+import numpy as np
+import pytest
+from scipy.stats import kendalltau
+
+from mpsearch.surrogate import Surrogate
+
+N_GROUPS, BITS = 24, np.array([2, 3, 4, 6, 8])
+
+
+def made_up(pairs=(), ceiling=np.inf, seed=0):
+    """(sensitivities, loss of choices [n, n_groups]): |sum of errors|^2 with correlations `pairs` {(g, h): rho}, saturating."""
+    rng = np.random.default_rng(seed)
+    amplitude = np.exp(rng.normal(-2, 0.7, N_GROUPS))[:, None] * 2.0 ** -(BITS - 2.0)
+
+    def loss(choices):
+        chosen = amplitude[np.arange(N_GROUPS), choices]
+        total = np.square(chosen).sum(1)
+        for (g, h), rho in dict(pairs).items():
+            total = total + 2 * rho * chosen[:, g] * chosen[:, h]
+        return -ceiling * np.expm1(-total / ceiling) if np.isfinite(ceiling) else total
+
+    return amplitude**2, loss
+
+
+def choices_of(n, seed):
+    """Mixed allocations that lean to few or to many bits."""
+    rng = np.random.default_rng(seed)
+    lean = rng.uniform(-1.5, 1.5, (n, 1, 1)) * np.arange(len(BITS))
+    return (rng.gumbel(size=(n, N_GROUPS, len(BITS))) + lean).argmax(2)
+
+
+def fitted(losses, truth, n=300, seed=1):
+    surrogate, choices = Surrogate(losses), choices_of(n, seed)
+    surrogate.choose_variances(choices, np.log(truth(choices)))
+    surrogate.fit(choices, np.log(truth(choices)))
+    return surrogate
+
+
+def rms(values):
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+STRONG = {(0, 1): 0.95, (2, 3): -0.9, (4, 9): 0.9, (5, 6): -0.9, (7, 8): 0.9, (10, 11): 0.95}
+
+
+def held_out_errors(surrogate, truth):
+    """(of the additive model, of the surrogate) in log loss, on allocations that it was not fitted to."""
+    choices = choices_of(300, 2)
+    truth = np.log(truth(choices))
+    return surrogate.additive(choices) - truth, surrogate.predict(choices)[0] - truth
+
+
+def test_without_measurements_it_is_the_additive_model():
+    losses, _ = made_up()
+    surrogate, choices = Surrogate(losses), choices_of(20, 0)
+    mean, deviation = surrogate.predict(choices)
+    np.testing.assert_allclose(mean, np.log(losses[np.arange(N_GROUPS), choices].sum(1)))
+    assert (deviation > 1).all()
+    table = surrogate.table(choices[0])
+    np.testing.assert_allclose(table, losses / losses[np.arange(N_GROUPS), choices[0]].sum())
+
+
+def test_it_learns_interactions_that_the_additive_model_cannot_see():
+    losses, truth = made_up(STRONG)
+    additive, learned = held_out_errors(fitted(losses, truth), truth)
+    assert rms(additive) > 0.1
+    assert rms(learned) < 0.6 * rms(additive)
+
+
+def test_more_measurements_teach_more():
+    losses, truth = made_up(STRONG)
+    errors = [rms(held_out_errors(fitted(losses, truth, n), truth)[1]) for n in (25, 100, 400)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+def test_the_evidence_takes_up_no_interactions_where_there_are_none():
+    losses, truth = made_up()
+    plain, bound = fitted(losses, truth), fitted(losses, made_up(STRONG)[1])
+    assert plain.variances[3] < 0.1 * bound.variances[3]
+    _, learned = held_out_errors(plain, truth)
+    assert rms(learned) < 0.01
+
+
+def test_the_link_saturates():
+    losses, truth = made_up(ceiling=0.3)
+    additive, learned = held_out_errors(fitted(losses, truth, 40), truth)
+    assert rms(additive) > 0.3
+    assert rms(learned) < 0.1 * rms(additive)
+
+
+def test_a_metric_of_another_unit_is_as_good():
+    losses, truth = made_up(STRONG)
+    one, other = (fitted(scale * losses, truth) for scale in (1.0, 1e4))
+    errors = [rms(held_out_errors(s, truth)[1]) for s in (one, other)]
+    assert errors[1] < 1.2 * errors[0]
+
+
+def test_its_error_bars_are_honest():
+    losses, truth = made_up(STRONG)
+    surrogate, choices = fitted(losses, truth), choices_of(300, 2)
+    mean, deviation = surrogate.predict(choices)
+    assert 0.5 < rms((mean - np.log(truth(choices))) / deviation) < 2
+    known = choices_of(300, 1)
+    assert np.median(surrogate.predict(known)[1]) < np.median(deviation)
+
+
+def test_its_table_ranks_the_moves_of_one_group_better_than_the_sensitivities():
+    losses, truth = made_up(STRONG)
+    surrogate = fitted(losses, truth)
+    rows, taus = np.arange(N_GROUPS), []
+    for center in choices_of(8, 3):
+        moves = np.repeat(center[None], N_GROUPS, axis=0)
+        moves[rows, rows] = np.where(center > 0, center - 1, 1)
+        measured = np.log(truth(moves)) - np.log(truth(center[None]))
+        tables = (surrogate.table(center), losses)
+        taus.append([kendalltau(t[rows, moves[rows, rows]] - t[rows, center], measured).statistic for t in tables])
+    learned, additive = np.mean(taus, axis=0)
+    assert learned > additive + 0.1
+    assert learned > 0.75
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_few_measurements_and_choices_that_are_not_allowed(n):
+    losses, truth = made_up()
+    choices = np.maximum(choices_of(n, 5), 1)
+    losses = losses.copy()
+    losses[:, 0] = np.inf
+    surrogate = Surrogate(losses)
+    surrogate.choose_variances(choices, np.log(truth(choices)))
+    surrogate.fit(choices, np.log(truth(choices)))
+    mean, deviation = surrogate.predict(choices)
+    assert np.isfinite(mean).all()
+    assert np.isfinite(deviation).all()
+    assert np.isfinite(surrogate.table(choices[0])).all()
+
+
+def test_sensitivities_of_zero_do_no_harm():
+    surrogate = Surrogate(np.zeros((4, 2)))
+    surrogate.fit(np.array([[0, 0, 0, 0], [1, 0, 1, 0]]), np.array([-3.0, -4.0]))
+    assert np.isfinite(surrogate.predict(np.array([[1, 1, 1, 1]]))[0]).all()
