@@ -168,7 +168,7 @@ def _ring(axes: Axes, x: pd.Series, y: pd.Series) -> None:
 def _axis(objective: str, largest: float) -> tuple[float, str]:
     """Divide by; label."""
     if objective != "size_bytes":
-        return 1.0, {"latency_ms": "predicted milliseconds of a forward pass"}.get(objective, objective)
+        return 1.0, {"latency_ms": "predicted milliseconds of a forward pass"}.get(objective, objective.replace("_", " "))
     scale, unit = (1e3, "kB") if largest < 1e6 else (1e6, "MB")
     return scale, f"size of all parameters and buffers as stored ({unit})"
 

@@ -325,7 +325,8 @@ def _limits(result: SearchResult) -> Mapping[str, float]:
 
 
 def _unit(result: SearchResult) -> str:
-    return {"size_bytes": "bytes", "latency_ms": "milliseconds (predicted)"}.get(result.objective, result.objective)
+    known = {"size_bytes": "bytes", "latency_ms": "milliseconds (predicted)"}
+    return known.get(result.objective, result.objective.replace("_", " "))
 
 
 def _read_confirm(folder: Path) -> pd.DataFrame | None:

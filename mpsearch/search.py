@@ -235,7 +235,7 @@ def knapsack_seeds(
     limit = np.inf
     # A budget on the objective (in whichever unit) moves the upper end, so that all seeds fall on this side of it.
     for budget in budgets:
-        scale = (budget.table.values / values).max()
+        scale = budget.table.values.sum() / values.sum()  # not entry by entry: what costs nothing is 0 in both
         if np.allclose(budget.table.values, scale * values, atol=0):
             limit = min(limit, budget.room / scale)
     found = front(losses, values, n, limit)

@@ -19,6 +19,8 @@ from mpsearch.trace import trace_layers
 class Halved(QuantScheme):
     """A scheme that is not on our shelf: float16 of half the weight."""
 
+    weight_bits = 16
+
     def storage_bits(self, shape):
         return 16 * torch.Size(shape).numel()
 

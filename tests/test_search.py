@@ -10,6 +10,8 @@ import pytest
 from mpsearch.allocation import Allocation
 from mpsearch.budget import Budget, read_budgets
 from mpsearch.costs.base import CostTable
+from mpsearch.costs.bit_operations import BitOperations
+from mpsearch.costs.millijoules import Millijoules
 from mpsearch.costs.size import AverageBits, Bytes, Fraction
 from mpsearch.errors import InputError
 from mpsearch.metrics.kl import KL
@@ -20,6 +22,7 @@ from mpsearch.search import Evaluator, compact, knapsack_seeds, search
 from mpsearch.sensitivity import measure_sensitivity
 
 COSTS = {"bytes": Bytes(), "bits": AverageBits(), "fraction": Fraction()}
+WORK = {"bit_operations": BitOperations(), "millijoules": Millijoules()}
 SAMPLERS = {
     "nsga2": lambda seed: seeded(lambda seed: optuna.samplers.NSGAIISampler(population_size=4, seed=seed), seed),
     "tpe": lambda seed: seeded(lambda seed: optuna.samplers.TPESampler(multivariate=True, n_startup_trials=3, seed=seed), seed),
@@ -41,7 +44,7 @@ def table(engine):
 
 def run(engine, table, sampler="nsga2", *, n_trials=15, n_seeds=4, seed=0, known=(), limits=None, max_seconds=None):
     """The evaluator after a search; `budgets` from `limits`."""
-    budgets = read_budgets(limits or {}, COSTS, engine.space)
+    budgets = read_budgets(limits or {}, COSTS | WORK, engine.space)
     evaluate = Evaluator(engine, budgets, known=known)
     search(evaluate, table, SAMPLERS[sampler](seed), n_trials=n_trials, n_seeds=n_seeds, max_seconds=max_seconds)
     return evaluate
@@ -166,7 +169,7 @@ def test_the_same_seed_gives_the_same_trials(engine, table, sampler):
 def test_a_killed_run_goes_on_wherever_it_stopped(engine, table, sampler, limits):
     """With the first k rows known, for every k: the same rows follow, each of the missing ones recorded exactly once."""
     whole = run(engine, table, sampler, limits=limits, seed=2).evaluations
-    budgets = read_budgets(limits or {}, COSTS, engine.space)
+    budgets = read_budgets(limits or {}, COSTS | WORK, engine.space)
     for k in range(len(whole) + 1):
         recorded = []
         evaluate = Evaluator(engine, budgets, recorded.append, known=whole[:k])
@@ -261,3 +264,29 @@ def test_compact_tables_hold_what_each_group_may_take(tiny):
     space = tiny.engine(tiny.net(), tiny.task(), pin=["second:w8|w2", "last:w4"]).space
     values = np.arange(9.0).reshape(3, 3)
     assert compact(space, values).tolist() == [[0, 1, 2], [3, 5, np.inf], [7, np.inf, np.inf]]
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "random"])
+def test_several_budgets_hold_together(engine, table, sampler):
+    space = engine.space
+    middle = space.choice(space.uniform("w4"))
+    limits = {name: (COSTS | WORK)[name].table(space).of(middle) for name in ("bytes", "millijoules")}
+    limits["bit_operations"] = 0.9 * WORK["bit_operations"].table(space).of(middle)
+    found = run(engine, table, sampler, n_trials=12, limits=limits)
+    asked = trials(found.evaluations)
+    assert len(asked) > 3
+    for e in asked:
+        assert e.feasible
+        for name, limit in limits.items():
+            assert (COSTS | WORK)[name].table(space).of(space.choice(e.allocation)) <= limit * (1 + 1e-9)
+    assert not next(e for e in found.evaluations if e.allocation == space.uniform("w4")).feasible
+
+
+def test_a_front_of_work_where_a_layer_has_none(engine, table):
+    """As an embedding: it costs nothing on the axis of the objective, whatever its scheme."""
+    space = engine.space
+    values = BitOperations().table(space).values.copy()
+    values[0] = 0
+    seeds = knapsack_seeds(space, table.losses(), [Budget(CostTable("work", "work", values, 0.0), values[:, 1].sum())], 9, values)
+    assert seeds
+    assert all(values[range(len(values)), space.choice(a)].sum() <= values[:, 1].sum() for a in seeds)

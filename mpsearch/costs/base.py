@@ -6,7 +6,7 @@ A cost that adds up can be budgeted, solved for and repaired without running any
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +14,8 @@ import numpy as np
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.errors import InputError
+from mpsearch.layer import LayerSpec
+from mpsearch.schemes.base import QuantScheme
 
 
 @dataclass(frozen=True)
@@ -46,3 +48,9 @@ class Cost(ABC):
             return float(text)
         except (TypeError, ValueError):
             raise InputError(f"budget.{self.name} is a number; '{text}' came.") from None
+
+
+def per_layer(space: SearchSpace, of: Callable[[LayerSpec, QuantScheme], float]) -> np.ndarray:
+    """float64 `[n_groups, n_schemes]`: what `of` says of each layer in each scheme, summed over the layers of a group."""
+    values = [[sum(of(layer, s) for layer in group.layers) for s in space.schemes.values()] for group in space.groups]
+    return np.array(values, dtype=np.float64).reshape(len(space.groups), len(space.schemes))

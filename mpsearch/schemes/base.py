@@ -32,6 +32,16 @@ class QuantScheme(ABC):
         """How the layer's input is quantized before the product; `None`: it stays float."""
         return None
 
+    @property
+    @abstractmethod
+    def weight_bits(self) -> int:
+        """Bits of one weight as a product reads it, without scales and padding: 4 for w4, 16 for fp16."""
+
+    @property
+    def input_bits(self) -> int:
+        """Bits of one value of the layer's input as a product reads it: those of its format, 32 where it stays float."""
+        return 32 if self.input_format is None else self.input_format.bits
+
     @abstractmethod
     def storage_bits(self, shape: tuple[int, ...]) -> int:
         """Bits of a weight of `shape` (output channels first) as stored: codes, scales, zero points, padding to bytes."""

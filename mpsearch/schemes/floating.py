@@ -26,9 +26,14 @@ class Float(QuantScheme):
         if self.format not in FORMATS:
             raise InputError(f"A float scheme's format is one of {', '.join(FORMATS)}; {self.format!r} came.")
 
+    @property
+    def weight_bits(self) -> int:
+        """The format's bits."""
+        return 8 * FORMATS[self.format].itemsize
+
     def storage_bits(self, shape: tuple[int, ...]) -> int:
         """The format's bits for each weight."""
-        return 8 * FORMATS[self.format].itemsize * math.prod(shape)
+        return self.weight_bits * math.prod(shape)
 
     def quantize(
         self,

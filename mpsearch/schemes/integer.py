@@ -71,6 +71,11 @@ class Integer(QuantScheme):
         return codes + n_groups * each + (32 if self.has_static_input else 0)
 
     @property
+    def weight_bits(self) -> int:
+        """`bits`."""
+        return self.bits
+
+    @property
     def input_format(self) -> IntegerInput | None:
         """`input`."""
         return self.input

@@ -23,7 +23,7 @@ SCHEMES = {"w1": Integer(1), "w3g4": Integer(3, 4, symmetric=False), "fp16": Flo
 
 @pytest.fixture
 def space():
-    layers = [LayerSpec(f"layer{i}", "linear", shape, 0, f"layer{i}", (f"layer{i}",)) for i, shape in enumerate(SHAPES)]
+    layers = [LayerSpec(f"layer{i}", "linear", shape, 10, f"layer{i}", (f"layer{i}",)) for i, shape in enumerate(SHAPES)]
     return SearchSpace.build(layers, SCHEMES, other_bits=8 * 333)
 
 
@@ -64,7 +64,10 @@ def test_one_size_in_three_units(space):
         (2, 2, 2): 16 * weights,
         (0, 1, 2): (8 * 27 + 16 * 8) + (8 * 14 + 24 * 10) + 16 * 13,
     }
-    costs = {path.stem: instantiate(OmegaConf.load(path).cost[path.stem]).table(space) for path in CONF.glob("[bf]*.yaml")}
+    costs = {
+        path.stem: instantiate(OmegaConf.load(path).cost[path.stem]).table(space)
+        for path in map(CONF.joinpath, ("bytes.yaml", "bits.yaml", "fraction.yaml"))
+    }
     for choice, expected in bits.items():
         assert costs["bytes"].of(choice) == expected / 8 + 333
         assert costs["bits"].of(choice) == pytest.approx(expected / weights)
