@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
+import re
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ import numpy as np
 
 from mpsearch.errors import InputError, did_you_mean
 from mpsearch.layer import LayerGroup, LayerSpec
+from mpsearch.runtimes.base import Runtime
 from mpsearch.schemes.base import QuantScheme
 
 ALPHABET = string.digits + string.ascii_letters
@@ -68,9 +70,18 @@ class SearchSpace:
 
     @classmethod
     def build(
-        cls, layers: Sequence[LayerSpec], schemes: Mapping[str, QuantScheme], pin: Sequence[str] = (), other_bits: int = 0
+        cls,
+        layers: Sequence[LayerSpec],
+        schemes: Mapping[str, QuantScheme],
+        pin: Sequence[str] = (),
+        other_bits: int = 0,
+        runtime: Runtime | None = None,
     ) -> SearchSpace:
-        """Group `layers` by their `group`; `pin` narrows choices: "layer3.*:w4|w8", later pins win, no match is an error."""
+        """Group `layers` by their `group`; a group may take what all of its layers may.
+
+        `pin` narrows choices: "layer3.*:w4|w8", or "layer3.*:>=4" for all schemes of at least so many bits; later pins win,
+        no match is an error. What `runtime` cannot run is left out (`None`: all runs); a scheme that no layer may take, altogether.
+        """
         if not schemes:
             raise InputError("No scheme to choose from came. Name at least one: 'scheme=[w4,w8]'.")
         if len(schemes) > len(ALPHABET):
@@ -79,16 +90,22 @@ class SearchSpace:
         for layer in layers:
             members.setdefault(layer.group, []).append(layer)
         groups = tuple(LayerGroup(name, tuple(group)) for name, group in members.items())
-        choices = {group.name: tuple(schemes) for group in groups}
+        pinned = {layer.name: (tuple(schemes), "") for layer in layers}
         for text in pin:
             pattern, names = _parse_pin(text, schemes)
-            matched = [g.name for g in groups if any(fnmatch.fnmatchcase(n, pattern) for n in (g.name, *_names(g)))]
+            matched = [
+                layer.name
+                for g in groups
+                for layer in g.layers
+                if _matches(pattern, g.name) or any(_matches(pattern, m) for m in layer.modules)
+            ]
             if not matched:
-                raise InputError(
-                    f"The pin '{text}' matches no layer.{did_you_mean(pattern, [n for g in groups for n in _names(g)])}"
-                )
-            choices.update(dict.fromkeys(matched, names))
-        return cls(groups, dict(schemes), tuple(choices.values()), other_bits)
+                known = [name for layer in layers for name in layer.modules]
+                raise InputError(f"The pin '{text}' matches no layer.{did_you_mean(pattern, known)}")
+            pinned.update(dict.fromkeys(matched, (names, text)))
+        choices = tuple(_choices(group, schemes, pinned, runtime) for group in groups)
+        used = {name for names in choices for name in names}
+        return cls(groups, {name: s for name, s in schemes.items() if name in used}, choices, other_bits)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -172,15 +189,46 @@ class SearchSpace:
         }
 
 
-def _names(group: LayerGroup) -> tuple[str, ...]:
-    return tuple(name for layer in group.layers for name in layer.modules)
+def _matches(pattern: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def _choices(
+    group: LayerGroup,
+    schemes: Mapping[str, QuantScheme],
+    pinned: Mapping[str, tuple[tuple[str, ...], str]],
+    runtime: Runtime | None,
+) -> tuple[str, ...]:
+    """What the pins leave to all layers of the group, and the runtime runs."""
+    pins = {pinned[layer.name] for layer in group.layers}
+    left = tuple(name for name in schemes if all(name in names for names, _ in pins))
+    if not left:
+        said = " and ".join(f"'{text}'" for text in sorted(text for _, text in pins if text))
+        raise InputError(
+            f"The layers of '{group.name}' share a scheme, but the pins {said} leave them none in common. Pin them alike."
+        )
+    if runtime is None:
+        return left
+    run = tuple(name for name in left if all(runtime.runs(layer, schemes[name]) for layer in group.layers))
+    if not run:
+        layer = next(la for la in group.layers if not all(runtime.runs(la, schemes[name]) for name in left))
+        raise InputError(
+            f"{runtime.name} is not known to run layer '{layer.name}' ({layer.kind}, {'x'.join(map(str, layer.shape))}) in "
+            f"any of {', '.join(left)}; it runs {runtime.what}. Add such a scheme, or fp32, which leaves a layer float."
+        )
+    return run
 
 
 def _parse_pin(text: str, schemes: Mapping[str, QuantScheme]) -> tuple[str, tuple[str, ...]]:
     pattern, colon, names = text.rpartition(":")
+    if least := re.fullmatch(r">=\s*([0-9]+)", names.strip()):
+        wide = tuple(name for name, scheme in schemes.items() if scheme.weight_bits >= int(least[1]))
+        if not wide:
+            raise InputError(f"The pin '{text}' asks for {least[1]} bits or more, which none of {', '.join(schemes)} has.")
+        return pattern, wide
     chosen = tuple(name for name in names.split("|") if name)
     if not colon or not pattern or not chosen:
-        raise InputError(f"A pin reads 'pattern:scheme' or 'pattern:scheme|scheme'; '{text}' came.")
+        raise InputError(f"A pin reads 'pattern:scheme', 'pattern:scheme|scheme' or 'pattern:>=bits'; '{text}' came.")
     for name in chosen:
         if name not in schemes:
             raise InputError(f"The pin '{text}' names a scheme '{name}' that is not searched.{did_you_mean(name, schemes)}")

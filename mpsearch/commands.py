@@ -28,6 +28,7 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.exporters.base import Picked
 from mpsearch.fold import fold_batch_norms
+from mpsearch.group import share
 from mpsearch.hardware import facts, first_samples, measure_latency, self_test
 from mpsearch.layer import check_finite, weights_sha256
 from mpsearch.metrics.base import SensitivityMetric
@@ -35,6 +36,8 @@ from mpsearch.pick import pick
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.report import SUMMARY_HEADER, draw_latency, draw_sensitivity, summary_rows, write_report
 from mpsearch.result import SCORED, RunFolder, SearchResult, evaluation_row
+from mpsearch.runtimes.base import Runtime
+from mpsearch.runtimes.native import Native
 from mpsearch.samplers.base import complete
 from mpsearch.search import Evaluator, check_sampler
 from mpsearch.search import search as run_search
@@ -127,8 +130,13 @@ def prepare(settings: Settings, build: Build) -> Prepared:
     _check_qualities(qualities, len(logits))
     _check_targets(task, logits.shape[1])
     folds = fold_batch_norms(model, task.forward, inputs) if settings["fold_batch_norms"] else ()
-    layers = trace_layers(model, task.forward, inputs)
-    space = SearchSpace.build(layers, schemes, settings.get("pin") or (), other_bits(model, layers))
+    runtime: Runtime = build("runtime") if settings.get("runtime") else Native()
+    layers = share(trace_layers(model, task.forward, inputs), runtime.shared, required=False)
+    layers = share(layers, settings.get("share") or ())
+    space = SearchSpace.build(layers, schemes, settings.get("pin") or (), other_bits(model, layers), runtime)
+    if dropped := [name for name in schemes if name not in space.schemes]:
+        print(f"not searched, as no layer may take it: {', '.join(dropped)}")
+    quantizers = {name: quantizers[name] for name in space.schemes}
     return Prepared(model, task, space, quantizers, sha256, tuple(folds), calibration)
 
 

@@ -263,6 +263,7 @@ def read_space(
         if schemes is None:
             saved = {name: {k: v for k, v in fields.items() if k != "code"} for name, fields in data["schemes"].items()}
             schemes = {name: scheme_from_fields(fields) for name, fields in saved.items()}
+        schemes = {name: schemes[name] for name in data["schemes"]}  # a runtime may have left some out
         groups = tuple(
             LayerGroup(
                 g["name"],

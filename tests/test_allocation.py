@@ -55,6 +55,16 @@ def test_a_pin_narrows_what_it_matches():
     assert choices([]) == dict.fromkeys((la.name for la in LAYERS), W)
 
 
+def test_a_pin_may_ask_for_bits():
+    assert choices(["layer1.*:>=4", "head:>= 8"]) == {
+        "stem": W,
+        "layer1.conv1": ("w4", "w8"),
+        "layer1.conv2": ("w4", "w8"),
+        "layer2.conv1": W,
+        "head": ("w8",),
+    }
+
+
 def test_later_pins_win():
     pinned = choices(["*:w8", "layer1.*:w4", "layer1.conv2:w2|w4"])
     assert list(pinned.values()) == [("w8",), ("w4",), ("w2", "w4"), ("w8",), ("w8",)]
@@ -74,6 +84,8 @@ def test_a_pin_finds_groups_and_every_owner_of_a_tied_weight():
         ("layer1.conv3:w8", r"'layer1.conv3:w8' matches no layer. Did you mean 'layer1.conv2' or"),
         ("stem:w9", r"names a scheme 'w9' that is not searched. Did you mean"),
         ("stem:fp16", r"names a scheme 'fp16' that is not searched. There is: w2, w4, w8"),
+        ("stem:>=9", r"'stem:>=9' asks for 9 bits or more, which none of w2, w4, w8 has"),
+        ("stem:>=x", r"names a scheme '>=x' that is not searched"),
         ("stem", "A pin reads 'pattern:scheme'"),
         ("stem:", "A pin reads 'pattern:scheme'"),
         (":w8", "A pin reads 'pattern:scheme'"),

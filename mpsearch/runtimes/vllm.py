@@ -1,0 +1,40 @@
+"""vLLM, by way of compressed-tensors.
+
+Weights alone, 4 or 8 bits: `CompressedTensorsWNA16` (`WNA16_SUPPORTED_BITS`), a scale a row or for 32, 64 or 128 weights of a
+row (`MARLIN_SUPPORTED_GROUP_SIZES`); releases that name more widths exist, which kernels run them is not known. Inputs of 8
+bits: `CompressedTensorsW8A8Int8`, symmetric 8-bit weights with a scale a row or a tensor. It runs q, k and v as one matrix,
+gate and up as another, and the experts of a block in one kernel: fused layers in different schemes do not load
+(vllm-project/vllm issues 7086 and 41457, intel/auto-round issue 2174).
+"""
+
+from __future__ import annotations
+
+from mpsearch.layer import LayerSpec
+from mpsearch.runtimes.base import Runtime, whole_groups
+from mpsearch.schemes.base import QuantScheme
+from mpsearch.schemes.floating import Float
+from mpsearch.schemes.integer import Integer
+
+
+class VLLM(Runtime):
+    """vLLM on a GPU."""
+
+    name = "vllm"
+    what = (
+        "Linear layers at 4 or 8 bits, symmetric with a scale a row or in whole groups of 32, 64 or 128, or "
+        "at 8 bits with 8-bit inputs"
+    )
+    shared = ("*.q_proj|*.k_proj|*.v_proj", "*.gate_proj|*.up_proj", "*.experts.**")
+
+    def runs(self, layer: LayerSpec, scheme: QuantScheme) -> bool:
+        """Linear layers: 4 or 8 bits a row or in whole groups of 32, 64 or 128; or 8 bits with 8-bit inputs."""
+        if isinstance(scheme, Float):
+            return True
+        if not isinstance(scheme, Integer) or layer.kind != "linear":
+            return False
+        if scheme.input is not None:
+            weight = scheme.bits == 8 and scheme.symmetric and scheme.group_size in ("channel", "tensor")
+            return weight and scheme.input.bits == 8
+        if scheme.group_size == "channel":
+            return scheme.bits in (4, 8) and scheme.symmetric
+        return scheme.bits in (4, 8) and scheme.group_size in (32, 64, 128) and whole_groups(layer, int(scheme.group_size))
