@@ -80,7 +80,7 @@ class SearchSpace:
         """Group `layers` by their `group`; a group may take what all of its layers may.
 
         `pin` narrows choices: "layer3.*:w4|w8", or "layer3.*:>=4" for all schemes of at least so many bits; later pins win,
-        no match is an error. What `runtime` cannot run is left out (`None`: all runs); a scheme that no layer may take, altogether.
+        no match is an error. Left out: what `runtime` cannot run (`None`: all runs), and schemes that no layer may take.
         """
         if not schemes:
             raise InputError("No scheme to choose from came. Name at least one: 'scheme=[w4,w8]'.")

@@ -27,6 +27,7 @@ COMMANDS = {
     "search": "find how many bits each layer should get; go on with an interrupted run",
     "sensitivity": "measure how much each layer minds each scheme: the table and its chart",
     "hardware": "say what this machine's kernels run, test them, and measure each layer in each scheme",
+    "solve": "solve a finished run for another budget, or for an accuracy drop, and confirm it",
     "report": "draw the tables, figures and page of a run again",
     "export": "write a point of a run's front to a file for another runtime",
 }
@@ -124,8 +125,12 @@ def _run(job: Job, config: DictConfig) -> None:
     job.started, job.folder = True, None
     try:
         settings = plain_settings(config)
-        if job.command in ("report", "export"):
-            settings = saved(folder) | {key: value for key, value in settings.items() if value is not None}
+        if job.command in ("solve", "report", "export"):
+            run = saved(folder)
+            given = {key: value for key, value in settings.items() if value is not None}
+            if "cost" in given:  # the run's own costs are as they were
+                given["cost"] |= run.get("cost", {})
+            settings = run | given
         else:
             check(settings)
             if not job.resumed and (folder / "config.yaml").exists():
