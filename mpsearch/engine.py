@@ -6,6 +6,8 @@ An allocation is then a matter of pointers, and a score one forward pass over a 
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mpsearch.allocation import Allocation, SearchSpace
+from mpsearch.calibrate import hessian_bytes, hessians
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score
 from mpsearch.layer import LayerSpec, check_finite, from_rows, weight_rows
@@ -48,11 +51,13 @@ class QuantEngine:
         *,
         bias_correction: bool = True,
         bank_max_bytes: int = 2 * 10**9,
+        hessian_max_bytes: int = 2 * 10**9,
         device: str = "cpu",
     ) -> None:
         self.model, self.task, self.space = model, task, space
         self.quantizers, self.moments = quantizers, moments
         self.bias_correction, self.bank_max_bytes, self.device = bias_correction, bank_max_bytes, device
+        self.hessian_max_bytes = hessian_max_bytes
         self._layers = {layer.name: layer for layer in space.layers}
         self._members = {group.name: group.layers for group in space.groups}
         self._modules: dict[str, list[Any]] = {la.name: [model.get_submodule(name) for name in la.modules] for la in space.layers}
@@ -60,6 +65,7 @@ class QuantEngine:
         self._biases: dict[tuple[str, str], dict[str, Tensor]] = {}
         self._dense: OrderedDict[tuple[str, str], list[tuple[Tensor, Tensor]]] = OrderedDict()
         self._dense_bytes = 0
+        self._hessians: dict[str, Tensor | None] = {}
         self._batches: dict[str, list[tuple[Any, Tensor]]] = {}
         self._float_logits: dict[str, Tensor] = {}
         self._scores: dict[tuple[Allocation, str], Score] = {}
@@ -81,10 +87,40 @@ class QuantEngine:
                 found = [self.moments[name] for name in self._layers[layer].modules if name in self.moments]
                 moments = InputMoments.pooled(found) if found else None
                 self._check_input(layer, scheme, moments)
-                self._packed[key] = self.quantizers[scheme].quantize(weight, self.space.schemes[scheme], moments)
+                quantizer = self.quantizers[scheme]
+                if quantizer.needs_hessian:
+                    moments = self._with_hessian(layer)
+                self._packed[key] = quantizer.quantize(weight, self.space.schemes[scheme], moments)
             except InputError as error:
                 raise InputError(f"Layer '{layer}' in scheme '{scheme}': {error}") from error
         return self._packed[key]
+
+    def _with_hessian(self, layer: str) -> InputMoments | None:
+        """The layer's moments with the Hessian, where it has one: of x - E[x] where the mean error is taken off its bias.
+
+        Hessians are found with one pass over the calibration data for as many layers, in forward order, as `hessian_max_bytes`
+        holds (at least one), and kept until another layer is asked for.
+        """
+        names = self._layers[layer].modules
+        if not all(name in self._hessians for name in names):
+            self._hessians = {}
+            wanted, size = list(names), sum(hessian_bytes(module) for module in self._modules[layer])
+            later = list(self._layers)[list(self._layers).index(layer) + 1 :]
+            for other in later:
+                size += sum(hessian_bytes(module) for module in self._modules[other])
+                if size > self.hessian_max_bytes:
+                    break
+                wanted += self._layers[other].modules
+            self._hessians = dict.fromkeys(wanted) | hessians(self.model, self.task, wanted, self.batches("calibration"))
+        found = []
+        for name, module in zip(names, self._modules[layer], strict=True):
+            if name in self.moments:
+                moments = replace(self.moments[name], hessian=self._hessians[name])
+                corrected = self.bias_correction and getattr(module, "bias", None) is not None
+                found.append(moments.centred() if corrected else moments)
+        if self._layers[layer].kind != "embedding" and not any(moments.hessian is not None for moments in found):
+            warnings.warn(f"Layer '{layer}' is quantized without a Hessian: none can be had of its input.", stacklevel=3)
+        return InputMoments.pooled(found) if found else None
 
     def _check_input(self, layer: str, scheme: str, moments: InputMoments | None) -> None:
         wanted = self.space.schemes[scheme].input_format
@@ -152,13 +188,14 @@ class QuantEngine:
         saved: list[tuple[Tensor, Tensor]] = []
         try:
             with ExitStack() as inputs:
-                for group, scheme in allocation.items():
-                    for layer in self._members[group]:
-                        for parameter, value in self.swaps(layer.name, scheme):
-                            saved.append((parameter, parameter.data))
-                            parameter.data = value
-                        if self.space.schemes[scheme].input_format is not None:
-                            inputs.enter_context(self.input_quantized(layer.name, scheme))
+                pairs = [(layer.name, scheme) for group, scheme in allocation.items() for layer in self._members[group]]
+                swaps = [self.swaps(*pair) for pair in pairs]  # all before the first: quantizing may run the float model
+                for parameter, value in itertools.chain(*swaps):
+                    saved.append((parameter, parameter.data))
+                    parameter.data = value
+                for layer, scheme in pairs:
+                    if self.space.schemes[scheme].input_format is not None:
+                        inputs.enter_context(self.input_quantized(layer, scheme))
                 yield self.model
         finally:
             for parameter, value in reversed(saved):  # a bias may be shared

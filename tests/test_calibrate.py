@@ -5,9 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mpsearch.calibrate import calibrate
+from mpsearch.calibrate import calibrate, hessian_bytes, hessians
 from mpsearch.engine import load_batches
+from mpsearch.errors import InputError
 from mpsearch.layer import weight_rows
+from mpsearch.quantizers.clip_search import ClipSearch
+from mpsearch.quantizers.gptq import GPTQ
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.classification import Classification
@@ -194,3 +197,72 @@ def test_bias_correction_of_layers_in_a_network(tiny):
             hook.remove()
             means.append(torch.cat(outputs).transpose(0, 1).flatten(1).mean(1))
         assert (means[0] - means[1]).abs().max() < 1e-5 * (1 + means[0].abs().max()), group
+
+
+def hessians_of(model, task):
+    model.eval()
+    names = [layer for layer, module in model.named_modules() if hasattr(module, "weight")]
+    return hessians(model, task, names, load_batches(task, "calibration", "cpu"))
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_hessians_of_convolutions(name, monkeypatch):
+    conv = CONVS[name]()
+    task, x = task_of((4, *[9, 8, 7][: conv.weight.ndim - 2]))
+    columns = patches(conv, x).double()
+    expected = torch.einsum("ngc,ngd->gcd", columns, columns) / len(columns)
+    for limit in (2**26, 2**14):  # a batch at once, or few samples
+        monkeypatch.setattr("mpsearch.calibrate.PATCH_BYTES", limit)
+        found = hessians_of(nn.Sequential(conv), task)["0"]
+        assert found.shape == (conv.groups, columns.shape[2], columns.shape[2])
+        assert torch.allclose(found.double(), expected, atol=1e-5)
+    assert hessian_bytes(conv) == found.nbytes
+    moments = moments_of(nn.Sequential(conv), task)["0"]
+    assert torch.allclose(found.diagonal(dim1=1, dim2=2), moments.second_moment, atol=1e-5)
+
+
+def test_hessians_of_linear_layers_and_what_has_none():
+    task, _ = task_of((6,))
+    model = Shared()
+    found = hessians_of(model, task)
+    assert set(found) == {"twice", "one", "other"}
+    model(task.batches("calibration")[0][0])
+    task, x = task_of((3, 7))
+    found = hessians_of(nn.Sequential(nn.Linear(7, 2)), task)["0"]
+    assert torch.allclose(found[0], x.reshape(-1, 7).T @ x.reshape(-1, 7) / 30, atol=1e-5)
+    task, _ = task_of((4, 5, 5))
+    assert hessians_of(nn.Sequential(nn.ConvTranspose2d(4, 2, 3)), task) == {}
+
+
+def test_inputs_that_are_not_finite_are_named():
+    task, _ = task_of((6,))
+    model = nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 2))
+    nn.init.constant_(model[0].bias, 1e30)  # whose square leaves float32's range
+    with pytest.raises(InputError, match="NaN or infinite inputs of layer '1'"):
+        hessians_of(model, task)
+
+
+def test_hessians_come_a_few_layers_at_a_time(tiny, monkeypatch):
+    """The codes do not depend on how many Hessians fit into memory, and nothing but the float model makes them."""
+    codes = []
+    for limit in (2 * 10**9, 1):
+        calls = []
+        monkeypatch.setattr("mpsearch.engine.hessians", lambda *of, calls=calls: calls.append(of[2]) or hessians(*of))
+        engine = tiny.engine(tiny.net(), tiny.task(), {"w2": Integer(2)}, quantizer=GPTQ(), hessian_max_bytes=limit)
+        before = tiny.state(engine.model)
+        engine.score(engine.space.uniform("w2"))
+        tiny.assert_same_state(engine.model, before)
+        codes.append([engine.quantized(layer.name, "w2").tensors["codes"] for layer in engine.space.layers])
+        assert len(calls) == (1 if limit > 1 else 3)
+    assert all(torch.equal(a, b) for a, b in zip(*codes, strict=True))
+
+
+def test_a_layer_without_a_hessian_is_named(tiny):
+    task, _ = task_of((4, 5, 5))
+    model = nn.Sequential(nn.ConvTranspose2d(4, 2, 3), nn.Flatten(), nn.Linear(98, 2)).eval()
+    engine = tiny.engine(model, task, {"w3": Integer(3)}, quantizer=GPTQ())
+    with pytest.warns(UserWarning, match="Layer '0' is quantized without a Hessian"):
+        found = engine.quantized("0", "w3").dequantize()
+    plain = tiny.engine(model, task, {"w3": Integer(3)}, quantizer=ClipSearch())
+    assert not torch.equal(found, engine.quantized("2", "w3").dequantize())
+    assert found.shape == plain.quantized("0", "w3").dequantize().shape

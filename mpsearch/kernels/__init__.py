@@ -17,6 +17,7 @@ from mpsearch.kernels import cuda_backend, reference
 from mpsearch.kernels.backends import active_backend, available_backends, backend_index, backend_of, compiled, use_backend
 from mpsearch.kernels.convolution import PackedConv, conv, conv_a8, pack_conv, unpack_conv
 from mpsearch.kernels.embedding import embedding
+from mpsearch.kernels.feedback import round_with_feedback
 from mpsearch.kernels.products import MOST_GROUP_COLUMNS, PackedWeight, linear, linear_a8, pack_weight, unpack_weight
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "pack_conv",
     "pack_weight",
     "quantize",
+    "round_with_feedback",
     "unpack",
     "unpack_conv",
     "unpack_weight",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,13 +21,15 @@ class InputMoments:
 
     `mean` and `second_moment` are float32 `[k, columns]`: the mean of each input value that meets a column of the weight
     matrix, and of its square, over the `count` output positions of the calibration data (padding counted as the zeros it is).
-    `largest` is the largest magnitude of any input value.
+    `largest` is the largest magnitude of any input value. `hessian` float32 `[k, columns, columns]` is the mean of x x^T, whose
+    diagonal is `second_moment`; it is there for quantizers that say `needs_hessian`, where the layer allows it.
     """
 
     mean: Tensor
     second_moment: Tensor
     count: int = 1
     largest: float = 0.0
+    hessian: Tensor | None = None
 
     @classmethod
     def pooled(cls, found: Sequence[InputMoments]) -> InputMoments:
@@ -35,11 +38,23 @@ class InputMoments:
         shares = [moments.count / count for moments in found]
         mean = sum((share * moments.mean for share, moments in zip(shares, found, strict=True)), torch.tensor(0.0))
         second = sum((share * moments.second_moment for share, moments in zip(shares, found, strict=True)), torch.tensor(0.0))
-        return cls(mean, second, count, max(moments.largest for moments in found))
+        hessian: Tensor | None = None
+        if all(moments.hessian is not None for moments in found):
+            parts = zip(shares, (moments.hessian for moments in found if moments.hessian is not None), strict=True)
+            hessian = torch.stack([share * part for share, part in parts]).sum(0)
+        return cls(mean, second, count, max(moments.largest for moments in found), hessian)
+
+    def centred(self) -> InputMoments:
+        """The moments of x - E[x]: what weighs an error whose mean is taken off the layer's bias."""
+        second = (self.second_moment - self.mean.square()).clamp(min=0.0)
+        hessian = None if self.hessian is None else self.hessian - self.mean[:, :, None] * self.mean[:, None, :]
+        return replace(self, mean=torch.zeros_like(self.mean), second_moment=second, hessian=hessian)
 
 
 class Quantizer(ABC):
     """Finds codes, scales and zero points; a frozen dataclass whose fields are its settings."""
+
+    needs_hessian: ClassVar[bool] = False
 
     @abstractmethod
     def codes(

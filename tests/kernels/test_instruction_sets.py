@@ -21,6 +21,7 @@ import pytest
 import test_backends
 import test_conv
 import test_embedding
+import test_feedback
 import test_pack
 import test_products
 import test_quantize
@@ -94,7 +95,7 @@ def names(command: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
             monkeypatch.setattr(module, "compiled", program)
     monkeypatch.setattr(backends, "_COMPILED", names)
     monkeypatch.setattr(backends, "_AVAILABLE", ("reference", *names))
-    for module in (test_conv, test_products, test_quantize):
+    for module in (test_conv, test_feedback, test_products, test_quantize):
         monkeypatch.setattr(module, "COMPILED", names)
     yield names
     program.close()
@@ -119,6 +120,11 @@ def test_codes(names: tuple[str, ...], bits: int, symmetric: bool) -> None:
     test_quantize.test_min_max(bits, symmetric, torch.float16 if bits % 2 else torch.float32)
     test_quantize.test_clip_search(bits, symmetric, "per_row")
     test_quantize.test_magnitudes(10.0 ** -(bits * 5), symmetric)
+
+
+@pytest.mark.parametrize("case", test_feedback.CASES)
+def test_rounding_with_feedback(names: tuple[str, ...], case: tuple[int, int, int, int, int]) -> None:
+    test_feedback.test_backends_equal_the_reference(*case)
 
 
 def test_rounding(names: tuple[str, ...]) -> None:

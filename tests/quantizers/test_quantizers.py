@@ -1,6 +1,7 @@
 """The shelf of quantizers: the promises of `quantizers/base.py`, kept by every one, and what sets them apart."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from omegaconf import OmegaConf
 from mpsearch.errors import InputError
 from mpsearch.quantizers.base import InputMoments, Quantizer, clip_ratios
 from mpsearch.quantizers.clip_search import ClipSearch
+from mpsearch.quantizers.coordinate_descent import CoordinateDescent
+from mpsearch.quantizers.gptq import GPTQ
 from mpsearch.quantizers.percentile import Percentile
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.floating import Float
@@ -246,6 +249,8 @@ def test_ratios():
         (lambda: ClipSearch(n_candidates=1), "n_candidates >= 2 and 0 < min_ratio < 1; 1 and 0.1 came"),
         (lambda: ClipSearch(min_ratio=0), "80 and 0 came"),
         (lambda: ClipSearch(min_ratio=1.0), "80 and 1.0 came"),
+        (lambda: GPTQ(damping=0), "damping is above 0 and at most 1"),
+        (lambda: CoordinateDescent(n_sweeps=0), "n_sweeps is 1 or more; 0 came"),
         (lambda: Percentile(50), "above 50 and at most 100; 50 came"),
         (lambda: Percentile(100.1), "above 50 and at most 100; 100.1 came"),
     ],
@@ -253,3 +258,101 @@ def test_ratios():
 def test_settings_are_checked(build, sentence):
     with pytest.raises(InputError, match=sentence):
         build()
+
+
+def correlated(columns, k=1, seed=2, n=400):
+    """Moments with a Hessian of inputs that go together, as neighbouring pixels do, and `[k, n, columns]` such inputs."""
+    torch.manual_seed(seed)
+    x = torch.randn(k, n, columns).cumsum(-1) * 0.3 + 0.5
+    hessian = x.transpose(1, 2) @ x / n
+    return InputMoments(x.mean(1), x.square().mean(1), n, 1.0, hessian), x
+
+
+def output_error(quantized, weight, x):
+    """The squared error of the outputs on the inputs `[k, n, columns]`."""
+    change = (quantized.dequantize() - weight).reshape(len(x), -1, x.shape[-1])
+    return (x @ change.transpose(1, 2)).square().sum().item()
+
+
+@pytest.mark.parametrize("group_size", ["tensor", "channel", 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_feedback_beats_the_clip_search_and_descent_beats_feedback(group_size, symmetric):
+    weight = weights((12, 4, 3, 3))
+    for k in (1, 3):
+        given, x = correlated(36, k)
+        for bits in (2, 3, 4):
+            scheme = Integer(bits, group_size, symmetric, "float32")
+            clip, gptq, descent = (
+                output_error(quantizer.quantize(weight, scheme, given), weight, x)
+                for quantizer in (ClipSearch(), GPTQ(), CoordinateDescent())
+            )
+            assert gptq < 0.7 * clip
+            assert descent < gptq * (1.001 if group_size == "tensor" else 1)  # of the damped error it is never more
+
+
+def test_without_correlations_feedback_is_the_clip_search():
+    weight, given = weights(), moments(27)
+    diagonal = replace(given, hessian=torch.diag_embed(given.second_moment))
+    for scheme in (Integer(3), Integer(4, 9, symmetric=False), Integer(1)):
+        a, b = ClipSearch().quantize(weight, scheme, given), GPTQ().quantize(weight, scheme, diagonal)
+        assert torch.equal(a.dequantize(), b.dequantize())
+
+
+def test_descent_ends_where_no_single_code_helps():
+    """Enough sweeps: no other code of any one weight has a smaller error."""
+    weight = weights((5, 20))
+    given, _ = correlated(20)
+    scheme = Integer(3, scale_dtype="float32")
+    found = CoordinateDescent(n_sweeps=100).quantize(weight, scheme, given)
+    codes = scheme.unpacked(found.tensors, found.shape)[0].double()
+    scale = found.tensors["scales"].double()
+    hessian = GPTQ()._damped(given.hessian)[0]
+
+    def error(codes):
+        e = (codes - 4) * scale - weight.double()
+        return ((e @ hessian) * e).sum(1)
+
+    least = error(codes)
+    for column in range(20):
+        for code in range(8):
+            other = codes.clone()
+            other[:, column] = code
+            assert (error(other) >= least * (1 - 1e-5)).all()
+
+
+def test_few_samples_and_constant_inputs_are_damped():
+    weight = weights((6, 30))
+    for n in (1, 3):
+        given, _ = correlated(30, n=n)
+        given.hessian[:, :5] = given.hessian[:, :, :5] = 0  # inputs that are never on
+        for quantizer in (GPTQ(), CoordinateDescent()):
+            dense = quantizer.quantize(weight, Integer(3), given).dequantize()
+            assert torch.isfinite(dense).all()
+            nearest = NEAREST.quantize(weight, Integer(3)).dequantize()
+            assert (dense - weight).abs().max() < 4 * (nearest - weight).abs().max()
+    nothing = InputMoments(torch.zeros(1, 30), torch.zeros(1, 30), 1, 0.0, torch.zeros(1, 30, 30))
+    assert torch.isfinite(GPTQ().quantize(weight, Integer(3), nothing).dequantize()).all()
+
+
+def test_a_hessian_that_is_not_positive_definite_is_damped_more_or_refused():
+    hessian = torch.eye(4)[None].clone()
+    hessian[0, 0, 0] = -0.05
+    weight = weights((3, 4))
+    given = InputMoments(torch.zeros(1, 4), torch.ones(1, 4), 1, 1.0, hessian)
+    with pytest.warns(UserWarning, match=r"not positive definite with damping=0.01; 0.1 was taken"):
+        GPTQ().quantize(weight, Integer(3), given)
+    given.hessian[0, 0, 0] = -2.0
+    with pytest.raises(InputError, match="not positive definite even with"):
+        GPTQ().quantize(weight, Integer(3), given)
+
+
+def test_moments_that_are_centred_or_pooled():
+    (a, x), (b, y) = correlated(6, seed=1, n=30), correlated(6, seed=2, n=10)
+    both = torch.cat([x, y], 1)
+    pooled = InputMoments.pooled([a, b])
+    assert torch.allclose(pooled.hessian, both.transpose(1, 2) @ both / 40, atol=1e-5)
+    deviation = both - both.mean(1, keepdim=True)
+    centred = pooled.centred()
+    assert torch.allclose(centred.hessian, deviation.transpose(1, 2) @ deviation / 40, atol=1e-4)
+    assert torch.allclose(centred.second_moment, deviation.square().mean(1), atol=1e-4)
+    assert InputMoments.pooled([a, replace(b, hessian=None)]).hessian is None

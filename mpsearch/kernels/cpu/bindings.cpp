@@ -165,6 +165,7 @@ NB_MODULE(_cpu, module) {
                "n_threads"_a, "Packed codes to one byte each.");
     mpsearch::bind_products(module);
     mpsearch::bind_conv(module);
+    mpsearch::bind_feedback(module);
     module.def("use_huge_pages", &mpsearch::use_huge_pages, "address"_a, "bytes"_a,
                "Asks for large pages where a tensor that is about to be written lies.");
 }

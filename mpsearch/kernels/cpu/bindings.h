@@ -17,5 +17,6 @@ T* at(uintptr_t address) {
 
 void bind_products(nanobind::module_& module);
 void bind_conv(nanobind::module_& module);  // and embeddings
+void bind_feedback(nanobind::module_& module);
 
 }  // namespace mpsearch

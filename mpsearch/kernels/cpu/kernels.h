@@ -81,6 +81,24 @@ struct LinearJob {
     float input_scale;  // int8 only: the scale of every token, or 0: max|x| / 127 of each
 };
 
+// Rounding with feedback; row r takes matrix r / rows_per_matrix, whose rows are cut into tiles of kFeedbackRows.
+struct FeedbackJob {
+    const float* weight;           // [rows, columns]
+    const float* feedback;         // [n_matrices, columns, columns]
+    const float* scales;           // [rows, n_groups]
+    const float* zero_points;      // [rows, n_groups]
+    const int32_t* column_groups;  // [columns], in [0, n_groups)
+    const float* errors;           // [rows, columns] to begin with, or null: none yet
+    uint8_t* codes;                // [rows, columns]
+    int64_t columns;
+    int64_t n_groups;
+    int64_t rows_per_matrix;
+    int64_t tiles_per_matrix;
+    int bits;
+};
+
+constexpr int64_t kFeedbackRows = 32;
+
 constexpr int64_t kMostTokens = 256;  // of one LinearJob
 
 struct Kernels {
@@ -124,6 +142,9 @@ struct Kernels {
     // Row `row` of a weight in the products' layout (x and tokens of the job are not used) to y, [columns].
     void (*embed)(const LinearJob& job, int64_t row, float* y);
 
+    // Tiles [begin, end); scratch is [(columns + 128) * kFeedbackRows + 128 * 128].
+    void (*round_with_feedback)(const FeedbackJob& job, int64_t begin, int64_t end, float* scratch);
+
     // Float input, int8 input, and either for groups of few rows.
     const ConvKernels *conv_float, *conv_int8, *conv_lanes;
 };
@@ -146,4 +167,5 @@ struct Kernels {
     void linear(const LinearJob& job, int64_t begin, int64_t end);                                            \
     void linear_a8(const LinearJob& job, int64_t begin, int64_t end);                                         \
     void embed(const LinearJob& job, int64_t row, float* y);                                                  \
+    void round_with_feedback(const FeedbackJob& job, int64_t begin, int64_t end, float* scratch);             \
     }

@@ -1,0 +1,87 @@
+"""Cyclic coordinate descent on the error of the layer's output, from GPTQ's codes on (Behdin et al. 2023, QuantEase).
+
+GPTQ's early columns never learn what the later ones became. Here columns take turns: each moves to the code that is best with
+all others as they are, which is the one nearest to w_j - sum_(i != j) H_ji e_i / H_jj (equation 10), so that e^T H e never grows.
+Between the sweeps each group's scale takes the value that is best for its codes, s + (q^T H (w - s q)) / (q^T H q).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpsearch import kernels
+from mpsearch.errors import InputError
+from mpsearch.quantizers.gptq import GPTQ
+
+
+@dataclass(frozen=True)
+class CoordinateDescent(GPTQ):
+    """`n_sweeps` over all columns, each after the scales were fitted; stops early for what no longer moves."""
+
+    n_sweeps: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.n_sweeps < 1:
+            raise InputError(f"n_sweeps is 1 or more; {self.n_sweeps} came. For none, take quantizer=gptq.")
+
+    def _solve(
+        self, weight: Tensor, hessian: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, bits: int, shared: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The codes and scales with the least error met on the way, each row's own."""
+        codes, scales = super()._solve(weight, hessian, scales, zeros, groups, bits, shared)
+        feedback = (hessian / hessian.diagonal(dim1=1, dim2=2)[:, :, None]).float()
+        best = squared_error(weight, hessian, codes, scales, zeros, groups, shared)
+        best_codes, best_scales = codes, scales
+        for _ in range(self.n_sweeps):
+            scales = fitted_scales(weight, hessian, codes, scales, zeros, groups, shared)
+            errors = dequantized(codes, scales, zeros, groups) - weight
+            moved = kernels.round_with_feedback(weight, feedback, scales.float(), zeros, groups, bits=bits, errors=errors)
+            error = squared_error(weight, hessian, moved, scales, zeros, groups, shared)
+            better = (error < best)[:, None]
+            best = torch.minimum(error, best)
+            best_codes, best_scales = torch.where(better, moved, best_codes), torch.where(better, scales, best_scales)
+            if torch.equal(moved, codes):
+                break
+            codes = moved
+        return best_codes, best_scales
+
+
+def dequantized(codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor) -> Tensor:
+    """`(code - zero) * scale`, float32 `[rows, columns]`."""
+    return (codes.float() - zeros[:, groups]) * scales.float()[:, groups]
+
+
+def squared_error(
+    weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, shared: bool
+) -> Tensor:
+    """e^T H e of each row, or of them all where `shared`, float64 `[rows]`."""
+    e = (dequantized(codes, scales, zeros, groups) - weight).double().reshape(len(hessian), -1, len(groups))
+    error = ((e @ hessian) * e).sum(-1).flatten()
+    return error.sum().expand_as(error) if shared else error
+
+
+def fitted_scales(
+    weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, shared: bool
+) -> Tensor:
+    """The scale of each group in turn, or of all rows where `shared`, that is best for the codes as they are; 0 stays 0."""
+    k, columns = len(hessian), len(groups)
+    step = (codes.float() - zeros[:, groups]).double().reshape(k, -1, columns)
+    found = scales.double()
+    left = weight.double().reshape(step.shape) - step * found[:, groups].reshape(step.shape)
+    largest = torch.finfo(scales.dtype).max
+    for group in range(scales.shape[1]):
+        inside = groups == group
+        part = step[..., inside]
+        gain = (part * (left @ hessian[:, :, inside])).sum(-1).flatten()
+        weighs = (part * (part @ hessian[:, inside][:, :, inside])).sum(-1).flatten()
+        if shared:
+            gain, weighs = gain.sum(), weighs.sum()
+        moved = (found[:, group] + torch.where(weighs > 0, gain / weighs, 0.0)).clamp(-largest, largest)
+        moved = torch.where(found[:, group] == 0, 0.0, moved).to(scales.dtype).double()
+        left[..., inside] -= part * (moved - found[:, group]).reshape(k, -1, 1)
+        found[:, group] = moved
+    return found.to(scales.dtype)
