@@ -42,7 +42,7 @@ def round_with_feedback(
     `reference_feedback.py` gives every rounding. Raises `InputError` where shapes do not fit together.
     """
     _check(weight, feedback, scales, zero_points, column_groups, bits, errors)
-    backend = backend_of(weight)
+    backend = backend_of(weight, on_cuda=False)
     if backend == "reference":
         return reference_feedback.round_with_feedback(weight, feedback, scales, zero_points, column_groups, bits, errors)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
