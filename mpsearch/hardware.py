@@ -1,19 +1,18 @@
 """What this machine's kernels can run, and how fast: the facts, a self-test, and the latency of each layer in each scheme.
 
-A network's latency is taken for the sum of its layers' and of all the rest, which is measured with the layers replaced by their
-outputs. Layers run on packed weights with the inputs that they get in the network, one after the other as there, so that
-caches are about as warm; every figure is the median over rounds that go through all of them.
+A network's latency is taken for the sum of its layers' and of all the rest. Layers run on packed weights with the inputs that
+they get in the network, one after the other as there, so that caches are about as warm; every figure is the median over rounds
+that go through all of them. The rest is what whole packed networks, one scheme in all layers, take beyond that sum.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -26,10 +25,11 @@ from mpsearch import kernels
 from mpsearch.allocation import SearchSpace
 from mpsearch.costs.latency import FLOAT, REST, Latency
 from mpsearch.layer import LayerSpec, from_rows, kind_of, weight_rows
-from mpsearch.packed import RUNS, packed_weight, runs_packed
+from mpsearch.packed import RUNS, installed, packed_weight, runs_packed
 from mpsearch.packed_layer import QuantizedLayer, kernel_for
 from mpsearch.progress import phase
 from mpsearch.quantizers.base import Quantizer
+from mpsearch.schemes.base import QuantScheme
 from mpsearch.trace import tensors_in
 
 LEAST_ROUNDS, MOST_ROUNDS = 7, 100
@@ -65,9 +65,16 @@ def measure_latency(
             cells.append((layer.name, op, shape, scheme, key))
             if key not in runs:
                 runs[key] = _run_of(model, layer, calls, scheme, space, quantizers)
-    with _stubbed(model, calls):
-        rest = _medians({REST: lambda: forward(model, inputs)}, seconds / 10, "rest")[REST]
     found = _medians(runs, seconds, "latency")
+    taken = {(layer, scheme): found[key] for layer, _, _, scheme, key in cells}
+    beyond = []
+    for name in space.scheme_names:
+        allocation = space.uniform(name)
+        pairs = [(layer, allocation[group.name]) for group in space.groups for layer in group.layers]
+        with installed(model, [_quantized(model, layer, quantizers[s], space.schemes[s]) for layer, s in pairs]):
+            whole = _medians({REST: lambda: forward(model, inputs)}, seconds / len(space.scheme_names))[REST]
+        beyond.append(whole - sum(taken[layer.name, s] for layer, s in pairs))
+    rest = max(median(beyond), 0.0)
     n = next(len(tensor) for tensor in tensors_in(inputs) if tensor.ndim)
     about = (n, torch.get_num_threads(), kernels.active_backend())
     return [
@@ -133,8 +140,7 @@ def _run_of(
     modules: list[Any] = [model.get_submodule(name) for name in layer.modules]
     made = modules
     if scheme != FLOAT:
-        quantized = quantizers[scheme].quantize(weight_rows(modules[0]).float().cpu(), space.schemes[scheme])
-        as_packed = QuantizedLayer(layer.kind, layer.modules, quantized).on(modules[0].weight.device)
+        as_packed = _quantized(model, layer, quantizers[scheme], space.schemes[scheme]).on(modules[0].weight.device)
         if runs_packed(as_packed, modules):
             weight = packed_weight(modules[0], as_packed.weight)
             made = [RUNS[str(kind_of(m))](m, as_packed, weight, getattr(m, "bias", None)).eval() for m in modules]
@@ -156,18 +162,9 @@ def _run_of(
     return run
 
 
-@contextmanager
-def _stubbed(model: nn.Module, calls: Mapping[str, list[_Call]]) -> Iterator[None]:
-    """Modules give what they gave, without computing it."""
-    modules: list[Any] = [model.get_submodule(name) for name in calls]
-    for module, made in zip(modules, calls.values(), strict=True):
-        outputs = itertools.cycle(call.output for call in made) if made else iter(())
-        module.forward = lambda *args, outputs=outputs, **kwargs: next(outputs)
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
+def _quantized(model: nn.Module, layer: LayerSpec, quantizer: Quantizer, scheme: QuantScheme) -> QuantizedLayer:
+    weight = weight_rows(model.get_submodule(layer.modules[0])).float().cpu()
+    return QuantizedLayer(layer.kind, layer.modules, quantizer.quantize(weight, scheme))
 
 
 @torch.no_grad()

@@ -54,9 +54,16 @@ def pack(model: nn.Module, layers: Sequence[QuantizedLayer], folds: Sequence[Pai
 @contextmanager
 def packed(engine: QuantEngine, allocation: Allocation) -> Iterator[nn.Module]:
     """The engine's model on packed weights while the block runs; afterwards it is bitwise as it was."""
-    undo = _install(engine.model, quantized_layers(engine, allocation))
-    try:
+    with installed(engine.model, quantized_layers(engine, allocation)):
         yield engine.model
+
+
+@contextmanager
+def installed(model: nn.Module, layers: Sequence[QuantizedLayer]) -> Iterator[None]:
+    """`layers` of the model are packed while the block runs."""
+    undo = _install(model, layers)
+    try:
+        yield
     finally:
         undo()
 
