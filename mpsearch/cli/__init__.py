@@ -63,6 +63,9 @@ class Job:
 
 def main() -> None:
     """The console script."""
+    # PyTorch's OpenMP threads else spin for milliseconds after each of its operations, on the cores that the kernels then need,
+    # and on a busy machine on everyone's. Read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     words = sys.argv[1:] or ["--help"]
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
