@@ -4,8 +4,9 @@
 
 ResNet-20 on 32 x 32 images (batch norms folded on both sides), a transformer of MiniLM's shapes (6 layers, width 384, 128 tokens)
 and an MLP (784-1024-1024-10), random weights: time does not depend on them. The networks are called in turn in this process; the
-figures are medians. PyTorch's OpenMP threads spin briefly, as under the mpsearch command. Predictions are sums of the table that `mpsearch hardware` measures; their error is the median over random
-allocations. A ratio above 1 says that the packed network is faster.
+figures are medians. PyTorch's OpenMP threads spin briefly, as under the mpsearch command. Predictions are sums of the table that
+`mpsearch hardware` measures; their error is the median over random allocations. A ratio above 1 says that the packed network is
+faster.
 """
 
 from __future__ import annotations
