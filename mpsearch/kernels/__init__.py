@@ -18,6 +18,7 @@ from mpsearch.kernels.backends import active_backend, available_backends, backen
 from mpsearch.kernels.convolution import PackedConv, conv, conv_a8, pack_conv, unpack_conv
 from mpsearch.kernels.embedding import embedding
 from mpsearch.kernels.feedback import round_with_feedback
+from mpsearch.kernels.operators import register
 from mpsearch.kernels.products import MOST_GROUP_COLUMNS, PackedWeight, linear, linear_a8, pack_weight, unpack_weight
 
 __all__ = [
@@ -252,17 +253,18 @@ def _dequantize(
     return weight
 
 
-# An operator, so that torch.compile and torch.export know it: a layer without a kernel of its own calls it in the model.
-_library = torch.library.Library("mpsearch", "FRAGMENT")
-_library.define(
-    "dequantize(Tensor packed, Tensor scales, Tensor? zero_points, int bits, int rows, int columns, int group_size) -> Tensor"
-)
-_library.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
-_library.impl("dequantize", torch.library.fallthrough_kernel, "Autograd")
-torch.library.register_fake(
-    "mpsearch::dequantize",
-    lambda packed, scales, zero_points, bits, rows, columns, group_size: packed.new_empty(rows, columns, dtype=torch.float32),
-    lib=_library,
+def _dequantize_fake(
+    packed: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, rows: int, columns: int, group_size: int
+) -> Tensor:
+    return packed.new_empty(rows, columns, dtype=torch.float32)
+
+
+# An operator too: a layer without a kernel of its own calls it in the model.
+register(
+    "dequantize",
+    "Tensor packed, Tensor scales, Tensor? zero_points, int bits, int rows, int columns, int group_size",
+    _dequantize,
+    _dequantize_fake,
 )
 
 

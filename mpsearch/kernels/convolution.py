@@ -17,6 +17,7 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference, reference_conv
 from mpsearch.kernels.backends import backend_index, backend_of, compiled, is_plain
+from mpsearch.kernels.operators import register
 from mpsearch.kernels.products import LARGEST_SCALE, MOST_GROUP_COLUMNS, SMALLEST_SCALE, check_format, check_values
 
 
@@ -368,10 +369,6 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-_library = torch.library.Library("mpsearch", "FRAGMENT")  # lives as long as its operators
 _ARGUMENTS = "Tensor x, Tensor data, int[] format, Tensor? bias, int[] stride, int[] padding, int[] dilation"
-for _name, _implementation, _more in (("conv", _conv, ""), ("conv_a8", _conv_a8, ", float? input_scale")):
-    _library.define(f"{_name}({_ARGUMENTS}{_more}) -> Tensor")
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"mpsearch::{_name}", _fake, lib=_library)
+register("conv", _ARGUMENTS, _conv, _fake)
+register("conv_a8", _ARGUMENTS + ", float? input_scale", _conv_a8, _fake)

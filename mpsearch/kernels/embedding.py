@@ -8,6 +8,7 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference
 from mpsearch.kernels.backends import backend_index, backend_of, compiled
+from mpsearch.kernels.operators import register
 from mpsearch.kernels.products import PackedWeight, check_packed_weight
 
 
@@ -76,10 +77,9 @@ def _refuse(indices: Tensor, place: int, rows: int) -> None:
     raise InputError(f"Index {int(indices.flatten()[place])}, number {place} of {indices.numel()}, is out of range: {allowed}.")
 
 
-_library = torch.library.Library("mpsearch", "FRAGMENT")  # lives as long as its operator
-_library.define(
-    "embedding(Tensor indices, Tensor data, int rows, int columns, int bits, int group_size, bool half_scales) -> Tensor"
+register(
+    "embedding",
+    "Tensor indices, Tensor data, int rows, int columns, int bits, int group_size, bool half_scales",
+    _embedding,
+    _fake,
 )
-_library.impl("embedding", _embedding, "CompositeExplicitAutograd")
-_library.impl("embedding", torch.library.fallthrough_kernel, "Autograd")
-torch.library.register_fake("mpsearch::embedding", _fake, lib=_library)

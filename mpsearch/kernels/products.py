@@ -16,6 +16,7 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.kernels import cuda_backend, reference
 from mpsearch.kernels.backends import backend_index, backend_of, compiled, is_plain
+from mpsearch.kernels.operators import register
 
 MOST_GROUP_COLUMNS = 32_768  # of a group: 2 * 255 * 127 * 32,768 is the largest such sum in int32
 SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of an input
@@ -324,11 +325,7 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-_library = torch.library.Library("mpsearch", "DEF")  # lives as long as its operators
 _ARGUMENTS = "Tensor x, Tensor data, int rows, int columns, int bits, int group_size, bool half_scales, Tensor? bias=None"
-for _name, _implementation, _more in (("linear", _linear, ""), ("linear_a8", _linear_a8, ", float? input_scale=None")):
-    _library.define(f"{_name}({_ARGUMENTS}{_more}) -> Tensor")
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"mpsearch::{_name}", _fake, lib=_library)
+register("linear", _ARGUMENTS, _linear, _fake)
+register("linear_a8", _ARGUMENTS + ", float? input_scale=None", _linear_a8, _fake)
 _linear_op, _linear_a8_op = torch.ops.mpsearch.linear.default, torch.ops.mpsearch.linear_a8.default
