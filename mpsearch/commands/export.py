@@ -1,0 +1,30 @@
+"""`mpsearch export`: write a picked point."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
+from mpsearch.commands.show import relative, summary
+from mpsearch.errors import InputError
+from mpsearch.exporters.base import Picked
+from mpsearch.pick import pick
+from mpsearch.report import write_report
+from mpsearch.result import SCORED, RunFolder, SearchResult
+
+
+def export(settings: Settings, build: Build, folder: Path) -> None:
+    """Write the picked point; the path of what was written is the last line printed."""
+    if "n_trials" not in settings:
+        raise InputError("This folder holds a sensitivity table alone; there is no point to export. Run: mpsearch search.")
+    result = SearchResult.load(folder, build_schemes(settings, build))
+    picked = pick(result, **settings["pick"])
+    exporter = build("exporter")
+    prepared = prepare(settings, build)
+    RunFolder(folder).identify(prepared.identity(settings))
+    scores = {split: e for split in SCORED if (e := result.on(split).get(picked.allocation)) is not None}
+    what = Picked(picked, scores, result.baselines, result.quality_name, prepared.model_sha256, prepared.folds)
+    path = exporter.export(what, prepared.engine(settings), folder)
+    write_report(result, folder, picked)
+    summary(result, picked)
+    print(relative(path))

@@ -1,0 +1,171 @@
+"""What every command that runs a model begins with: build it, check it with its data, find its layers.
+
+Everything that a user may have got wrong is checked before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpsearch.allocation import SearchSpace
+from mpsearch.calibrate import calibrate
+from mpsearch.costs.size import parse_bytes
+from mpsearch.engine import QuantEngine, load_batches, other_bits
+from mpsearch.errors import InputError
+from mpsearch.fold import fold_batch_norms
+from mpsearch.group import share
+from mpsearch.layer import check_finite, weights_sha256
+from mpsearch.quantizers.base import Quantizer
+from mpsearch.runtimes.base import Runtime
+from mpsearch.runtimes.native import Native
+from mpsearch.tasks.base import SPLITS, Batch, Task
+from mpsearch.trace import trace_layers
+
+Settings = Mapping[str, Any]
+Build = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The float model ready to be quantized, and what it was before it was folded."""
+
+    model: nn.Module
+    task: Task
+    space: SearchSpace
+    quantizers: Mapping[str, Quantizer]
+    model_sha256: str
+    folds: tuple[tuple[str, str], ...]
+    calibration: Sequence[Batch]
+
+    def identity(self, settings: Settings) -> dict[str, Any]:
+        """What a run folder is known by; it is not gone on with under another one."""
+        return {
+            "space": self.space.to_dict(),
+            "quality_name": self.task.quality_name,
+            "model_name": _short(settings["model"]),
+            "task_name": type(self.task).__name__,
+            "model_sha256": self.model_sha256,
+            "data_sha256": self.task.fingerprint(),
+            "data": {split: self.task.describe(split) for split in SPLITS},
+            "quantizers": {name: _fields(quantizer) for name, quantizer in self.quantizers.items()},
+            "folded_batch_norms": [list(pair) for pair in self.folds],
+            "bias_correction": settings["bias_correction"],
+        }
+
+    def engine(self, settings: Settings) -> QuantEngine:
+        """Calibrate, and set up the engine."""
+        return QuantEngine(
+            self.model,
+            self.task,
+            self.space,
+            self.quantizers,
+            calibrate(self.model, self.task, self.space.layers, self.calibration),
+            bias_correction=settings["bias_correction"],
+            bank_max_bytes=parse_bytes(settings["bank_max_bytes"]),
+            device=settings["device"],
+        )
+
+
+def prepare(settings: Settings, build: Build) -> Prepared:
+    """Build task, model, schemes and quantizers; find the layers. Raises `InputError` for what cannot be searched."""
+    device = _device(settings["device"])
+    torch.manual_seed(settings["seed"])
+    # TF32 keeps 10 bits of a product: that is more error than an 8-bit weight makes.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    schemes = build_schemes(settings, build)
+    quantizer = build("quantizer")
+    quantizers = {name: build(f"quantizer_of.{name}") if name in settings["quantizer_of"] else quantizer for name in schemes}
+    task = build("task")
+    if not isinstance(task, Task):
+        raise InputError(f"The task is a {type(task).__name__}; it must be a subclass of mpsearch.Task.")
+    model = build("model")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"The model is a {type(model).__name__}; it must be (a function that returns) a torch.nn.Module.")
+    model.eval().requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter.detach())
+    sha256 = weights_sha256(model)
+    model.to(device)
+    calibration = load_batches(task, "calibration", device)
+    inputs, targets = calibration[0]
+    try:
+        with torch.no_grad():
+            logits = task.forward(model, inputs)
+            _check_output(logits)
+            qualities = task.quality(logits, targets)
+            task.cross_entropy(logits, targets)
+    except InputError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise InputError(f"The model, its input and its targets do not fit together ({what}). Check shapes and types.") from error
+    _check_qualities(qualities, len(logits))
+    _check_targets(task, logits.shape[1])
+    folds = fold_batch_norms(model, task.forward, inputs) if settings["fold_batch_norms"] else ()
+    runtime: Runtime = build("runtime") if settings.get("runtime") else Native()
+    layers = share(trace_layers(model, task.forward, inputs), runtime.shared, required=False)
+    layers = share(layers, settings.get("share") or ())
+    space = SearchSpace.build(layers, schemes, settings.get("pin") or (), other_bits(model, layers), runtime)
+    if dropped := [name for name in schemes if name not in space.schemes]:
+        print(f"not searched, as no layer may take it: {', '.join(dropped)}")
+    quantizers = {name: quantizers[name] for name in space.schemes}
+    return Prepared(model, task, space, quantizers, sha256, tuple(folds), calibration)
+
+
+def build_schemes(settings: Settings, build: Build) -> dict[str, Any]:
+    """The run's schemes by name."""
+    return {name: build(f"scheme.{name}") for name in settings["scheme"] or {}}
+
+
+def _device(name: str) -> str:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"There is no device '{name}' here ({reason}). Use device=cpu, or device=cuda where a GPU answers."
+        ) from None
+    return name
+
+
+def _check_output(logits: Any) -> None:
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+        came = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
+        raise InputError(
+            f"The model's output must be logits [samples, classes]; {came} came. Override the task's forward to give them."
+        )
+
+
+def _check_qualities(qualities: torch.Tensor, n: int) -> None:
+    if qualities.shape != (n,) or not ((qualities >= 0) & (qualities <= 1)).all():
+        raise InputError(
+            f"The task's quality must be [{n}] numbers from 0 to 1, one a sample; shape {tuple(qualities.shape)} came, from "
+            f"{float(qualities.min()):g} to {float(qualities.max()):g}."
+        )
+
+
+def _check_targets(task: Task, n_classes: int) -> None:
+    for split in SPLITS:
+        for _, targets in load_batches(task, split, "cpu"):
+            if not targets.numel() or targets.is_floating_point():
+                continue
+            low, high = int(targets.min()), int(targets.max())
+            if low < 0 or high >= n_classes:
+                raise InputError(
+                    f"Labels of the {split} split run from {low} to {high}; the model has {n_classes} outputs: they must "
+                    f"lie in 0..{n_classes - 1}."
+                )
+
+
+def _short(node: Mapping[str, Any]) -> str:
+    """A model in the words of its config: the last part of its target, and its whole numbers: "resnet depth=20"."""
+    words = [f"{key}={value}" for key, value in node.items() if isinstance(value, int) and not isinstance(value, bool)]
+    return " ".join([str(node.get("_target_", "?")).rpartition(".")[2], *words])
+
+
+def _fields(quantizer: Quantizer) -> dict[str, Any]:
+    return {"class": type(quantizer).__name__, **(asdict(quantizer) if is_dataclass(quantizer) else {})}

@@ -1,0 +1,99 @@
+"""`mpsearch search`: measure, search, confirm, report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from mpsearch.budget import read_budgets
+from mpsearch.commands.hardware import latency_table
+from mpsearch.commands.prepare import Build, Settings, prepare
+from mpsearch.commands.sensitivity import measured_sensitivity
+from mpsearch.commands.show import paths, relative, summary
+from mpsearch.confirm import confirm
+from mpsearch.costs.latency import LatencyMs
+from mpsearch.errors import InputError
+from mpsearch.evaluation import Evaluation, SensitivityTable
+from mpsearch.metrics.base import SensitivityMetric
+from mpsearch.pick import pick
+from mpsearch.report import write_report
+from mpsearch.result import RunFolder, SearchResult, evaluation_row
+from mpsearch.samplers.base import complete
+from mpsearch.search import Evaluator, check_sampler
+from mpsearch.search import search as run_search
+
+SIZES = ("size_bytes", "average_bits", "fraction")  # every evaluation has them
+
+
+def search(settings: Settings, build: Build, folder: Path) -> None:
+    """Measure, search, confirm, report; or go on where an interrupted run stopped."""
+    prepared = prepare(settings, build)
+    space = prepared.space
+    costs = {name: build(f"cost.{name}") for name in settings["cost"]}
+    objective = settings["objective"]
+    if objective not in costs:
+        raise InputError(f"The objective is one of this run's costs: {', '.join(costs)}; '{objective}' came.")
+    latency = costs.get(LatencyMs.name)
+    if isinstance(latency, LatencyMs) and latency.path is None:
+        costs[latency.name] = replace(latency, path=str(latency_table(prepared, latency.batch_size, folder)))
+    budgets = read_budgets(settings["budget"], costs, space)
+    tables = {name: cost.table(space) for name, cost in costs.items()}
+    beside_size = [table for table in tables.values() if table.column not in SIZES]
+    metric: SensitivityMetric = build("metric")
+    make_sampler = build("sampler")
+    nothing = SensitivityTable(metric.name, metric.unit, np.zeros(space.allowed.shape), space)
+    check_sampler(complete(make_sampler, nothing, [tables[objective]], budgets, settings["seed"]), space, budgets)
+    run = RunFolder(folder)
+    with run.locked():
+        identity = {
+            **prepared.identity(settings),
+            "metric": {"name": metric.name, "unit": metric.unit},
+            "budgets": {budget.table.name: budget.limit for budget in budgets},
+            "objective": tables[objective].column if tables[objective].column not in SIZES else "size_bytes",
+            "costs": [table.column for table in beside_size],
+        }
+        run.identify(identity)
+        quality = prepared.task.quality_name
+        for table in ("sensitivity", "evaluations"):
+            run.mend(table)
+        known_sensitivity = run.read_sensitivity(space, metric.name)
+        known = run.read_evaluations(space, quality, identity["costs"])
+
+        engine = prepared.engine(settings)
+        sensitivity = measured_sensitivity(engine, metric, run, known_sensitivity)
+
+        def record(evaluation: Evaluation) -> None:
+            run.append("evaluations", evaluation_row(evaluation, space, quality, identity["costs"]))
+
+        batch_size = latency.batch_size if isinstance(latency, LatencyMs) else 1
+        evaluate = Evaluator(engine, budgets, record, known, beside_size, batch_size)
+        run_search(
+            evaluate,
+            sensitivity,
+            complete(make_sampler, sensitivity, [tables[objective]], budgets, settings["seed"]),
+            n_trials=settings["n_trials"],
+            n_seeds=settings["n_seeds"],
+            max_seconds=settings["max_seconds"],
+            objective=None if tables[objective].column in SIZES else tables[objective],
+        )
+        # Its evaluations are the evaluator's own list: confirmation adds to it what the report draws.
+        result = SearchResult(
+            space,
+            quality,
+            evaluate.evaluations,
+            sensitivity,
+            identity["budgets"],
+            identity,
+            identity["objective"],
+            identity["costs"],
+        )
+        if not result.front:
+            raise InputError("No trial was run, so there is no front. Give n_trials above 0.")
+        confirmed = confirm(evaluate, result)
+        picked = pick(result)
+        page = write_report(result, folder, picked, confirmed)
+        summary(result, picked)
+        paths(folder, page, "pareto.png", "front.csv")
+        print(f"export a point: mpsearch export run={relative(folder)} pick.max_bytes={picked.size_bytes}")

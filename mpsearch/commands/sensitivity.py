@@ -1,0 +1,50 @@
+"""`mpsearch sensitivity`: how much each layer minds, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.table import Table
+
+from mpsearch.commands.prepare import Build, Settings, prepare
+from mpsearch.commands.show import paths, stdout
+from mpsearch.engine import QuantEngine
+from mpsearch.evaluation import SensitivityTable
+from mpsearch.metrics.base import SensitivityMetric
+from mpsearch.report import draw_sensitivity
+from mpsearch.result import RunFolder
+from mpsearch.sensitivity import measure_sensitivity
+
+
+def sensitivity(settings: Settings, build: Build, folder: Path) -> None:
+    """The sensitivity table and its chart, and nothing else."""
+    prepared = prepare(settings, build)
+    metric: SensitivityMetric = build("metric")
+    run = RunFolder(folder)
+    with run.locked():
+        run.identify({**prepared.identity(settings), "metric": {"name": metric.name, "unit": metric.unit}})
+        table = measured_sensitivity(prepared.engine(settings), metric, run, {})
+    draw_sensitivity(table, folder)
+    space = prepared.space
+    shown = Table(title=f"{metric.name} ({metric.unit}) of each layer alone")
+    for column in ("layer", *space.scheme_names):
+        shown.add_column(column, justify="left" if column == "layer" else "right")
+    for name, values in zip(space.names, table.values, strict=True):
+        shown.add_row(name, *(f"{value:.3g}" for value in values))
+    stdout().print(shown)
+    paths(folder, folder / "sensitivity.csv", "sensitivity.png")
+
+
+def measured_sensitivity(
+    engine: QuantEngine, metric: SensitivityMetric, run: RunFolder, known: Mapping[tuple[str, str], float]
+) -> SensitivityTable:
+    """Measured, every new row on disk before the next begins."""
+    space = engine.space
+    bits = {(g, s): int(space.storage_bits[i, j]) for i, g in enumerate(space.names) for j, s in enumerate(space.scheme_names)}
+
+    def record(group: str, scheme: str, value: float) -> None:
+        row = {"group": group, "scheme": scheme, "metric": metric.name, "value": value, "size_bits": bits[group, scheme]}
+        run.append("sensitivity", row)
+
+    return measure_sensitivity(engine, metric, known, record)

@@ -1,0 +1,44 @@
+"""What the commands print: tables that keep their width in a file, and paths."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mpsearch.evaluation import Evaluation
+from mpsearch.report import SUMMARY_HEADER, summary_rows
+from mpsearch.result import SearchResult
+
+FILE_WIDTH = 120
+
+
+def stdout() -> Console:
+    """Tables keep their width in a file or a pipe, where nobody knows how wide a line may be."""
+    return Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+
+
+def summary(result: SearchResult, picked: Evaluation) -> None:
+    """Print the front as a table, with the picked point marked."""
+    table = Table(title=f"{len(result.front)} points on the front")
+    for i, column in enumerate(SUMMARY_HEADER):
+        table.add_column(column.format(q=result.quality_name), justify="right" if i else "left")
+    for row in summary_rows(result, picked):
+        table.add_row(*row)
+    stdout().print(table)
+
+
+def paths(folder: Path, page: Path, *names: str) -> None:
+    """Print where the page and other files of a folder lie."""
+    for path in (page, *(folder / name for name in names)):
+        print(relative(path))
+
+
+def relative(path: Path) -> str:
+    """As seen from the working directory, where it lies below it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,74 @@
+"""`mpsearch solve`: another budget on a finished run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from mpsearch.budget import read_budgets
+from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
+from mpsearch.commands.show import paths, relative, summary
+from mpsearch.confirm import confirm
+from mpsearch.costs.latency import LatencyMs
+from mpsearch.costs.size import Bytes
+from mpsearch.errors import InputError
+from mpsearch.evaluation import Evaluation
+from mpsearch.report import write_report
+from mpsearch.result import RunFolder, SearchResult, evaluation_row
+from mpsearch.search import Evaluator
+from mpsearch.solve import best_within, cheapest_within, solution
+
+
+def solve(settings: Settings, build: Build, folder: Path) -> None:
+    """Another budget on a finished run, or the cheapest point within a drop: solved, measured, confirmed, reported."""
+    if "n_trials" not in settings:
+        raise InputError("This folder holds a sensitivity table alone; there is no run to solve. Run: mpsearch search.")
+    max_drop, asked = settings.get("max_drop"), {k: v for k, v in settings["budget"].items() if v is not None}
+    if max_drop is None and not asked:
+        raise InputError("Nothing to solve for came. Give a budget, as budget.bytes=100kB, or max_drop=0.01.")
+    if max_drop is not None and (type(max_drop) not in (int, float) or not 0 <= max_drop < 1):
+        raise InputError(f"max_drop is a number from 0 to 1, a share of the quality; '{max_drop}' came.")
+    result = SearchResult.load(folder, build_schemes(settings, build))
+    space, quality = result.space, result.quality_name
+    if not result.front:
+        raise InputError(f"The run has no front to start from yet. Let it go on: mpsearch search run={relative(folder)}.")
+    costs = {name: build(f"cost.{name}") for name in settings["cost"]}
+    latency = costs.get(LatencyMs.name)
+    if isinstance(latency, LatencyMs) and latency.path is None and (folder / "latency.csv").exists():
+        costs[latency.name] = latency = replace(latency, path=str(folder / "latency.csv"))
+    budgets = read_budgets({**result.budgets, **asked}, costs, space)
+    own = read_budgets(result.budgets, costs, space)
+    start = time.perf_counter()
+    if budgets:
+        solution(
+            space, result.sensitivity.losses(), budgets
+        )  # budgets that no allocation meets together are said before a model is loaded
+        print(f"solved in {1e3 * (time.perf_counter() - start):.0f} ms")
+    tables = [cost.table(space) for cost in costs.values() if cost.column in result.costs]
+    objective = next((t for t in tables if t.column == result.objective), None) or Bytes().table(space)
+    prepared = prepare(settings, build)
+    run = RunFolder(folder)
+    with run.locked():
+        run.identify(prepared.identity(settings))
+        run.mend("evaluations")
+
+        def record(evaluation: Evaluation) -> None:
+            run.append("evaluations", evaluation_row(evaluation, space, quality, result.costs))
+
+        batch_size = latency.batch_size if isinstance(latency, LatencyMs) else 1
+        evaluate = Evaluator(prepared.engine(settings), own, record, result.evaluations, tables, batch_size)
+        if max_drop is None:
+            picked = best_within(evaluate, result.sensitivity, budgets)
+        else:
+            picked = cheapest_within(evaluate, result.sensitivity, budgets, objective, max_drop)
+        result = replace(result, evaluations=evaluate.evaluations)
+        evaluate(picked.allocation, picked.origin, "confirm")  # also where another cost than the objective was limited
+        confirmed = confirm(evaluate, result)
+        page = write_report(result, folder, picked, confirmed)
+        summary(result, picked)
+        paths(folder, page, "pareto.png", "front.csv")
+        if any(e.allocation == picked.allocation for e in result.front):
+            print(f"export it: mpsearch export run={relative(folder)} pick.max_bytes={picked.size_bytes}")
+        else:
+            print("another point has a lower loss and costs no more: this one is not on the front that export picks from")
