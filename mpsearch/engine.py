@@ -7,6 +7,7 @@ An allocation is then a matter of pointers, and a score one forward pass over a 
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.calibrate import hessian_bytes, hessians
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Score
+from mpsearch.evaluation import Score, Stop
 from mpsearch.layer import LayerSpec, check_finite, from_rows, weight_rows
 from mpsearch.quantizers.base import InputMoments, Quantizer
 from mpsearch.schemes.base import QuantizedTensor
@@ -68,7 +69,7 @@ class QuantEngine:
         self._hessians: dict[str, Tensor | None] = {}
         self._batches: dict[str, list[tuple[Any, Tensor]]] = {}
         self._float_logits: dict[str, Tensor] = {}
-        self._scores: dict[tuple[Allocation, str], Score] = {}
+        self._scores: dict[tuple[Allocation, str, tuple[int, ...]], Score] = {}
         for layer in space.layers:
             check_finite(layer.name, self._modules[layer.name][0].weight)
 
@@ -201,22 +202,47 @@ class QuantEngine:
             for parameter, value in reversed(saved):  # a bias may be shared
                 parameter.data = value
 
-    def score(self, allocation: Allocation, split: str = "search") -> Score:
-        """The allocation's score on a split; measured once, then looked up."""
-        key = (allocation, split)
-        if key not in self._scores:
-            self.float_logits(split)
-            with self.applied(allocation) as model:
-                score = self.score_of(model if allocation else None, split)
-            # Ten thousand trials' samples would fill the memory, and only confirmation compares sample by sample.
-            self._scores[key] = replace(score, qualities=score.qualities[:0])
-        return self._scores[key]
+    def score(self, allocation: Allocation, split: str = "search", stops: Sequence[Stop] = ()) -> Score:
+        """The allocation's score on a split; measured whole once, then looked up.
 
-    def score_of(self, model: nn.Module | None, split: str) -> Score:
-        """The score of any model on a split, `None` for the float one, beside the float model's outputs there."""
-        targets = torch.cat([target for _, target in self.batches(split)])
+        After the n batches of each of `stops` (n rising, losses in nats) it is left there if its loss is above that stop's.
+        """
+        key = (allocation, split, tuple(n for n, _ in stops))
+        if key in self._scores:
+            return self._scores[key]
+        start = time.perf_counter()
         reference = self.float_logits(split)
-        return self._compare(reference if model is None else self._logits(model, split), reference, targets)
+        with self.applied(allocation) as model:
+            if allocation:
+                score = self.score_of(model, split, stops)
+            else:  # a divergence of 0 is above a stop below it
+                n = next((n for n, most in stops if most < 0), None)
+                until = sum(len(targets) for _, targets in self.batches(split)[:n])
+                score = replace(self._compare(reference[:until], reference, split), stopped=until < len(reference))
+        # Ten thousand trials' samples would fill the memory, and only confirmation compares sample by sample.
+        score = replace(score, qualities=score.qualities[:0], seconds=time.perf_counter() - start)
+        if not score.stopped:
+            self._scores[key] = score
+        return score
+
+    @torch.no_grad()
+    def score_of(self, model: nn.Module | None, split: str, stops: Sequence[Stop] = ()) -> Score:
+        """The score of any model on a split, `None` for the float one, beside the float model's outputs there."""
+        reference = self.float_logits(split)
+        if model is None:
+            return self._compare(reference, reference, split)
+        found: list[Tensor] = []
+        rungs: list[float] = []
+        limits = dict(stops)
+        for n, (inputs, _) in enumerate(self.batches(split), start=1):
+            found.append(self.task.forward(model, inputs))
+            if n in limits:
+                logits = torch.cat(found)
+                found = [logits]
+                rungs.append(_divergence(logits, reference[: len(logits)]))
+                if rungs[-1] > limits[n]:
+                    return replace(self._compare(logits, reference, split), rung_losses=tuple(rungs), stopped=True)
+        return replace(self._compare(torch.cat(found), reference, split), rung_losses=tuple(rungs))
 
     def float_logits(self, split: str) -> Tensor:
         """The float model's outputs on a split, float32 `[n, classes]`; computed once, while nothing else is swapped in."""
@@ -234,15 +260,16 @@ class QuantEngine:
         return torch.cat([self.task.forward(model, inputs) for inputs, _ in self.batches(split)])
 
     @torch.no_grad()
-    def _compare(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Score:
-        log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
-        loss = (log_p.exp() * (log_p - log_q)).sum(-1).double().mean().item()
+    def _compare(self, logits: Tensor, reference: Tensor, split: str) -> Score:
+        """`logits` `[n, classes]` of the first n samples of the split beside the float model's of all."""
+        reference = reference[: len(logits)]
+        targets = torch.cat([target for _, target in self.batches(split)])[: len(logits)]
         qualities = self.task.quality(logits, targets).float()
         baseline = self.task.quality(reference, targets).float()
         low, high = paired_interval((qualities - baseline).cpu().numpy())
         noise = (logits - reference).double().square().sum() / reference.double().square().sum()
         return Score(
-            loss=max(loss, 0.0) if np.isfinite(loss) else float("inf"),
+            loss=_divergence(logits, reference),
             cross_entropy=self.task.cross_entropy(logits, targets).double().mean().item(),
             quality=qualities.double().mean().item(),
             quality_low=baseline.double().mean().item() + low,
@@ -251,6 +278,13 @@ class QuantEngine:
             n_samples=len(qualities),
             qualities=qualities.cpu().numpy(),
         )
+
+
+def _divergence(logits: Tensor, reference: Tensor) -> float:
+    """Mean KL(reference || logits) in nats, infinite where it is not a number."""
+    log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
+    loss = (log_p.exp() * (log_p - log_q)).sum(-1).double().mean().item()
+    return max(loss, 0.0) if np.isfinite(loss) else float("inf")
 
 
 def quantize_input(module: nn.Module, quantized: QuantizedTensor) -> RemovableHandle | None:

@@ -9,6 +9,9 @@ import numpy as np
 
 from mpsearch.allocation import Allocation, SearchSpace
 
+# (n, most): after n batches the scoring stops if the loss so far is above `most`.
+Stop = tuple[int, float]
+
 
 @dataclass(frozen=True)
 class Score:
@@ -18,7 +21,9 @@ class Score:
     `quality` the mean of the task's own measure. `quality_low` and `quality_high` bound its 95 % interval *relative to the float
     model*: a bootstrap of the paired differences on the same samples, added to the float model's quality. `noise` is the
     power of the logits' change over the power of the float logits. `qualities` are the samples' own, float32
-    `[n_samples]`, on the confirm split; elsewhere they are not kept.
+    `[n_samples]`, on the confirm split; elsewhere they are not kept. `rung_losses` are the losses after the batches of each
+    `Stop` that was passed or stopped at; where it `stopped`, everything is of the `n_samples` until there. `seconds` is what
+    it took.
     """
 
     loss: float
@@ -29,6 +34,9 @@ class Score:
     noise: float
     n_samples: int
     qualities: np.ndarray = field(repr=False, compare=False)
+    rung_losses: tuple[float, ...] = ()
+    stopped: bool = False
+    seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Evaluation:
 
     `origin` says who proposed it: float (the baseline: an empty allocation), uniform, knapsack or sampler. `packed` says that it
     ran on packed weights, and not on dequantized ones; `measured_ms` is the median time of a forward pass, where one was timed.
+    `rung_losses` and `stopped` are the score's: a stopped trial was seen on `n_samples` only, and stands in no front.
     `costs` are those beside the size, by their column, as their tables predict them.
     """
 
@@ -57,6 +66,8 @@ class Evaluation:
     seconds: float
     packed: bool = False
     measured_ms: float | None = None
+    rung_losses: tuple[float, ...] = ()
+    stopped: bool = False
     costs: Mapping[str, float] = field(default_factory=dict)
 
     def cost(self, column: str) -> float:

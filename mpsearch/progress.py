@@ -12,6 +12,20 @@ from rich.text import Text
 
 console = Console(stderr=True)
 
+_quiet = False
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No phase shows while the block runs: a worker's are not its user's."""
+    global _quiet
+    before, _quiet = _quiet, True
+    try:
+        yield
+    finally:
+        _quiet = before
+
+
 # Where stderr is a file, a line now and then instead of one that redraws.
 LOG_EVERY_SECONDS = 10.0
 
@@ -24,6 +38,13 @@ class _Rate(ProgressColumn):
 @contextmanager
 def phase(what: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
     """Yields `advance(note)`, to be called after each of `total` steps; `done` of them were found on disk."""
+    if _quiet:
+
+        def silent(note: str = "") -> None:
+            pass
+
+        yield silent
+        return
     if not console.is_terminal:
         yield from _logged(what, total, done)
         return

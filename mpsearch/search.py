@@ -8,7 +8,10 @@ again from the same seed, in order), with recorded allocations looked up instead
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, replace
 
 import numpy as np
 import optuna
@@ -18,13 +21,16 @@ from mpsearch.budget import Budget
 from mpsearch.costs.base import CostTable
 from mpsearch.engine import FLOAT, QuantEngine
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Evaluation, Score, SensitivityTable
+from mpsearch.evaluation import Evaluation, Score, SensitivityTable, Stop
+from mpsearch.executors.base import Executor
+from mpsearch.executors.in_process import InProcess
+from mpsearch.fidelity import rungs, stops
 from mpsearch.hardware import first_samples, model_latency
 from mpsearch.knapsack import front, repair
 from mpsearch.packed import packed
 from mpsearch.progress import phase
 from mpsearch.samplers.base import distributions
-from mpsearch.samplers.proposer import Proposer
+from mpsearch.samplers.proposer import RUNG_LOSSES, Proposer
 from mpsearch.samplers.repaired import Repaired
 
 # Losses are told in log10, where a front is a line and not a wall; below this floor (nats) float rounding is all there is.
@@ -34,12 +40,22 @@ LATENCY_SECONDS = 0.1  # spent on timing each confirmed point
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
-class Evaluator:
-    """Scores allocations with the engine, adds their costs, and records each new evaluation before it returns it.
+@dataclass
+class Pending:
+    """What was submitted, and what came of it."""
 
-    On the confirm split they run on packed weights, and a forward pass of `latency_batch_size` samples is timed. `costs` are
-    those beside the size. `known` are the evaluations of an interrupted run: a trial that is among them is looked up, by number,
-    and must be the same.
+    allocation: Allocation
+    origin: str
+    trial: int | None
+    evaluation: Evaluation | None = None
+
+
+class Evaluator:
+    """Scores allocations, adds their costs, and records each new evaluation as soon as it is there.
+
+    On the search split the `executor` (started; `None`: this process) scores them. On the confirm split they run here, on packed
+    weights, and a forward pass of `latency_batch_size` samples is timed. `costs` are those beside the size. `known` are the
+    evaluations of an interrupted run: a trial that is among them is looked up, by number, and must be the same.
     """
 
     def __init__(
@@ -50,12 +66,21 @@ class Evaluator:
         known: Sequence[Evaluation] = (),
         costs: Sequence[CostTable] = (),
         latency_batch_size: int = 1,
+        executor: Executor | None = None,
     ) -> None:
         self.engine, self.budgets, self.record, self.costs = engine, budgets, record, costs
         self.latency_batch_size = latency_batch_size
         self.evaluations = list(known)
         self._trials = {(e.split, e.trial): e for e in known if e.trial is not None}
-        self._measured = {(e.split, e.allocation): e for e in known}
+        self._measured: dict[tuple[str, Allocation], Evaluation] = {}
+        for e in known:
+            if (before := self._measured.get((e.split, e.allocation))) is None or before.stopped:
+                self._measured[e.split, e.allocation] = e
+        self._running: dict[Future[Score], list[Pending]] = {}
+        if executor is None:
+            executor = InProcess()
+            executor.start(engine)
+        self.executor = executor
         self._qualities: dict[Allocation, np.ndarray] = {}
 
     def qualities(self, allocation: Allocation) -> np.ndarray:
@@ -65,24 +90,56 @@ class Evaluator:
         return self._qualities[allocation]
 
     def __call__(self, allocation: Allocation, origin: str, split: str = "search", trial: int | None = None) -> Evaluation:
-        """The allocation's evaluation on the split; a repeat costs nothing, a repeated trial still gets its row."""
-        if trial is None and (split, allocation) in self._measured:
-            return self._measured[split, allocation]
-        if trial is not None and (split, trial) in self._trials:
-            found = self._trials[split, trial]
-            if found.allocation != allocation:
+        """The allocation's whole evaluation on the split; a repeat costs nothing, a repeated trial still gets its row."""
+        if split == "search":
+            return self.result(self.submit(allocation, origin, trial))
+        if (split, allocation) not in self._measured:
+            start = time.perf_counter()
+            score, milliseconds = self.run_packed(allocation)
+            self._qualities[allocation] = score.qualities
+            score = replace(score, seconds=time.perf_counter() - start)
+            self._record(Pending(allocation, origin, None), score, milliseconds)
+        return self._measured[split, allocation]
+
+    def submit(self, allocation: Allocation, origin: str, trial: int | None = None, stops: Sequence[Stop] = ()) -> Pending:
+        """Have the allocation measured on the search split; ask `result` for it. A repeated trial still gets its row.
+
+        With `stops` it may be left early; without, what was left early before is measured whole.
+        """
+        pending = Pending(allocation, origin, trial)
+        if trial is not None and ("search", trial) in self._trials:
+            pending.evaluation = self._trials["search", trial]
+            if pending.evaluation.allocation != allocation:
                 raise InputError(
                     f"Trial {trial} of this run was another allocation than the sampler proposes now: the run cannot be gone on "
                     "with (another version of Optuna or of mpsearch?). Start a new run."
                 )
-            return found
-        start = time.perf_counter()
-        earlier = self._measured.get((split, allocation))
-        evaluation = self._measure(allocation, origin, split, trial, earlier, start)
-        self.record(evaluation)
-        self.evaluations.append(evaluation)
-        self._measured.setdefault((split, allocation), evaluation)
-        return evaluation
+            return pending
+        earlier = self._measured.get(("search", allocation))
+        same = next((f for f, those in self._running.items() if those[0].allocation == allocation), None)
+        if earlier is not None and (stops or not earlier.stopped):
+            if trial is None:
+                pending.evaluation = earlier
+            else:
+                self._record(pending, earlier)
+        elif same is not None:
+            self._running[same].append(pending)
+        else:
+            self._running[self.executor.submit(allocation, stops)] = [pending]
+            self._collect(timeout=0)
+        return pending
+
+    def result(self, pending: Pending) -> Evaluation:
+        """What was submitted; whatever else is done by then is recorded too."""
+        while pending.evaluation is None:
+            self._collect()
+        return pending.evaluation
+
+    def _collect(self, timeout: float | None = None) -> None:
+        for future in wait(self._running, timeout, return_when=FIRST_COMPLETED).done:
+            those = self._running.pop(future)
+            for pending in those:
+                self._record(pending, future.result())
 
     def recorded(self) -> list[Evaluation]:
         """The trials of an interrupted run, from the first on, as far as none is missing."""
@@ -91,22 +148,16 @@ class Evaluator:
             found.append(self._trials["search", len(found)])
         return found
 
-    def _measure(
-        self, allocation: Allocation, origin: str, split: str, trial: int | None, earlier: Evaluation | None, start: float
-    ) -> Evaluation:
-        space = self.engine.space
+    def _record(self, pending: Pending, score: Score | Evaluation, milliseconds: float | None = None) -> None:
+        """Make it an evaluation, on disk before anything else is measured; `milliseconds` come with the confirm split."""
+        space, allocation = self.engine.space, pending.allocation
         choice = space.choice(allocation) if allocation else None
         bits = space.size_bits(choice)
-        score: Score | Evaluation
-        milliseconds = None
-        if earlier is None and split == "confirm":
-            score, milliseconds = self.run_packed(allocation)
-            self._qualities[allocation] = score.qualities
-        else:
-            score = earlier or self.engine.score(allocation, split)
-        return Evaluation(
-            trial=trial,
-            origin=origin,
+        confirmed = milliseconds is not None
+        split = "confirm" if confirmed else "search"
+        pending.evaluation = Evaluation(
+            trial=pending.trial,
+            origin=pending.origin,
             allocation=allocation,
             split=split,
             loss=score.loss,
@@ -119,11 +170,18 @@ class Evaluator:
             fraction=bits / space.size_bits(),
             feasible=choice is None or all(budget.allows(choice) for budget in self.budgets),
             n_samples=score.n_samples,
-            seconds=time.perf_counter() - start,
-            packed=split == "confirm" and choice is not None,
+            seconds=score.seconds if isinstance(score, Score) else 0.0,
+            packed=confirmed and choice is not None,
             measured_ms=milliseconds,
+            rung_losses=score.rung_losses,
+            stopped=score.stopped,
             costs={} if choice is None else {table.column: table.of(choice) for table in self.costs},
         )
+        self.record(pending.evaluation)
+        self.evaluations.append(pending.evaluation)
+        known = self._measured.get((split, allocation))
+        if known is None or known.stopped:
+            self._measured[split, allocation] = pending.evaluation
 
     def run_packed(self, allocation: Allocation) -> tuple[Score, float]:
         """Score on the confirm split on packed weights, and milliseconds of a forward pass there."""
@@ -145,22 +203,29 @@ def search(
     n_seeds: int = 20,
     max_seconds: float | None = None,
     objective: CostTable | None = None,
+    in_flight: int = 1,
+    rung_shares: Sequence[float] = (),
+    finished: Callable[[optuna.trial.FrozenTrial, Evaluation], None] = lambda trial, evaluation: None,
 ) -> list[Evaluation]:
     """Measure the float model and the uniform allocations, then run `n_trials` trials; returns all evaluations.
 
     `objective` is the cost that the study weighs against the loss, `None` the size. The study begins with the uniform
     allocations within the budgets and `n_seeds` exact knapsack solutions along the front; then `sampler` goes on from there (one
     of Optuna's is wrapped so that its proposals stay within the budgets).
+
+    `in_flight` trials are proposed before the first of them is told, and they are told in the order proposed, whatever the order
+    in which they are done: the trials depend on this number, but not on how many workers there are. After `rung_shares` of the
+    search data a trial stops that cannot reach the front any more (`fidelity.py`). `finished` is called with each that is told.
     """
     space, budgets = evaluate.engine.space, evaluate.budgets
     names, losses = space.names, sensitivity.losses()
     column = "size_bytes" if objective is None else objective.column
+    batches = rungs(rung_shares, len(evaluate.engine.batches("search"))) if rung_shares else []
     evaluate(FLOAT, "float")
     uniform = list(dict.fromkeys(space.uniform(scheme) for scheme in space.scheme_names))
     within = [a for a in uniform if all(budget.allows(space.choice(a)) for budget in budgets)]
-    for allocation in uniform:
-        if allocation not in within:
-            evaluate(allocation, "uniform")
+    for pending in [evaluate.submit(allocation, "uniform") for allocation in uniform if allocation not in within]:
+        evaluate.result(pending)
 
     origins = dict.fromkeys(within, "uniform")
     for allocation in knapsack_seeds(space, losses, budgets, n_seeds, None if objective is None else objective.values):
@@ -169,29 +234,73 @@ def search(
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=proposer)
     parameters = distributions(names, space.choices)
     seeds = list(origins)
+    told: list[Evaluation] = []
+    running: deque[tuple[optuna.Trial | int, Pending]] = deque()  # a number: one that was recorded
+
+    def submit(number: int, allocation: Allocation) -> Pending:
+        if allocation in origins:
+            return evaluate.submit(allocation, origins[allocation], number, [(n, np.inf) for n in batches])
+        cost = _cost(evaluate, allocation, objective)
+        return evaluate.submit(allocation, "sampler", number, stops(batches, told, column, cost))
+
+    def tell() -> Evaluation:
+        trial, pending = running.popleft()
+        evaluation = evaluate.result(pending)
+        told.append(evaluation)
+        if isinstance(trial, optuna.Trial):
+            trial.set_user_attr(RUNG_LOSSES, evaluation.rung_losses)
+        if evaluation.stopped:
+            finished(study.tell(trial, state=optuna.trial.TrialState.PRUNED), evaluation)
+        else:
+            finished(study.tell(trial, _values(evaluation, column)), evaluation)
+        return evaluation
+
+    # What was recorded is added as it was; the last of it are still running as the next is asked for, as they were.
     recorded = evaluate.recorded() if isinstance(sampler, Proposer) else []
     for number, found in enumerate(recorded):
-        known = evaluate(seeds[number] if number < len(seeds) else found.allocation, "sampler", trial=number)
+        pending = evaluate.submit(seeds[number] if number < len(seeds) else found.allocation, "sampler", number)
         study.add_trial(
-            optuna.create_trial(params=dict(known.allocation), distributions=parameters, values=_values(known, column))
+            optuna.create_trial(
+                state=optuna.trial.TrialState.RUNNING,
+                params=dict(found.allocation),
+                distributions=parameters,
+                user_attrs={RUNG_LOSSES: found.rung_losses},
+            )
         )
+        running.append((number, pending))
+        if len(running) == in_flight and number + 1 < len(recorded):
+            tell()
     for allocation in seeds[len(recorded) :]:
         study.enqueue_trial(dict(allocation))
 
     start = time.monotonic()
-    with phase("search", n_trials, done=len(recorded)) as advance:
+    with phase("search", n_trials, done=len(told)) as advance:
+
+        def told_one() -> None:
+            evaluation = tell()
+            advance(f"{evaluation.average_bits:.2f} bits: KL {evaluation.loss:.3g}")
+
         for number in range(len(recorded), n_trials):
+            if len(running) == in_flight:
+                told_one()
             late = max_seconds is not None and time.monotonic() - start > max_seconds
             if late or proposer.exhausted(study):
                 break
             trial = study.ask(parameters)
             allocation = Allocation((name, trial.params[name]) for name in names)
-            evaluation = evaluate(allocation, origins.get(allocation, "sampler"), trial=number)
-            study.tell(trial, _values(evaluation, column))
-            advance(f"{evaluation.average_bits:.2f} bits: KL {evaluation.loss:.3g}")
-    for allocation in uniform:  # also those that the trials did not reach
-        evaluate(allocation, "uniform")
+            running.append((trial, submit(number, allocation)))
+        while running:
+            told_one()
+    for pending in [evaluate.submit(allocation, "uniform") for allocation in uniform]:  # also those that no trial reached
+        evaluate.result(pending)
     return evaluate.evaluations
+
+
+def _cost(evaluate: Evaluator, allocation: Allocation, objective: CostTable | None) -> float:
+    """What the study weighs against the loss."""
+    space = evaluate.engine.space
+    choice = space.choice(allocation)
+    return (space.size_bits(choice) + 7) // 8 if objective is None else objective.of(choice)
 
 
 def _values(evaluation: Evaluation, column: str) -> tuple[float, float]:

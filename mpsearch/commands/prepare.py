@@ -116,6 +116,14 @@ def prepare(settings: Settings, build: Build) -> Prepared:
     return Prepared(model, task, space, quantizers, sha256, tuple(folds), calibration)
 
 
+def engine_elsewhere(settings: Settings, build: Build, model_sha256: str) -> QuantEngine:
+    """In a worker: an engine like the search's own; `InputError` where it would be of another model."""
+    prepared = prepare(settings, build)
+    if prepared.model_sha256 != model_sha256:
+        raise InputError("A worker builds another model than the search does: its weights differ. Give all hosts the same files.")
+    return prepared.engine(settings)
+
+
 def build_schemes(settings: Settings, build: Build) -> dict[str, Any]:
     """The run's schemes by name."""
     return {name: build(f"scheme.{name}") for name in settings["scheme"] or {}}

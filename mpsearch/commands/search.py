@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import functools
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from mpsearch.budget import read_budgets
 from mpsearch.commands.hardware import latency_table
-from mpsearch.commands.prepare import Build, Settings, prepare
+from mpsearch.commands.prepare import Build, Settings, engine_elsewhere, prepare
 from mpsearch.commands.sensitivity import measured_sensitivity
 from mpsearch.commands.show import paths, relative, summary
 from mpsearch.confirm import confirm
 from mpsearch.costs.latency import LatencyMs
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
+from mpsearch.executors.base import Executor, at_least_one
+from mpsearch.fidelity import rungs
 from mpsearch.metrics.base import SensitivityMetric
+from mpsearch.mirror import Mirror
 from mpsearch.pick import pick
 from mpsearch.report import write_report
 from mpsearch.result import RunFolder, SearchResult, evaluation_row
@@ -45,11 +49,23 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     make_sampler = build("sampler")
     nothing = SensitivityTable(metric.name, metric.unit, np.zeros(space.allowed.shape), space)
     check_sampler(complete(make_sampler, nothing, [tables[objective]], budgets, settings["seed"]), space, budgets)
+    rung_shares = settings["rungs"]
+    rungs(rung_shares, 1)
+    executor: Executor = build("executor")
+    in_flight = settings["study"]["in_flight"]
+    if in_flight is not None:
+        at_least_one("study.in_flight", in_flight)
     run = RunFolder(folder)
-    with run.locked():
+    with run.locked(), executor:
+        if in_flight is None and (folder / "space.json").exists():  # a run goes on as it began
+            in_flight = run.read_identity().get("trials", {}).get("in_flight")
+        engine = prepared.engine(settings)
+        executor.start(engine, functools.partial(engine_elsewhere, settings, build, prepared.model_sha256))
+        in_flight = in_flight or (2 * executor.workers if executor.workers > 1 else 1)
         identity = {
             **prepared.identity(settings),
-            "metric": {"name": metric.name, "unit": metric.unit},
+            "metric": {"name": metric.name, "unit": metric.unit, **(asdict(metric) if is_dataclass(metric) else {})},
+            "trials": {"in_flight": in_flight, "rungs": list(rung_shares)},
             "budgets": {budget.table.name: budget.limit for budget in budgets},
             "objective": tables[objective].column if tables[objective].column not in SIZES else "size_bytes",
             "costs": [table.column for table in beside_size],
@@ -61,14 +77,14 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         known_sensitivity = run.read_sensitivity(space, metric.name)
         known = run.read_evaluations(space, quality, identity["costs"])
 
-        engine = prepared.engine(settings)
-        sensitivity = measured_sensitivity(engine, metric, run, known_sensitivity)
+        mirror = Mirror(url, folder.name, space, identity["objective"]) if (url := settings["study"]["mirror"]) else None
+        sensitivity = measured_sensitivity(engine, metric, run, known_sensitivity, executor)
 
         def record(evaluation: Evaluation) -> None:
             run.append("evaluations", evaluation_row(evaluation, space, quality, identity["costs"]))
 
         batch_size = latency.batch_size if isinstance(latency, LatencyMs) else 1
-        evaluate = Evaluator(engine, budgets, record, known, beside_size, batch_size)
+        evaluate = Evaluator(engine, budgets, record, known, beside_size, batch_size, executor)
         run_search(
             evaluate,
             sensitivity,
@@ -77,6 +93,9 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
             n_seeds=settings["n_seeds"],
             max_seconds=settings["max_seconds"],
             objective=None if tables[objective].column in SIZES else tables[objective],
+            in_flight=in_flight,
+            rung_shares=rung_shares,
+            finished=mirror or (lambda trial, evaluation: None),
         )
         # Its evaluations are the evaluator's own list: confirmation adds to it what the report draws.
         result = SearchResult(

@@ -11,6 +11,7 @@ from mpsearch.commands.prepare import Build, Settings, prepare
 from mpsearch.commands.show import paths, stdout
 from mpsearch.engine import QuantEngine
 from mpsearch.evaluation import SensitivityTable
+from mpsearch.executors.base import Executor
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.report import draw_sensitivity
 from mpsearch.result import RunFolder
@@ -37,7 +38,11 @@ def sensitivity(settings: Settings, build: Build, folder: Path) -> None:
 
 
 def measured_sensitivity(
-    engine: QuantEngine, metric: SensitivityMetric, run: RunFolder, known: Mapping[tuple[str, str], float]
+    engine: QuantEngine,
+    metric: SensitivityMetric,
+    run: RunFolder,
+    known: Mapping[tuple[str, str], float],
+    executor: Executor | None = None,
 ) -> SensitivityTable:
     """Measured, every new row on disk before the next begins."""
     space = engine.space
@@ -47,4 +52,4 @@ def measured_sensitivity(
         row = {"group": group, "scheme": scheme, "metric": metric.name, "value": value, "size_bits": bits[group, scheme]}
         run.append("sensitivity", row)
 
-    return measure_sensitivity(engine, metric, known, record)
+    return measure_sensitivity(engine, metric, known, record, executor)

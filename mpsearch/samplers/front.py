@@ -47,7 +47,7 @@ class Front(Levels):
         log_losses = history.log_losses.copy()
         if history.running.any():
             log_losses[history.running] = surrogate.predict(history.choices[history.running])[0]
-        usable = np.isfinite(log_losses) & self.within(history.choices)
+        usable = np.isfinite(log_losses) & ~history.stopped & self.within(history.choices)
         front = _Staircase(history.choices[usable], history.sizes[usable], log_losses[usable], self._largest())
         seen = {row.tobytes() for row in history.choices}
         n = int(np.clip(POOL / (self.losses.size * max(1, min(len(history.sizes), MAX_FITTED))), MIN_CANDIDATES, MAX_CANDIDATES))

@@ -30,23 +30,43 @@ Choice = NDArray[np.intp]
 Floats = NDArray[np.float64]
 
 MAX_LISTED = 20_000  # allocations; in a space this small all of them are listed, so that none is missed
+RUNG_LOSSES = "rung_losses"  # of a told trial, a user attribute: its losses (nats) on the first of the search data
 TRIES = 200  # to turn a proposal that was measured already into a new one
 
 
 @dataclass(frozen=True)
 class History:
     """The trials so far, by number: `choices` intp [n, n_groups] (scheme indices), `log_losses` float64 [n] (natural logarithm;
-    NaN where a trial still runs or failed), `sizes` float64 [n], the first cost without its constant, `running` bool [n]."""
+    NaN where a trial still runs or failed), `sizes` float64 [n], the first cost without its constant, `running` bool [n].
+
+    Of a trial that was `stopped` (bool [n]) early, the loss is what its first samples and the whole trials let expect.
+    """
 
     choices: Choice
     log_losses: Floats
     sizes: Floats
     running: NDArray[np.bool_]
+    stopped: NDArray[np.bool_]
 
     @property
     def measured(self) -> NDArray[np.bool_]:
         """[n]: which trials have a loss."""
         return np.isfinite(self.log_losses)
+
+
+def _expected(rung_losses: Sequence[Sequence[float]], log_losses: Floats) -> Floats:
+    """[n] ln of the whole losses, from the last rung of each and what the others, measured whole, lost from there on."""
+    found = np.full(len(log_losses), np.nan)
+    for i, losses in enumerate(rung_losses):
+        if losses and losses[-1] > 0:
+            at = len(losses) - 1
+            rest = [
+                w - np.log(r[at])
+                for w, r in zip(log_losses, rung_losses, strict=True)
+                if np.isfinite(w) and len(r) > at and r[at] > 0
+            ]
+            found[i] = np.log(losses[-1]) + (np.mean(rest) if rest else 0.0)
+    return found
 
 
 class Proposer(BaseSampler):
@@ -132,7 +152,12 @@ class Proposer(BaseSampler):
         log_losses[broken] = log_losses[np.isfinite(log_losses)].max(initial=0.0)
         choices = self._asked(study)
         running = np.array([trial.state is TrialState.RUNNING for trial in trials], dtype=bool)
-        return History(choices, log_losses, self.sizes(choices), running)
+        stopped = np.array([trial.state is TrialState.PRUNED for trial in trials], dtype=bool)
+        if stopped.any():
+            told = ~running
+            seen = [trial.user_attrs.get(RUNG_LOSSES, ()) if is_told else () for trial, is_told in zip(trials, told, strict=True)]
+            log_losses[stopped] = _expected(seen, log_losses)[stopped]
+        return History(choices, log_losses, self.sizes(choices), running, stopped)
 
     def _is_asked(self, trial: FrozenTrial) -> bool:
         return trial.state is not TrialState.WAITING and len(trial.params) == len(self.space.names)
