@@ -29,7 +29,7 @@ from search_problems import Network, Problem, Synthetic, digits_problem, enumera
 from mpsearch import knapsack
 from mpsearch.budget import read_budgets
 from mpsearch.costs.size import AverageBits, Bytes
-from mpsearch.engine import FLOAT, paired_interval
+from mpsearch.engine import paired_interval
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.metrics.fisher import Fisher
@@ -235,8 +235,9 @@ def check(problem: Network, cache: Path) -> None:
 def split_half(problem: Network, choice: np.ndarray) -> tuple[float, float]:
     """The loss on the even and on the odd samples of the search split."""
     engine = problem.engine
-    log_p = engine._logits(FLOAT, "search").log_softmax(-1)
-    log_q = engine._logits(engine.space.allocation(choice), "search").log_softmax(-1)
+    log_p = engine.float_logits("search").log_softmax(-1)
+    with engine.applied(engine.space.allocation(choice)) as model:
+        log_q = engine._logits(model, "search").log_softmax(-1)
     each = (log_p.exp() * (log_p - log_q)).sum(-1).double()
     return each[::2].mean().item(), each[1::2].mean().item()
 
@@ -249,7 +250,7 @@ def cost(n_groups: int) -> dict[str, float]:
     sampler = Front(space, table, [Bytes().table(space)], [], 0)
     choices = np.clip(rng.normal(rng.uniform(1, 7, (300, 1)), 1.0, (300, n_groups)).round(), 0, 7).astype(np.intp)
     log_losses = np.log([problem.score(space.allocation(choice)).loss for choice in choices])
-    history = History(choices, log_losses, sampler.sizes(choices), np.zeros(300, dtype=bool))
+    history = History(choices, log_losses, sampler.sizes(choices), *np.zeros((2, 300), dtype=bool))
     proposing, keeping = [], []
     for _ in range(6):
         start = time.process_time()

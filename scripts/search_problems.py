@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.calibrate import calibrate
 from mpsearch.engine import QuantEngine, load_batches, other_bits
-from mpsearch.evaluation import Score
+from mpsearch.evaluation import Score, Stop
 from mpsearch.fold import fold_batch_norms
 from mpsearch.layer import LayerGroup, LayerSpec
 from mpsearch.models.base import load_weights
@@ -63,7 +64,7 @@ class Problem:
         """(loss, quality), really measured."""
         raise NotImplementedError
 
-    def score(self, allocation: Allocation, split: str = "search") -> Score:
+    def score(self, allocation: Allocation, split: str = "search", stops: Sequence[Stop] = ()) -> Score:
         """As `QuantEngine.score`, on the search split; of the score the loss and the quality are filled in."""
         code = self.encode(allocation)
         if code not in self.known:
@@ -132,13 +133,12 @@ def enumerate_digits(problem: Network) -> None:
         model.block3,
         lambda x: model.linear(x.mean((2, 3))),
     ]
-    targets = torch.cat([y for _, y in engine.batches("search")])
-    reference = engine._logits(Allocation(), "search")
+    reference = engine.float_logits("search")
 
     def descend(depth: int, outputs: list[Tensor], chosen: Allocation) -> None:
         if depth == len(parts):
             start = time.perf_counter()
-            score = engine._compare(torch.cat(outputs), reference, targets)
+            score = engine._compare(torch.cat(outputs), reference, "search")
             problem.remember(chosen, score.loss, score.quality, time.perf_counter() - start)
             return
         for schemes in itertools.product(problem.space.scheme_names, repeat=len(parts[depth])):
@@ -261,7 +261,7 @@ class Synthetic(Problem):
         scale = np.exp(rng.normal(0, 1, n)) * (numel / numel.mean()) ** 0.25 * 3 / np.sqrt(n)
         self.amplitudes = scale[:, None] * 2.0 ** -(np.array(bits) - 2) * np.exp(rng.normal(0, 0.15, (n, len(bits))))
 
-    def score(self, allocation: Allocation, split: str = "search") -> Score:
+    def score(self, allocation: Allocation, split: str = "search", stops: Sequence[Stop] = ()) -> Score:
         """By the formula; the quality is exp(-loss). Nothing is kept: it is quicker than a file."""
         index = {name: i for i, name in enumerate(self.space.scheme_names)}
         rows = [self._rows[group] for group in allocation]

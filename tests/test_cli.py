@@ -381,7 +381,7 @@ class TestRun:
             ended = door("search", "run=reports/a", word)
             assert ended.code == 2
             assert (
-                f"'{word.partition('=')[0].lstrip('+')}' cannot change when a run goes on; n_trials, max_seconds, device can."
+                f"'{word.partition('=')[0].lstrip('+')}' cannot change when a run goes on; n_trials, max_seconds, device, executor, study.mirror can."
                 in ended.err
             )
         assert "--multirun" in door("search", "run=reports/a", "--multirun").err

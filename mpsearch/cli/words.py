@@ -58,6 +58,8 @@ def prepare(command: str, words: list[str]) -> tuple[list[str], bool]:
             if any(len(pair) != 2 for pair in pairs):
                 raise InputError(f"'{word}' cannot be read: a quantizer for one scheme is written quantizer_of.w2=percentile.")
             overrides += [f"+quantizer@quantizer_of.{scheme.strip()}={name.strip()}" for scheme, name in pairs]
+        elif key == "executor" and run is not None:
+            overrides.append(f"+executor={value}")  # a choice in the place of what was saved
         elif match := re.fullmatch(r"quantizer_of\.([^.]+)", key):
             overrides.append(f"+quantizer@quantizer_of.{match[1]}={value}")
         else:

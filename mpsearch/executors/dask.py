@@ -35,6 +35,7 @@ class Dask(Executor):
         super().__init__(threads)
         self.address = address
         self._client: Any = None
+        self._futures: dict[Any, Future[Score]] = {}
 
     def start(self, engine: Scorer, make: Make) -> None:
         """Connect; `InputError` where no scheduler or no worker answers."""
@@ -53,7 +54,6 @@ class Dask(Executor):
         self.workers = sum(self._client.nthreads().values())
         self._run = uuid.uuid4().hex
         self._make = self._client.scatter(make, broadcast=True, hash=False)
-        self._futures: dict[Any, Future[Score]] = {}
 
     def submit(self, allocation: Allocation, stops: Sequence[Stop] = ()) -> Future[Score]:
         """See `Executor`."""

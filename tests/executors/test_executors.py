@@ -1,4 +1,4 @@
-"""Wherever trials are measured, in this process, in a pool or on a Dask cluster, the same seed gives the same trials and front."""
+"""Wherever trials are measured, in this process, in a pool or on a Dask cluster, the same seed gives the same trials."""
 
 import functools
 import os
@@ -10,10 +10,10 @@ import threading
 import time
 from concurrent.futures import wait
 
+import conftest
 import numpy as np
 import pytest
 
-import conftest
 from mpsearch.allocation import Allocation
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score
@@ -50,7 +50,7 @@ class Sleeper:
 @pytest.fixture(scope="module")
 def cluster():
     """A Dask scheduler and two workers with a nanny on loopback: processes, as on hosts of their own."""
-    path = {**os.environ, "PYTHONPATH": FOLDER, "OMP_NUM_THREADS": "1"}
+    path = {**os.environ, "PYTHONPATH": f"{FOLDER}{os.pathsep}{os.path.dirname(__file__)}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
     scheduler = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=path)
     address = None
@@ -58,13 +58,26 @@ def cluster():
         if "Scheduler at:" in line:
             address = line.split()[-1]
             break
-    threading.Thread(target=scheduler.stderr.read, daemon=True).start()
-    command = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--nworkers", "2", "--no-dashboard"]
+    reader = threading.Thread(target=scheduler.stderr.read, daemon=True)  # else its pipe fills
+    reader.start()
+    command = [
+        sys.executable,
+        "-m",
+        "distributed.cli.dask_worker",
+        address,
+        "--nthreads",
+        "1",
+        "--nworkers",
+        "2",
+        "--no-dashboard",
+    ]
     workers = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=path)
     yield address
     for process in (workers, scheduler):
         process.terminate()
         process.wait()
+    reader.join()
+    scheduler.stderr.close()
 
 
 def executors(cluster):
@@ -77,9 +90,7 @@ def trials(engine, executor, known=(), n_trials=24, record=lambda e: None, in_fl
         table = measure_sensitivity(engine, KL(), executor=executor)
         evaluate = Evaluator(engine, [], record, known=known, executor=executor)
         sampler = Front(engine.space, table, [bits(engine.space)], [], 7)
-        search(
-            evaluate, table, sampler, n_trials=n_trials, n_seeds=4, in_flight=in_flight, rung_shares=(0.125, 0.5)
-        )
+        search(evaluate, table, sampler, n_trials=n_trials, n_seeds=4, in_flight=in_flight, rung_shares=(0.125, 0.5))
     found = sorted((e for e in evaluate.evaluations if e.trial is not None), key=lambda e: e.trial)
     return [(e.trial, e.origin, dict(e.allocation), e.loss, e.rung_losses, e.stopped, e.n_samples) for e in found]
 
@@ -196,9 +207,9 @@ class Refuser:
 
 def test_bad_settings_are_sentences():
     for wrong in (0, "two", 1.5, True):
-        with pytest.raises(InputError, match="executor.workers is a whole number from 1"):
+        with pytest.raises(InputError, match=r"executor\.workers is a whole number from 1"):
             Local(wrong)
-    with pytest.raises(InputError, match="executor.threads is a whole number from 1"):
+    with pytest.raises(InputError, match=r"executor\.threads is a whole number from 1"):
         InProcess(threads=0)
     with pytest.raises(InputError, match="No Dask cluster with a worker answers at 'nowhere'"), Dask("nowhere") as executor:
         executor.start(None, None)

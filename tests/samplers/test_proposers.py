@@ -37,7 +37,7 @@ def made_up(n_groups=12, bits=(2, 3, 4, 6, 8), pin=(), seed=0):
     space = SearchSpace.build(layers, {f"w{b}": Integer(b) for b in bits}, pin)
     errors = rng.normal(size=(n_groups, 1, 6)) * 2.0 ** -(np.array(bits)[:, None] - 2.0) / np.sqrt(n_groups)
 
-    def score(allocation, split="search"):
+    def score(allocation, split="search", stops=()):
         index = {name: i for i, name in enumerate(space.scheme_names)}
         rows = {name: i for i, name in enumerate(space.names)}
         error = sum((errors[rows[g], index[s]] for g, s in allocation.items()), np.zeros(6))
@@ -176,7 +176,7 @@ def test_broken_networks_are_no_obstacle(problem):
     """Allocations with a scheme that makes the output infinite."""
     engine, table = problem
 
-    def score(allocation, split="search"):
+    def score(allocation, split="search", stops=()):
         found = engine.score(allocation)
         return dataclasses.replace(found, loss=float("inf")) if "w2" in allocation.values() else found
 
@@ -196,7 +196,7 @@ def test_a_proposal_stays_cheap(n_groups, seconds):
     choices = np.clip(rng.normal(rng.uniform(1, 7, (300, 1)), 1.0, (300, n_groups)).round(), 0, 7).astype(np.intp)
     amplitude = np.sqrt(table.values[np.arange(n_groups), choices])
     losses = np.log(np.square(amplitude).sum(1) + 0.2 * (amplitude @ np.sin(np.arange(n_groups))) ** 2)
-    history = History(choices, losses, sampler.sizes(choices), np.zeros(300, dtype=bool))
+    history = History(choices, losses, sampler.sizes(choices), *np.zeros((2, 300), dtype=bool))
     sampler.propose(history, rng)
     start = time.process_time()
     for _ in range(2):
