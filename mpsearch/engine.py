@@ -1,7 +1,7 @@
 """The quantization engine: quantize each (layer, scheme) once, swap an allocation in, score it, swap back.
 
 The *weight bank* keeps what was quantized, packed as it is stored; dense copies are kept beside while `bank_max_bytes` allows.
-An allocation is then a matter of pointers, and a score one forward pass over a split.
+An allocation is then a matter of pointers, and a score one forward pass over a split, from where it differs from earlier ones.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from mpsearch.calibrate import hessian_bytes, hessians
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score
 from mpsearch.layer import LayerSpec, check_finite, from_rows, weight_rows
+from mpsearch.prefix import PrefixReuse
 from mpsearch.quantizers.base import InputMoments, Quantizer
 from mpsearch.schemes.base import QuantizedTensor
 from mpsearch.tasks.base import Task
@@ -52,12 +53,14 @@ class QuantEngine:
         bias_correction: bool = True,
         bank_max_bytes: int = 2 * 10**9,
         hessian_max_bytes: int = 2 * 10**9,
+        prefix_max_bytes: int = 10**9,
         device: str = "cpu",
     ) -> None:
         self.model, self.task, self.space = model, task, space
         self.quantizers, self.moments = quantizers, moments
         self.bias_correction, self.bank_max_bytes, self.device = bias_correction, bank_max_bytes, device
         self.hessian_max_bytes = hessian_max_bytes
+        self._prefix = PrefixReuse(model, task, space, prefix_max_bytes)
         self._layers = {layer.name: layer for layer in space.layers}
         self._members = {group.name: group.layers for group in space.groups}
         self._modules: dict[str, list[Any]] = {la.name: [model.get_submodule(name) for name in la.modules] for la in space.layers}
@@ -205,9 +208,10 @@ class QuantEngine:
         """The allocation's score on a split; measured once, then looked up."""
         key = (allocation, split)
         if key not in self._scores:
-            self.float_logits(split)
-            with self.applied(allocation) as model:
-                score = self.score_of(model if allocation else None, split)
+            reference = self.float_logits(split)
+            with self.applied(allocation):
+                logits = self._own_logits(allocation, split) if allocation else reference
+            score = self._compare(logits, reference, torch.cat([target for _, target in self.batches(split)]))
             # Ten thousand trials' samples would fill the memory, and only confirmation compares sample by sample.
             self._scores[key] = replace(score, qualities=score.qualities[:0])
         return self._scores[key]
@@ -221,13 +225,19 @@ class QuantEngine:
     def float_logits(self, split: str) -> Tensor:
         """The float model's outputs on a split, float32 `[n, classes]`; computed once, while nothing else is swapped in."""
         if split not in self._float_logits:
-            logits = self._logits(self.model, split)
+            logits = self._own_logits(FLOAT, split)
             if not torch.isfinite(logits).all():
                 raise InputError(
                     f"The float model gives NaN or infinite outputs on the {split} split. Check the model and its input."
                 )
             self._float_logits[split] = logits
         return self._float_logits[split]
+
+    def _own_logits(self, allocation: Allocation, split: str) -> Tensor:
+        """Of the engine's model while the allocation is swapped in."""
+        return torch.cat(
+            [self._prefix.forward(split, i, inputs, allocation) for i, (inputs, _) in enumerate(self.batches(split))]
+        )
 
     @torch.no_grad()
     def _logits(self, model: nn.Module, split: str) -> Tensor:

@@ -19,13 +19,14 @@ from mpsearch.costs.base import CostTable
 from mpsearch.engine import FLOAT, QuantEngine
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, Score, SensitivityTable
-from mpsearch.hardware import first_samples, model_latency
+from mpsearch.hardware import model_latency
 from mpsearch.knapsack import front, repair
 from mpsearch.packed import packed
 from mpsearch.progress import phase
 from mpsearch.samplers.base import distributions
 from mpsearch.samplers.proposer import Proposer
 from mpsearch.samplers.repaired import Repaired
+from mpsearch.trace import first_samples
 
 # Losses are told in log10, where a front is a line and not a wall; below this floor (nats) float rounding is all there is.
 LOSS_FLOOR = 1e-9
