@@ -139,8 +139,8 @@ class PrefixReuse:
     def _can_restart(self, run: Sequence[Call], start: int, end: int) -> bool:
         """Whether the logits are the same bit for bit where the output of `run[start:end]` is given instead of computed.
 
-        Tried with other weights behind it, after a pass with other weights everywhere, so that what a module may have kept
-        for itself is not what it should be.
+        Tried once, with other weights behind it, after a pass with other weights everywhere, so that what a module may have
+        kept for itself is not what it should be. For that moment there is a second copy of the layers' weights.
         """
         ends = run[start], run[end - 1]
         if ends not in self._holds:
