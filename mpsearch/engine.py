@@ -1,7 +1,7 @@
 """The quantization engine: quantize each (layer, scheme) once, swap an allocation in, score it, swap back.
 
 The *weight bank* keeps what was quantized, packed as it is stored; dense copies are kept beside while `bank_max_bytes` allows.
-An allocation is then a matter of pointers, and a score one forward pass over a split.
+An allocation is then a matter of pointers, and a score one forward pass over a split, from where it differs from earlier ones.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from mpsearch.calibrate import hessian_bytes, hessians
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score, Stop
 from mpsearch.layer import LayerSpec, check_finite, from_rows, weight_rows
+from mpsearch.prefix import PrefixReuse
 from mpsearch.quantizers.base import InputMoments, Quantizer
 from mpsearch.schemes.base import QuantizedTensor
 from mpsearch.tasks.base import Task
@@ -53,12 +54,14 @@ class QuantEngine:
         bias_correction: bool = True,
         bank_max_bytes: int = 2 * 10**9,
         hessian_max_bytes: int = 2 * 10**9,
+        prefix_max_bytes: int = 10**9,
         device: str = "cpu",
     ) -> None:
         self.model, self.task, self.space = model, task, space
         self.quantizers, self.moments = quantizers, moments
         self.bias_correction, self.bank_max_bytes, self.device = bias_correction, bank_max_bytes, device
         self.hessian_max_bytes = hessian_max_bytes
+        self._prefix = PrefixReuse(model, task, space, prefix_max_bytes)
         self._layers = {layer.name: layer for layer in space.layers}
         self._members = {group.name: group.layers for group in space.groups}
         self._modules: dict[str, list[Any]] = {la.name: [model.get_submodule(name) for name in la.modules] for la in space.layers}
@@ -214,7 +217,7 @@ class QuantEngine:
         reference = self.float_logits(split)
         with self.applied(allocation) as model:
             if allocation:
-                score = self.score_of(model, split, stops)
+                score = self.score_of(model, split, stops, allocation)
             else:  # a divergence of 0 is above a stop below it
                 n = next((n for n, most in stops if most < 0), None)
                 until = sum(len(targets) for _, targets in self.batches(split)[:n])
@@ -226,8 +229,13 @@ class QuantEngine:
         return score
 
     @torch.no_grad()
-    def score_of(self, model: nn.Module | None, split: str, stops: Sequence[Stop] = ()) -> Score:
-        """The score of any model on a split, `None` for the float one, beside the float model's outputs there."""
+    def score_of(
+        self, model: nn.Module | None, split: str, stops: Sequence[Stop] = (), applied: Allocation | None = None
+    ) -> Score:
+        """The score of any model on a split, `None` for the float one, beside the float model's outputs there.
+
+        `applied` says that it is the engine's own model, with this allocation swapped in.
+        """
         reference = self.float_logits(split)
         if model is None:
             return self._compare(reference, reference, split)
@@ -235,7 +243,8 @@ class QuantEngine:
         rungs: list[float] = []
         limits = dict(stops)
         for n, (inputs, _) in enumerate(self.batches(split), start=1):
-            found.append(self.task.forward(model, inputs))
+            own = applied is not None
+            found.append(self._prefix.forward(split, n - 1, inputs, applied) if own else self.task.forward(model, inputs))
             if n in limits:
                 logits = torch.cat(found)
                 found = [logits]
@@ -247,13 +256,19 @@ class QuantEngine:
     def float_logits(self, split: str) -> Tensor:
         """The float model's outputs on a split, float32 `[n, classes]`; computed once, while nothing else is swapped in."""
         if split not in self._float_logits:
-            logits = self._logits(self.model, split)
+            logits = self._own_logits(FLOAT, split)
             if not torch.isfinite(logits).all():
                 raise InputError(
                     f"The float model gives NaN or infinite outputs on the {split} split. Check the model and its input."
                 )
             self._float_logits[split] = logits
         return self._float_logits[split]
+
+    def _own_logits(self, allocation: Allocation, split: str) -> Tensor:
+        """Of the engine's model while the allocation is swapped in."""
+        return torch.cat(
+            [self._prefix.forward(split, i, inputs, allocation) for i, (inputs, _) in enumerate(self.batches(split))]
+        )
 
     @torch.no_grad()
     def _logits(self, model: nn.Module, split: str) -> Tensor:

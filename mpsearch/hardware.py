@@ -92,17 +92,6 @@ def model_latency(models: Mapping[str, nn.Module], forward: Forward, inputs: Any
     return _medians({name: functools.partial(forward, model, inputs) for name, model in models.items()}, seconds)
 
 
-def first_samples(inputs: Any, n: int) -> Any:
-    """The first `n` samples of a batch of inputs (a tensor, or a tuple or mapping that holds tensors)."""
-    if isinstance(inputs, Tensor):
-        return inputs[:n]
-    if isinstance(inputs, Mapping):
-        return {key: first_samples(value, n) for key, value in inputs.items()}
-    if isinstance(inputs, list | tuple):
-        return type(inputs)(first_samples(value, n) for value in inputs)
-    return inputs
-
-
 @dataclass(frozen=True)
 class _Call:
     args: tuple[Any, ...]

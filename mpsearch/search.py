@@ -25,13 +25,14 @@ from mpsearch.evaluation import Evaluation, Score, SensitivityTable, Stop
 from mpsearch.executors.base import Executor
 from mpsearch.executors.in_process import InProcess
 from mpsearch.fidelity import rungs, stops
-from mpsearch.hardware import first_samples, model_latency
+from mpsearch.hardware import model_latency
 from mpsearch.knapsack import front, repair
 from mpsearch.packed import packed
 from mpsearch.progress import phase
 from mpsearch.samplers.base import distributions
 from mpsearch.samplers.proposer import RUNG_LOSSES, Proposer
 from mpsearch.samplers.repaired import Repaired
+from mpsearch.trace import first_samples
 
 # Losses are told in log10, where a front is a line and not a wall; below this floor (nats) float rounding is all there is.
 LOSS_FLOOR = 1e-9

@@ -123,3 +123,18 @@ def batch_length(inputs: Any) -> int:
     if not length:
         raise InputError(f"The inputs ({type(inputs).__name__}) hold no tensor with samples in it, so there is nothing to run.")
     return length
+
+
+def first_samples(inputs: Any, n: int) -> Any:
+    """The first `n` samples of a batch of inputs; tensors of another length than the batch's stay whole."""
+    return _first(inputs, batch_length(inputs), n)
+
+
+def _first(inputs: Any, length: int, n: int) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs[:n] if inputs.ndim and len(inputs) == length else inputs
+    if isinstance(inputs, Mapping):
+        return {key: _first(value, length, n) for key, value in inputs.items()}
+    if isinstance(inputs, list | tuple):
+        return type(inputs)(_first(value, length, n) for value in inputs)
+    return inputs

@@ -114,7 +114,7 @@ def test_every_owner_of_a_tied_weight_gets_its_own_bias(tiny):
 
 def test_a_second_score_costs_no_forward_pass(tiny):
     task = watched(tiny.task())
-    engine = tiny.engine(tiny.net(), task)
+    engine = tiny.engine(tiny.net(), task, prefix_max_bytes=0)
     allocation = Allocation({"first": "w2", "second": "w4", "last": "w8"})
     task.calls = 0
     score = engine.score(allocation)

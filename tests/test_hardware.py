@@ -14,7 +14,7 @@ from torch import nn
 from mpsearch import hardware, kernels
 from mpsearch.allocation import SearchSpace
 from mpsearch.costs.latency import FLOAT, REST, read_latency
-from mpsearch.hardware import facts, first_samples, measure_latency, model_latency, self_test
+from mpsearch.hardware import facts, measure_latency, model_latency, self_test
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
@@ -96,14 +96,6 @@ def test_the_latency_of_each_layer_and_of_the_rest(tiny):
     whole = model_latency({"float": net}, forward, inputs, 0.3)["float"]
     predicted = sum(row.milliseconds for row in rows if row.scheme in (FLOAT, REST))
     assert predicted == pytest.approx(whole, rel=0.25)
-
-
-def test_first_samples():
-    x, y = torch.arange(6).reshape(3, 2), torch.arange(3)
-    batch = first_samples({"x": x, "more": [y, (x, "word")]}, 2)
-    assert torch.equal(batch["x"], x[:2])
-    assert torch.equal(batch["more"][0], y[:2])
-    assert batch["more"][1][1] == "word"
 
 
 def test_the_command_and_a_search_under_its_table(tmp_path):

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations
 
 from mpsearch.errors import InputError
 from mpsearch.layer import KINDS, from_rows, rows_shape, weight_rows
-from mpsearch.trace import tensors_in, trace_layers
+from mpsearch.trace import first_samples, tensors_in, trace_layers
 
 
 def call(model, inputs):
@@ -171,3 +171,12 @@ def test_bad_models_and_inputs():
     for inputs in ({}, None, torch.randn(0, 4), torch.tensor(1.0)):
         with pytest.raises(InputError, match="hold no tensor with samples"):
             trace_layers(nn.Sequential(nn.Linear(4, 4)), call, inputs)
+
+
+def test_first_samples():
+    x, y, mask = torch.arange(6).reshape(3, 2), torch.arange(3), torch.ones(4, 4)
+    batch = first_samples({"x": x, "more": [y, (x, "word"), mask]}, 2)
+    assert torch.equal(batch["x"], x[:2])
+    assert torch.equal(batch["more"][0], y[:2])
+    assert batch["more"][1][1] == "word"
+    assert batch["more"][2] is mask, "holds no samples"

@@ -12,10 +12,10 @@ from mpsearch.commands.prepare import Build, Prepared, Settings, prepare
 from mpsearch.commands.show import paths, stdout
 from mpsearch.costs.latency import FLOAT, REST, Latency, read_latency, write_latency
 from mpsearch.errors import InputError
-from mpsearch.hardware import facts, first_samples, measure_latency, self_test
+from mpsearch.hardware import facts, measure_latency, self_test
 from mpsearch.report import draw_latency
 from mpsearch.result import RunFolder
-from mpsearch.trace import batch_length
+from mpsearch.trace import batch_length, first_samples
 
 LATENCY_SECONDS = 10.0  # spent on a latency table that a search needs
 

@@ -66,6 +66,7 @@ class Prepared:
             calibrate(self.model, self.task, self.space.layers, self.calibration),
             bias_correction=settings["bias_correction"],
             bank_max_bytes=parse_bytes(settings["bank_max_bytes"]),
+            prefix_max_bytes=parse_bytes(settings["prefix_max_bytes"]),
             device=settings["device"],
         )
 
