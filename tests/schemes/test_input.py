@@ -7,6 +7,7 @@ from torch import nn
 from mpsearch.allocation import Allocation
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference
+from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
 
@@ -24,8 +25,8 @@ def test_tokens_have_the_codes_of_the_kernels():
     assert torch.equal(ours.nan_to_num(), (codes * scale).nan_to_num())
     assert ours[[4, 5]].isnan().all()
     assert not ours[[0, 3]].any(), "what is below the smallest normal number is 0"
-    step = IntegerInput(scale="static").static_scale(50.0)
-    codes, scale = reference.quantize_tokens(x, float(step))
+    step = IntegerInput(scale="static").stored(Histogram.of(torch.tensor([-50.0, 3.0])))
+    codes, scale = reference.quantize_tokens(x, float(step["input_scale"]))
     ours = IntegerInput(scale="static").fake_quantize(x, 1, step)
     assert torch.equal(ours.nan_to_num(), (codes * scale).nan_to_num())
     assert ours[[4, 5]].isnan().all()
@@ -42,7 +43,7 @@ def test_the_error_is_half_a_step_at_most(bits):
     assert len(ours[0].unique()) <= 2 * wanted.largest_code + 1
     assert torch.equal(ours[:1], wanted.fake_quantize(x[:1], 3)), "no other sample of the batch counts"
     static = IntegerInput(bits, "static")
-    clipped = static.fake_quantize(x, 3, static.static_scale(0.5))
+    clipped = static.fake_quantize(x, 3, static.stored(Histogram.of(torch.tensor([0.5]))))
     assert clipped.abs().max() == pytest.approx(0.5)
 
 
@@ -58,8 +59,8 @@ def test_what_is_scored_has_its_input_quantized(tiny):
         x = IntegerInput().fake_quantize(torch.relu(net.first(inputs)), 3)
         weights = {name: engine.quantized(name, scheme) for name, scheme in (("second", "w8a8"), ("last", "w8a8s"))}
         x = torch.relu(net.norm(torch.conv2d(x, weights["second"].dequantize(), stride=2, groups=2)))
-        scale = weights["last"].input_scale
-        assert scale == pytest.approx(engine.moments["last"].largest / 127)
+        scale = weights["last"].of_input["input_scale"]
+        assert scale == pytest.approx(engine.moments["last"].histogram.high / 127)
         codes = (x.mean((2, 3)) / scale).round().clamp(-127, 127)
         expected = codes * scale @ weights["last"].dequantize().T + net.last.bias
     assert torch.allclose(ours, expected, rtol=1e-5, atol=1e-5)
@@ -108,9 +109,9 @@ def test_a_static_scale_needs_calibration(tiny):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"bits": 9}, "A quantized input has 2 to 8 bits; input.bits=9 came"),
-        ({"scale": "batch"}, "input.scale is one of token, static; 'batch' came"),
-        ({"width": 8}, "input takes bits and scale; width came"),
+        ({"bits": 17}, "A quantized input has 2 to 16 bits; input.bits=17 came"),
+        ({"scale": "batch"}, "input.scale is one of token, tensor, static; 'batch' came"),
+        ({"width": 8}, "input takes bits, scale, symmetric, range; width came"),
         (8, "input is null, or bits and scale"),
     ],
 )
