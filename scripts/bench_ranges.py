@@ -4,7 +4,7 @@
 
 Weights have 8 bits (clip search), inputs 8, 6 and 4: a range for each token when it comes, or a static one of calibration,
 found as min-max, percentile, MSE or entropy; symmetric or asymmetric. Calibrated on 1,000 training images, measured on the test
-images. The data are found in `$MPSEARCH_DATA/cifar10` (default `../shared/data/cifar10`). `--json FILE` writes the rows as JSON too.
+images. The data are found in `$MPSEARCH_DATA/cifar10` (default `../shared/data/cifar10`). `--json FILE` writes the rows too.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ class Histogram:
 def _bins(low: float, high: float) -> tuple[int, int, int]:
     """Exponent, number of the first bin, and how many there are."""
     _, above = math.frexp(high - low)
-    exponent = max(above - 12, SMALLEST_EXPONENT)  # half of what can do
+    exponent = max(above - 12, SMALLEST_EXPONENT) if high > low else SMALLEST_EXPONENT  # half of what can do
     while True:
         first, last = (math.trunc(math.ldexp(end, -exponent)) for end in (low, high))
         if last - first < N_BINS:

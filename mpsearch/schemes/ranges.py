@@ -17,6 +17,7 @@ from mpsearch.schemes.histogram import Histogram
 Rounded = Callable[[Tensor, float, float], tuple[Tensor, Tensor, float]]
 
 PERCENTILE = 0.9999
+NEXT_TO_NOTHING = 1e-4  # counts of a bin of Q that is empty where P is not, as in MXNet and ONNX Runtime
 RATIOS = torch.linspace(1.0, 0.02, 99).tolist()  # of the largest value
 
 
@@ -74,8 +75,7 @@ def entropy(seen: Histogram, rounded: Rounded, symmetric: bool) -> tuple[float, 
         codes, _, step = rounded(centres, low, high)
         if step < seen.width:
             return torch.inf
-        inside = (starts > low) & (starts < high)
-        inside[-seen.first] = True
+        inside = (starts >= low) & (starts <= high)
         kept = torch.where(inside, counts, 0.0)
         reference = kept.clone()
         first, last = (int(i) for i in inside.nonzero()[[0, -1], 0])
@@ -84,7 +84,7 @@ def entropy(seen: Histogram, rounded: Rounded, symmetric: bool) -> tuple[float, 
         by_code = (codes - codes.min()).long()
         within = (reference > 0).double()
         mass, share = (torch.bincount(by_code, of) for of in (kept, within))
-        q = torch.where(reference > 0, (mass / share.clamp(min=1.0))[by_code], 0.0)
+        q = torch.where(reference > 0, (mass / share.clamp(min=1.0))[by_code].clamp(min=NEXT_TO_NOTHING), 0.0)
         p, q = reference / reference.sum(), q / q.sum()
         used = p > 0
         return float((p[used] * (p[used] / q[used]).log()).sum())
