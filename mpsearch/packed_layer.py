@@ -75,7 +75,7 @@ class PackedModule(nn.Module):
         self.register_buffer("data", packed.data)
         self.register_buffer("bias", bias)
         self.register_buffer("shifted_bias", None, persistent=False)
-        if "input_zero_point" in self.of_input and self.kind != "embedding":
+        if "input_zero_point" in self.of_input and not isinstance(module, nn.Embedding):
             middle = cast(IntegerInput, self.scheme.input_format).largest_code // 2
             self.shift = (int(self.of_input["input_zero_point"]) - middle) * float(self.of_input["input_scale"])
             self.shifted_bias = -self.shift * self.quantized().dequantize().double().flatten(1).sum(1)
