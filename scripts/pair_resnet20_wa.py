@@ -85,7 +85,7 @@ def main() -> None:
         lines.append(f"| {theirs} | {ours} | {r['difference']:.2f} ({r['low']:.2f} to {r['high']:.2f}) |")
     notes = [
         "The searched point is the one with the least loss on the search images among those of the front that cost no more",
-        "bit-operations (MACs x bits of the weights x bits of the input, one image); both packed, on the 5,000 staged test images.",
+        "bit-operations (MACs x bits of the weights x bits of the input, one image); both packed, on 5,000 test images.",
         f"{rows[-1]['case']}.",
     ]
     text = "\n".join(["# Searched bits of weights and inputs, against uniform ones", "", *lines, "", *notes]) + "\n"
