@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError
-from mpsearch.layer import LayerSpec, rows_shape, runs_as_usual
+from mpsearch.layer import LayerSpec, check_finite, rows_shape, runs_as_usual
 from mpsearch.progress import phase
 from mpsearch.quantizers.base import InputMoments
 from mpsearch.schemes.histogram import Histogram
@@ -56,7 +56,8 @@ def calibrate(
         return hook
 
     for name in (name for layer in layers for name in layer.modules):
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
+        check_finite(name, module.weight.detach())  # else the next layer's input would be to blame
         if not isinstance(module, nn.Embedding) and runs_as_usual(module):
             hooks.append(module.register_forward_hook(hook_for(name), with_kwargs=True))
     try:
