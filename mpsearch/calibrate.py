@@ -1,5 +1,5 @@
-"""Run the calibration data once and keep what quantizers and bias correction need of every layer's input: its moments
-and its largest magnitude.
+"""Run the calibration data once and keep what quantizers, bias correction and static ranges need of every layer's input: its
+moments and its histogram.
 
 The mean and the second moment of each input value that meets a column of the weight matrix. For a convolution that is each
 (channel, kernel offset), padding counted as the zeros it is; both are linear in the (squared) input, so that the batch can be
@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError
-from mpsearch.layer import LayerSpec, rows_shape, runs_as_usual
+from mpsearch.layer import LayerSpec, check_finite, rows_shape, runs_as_usual
 from mpsearch.progress import phase
 from mpsearch.quantizers.base import InputMoments
+from mpsearch.schemes.histogram import Histogram
 from mpsearch.tasks.base import Task
 from mpsearch.trace import tensors_in
 
@@ -34,7 +35,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def calibrate(
     model: nn.Module, task: Task, layers: Sequence[LayerSpec], batches: Sequence[tuple[Any, Tensor]]
 ) -> dict[str, InputMoments]:
-    """Module name -> moments of its input, float32 on the CPU.
+    """Module name -> moments of its input, float32 on the CPU; `InputError` where one is NaN or infinite.
 
     Left out are embeddings, whose input is indices, and modules that run a `forward` of their own (a convolution that
     standardizes its weight, say): their output is not what weight and input alone say.
@@ -47,13 +48,16 @@ def calibrate(
             x = next(tensors_in((args, kwargs))).detach()
             count = output.numel() // rows_shape(module)[0]
             mean, second = (_column_means(module, y).double().cpu() for y in (x, x.square()))
-            found = InputMoments(mean, second, count, x.abs().max().item())
+            if not torch.isfinite(x).all():
+                raise _not_finite(name)
+            found = InputMoments(mean, second, count, Histogram.of(x))
             sums[name] = InputMoments.pooled([sums[name], found]) if name in sums else found
 
         return hook
 
     for name in (name for layer in layers for name in layer.modules):
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
+        check_finite(name, module.weight.detach())  # else the next layer's input would be to blame
         if not isinstance(module, nn.Embedding) and runs_as_usual(module):
             hooks.append(module.register_forward_hook(hook_for(name), with_kwargs=True))
     try:
@@ -64,7 +68,7 @@ def calibrate(
     finally:
         for handle in hooks:
             handle.remove()
-    return {n: InputMoments(m.mean.float(), m.second_moment.float(), m.count, m.largest) for n, m in sums.items()}
+    return {n: InputMoments(m.mean.float(), m.second_moment.float(), m.count, m.histogram) for n, m in sums.items()}
 
 
 @torch.no_grad()
@@ -103,8 +107,12 @@ def hessians(model: nn.Module, task: Task, modules: Sequence[str], batches: Sequ
             handle.remove()
     for name, total in sums.items():
         if not torch.isfinite(total.div_(counts[name])).all():
-            raise InputError(f"The calibration data make NaN or infinite inputs of layer '{name}'. Check the data and the model.")
+            raise _not_finite(name)
     return {name: total.cpu() for name, total in sums.items()}
+
+
+def _not_finite(layer: str) -> InputError:
+    return InputError(f"The calibration data make NaN or infinite inputs of layer '{layer}'. Check the data and the model.")
 
 
 def hessian_bytes(module: Any) -> int:

@@ -130,8 +130,8 @@ class QuantEngine:
         wanted = self.space.schemes[scheme].input_format
         if wanted is not None and wanted.scale == "static" and moments is None and self._layers[layer].kind != "embedding":
             raise InputError(
-                "its input was not calibrated (the module runs a forward of its own), so that it has no static scale. "
-                "Use input.scale=token, or pin the layer to another scheme."
+                "its input was not calibrated (the module runs a forward of its own, or the calibration data do not reach it), "
+                "so that it has no static range. Use input.scale=token, or pin the layer to another scheme."
             )
 
     def biases(self, layer: str, scheme: str) -> dict[str, Tensor]:
@@ -311,8 +311,8 @@ def quantize_input(module: nn.Module, quantized: QuantizedTensor) -> RemovableHa
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if args:
-            return (wanted.fake_quantize(args[0], n_inner, quantized.input_scale), *args[1:]), kwargs
-        return args, {**kwargs, "input": wanted.fake_quantize(kwargs["input"], n_inner, quantized.input_scale)}
+            return (wanted.fake_quantize(args[0], n_inner, quantized.of_input), *args[1:]), kwargs
+        return args, {**kwargs, "input": wanted.fake_quantize(kwargs["input"], n_inner, quantized.of_input)}
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mpsearch import kernels
 from mpsearch.layer import from_rows
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
+from mpsearch.schemes.input import SMALLEST_NORMAL, IntegerInput
 from mpsearch.schemes.integer import Integer
 
 
@@ -43,7 +44,8 @@ def kernel_for(kind: str, shape: Sequence[int], scheme: QuantScheme) -> str | No
         return None
     if op == "embedding" or scheme.input is None:
         return op
-    return f"{op}_a8" if scheme.input.bits == 8 else None
+    runs = scheme.input.bits == 8 and (scheme.input.symmetric or scheme.input.has_static_scale)
+    return f"{op}_a8" if runs else None
 
 
 class PackedModule(nn.Module):
@@ -56,6 +58,7 @@ class PackedModule(nn.Module):
     own_state = ("bias",)  # what is a state of its own, not the packed weight's
     bias: Tensor | None
     data: Tensor
+    shifted_bias: Tensor | None
 
     def __init__(self, module: nn.Module, layer: QuantizedLayer, packed: Any, bias: Tensor | None) -> None:
         super().__init__()
@@ -64,9 +67,18 @@ class PackedModule(nn.Module):
                 setattr(self, name, value)
         self.kind, self.owners, self.scheme, self.shape = layer.kind, layer.modules, layer.weight.scheme, layer.weight.shape
         self.packed = packed
-        self.step = None if layer.weight.input_scale is None else float(layer.weight.input_scale)
+        self.of_input = layer.weight.of_input
+        self.step = float(self.of_input["input_scale"]) if self.of_input else None
+        # The kernels' codes are signed and have no zero point: asymmetric input is given to them less its middle code, and the
+        # shift, the same for every value, times the sum of a row of weights is taken off the output again.
+        self.shift = 0.0
         self.register_buffer("data", packed.data)
         self.register_buffer("bias", bias)
+        self.register_buffer("shifted_bias", None, persistent=False)
+        if "input_zero_point" in self.of_input and not isinstance(module, nn.Embedding):
+            middle = cast(IntegerInput, self.scheme.input_format).largest_code // 2
+            self.shift = (int(self.of_input["input_zero_point"]) - middle) * float(self.of_input["input_scale"])
+            self.shifted_bias = -self.shift * self.quantized().dequantize().double().flatten(1).sum(1)
 
     def unpacked(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes `[rows, columns]`, scales and zero points `[rows, n_groups]`, as they were packed."""
@@ -74,13 +86,25 @@ class PackedModule(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The weight as its scheme stores it."""
-        step = None if self.step is None else torch.tensor([self.step])
-        return cast(Integer, self.scheme).stored(*self.unpacked(), step, self.shape)
+        return cast(Integer, self.scheme).stored(*self.unpacked(), self.of_input, self.shape)
 
     @property
     def weight(self) -> Tensor:
         """See the class."""
         return self.quantized().dequantize()
+
+    def eight_bits(self, x: Tensor, n_inner: int) -> tuple[Tensor, Tensor | None, float | None]:
+        """(input, bias, step) of an 8-bit product: `None` where the kernels find the step of each token themselves."""
+        of = cast(IntegerInput, self.scheme.input_format)
+        if self.shifted_bias is not None:
+            bias = self.shifted_bias if self.bias is None else self.bias + self.shifted_bias
+            return of.fake_quantize(x, n_inner, self.of_input) + self.shift, bias.float(), self.step
+        if of.scale == "tensor" and x.numel():
+            step = float(of.grid(x.min(), x.max())[0])
+            if SMALLEST_NORMAL <= step < math.inf:
+                return x, self.bias, step
+            return torch.full_like(x, 0.0 if step < SMALLEST_NORMAL else math.nan), self.bias, 1.0
+        return x, self.bias, self.step
 
     def extra_repr(self) -> str:
         """Shape and scheme."""
@@ -94,7 +118,8 @@ class PackedLinear(PackedModule):
         """float32 `[..., in]` -> `[..., out]`."""
         if self.scheme.input_format is None:
             return kernels.linear(input, self.packed, self.bias)
-        return kernels.linear_a8(input, self.packed, self.bias, self.step)
+        x, bias, step = self.eight_bits(input, 1)
+        return kernels.linear_a8(x, self.packed, bias, step)
 
 
 class PackedEmbedding(PackedModule):
@@ -110,8 +135,8 @@ class PackedConv(PackedModule):
 
     def __init__(self, module: Any, layer: QuantizedLayer, packed: Any, bias: Tensor | None) -> None:
         super().__init__(module, layer, packed, bias)
-        # The kernels pad with zeros, alike on both sides; anything else is padded here.
-        self.pads_first = module.padding_mode != "zeros" or isinstance(module.padding, str)
+        # The kernels pad with zeros, alike on both sides; anything else is padded here, and what is to be shifted afterwards.
+        self.pads_first = module.padding_mode != "zeros" or isinstance(module.padding, str) or self.shifted_bias is not None
         self.sides = module._reversed_padding_repeated_twice
         self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         self.geometry = {
@@ -131,7 +156,8 @@ class PackedConv(PackedModule):
         if self.scheme.input_format is None:
             output = kernels.conv(batch, self.packed, self.bias, **self.geometry)
         else:
-            output = kernels.conv_a8(batch, self.packed, self.bias, **self.geometry, input_scale=self.step)
+            x, bias, step = self.eight_bits(batch, batch.dim() - 1)
+            output = kernels.conv_a8(x, self.packed, bias, **self.geometry, input_scale=step)
         return output if input.dim() == len(self.shape) else output[0]
 
 

@@ -19,6 +19,10 @@ from mpsearch.packed_layer import kernel_for
 from mpsearch.pareto import hypervolume
 from mpsearch.result import SearchResult, write_atomically
 
+INPUTS_ALONE = (
+    "Inputs are rounded just before a layer's product; its output, and all that lies between layers (activations, pooling, "
+    "residual additions), is float32: no two operations pass integers on."
+)
 # At most this many rows in layers.png; a longer front is thinned evenly, the pick always kept.
 MAX_LAYER_ROWS = 24
 
@@ -183,6 +187,7 @@ def _page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | No
         "",
         *[f"- `{name}`: {scheme.describe()}" for name, scheme in space.schemes.items()],
         "",
+        *([INPUTS_ALONE, ""] if any(scheme.input_format is not None for scheme in space.schemes.values()) else []),
         "## Which layer got how many bits",
         "",
         "![Bits of each layer](layers.png)",

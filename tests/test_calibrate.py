@@ -112,6 +112,19 @@ def test_transposed_convolutions_meet_the_mean_of_their_output(stride, padding):
     assert (predicted - mean_output).abs().max() < tolerance
 
 
+def test_the_histogram_is_the_same_whatever_the_batches():
+    x = task_of((4, 9, 8), n=23)[1] * torch.logspace(-3, 3, 23)[:, None, None, None]
+    model, labels = nn.Sequential(nn.Conv2d(4, 6, 3)), torch.zeros(23, dtype=torch.long)
+    found = []
+    for size, order in ((23, torch.arange(23)), (4, torch.arange(23)), (1, torch.arange(23).flip(0))):
+        split = (x[order], labels)
+        found.append(moments_of(model, Classification(split, split, split, n_classes=2, batch_size=size))["0"].histogram)
+    for histogram in found:
+        assert (histogram.low, histogram.high) == (x.min().item(), x.max().item())
+        assert torch.equal(histogram.counts, found[0].counts)
+        assert int(histogram.counts.sum()) == x.numel()
+
+
 class Shared(nn.Module):
     """A layer that is called twice, two layers with one weight, one that never runs, and an embedding."""
 

@@ -105,6 +105,6 @@ def test_a_scheme_spells_every_field(path: Path) -> None:
         bits, _, group = path.stem[1:].partition("g")
         bits, _, of_input = bits.partition("a")
         assert scheme.bits == int(bits)
-        assert scheme.input == (IntegerInput(int(of_input)) if of_input else None)
+        assert scheme.input == (IntegerInput(int(of_input), symmetric=int(of_input) >= 8) if of_input else None)
         assert scheme.group_size == (int(group) if group else "channel")
         assert scheme.symmetric == (not group)

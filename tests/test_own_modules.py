@@ -24,7 +24,7 @@ class Halved(QuantScheme):
     def storage_bits(self, shape):
         return 16 * torch.Size(shape).numel()
 
-    def quantize(self, weight, codes, importance, largest_input=1.0):
+    def quantize(self, weight, codes, importance, seen=None):
         return QuantizedTensor(self, tuple(weight.shape), {"halves": (weight / 2).half()})
 
     def dequantize(self, tensors, shape):

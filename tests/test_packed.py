@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,16 +15,19 @@ from mpsearch.allocation import Allocation
 from mpsearch.engine import other_bits
 from mpsearch.errors import InputError
 from mpsearch.fold import fold_batch_norms
+from mpsearch.layer import kind_of
 from mpsearch.models.digits import digits
 from mpsearch.models.resnet import resnet
 from mpsearch.packed import QuantizedLayer, load, pack, packed, quantized_layers, save
 from mpsearch.packed_layer import Dequantized, PackedConv, PackedEmbedding, PackedLinear, PackedModule, kernel_for
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.floating import Float
+from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.cifar10 import Cifar10
 
 A8, STATIC = {"bits": 8}, {"bits": 8, "scale": "static"}
+SHIFTED = {"bits": 8, "scale": "static", "symmetric": False, "range": "mse"}
 SCHEMES = {
     "w1": Integer(1),
     "w3": Integer(3, "tensor"),
@@ -32,6 +36,8 @@ SCHEMES = {
     "w4a8": Integer(4, 32, symmetric=False, input=A8),
     "w8a8": Integer(8, input=STATIC),
     "w8a4": Integer(8, input={"bits": 4}),
+    "w5a8s": Integer(5, input=SHIFTED),
+    "w4a8t": Integer(4, "tensor", symmetric=False, input={"bits": 8, "scale": "tensor"}),
     "fp16": Float("float16"),
 }
 
@@ -123,6 +129,10 @@ def test_what_runs(engine):
         ("linear", (4, 9), Integer(3), "linear"),
         ("linear", (4, 9), Integer(3, input=A8), "linear_a8"),
         ("linear", (4, 9), Integer(3, input={"bits": 4}), None),
+        ("linear", (4, 9), Integer(3, input={"bits": 16}), None),
+        ("linear", (4, 9), Integer(3, input={"bits": 8, "scale": "tensor"}), "linear_a8"),
+        ("linear", (4, 9), Integer(3, input={"bits": 8, "symmetric": False}), None),
+        ("conv2d", (4, 9, 3, 3), Integer(3, input=SHIFTED), "conv_a8"),
         ("conv1d", (4, 9, 3), Integer(8, 7), "conv"),
         ("conv2d", (4, 9, 3, 3), Integer(8, input=STATIC), "conv_a8"),
         ("conv3d", (4, 9, 3, 3, 3), Integer(8), None),
@@ -134,6 +144,51 @@ def test_what_runs(engine):
 )
 def test_which_layers_there_is_a_kernel_for(kind, shape, scheme, op):
     assert kernel_for(kind, shape, scheme) == op
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(70, 9), (5, 70)),
+    "no bias": (lambda: nn.Linear(70, 9, bias=False), (5, 70)),
+    "padded": (lambda: nn.Conv2d(3, 8, 3, padding=1, stride=2), (5, 3, 9, 8)),
+    "same": (lambda: nn.Conv2d(4, 6, (5, 2), padding="same", dilation=(1, 2), groups=2), (5, 4, 9, 8)),
+    "reflect": (lambda: nn.Conv1d(4, 6, 3, padding=1, padding_mode="reflect", bias=False), (5, 4, 9)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("of_input", [SHIFTED, {"bits": 8, "scale": "tensor"}], ids=["shifted", "tensor"])
+@pytest.mark.parametrize("offset", [-3.0, 0.4, 5.0])
+def test_a_layer_on_its_own_input_is_what_is_simulated(tiny, name, of_input, offset):
+    """To float rounding, as no code of its input can differ; padding stays 0, which is no middle code."""
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    layer = make().eval()
+    x = torch.randn(shape) + offset
+    x[0].clamp_(min=0)
+    weight = RoundToNearest().quantize(
+        layer.weight.detach(), scheme := Integer(4, 16, symmetric=False, input=of_input), moments_of(Histogram.of(x[:3]))
+    )
+    n_inner = 1 if isinstance(layer, nn.Linear) else x.dim() - 1
+    fake = scheme.input.fake_quantize(x, n_inner, weight.of_input)
+    expected = torch.func.functional_call(layer, {"weight": weight.dequantize()}, fake)
+    model = pack(nn.Sequential(copy.deepcopy(layer)), [QuantizedLayer(kind_of(layer), ("0",), weight, {})])
+    assert isinstance(model[0], PackedModule)
+    assert (model(x) - expected).abs().max() <= 3e-5 * expected.abs().max()
+    assert torch.equal(model[0].weight, weight.dequantize())
+    if of_input is SHIFTED:
+        x[1] = torch.nan
+        assert model(x)[1].isnan().all()
+        assert torch.isfinite(model(x)[0]).all()
+    else:
+        x[1].view(-1)[0] = torch.inf
+        assert model(x).isnan().all()
+        tiny_x = torch.full_like(x, 1e-40)
+        assert torch.equal(model(tiny_x), model(torch.zeros_like(x)))
+
+
+def moments_of(histogram):
+    """What calibration tells, of the histogram alone."""
+    return SimpleNamespace(second_moment=None, histogram=histogram)
 
 
 @pytest.mark.parametrize("index", range(len(SCHEMES) + 1))

@@ -54,6 +54,7 @@ class Native(Exporter):
                     "scheme": {"name": scheme, **space.schemes[scheme].fields()},
                     "size_bytes": quantized.nbytes,
                     "tensors": sorted(quantized.tensors),
+                    **{name: tensor.item() for name, tensor in quantized.of_input.items()},
                     "biases": sorted(biases),
                 }
         data = save_tensors(tensors)

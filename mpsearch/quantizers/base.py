@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpsearch import kernels
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
+from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.integer import SCALE_DTYPES, Integer
 
 
@@ -21,19 +22,21 @@ class InputMoments:
 
     `mean` and `second_moment` are float32 `[k, columns]`: the mean of each input value that meets a column of the weight
     matrix, and of its square, over the `count` output positions of the calibration data (padding counted as the zeros it is).
-    `largest` is the largest magnitude of any input value. `hessian` float32 `[k, columns, columns]` is the mean of x x^T, whose
-    diagonal is `second_moment`; it is there for quantizers that say `needs_hessian`, where the layer allows it.
+    `histogram` is of all input values, for static input ranges. `hessian` float32 `[k, columns, columns]` is the mean of x x^T,
+    whose diagonal is `second_moment`; it is there for quantizers that say `needs_hessian`, where the layer allows it.
     """
 
     mean: Tensor
     second_moment: Tensor
     count: int = 1
-    largest: float = 0.0
+    histogram: Histogram | None = None
     hessian: Tensor | None = None
 
     @classmethod
     def pooled(cls, found: Sequence[InputMoments]) -> InputMoments:
         """Of several modules that own one weight, each counted by its `count` of output positions."""
+        if len(found) == 1:
+            return found[0]
         count = sum(moments.count for moments in found)
         shares = [moments.count / count for moments in found]
         mean = sum((share * moments.mean for share, moments in zip(shares, found, strict=True)), torch.tensor(0.0))
@@ -42,7 +45,8 @@ class InputMoments:
         if all(moments.hessian is not None for moments in found):
             parts = zip(shares, (moments.hessian for moments in found if moments.hessian is not None), strict=True)
             hessian = torch.stack([share * part for share, part in parts]).sum(0)
-        return cls(mean, second, count, max(moments.largest for moments in found), hessian)
+        histograms = [moments.histogram for moments in found if moments.histogram is not None]
+        return cls(mean, second, count, Histogram.merged(histograms) if histograms else None, hessian)
 
     def centred(self) -> InputMoments:
         """The moments of x - E[x]: what weighs an error whose mean is taken off the layer's bias."""
@@ -69,7 +73,7 @@ class Quantizer(ABC):
         """`weight` (float32, output channels first) as `scheme` stores it; errors weigh by the input's second moment."""
         if moments is None:
             return scheme.quantize(weight, self.codes, None)
-        return scheme.quantize(weight, self.codes, moments.second_moment, moments.largest)
+        return scheme.quantize(weight, self.codes, moments.second_moment, moments.histogram)
 
 
 def kernel_codes(

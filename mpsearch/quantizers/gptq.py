@@ -47,7 +47,7 @@ class GPTQ(ClipSearch):
         if moments is None or moments.hessian is None:
             return super().quantize(weight, scheme, moments)
         codes = partial(self._codes_by_hessian, hessian=self._damped(moments.hessian))
-        return scheme.quantize(weight, codes, moments.second_moment, moments.largest)
+        return scheme.quantize(weight, codes, moments.second_moment, moments.histogram)
 
     def _codes_by_hessian(
         self, matrix: Tensor, scheme: Integer, group_size: int, importance: Tensor | None, hessian: Tensor

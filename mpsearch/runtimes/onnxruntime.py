@@ -31,7 +31,7 @@ class ONNXRuntime(Runtime):
             return False
         if scheme.input is not None:
             weight = scheme.bits == 8 and scheme.symmetric and scheme.group_size in ("channel", "tensor")
-            of_input = (scheme.input.bits, scheme.input.scale) == (8, "static")
+            of_input = (scheme.input.bits, scheme.input.scale, scheme.input.symmetric) == (8, "static", True)
             return weight and of_input and layer.kind in ("linear", "conv1d", "conv2d")
         size = scheme.group_size
         block = isinstance(size, int) and size >= 16 and size & (size - 1) == 0 and whole_groups(layer, size)

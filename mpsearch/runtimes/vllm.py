@@ -34,7 +34,7 @@ class VLLM(Runtime):
             return False
         if scheme.input is not None:
             weight = scheme.bits == 8 and scheme.symmetric and scheme.group_size in ("channel", "tensor")
-            return weight and scheme.input.bits == 8
+            return weight and scheme.input.bits == 8 and scheme.input.symmetric and scheme.input.scale != "tensor"
         if scheme.group_size == "channel":
             return scheme.bits in (4, 8) and scheme.symmetric
         return scheme.bits in (4, 8) and scheme.group_size in (32, 64, 128) and whole_groups(layer, int(scheme.group_size))

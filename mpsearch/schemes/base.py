@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from mpsearch.errors import InputError
+from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.input import IntegerInput
 
 # (matrix, scheme, group size, importance) -> (codes, scales, zero points or None): the quantizer's `codes`.
@@ -48,12 +49,12 @@ class QuantScheme(ABC):
 
     @abstractmethod
     def quantize(
-        self, weight: Tensor, codes: FindCodes, importance: Tensor | None, largest_input: float = 1.0
+        self, weight: Tensor, codes: FindCodes, importance: Tensor | None, seen: Histogram | None = None
     ) -> QuantizedTensor:
         """`weight` (float32, output channels first) as stored; `codes` is the quantizer's, for schemes that leave a choice.
 
         `importance` float32 `[k, columns]` (output channels divide by k) weighs squared errors; `None` weighs all alike.
-        `largest_input` is max|x| of the layer's input, for schemes with a static input scale.
+        `seen` is what calibration saw of the layer's input, for schemes with a static input range.
         """
 
     @abstractmethod
@@ -83,9 +84,9 @@ class QuantizedTensor:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
-    def input_scale(self) -> Tensor | None:
-        """float32 `[1]`, where the scheme has a static one."""
-        return self.tensors.get("input_scale")
+    def of_input(self) -> dict[str, Tensor]:
+        """`input_scale` and `input_zero_point`, where the scheme has static ones (`IntegerInput.stored`)."""
+        return {name: tensor for name, tensor in self.tensors.items() if name.startswith("input_")}
 
     def dequantize(self) -> Tensor:
         """The weight that these codes stand for: float32, `shape`."""

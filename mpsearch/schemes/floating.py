@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mpsearch.errors import InputError
 from mpsearch.schemes.base import FindCodes, QuantizedTensor, QuantScheme
+from mpsearch.schemes.histogram import Histogram
 
 FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -40,7 +41,7 @@ class Float(QuantScheme):
         weight: Tensor,
         codes: FindCodes | None = None,
         importance: Tensor | None = None,
-        largest_input: float = 1.0,
+        seen: Histogram | None = None,
     ) -> QuantizedTensor:
         """`weight` (float32, any shape) rounded to nearest; a value beyond float16's 65,504 is an `InputError`."""
         values = weight.to(FORMATS[self.format], copy=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from mpsearch import kernels
 from mpsearch.errors import InputError
 from mpsearch.schemes.base import FindCodes, QuantizedTensor, QuantScheme
+from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.input import IntegerInput
 
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -40,8 +41,9 @@ class Integer(QuantScheme):
 
     def __post_init__(self) -> None:
         if isinstance(self.input, Mapping):  # from a config, or from what `fields` gave
-            if unknown := set(self.input) - {"bits", "scale"}:
-                raise InputError(f"input takes bits and scale; {', '.join(sorted(unknown))} came.")
+            known = [field.name for field in fields(IntegerInput)]
+            if unknown := set(self.input) - set(known):
+                raise InputError(f"input takes {', '.join(known)}; {', '.join(sorted(unknown))} came.")
             object.__setattr__(self, "input", IntegerInput(**self.input))
         elif self.input is not None and not isinstance(self.input, IntegerInput):
             raise InputError(f"input is null, or bits and scale: {{bits: 8, scale: token}}; {self.input!r} came.")
@@ -63,12 +65,12 @@ class Integer(QuantScheme):
         return (rows, columns, max(columns, 1) if self.group_size == "channel" else int(self.group_size))
 
     def storage_bits(self, shape: tuple[int, ...]) -> int:
-        """Dense codes padded to a byte + scales + a zero point byte for each group where not symmetric + a static input scale."""
+        """Dense codes padded to a byte + scales + a zero point byte for each group where not symmetric + a static input range."""
         rows, columns, group_size = self.grid(shape)
         n_groups = rows * math.ceil(columns / group_size)
         codes = 8 * math.ceil(rows * columns * self.bits / 8)
         each = 8 * SCALE_DTYPES[self.scale_dtype].itemsize + (0 if self.symmetric else 8)
-        return codes + n_groups * each + (32 if self.has_static_input else 0)
+        return codes + n_groups * each + (0 if self.input is None else self.input.storage_bits)
 
     @property
     def weight_bits(self) -> int:
@@ -80,25 +82,25 @@ class Integer(QuantScheme):
         """`input`."""
         return self.input
 
-    @property
-    def has_static_input(self) -> bool:
-        """Whether an input scale is stored with the weight."""
-        return self.input is not None and self.input.scale == "static"
-
     def quantize(
-        self, weight: Tensor, codes: FindCodes, importance: Tensor | None, largest_input: float = 1.0
+        self, weight: Tensor, codes: FindCodes, importance: Tensor | None, seen: Histogram | None = None
     ) -> QuantizedTensor:
-        """The quantizer's codes, packed, with its scales and zero points, and the static scale of the input if it has one."""
+        """The quantizer's codes, packed, with its scales and zero points, and the static range of the input if it has one."""
         shape = tuple(weight.shape)
         rows, columns, group_size = self.grid(shape)
         if importance is not None and self.group_size == "tensor":
             importance = importance.repeat_interleave(shape[0] // importance.shape[0], dim=0).reshape(1, columns)
         found, scales, zero_points = codes(weight.reshape(rows, columns).contiguous(), self, group_size, importance)
-        static = self.input.static_scale(largest_input) if self.input is not None and self.has_static_input else None
-        return self.stored(found, scales, zero_points, static, shape)
+        of_input = {} if self.input is None else self.input.stored(seen)
+        return self.stored(found, scales, zero_points, of_input, shape)
 
     def stored(
-        self, codes: Tensor, scales: Tensor, zero_points: Tensor | None, input_scale: Tensor | None, shape: tuple[int, ...]
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        zero_points: Tensor | None,
+        of_input: Mapping[str, Tensor],
+        shape: tuple[int, ...],
     ) -> QuantizedTensor:
         """A weight of `shape` from its codes (uint8, one each); scales and zero points have a row for each row of the matrix.
 
@@ -106,9 +108,10 @@ class Integer(QuantScheme):
         """
         if self.group_size == "tensor":
             scales, zero_points = scales[:1], None if zero_points is None else zero_points[:1]
-        optional = {"zero_points": zero_points, "input_scale": input_scale}
         tensors = {"codes": kernels.pack(codes, self.bits), "scales": scales.contiguous()}
-        return QuantizedTensor(self, shape, tensors | {name: tensor for name, tensor in optional.items() if tensor is not None})
+        if zero_points is not None:
+            tensors["zero_points"] = zero_points
+        return QuantizedTensor(self, shape, {**tensors, **of_input})
 
     def unpacked(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """Codes uint8 `[out, columns]`, scales and zero points `[out, n_groups]`, and the columns of a group.

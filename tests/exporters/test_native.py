@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
 from mpsearch.search import Evaluator
 
+ROOT = Path(__file__).parents[2]
 ALLOCATION = Allocation({"first": "w3", "second": "w2g5", "last": "fp16"})
 SCHEMES = {"w3": Integer(3), "w2g5": Integer(2, 5, symmetric=False), "fp16": Float("float16")}
 
@@ -67,6 +69,31 @@ def test_what_the_json_says(exported):
     assert second["biases"] == []
     assert data["layers"]["last"]["biases"] == ["last"]
     assert {path.name for path in path.parent.iterdir()} == {"allocation.json", "allocation.safetensors"}
+
+
+def test_static_ranges_are_said_and_applied(tiny, tmp_path):
+    """The exported model rounds its inputs as the one that was scored, without calibration data."""
+    static = {"scale": "static", "symmetric": False, "range": "mse"}
+    schemes = {"w3a4": Integer(3, input={"bits": 4, **static}), "w8a8": Integer(8, input={"bits": 8, **static})}
+    engine = tiny.engine(tiny.net(), tiny.task(), schemes)
+    allocation = Allocation({"first": "w8a8", "second": "w3a4", "last": "w3a4"})
+    e = Evaluator(engine, [])(allocation, "sampler", trial=0)
+    picked = Picked(e, {"search": e}, {}, "accuracy", weights_sha256(engine.model), ())
+    path = instantiate(OmegaConf.load(ROOT / "conf" / "exporter" / "native.yaml")).export(picked, engine, tmp_path)
+    said = json.loads(path.read_text())["layers"]["second"]
+    of_input = engine.quantized("second", "w3a4").of_input
+    assert (said["input_scale"], said["input_zero_point"]) == (of_input["input_scale"].item(), 0)
+    assert said["scheme"]["input"] == {"bits": 4, **static}
+    assert sum(layer["size_bytes"] for layer in json.loads(path.read_text())["layers"].values()) == sum(
+        engine.space.schemes[s].storage_bits(engine.model.get_submodule(la).weight.shape) // 8 for la, s in allocation.items()
+    )
+    inputs, _ = engine.batches("search")[0]
+    with torch.no_grad(), engine.applied(allocation) as model:
+        expected = model(inputs)
+    exported = load_allocation(path)
+    with torch.no_grad():
+        assert torch.equal(exported.apply(tiny.net())(inputs), expected)
+        assert torch.allclose(exported.pack(tiny.net())(inputs), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_tensors_are_those_of_the_bank(exported):

@@ -265,7 +265,7 @@ def correlated(columns, k=1, seed=2, n=400):
     torch.manual_seed(seed)
     x = torch.randn(k, n, columns).cumsum(-1) * 0.3 + 0.5
     hessian = x.transpose(1, 2) @ x / n
-    return InputMoments(x.mean(1), x.square().mean(1), n, 1.0, hessian), x
+    return InputMoments(x.mean(1), x.square().mean(1), n, hessian=hessian), x
 
 
 def output_error(quantized, weight, x):
@@ -330,7 +330,7 @@ def test_few_samples_and_constant_inputs_are_damped():
             assert torch.isfinite(dense).all()
             nearest = NEAREST.quantize(weight, Integer(3)).dequantize()
             assert (dense - weight).abs().max() < 4 * (nearest - weight).abs().max()
-    nothing = InputMoments(torch.zeros(1, 30), torch.zeros(1, 30), 1, 0.0, torch.zeros(1, 30, 30))
+    nothing = InputMoments(torch.zeros(1, 30), torch.zeros(1, 30), hessian=torch.zeros(1, 30, 30))
     assert torch.isfinite(GPTQ().quantize(weight, Integer(3), nothing).dequantize()).all()
 
 
@@ -338,7 +338,7 @@ def test_a_hessian_that_is_not_positive_definite_is_damped_more_or_refused():
     hessian = torch.eye(4)[None].clone()
     hessian[0, 0, 0] = -0.05
     weight = weights((3, 4))
-    given = InputMoments(torch.zeros(1, 4), torch.ones(1, 4), 1, 1.0, hessian)
+    given = InputMoments(torch.zeros(1, 4), torch.ones(1, 4), hessian=hessian)
     with pytest.warns(UserWarning, match=r"not positive definite with damping=0.01; 0.1 was taken"):
         GPTQ().quantize(weight, Integer(3), given)
     given.hessian[0, 0, 0] = -2.0

@@ -30,6 +30,11 @@ SCHEMES = {
     "w4a8": Integer(4, input=IntegerInput(8)),
     "w8a8": Integer(8, input=IntegerInput(8)),
     "w8a8s": Integer(8, input=IntegerInput(8, "static")),
+    "w8a8u": Integer(8, input=IntegerInput(8, symmetric=False)),
+    "w8a8us": Integer(8, input=IntegerInput(8, "static", symmetric=False)),
+    "w8a8t": Integer(8, input=IntegerInput(8, "tensor")),
+    "w8a4": Integer(8, input=IntegerInput(4)),
+    "w8a16s": Integer(8, input=IntegerInput(16, "static")),
     "fp16": Float("float16"),
     "fp32": Float("float32"),
 }

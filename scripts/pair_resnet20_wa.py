@@ -1,0 +1,98 @@
+"""Searched bits of weights and inputs against uniform ones at no more bit-operations; to `reports/resnet20_cifar10_wa/paired.*`.
+
+    mpsearch search experiment=resnet20_cifar10_wa && python scripts/pair_resnet20_wa.py
+
+For each uniform allocation the point of the run's front with the least loss on the search images among those that cost no more
+bit-operations; both run packed on the 5,000 test images, which the search never saw, and are compared image by image.
+The data are found in `$MPSEARCH_DATA/cifar10` (default `../shared/data/cifar10`).
+"""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from bench_resnet20 import DATA, REPORTS, Row, _machine
+
+from mpsearch.calibrate import calibrate
+from mpsearch.engine import QuantEngine, load_batches, paired_interval
+from mpsearch.fold import fold_batch_norms
+from mpsearch.models.resnet import resnet
+from mpsearch.packed import packed
+from mpsearch.quantizers.coordinate_descent import CoordinateDescent
+from mpsearch.result import SearchResult
+from mpsearch.tasks.cifar10 import Cifar10
+
+FOLDER = REPORTS / "resnet20_cifar10_wa"
+UNIFORM = ("w4a4", "w4a6", "w4a8", "w6a8", "w8a8")
+
+
+def compared() -> list[Row]:
+    """A row for each uniform allocation: accuracy of both, and the paired difference with its 95 % interval, in points."""
+    result = SearchResult.load(FOLDER)
+    task = Cifar10(str(DATA), n_calibration=1000, n_search=500)
+    model = resnet(20, str(DATA / "resnet20.safetensors")).eval()
+    fold_batch_norms(model, task.forward, task.batches("calibration")[0][0])
+    moments = calibrate(model, task, result.space.layers, load_batches(task, "calibration", "cpu"))
+    engine = QuantEngine(model, task, result.space, dict.fromkeys(result.space.schemes, CoordinateDescent()), moments)
+    rows: list[Row] = []
+    for scheme, uniform in result.uniform:
+        if scheme not in UNIFORM:
+            continue
+        limit = uniform.costs["bit_operations"]
+        ours = min((e for e in result.front if e.costs["bit_operations"] <= limit), key=lambda e: e.loss)
+        scores = []
+        for allocation in (uniform.allocation, ours.allocation):
+            with packed(engine, allocation) as on_kernels:
+                scores.append(engine.score_of(on_kernels, "confirm"))
+        theirs, mine = scores
+        low, high = paired_interval(mine.qualities - theirs.qualities)
+        rows.append(
+            {
+                "what": "accuracy at no more bit-operations",
+                "case": f"searched against uniform {scheme}",
+                "value": 100 * mine.quality,
+                "unit": "%",
+                "rival": f"uniform {scheme}",
+                "rival_value": 100 * theirs.quality,
+                "difference": 100 * (mine.quality - theirs.quality),
+                "low": 100 * low,
+                "high": 100 * high,
+                "bit_operations": ours.costs["bit_operations"],
+                "rival_bit_operations": limit,
+                "bytes": ours.size_bytes,
+                "rival_bytes": uniform.size_bytes,
+                "kl": mine.loss,
+                "rival_kl": theirs.loss,
+            }
+        )
+        print(f"{scheme}: {rows[-1]['difference']:.2f} ({rows[-1]['low']:.2f} to {rows[-1]['high']:.2f})", flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure, print the table, and write it beside the run."""
+    torch.set_num_threads(1)
+    rows = [*compared(), _machine()]
+    lines = [
+        "| uniform | giga bit-operations | accuracy % | KL | searched: giga bit-operations | accuracy % | KL "
+        "| difference in accuracy, points (95 %, paired) |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for r in rows[:-1]:
+        theirs = f"{r['rival']} | {r['rival_bit_operations'] / 1e9:.3f} | {r['rival_value']:.2f} | {r['rival_kl']:.4f}"
+        ours = f"{r['bit_operations'] / 1e9:.3f} | {r['value']:.2f} | {r['kl']:.4f}"
+        lines.append(f"| {theirs} | {ours} | {r['difference']:.2f} ({r['low']:.2f} to {r['high']:.2f}) |")
+    notes = [
+        "The searched point is the one with the least loss on the search images among those of the front that cost no more",
+        "bit-operations (MACs x bits of the weights x bits of the input, one image); both packed, on 5,000 test images.",
+        f"{rows[-1]['case']}.",
+    ]
+    text = "\n".join(["# Searched bits of weights and inputs, against uniform ones", "", *lines, "", *notes]) + "\n"
+    print(text)
+    (FOLDER / "paired.md").write_text(text)
+    (FOLDER / "paired.json").write_text(json.dumps(rows, indent=1, default=float) + "\n")
+
+
+if __name__ == "__main__":
+    main()
