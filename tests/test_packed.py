@@ -22,6 +22,7 @@ from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.outliers import Outliers
 from mpsearch.tasks.cifar10 import Cifar10
 
 A8, STATIC = {"bits": 8}, {"bits": 8, "scale": "static"}
@@ -38,6 +39,7 @@ SCHEMES = {
     "mxfp4": Codebook("e2m1", 32, "e8m0"),
     "nvfp4": Codebook("e2m1", 16, "e4m3"),
     "ternary": Codebook("ternary", "tensor"),
+    "w3o": Outliers(Integer(3, 5, symmetric=False), 0.1),
 }
 
 
@@ -134,6 +136,7 @@ def test_what_runs(engine):
         ("embedding", (4, 9), Integer(8, input=A8), "embedding"),
         ("linear", (4, 9), Float("bfloat16"), None),
         ("linear", (4, 9), Codebook("nf4"), None),
+        ("linear", (4, 9), Outliers(Integer(4)), None),
         ("linear", (1, 40_000), Integer(4), None),
         ("linear", (1, 40_000), Integer(4, 128), "linear"),
     ],
@@ -164,7 +167,7 @@ def on_meta(build):
         return build().eval()
 
 
-@pytest.mark.parametrize("scheme", ["w4g5", "w8a8", "fp16", "nf4", "nvfp4"])
+@pytest.mark.parametrize("scheme", ["w4g5", "w8a8", "fp16", "nf4", "nvfp4", "w3o"])
 def test_compiled_and_exported(engine, scheme):
     """Every op is opaque to both: no graph breaks, the same result to the last bit."""
     model = pack(copy.deepcopy(engine.model), quantized_layers(engine, engine.space.uniform(scheme)))
