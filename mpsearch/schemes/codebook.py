@@ -138,6 +138,9 @@ class Codebook(QuantScheme):
         return f"{self.levels} levels, {scale}{', a float32 scale a tensor' if self.scale == 'e4m3' else ''}"
 
 
+MXFP4 = Codebook("e2m1", 32, "e8m0")
+
+
 def _pack_trits(codes: Tensor) -> Tensor:
     """Codes 0 to 2 as the digits of bytes, the first the least: uint8 `[ceil(numel / 5)]`."""
     digits = codes.new_zeros(-(-codes.numel() // TRITS), TRITS)

@@ -238,7 +238,7 @@ def test_searched_ternary_is_better_than_twn():
 def test_other_quantizers_take_codebooks_too():
     """A percentile clips; those that need a Hessian take the clip search."""
     weight, x = weights((8, 40)), torch.randn(1, 200, 40)
-    given = InputMoments(x.mean(1), x.square().mean(1), 200, 1.0, x.transpose(1, 2) @ x / 200)
+    given = InputMoments(x.mean(1), x.square().mean(1), 200, hessian=x.transpose(1, 2) @ x / 200)
     for scheme in SHELF.values():
         clipped = ClipSearch().quantize(weight, scheme, given).dequantize()
         for quantizer in (GPTQ(), CoordinateDescent()):

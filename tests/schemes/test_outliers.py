@@ -32,7 +32,7 @@ def weights(shape=(8, 3, 3, 3), seed=0):
 def given(columns, k=1):
     torch.manual_seed(1)
     x = torch.randn(k, 300, columns).cumsum(-1) * 0.3
-    return InputMoments(x.mean(1), x.square().mean(1), 300, 1.0, x.transpose(1, 2) @ x / 300)
+    return InputMoments(x.mean(1), x.square().mean(1), 300, hessian=x.transpose(1, 2) @ x / 300)
 
 
 def squared(quantized, weight, importance=1.0):
