@@ -243,8 +243,9 @@ class QuantEngine:
         rungs: list[float] = []
         limits = dict(stops)
         for n, (inputs, _) in enumerate(self.batches(split), start=1):
-            own = applied is not None
-            found.append(self._prefix.forward(split, n - 1, inputs, applied) if own else self.task.forward(model, inputs))
+            found.append(
+                self._prefix.forward(split, n - 1, inputs, applied) if applied is not None else self.task.forward(model, inputs)
+            )
             if n in limits:
                 logits = torch.cat(found)
                 found = [logits]

@@ -102,7 +102,11 @@ def test_a_scheme_spells_every_field(path: Path) -> None:
     scheme = instantiate(node, _convert_="object")
     assert {key for key in node if not key.startswith("_")} == set(inspect.signature(type(scheme)).parameters)
     if path.stem.startswith("w"):
-        bits, _, group = path.stem[1:].partition("g")
+        text, _, outliers = path.stem[1:].partition("o")
+        if outliers:
+            assert 100 * scheme.share == int(outliers)
+            scheme = scheme.dense
+        bits, _, group = text.partition("g")
         bits, _, of_input = bits.partition("a")
         assert scheme.bits == int(bits)
         assert scheme.input == (IntegerInput(int(of_input), symmetric=int(of_input) >= 8) if of_input else None)

@@ -17,8 +17,11 @@ from mpsearch.metrics.kl import KL
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.result import SearchResult
 from mpsearch.samplers.base import seeded
+from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import FORMATS, Float
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.levels import LEVELS
+from mpsearch.schemes.outliers import Outliers
 from mpsearch.search import Evaluator, search
 from mpsearch.sensitivity import measure_sensitivity
 
@@ -31,6 +34,8 @@ EVERY_SCHEME = [
         for scale_dtype in ("float16", "float32")
     ),
     *(Float(format) for format in FORMATS),
+    *(Codebook(levels, size, scale) for levels in LEVELS for size, scale in ((7, "float16"), (32, "e8m0"), (16, "e4m3"))),
+    *(Outliers(dense, share) for dense in (Integer(3, 7), Codebook("nf4", 16)) for share in (1e-3, 0.01, 0.1)),
 ]
 
 
@@ -68,8 +73,8 @@ def random_engine(tiny, seed):
 
 def test_all_schemes_have_their_turn():
     drawn = {int(i) for seed in range(20) for i in np.random.default_rng(seed).choice(len(EVERY_SCHEME), 62, replace=False)}
-    assert len(EVERY_SCHEME) == 195
-    assert len(drawn) > 190
+    assert len(EVERY_SCHEME) == 195 + 24 + 6
+    assert len(drawn) > 210
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -21,9 +21,11 @@ from mpsearch.models.resnet import resnet
 from mpsearch.packed import QuantizedLayer, load, pack, packed, quantized_layers, save
 from mpsearch.packed_layer import Dequantized, PackedConv, PackedEmbedding, PackedLinear, PackedModule, kernel_for
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
+from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.outliers import Outliers
 from mpsearch.tasks.cifar10 import Cifar10
 
 A8, STATIC = {"bits": 8}, {"bits": 8, "scale": "static"}
@@ -39,6 +41,11 @@ SCHEMES = {
     "w5a8s": Integer(5, input=SHIFTED),
     "w4a8t": Integer(4, "tensor", symmetric=False, input={"bits": 8, "scale": "tensor"}),
     "fp16": Float("float16"),
+    "nf4": Codebook("nf4", 5),
+    "mxfp4": Codebook("e2m1", 32, "e8m0"),
+    "nvfp4": Codebook("e2m1", 16, "e4m3"),
+    "ternary": Codebook("ternary", "tensor"),
+    "w3o": Outliers(Integer(3, 5, symmetric=False), 0.1),
 }
 
 
@@ -138,6 +145,8 @@ def test_what_runs(engine):
         ("conv3d", (4, 9, 3, 3, 3), Integer(8), None),
         ("embedding", (4, 9), Integer(8, input=A8), "embedding"),
         ("linear", (4, 9), Float("bfloat16"), None),
+        ("linear", (4, 9), Codebook("nf4"), None),
+        ("linear", (4, 9), Outliers(Integer(4)), None),
         ("linear", (1, 40_000), Integer(4), None),
         ("linear", (1, 40_000), Integer(4, 128), "linear"),
     ],
@@ -213,7 +222,7 @@ def on_meta(build):
         return build().eval()
 
 
-@pytest.mark.parametrize("scheme", ["w4g5", "w8a8", "fp16"])
+@pytest.mark.parametrize("scheme", ["w4g5", "w8a8", "fp16", "nf4", "nvfp4", "w3o"])
 def test_compiled_and_exported(engine, scheme):
     """Every op is opaque to both: no graph breaks, the same result to the last bit."""
     model = pack(copy.deepcopy(engine.model), quantized_layers(engine, engine.space.uniform(scheme)))

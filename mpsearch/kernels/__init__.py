@@ -180,6 +180,10 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
     if numel < 0:
         raise InputError(f"numel is {numel}, but must be 0 or more.")
     _check_packed(packed, bits, numel)
+    return torch.ops.mpsearch.unpack(packed, bits, numel)
+
+
+def _unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
     backend = backend_of(packed)
     if backend == "reference":
         return reference.unpack(packed, bits, numel)
@@ -259,7 +263,12 @@ def _dequantize_fake(
     return packed.new_empty(rows, columns, dtype=torch.float32)
 
 
-# An operator too: a layer without a kernel of its own calls it in the model.
+def _unpack_fake(packed: Tensor, bits: int, numel: int) -> Tensor:
+    return packed.new_empty(numel)
+
+
+# Operators too: a layer without a kernel of its own calls them in the model.
+register("unpack", "Tensor packed, int bits, int numel", _unpack, _unpack_fake)
 register(
     "dequantize",
     "Tensor packed, Tensor scales, Tensor? zero_points, int bits, int rows, int columns, int group_size",

@@ -1,17 +1,19 @@
-"""The contract of the quantizers: the algorithm that finds the codes and scales of one layer for an integer scheme."""
+"""The contract of the quantizers: the algorithm that finds the codes and scales of one layer, in integers or a codebook."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mpsearch import kernels
+from mpsearch.errors import InputError
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
+from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.integer import SCALE_DTYPES, Integer
 
@@ -62,9 +64,11 @@ class Quantizer(ABC):
 
     @abstractmethod
     def codes(
-        self, matrix: Tensor, scheme: Integer, group_size: int, importance: Tensor | None
+        self, matrix: Tensor, scheme: Any, group_size: int, importance: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(codes uint8 `[rows, columns]`, scales `[rows, n_groups]`, zero points uint8 or `None`) of a float32 matrix.
+
+        `scheme` is an `Integer` or a `Codebook`, whose scales are float32 and such as `Codebook.scale_for` gives.
 
         `importance` float32 `[k, columns]` (rows divide by k) weighs squared errors; `None` weighs all alike.
         """
@@ -78,12 +82,14 @@ class Quantizer(ABC):
 
 def kernel_codes(
     matrix: Tensor,
-    scheme: Integer,
+    scheme: Integer | Codebook,
     group_size: int,
     ratios: Tensor | None = None,
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The kernels' `quantize` with the scheme's fields filled in."""
+    """The kernels' `quantize` with the scheme's fields filled in; for a codebook `level_codes`."""
+    if isinstance(scheme, Codebook):
+        return *level_codes(matrix, scheme, group_size, ratios, importance), None
     return kernels.quantize(
         matrix,
         bits=scheme.bits,
@@ -99,3 +105,60 @@ def clip_ratios(n: int, smallest: float, both_signs: bool) -> Tensor:
     """`n` ratios from 1 down to `smallest`, evenly spaced, float32; with `both_signs` each is followed by its negative."""
     ratios = torch.linspace(1.0, smallest, n)
     return torch.stack([ratios, -ratios], dim=1).flatten() if both_signs else ratios
+
+
+PART = 2**17  # weights at a time: what a candidate makes of them stays in the cache
+
+
+def level_codes(
+    matrix: Tensor, scheme: Codebook, group_size: int, ratios: Tensor | None = None, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Codes uint8 `[rows, columns]` and scales float32 `[rows, n_groups]`: each weight's nearest level under its group's scale.
+
+    That is the one for the group's largest magnitude; with `ratios` the one for that times the ratio which has the least squared
+    error, weighted by `importance` `[k, columns]`, the first of equals. Weights that are not finite are an `InputError`.
+    """
+    if bad := int((~torch.isfinite(matrix)).sum()):
+        raise InputError(f"{bad} of {matrix.numel()} weights are NaN or infinite. Load a sound checkpoint.")
+    rows, columns = matrix.shape
+    size = min(group_size, max(columns, 1))
+    n_groups = -(-columns // size)
+    codes = torch.empty(rows, n_groups, size, dtype=torch.uint8, device=matrix.device)
+    scales = torch.empty(rows, n_groups, device=matrix.device)
+    if matrix.numel():
+        blocks = torch.nn.functional.pad(matrix, (0, n_groups * size - columns)).reshape(codes.shape)
+        weighs = torch.ones_like(matrix[:1]) if importance is None else importance
+        weighs = torch.nn.functional.pad(weighs, (0, n_groups * size - columns)).reshape(-1, n_groups, size)
+        per = rows // len(weighs)
+        step = max(PART // (n_groups * size), 1)
+        for begin in range(0, rows, step):
+            part = slice(begin, min(begin + step, rows))
+            of_rows = torch.arange(begin, part.stop, device=matrix.device) // per
+            codes[part], scales[part] = _best_levels(blocks[part], scheme, ratios, weighs[of_rows])
+    if not torch.isfinite(scales).all():
+        raise InputError(
+            f"With weights up to {float(matrix.abs().max()):g} a scale exceeds the largest {scheme.scale}. Scale the weights "
+            "down, or use scale=float32."
+        )
+    return codes.reshape(rows, n_groups * size)[:, :columns].contiguous(), scales
+
+
+def _best_levels(blocks: Tensor, scheme: Codebook, ratios: Tensor | None, weighs: Tensor) -> tuple[Tensor, Tensor]:
+    """`level_codes` of blocks `[rows, n_groups, size]`."""
+    largest = blocks.abs().amax(-1)
+    best = scheme.scale_for(largest if ratios is None else largest * ratios[0])
+    if ratios is not None:
+        least = torch.full_like(largest, torch.inf)
+        for ratio in ratios:
+            scales = scheme.scale_for(largest * ratio)
+            change = scheme.table.decode(_encoded(blocks, scheme, scales)).mul_(scales[..., None]).sub_(blocks)
+            error = change.square_().mul_(weighs).sum(-1)
+            better = error < least
+            least, best = torch.where(better, error, least), torch.where(better, scales, best)
+    return _encoded(blocks, scheme, best), best
+
+
+def _encoded(blocks: Tensor, scheme: Codebook, scales: Tensor) -> Tensor:
+    """The nearest levels' codes; a scale of 0 makes all weights 0."""
+    each = scales[..., None]
+    return scheme.table.encode(torch.where(each > 0, blocks / each, 0.0))

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from mpsearch.errors import InputError
 from mpsearch.quantizers.base import Quantizer, clip_ratios, kernel_codes
+from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.integer import Integer
+
+MOST_RATIO = 2.0
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,10 @@ class ClipSearch(Quantizer):
 
     A symmetric code has one level more on one side (-2 -1 0 1 for two bits); the search also tries the scale's other sign, so
     that this level serves the side that needs it.
+
+    The levels of a codebook are not evenly spaced, so that a group may be better off with its largest weight on an inner level
+    (Cook et al. 2025, "Four Over Six", https://arxiv.org/abs/2512.02010): there the ratios are 1, and then from 2 down, or the
+    powers of two among them where the scale is one.
     """
 
     n_candidates: int = 80
@@ -34,8 +42,16 @@ class ClipSearch(Quantizer):
             )
 
     def codes(
-        self, matrix: Tensor, scheme: Integer, group_size: int, importance: Tensor | None
+        self, matrix: Tensor, scheme: Integer | Codebook, group_size: int, importance: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The codes of the best ratio of each group."""
+        if isinstance(scheme, Codebook):
+            return kernel_codes(matrix, scheme, group_size, self._codebook_ratios(scheme), importance)
         ratios = clip_ratios(self.n_candidates, self.min_ratio, both_signs=scheme.symmetric and scheme.bits > 1)
         return kernel_codes(matrix, scheme, group_size, ratios, importance)
+
+    def _codebook_ratios(self, scheme: Codebook) -> Tensor:
+        if scheme.scale == "e8m0":
+            powers = MOST_RATIO * torch.exp2(-torch.arange(float(self.n_candidates)))
+            return torch.cat([torch.ones(1), powers[powers >= self.min_ratio]])
+        return torch.cat([torch.ones(1), torch.linspace(MOST_RATIO, self.min_ratio, self.n_candidates - 1)])

@@ -21,6 +21,7 @@ from mpsearch.errors import InputError
 from mpsearch.quantizers.base import InputMoments
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
+from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.integer import Integer
 
 
@@ -30,7 +31,8 @@ class GPTQ(ClipSearch):
 
     `damping` times the mean of its diagonal is added to the Hessian, which bounds the feedback where few calibration samples or
     columns that never vary leave it singular; ten times more, and a warning, where that is not enough. A layer without a Hessian
-    (an embedding, a transposed convolution, one that the calibration data do not reach) takes the clip search.
+    (an embedding, a transposed convolution, one that the calibration data do not reach) takes the clip search, and so does one
+    in a codebook.
     """
 
     damping: float = 0.01
@@ -50,10 +52,12 @@ class GPTQ(ClipSearch):
         return scheme.quantize(weight, codes, moments.second_moment, moments.histogram)
 
     def _codes_by_hessian(
-        self, matrix: Tensor, scheme: Integer, group_size: int, importance: Tensor | None, hessian: Tensor
+        self, matrix: Tensor, scheme: Integer | Codebook, group_size: int, importance: Tensor | None, hessian: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`codes` with the damped float64 `hessian` `[k, columns, columns]`; a matrix of one row is a whole tensor."""
-        _, scales, zero_points = self.codes(matrix, scheme, group_size, importance)
+        found, scales, zero_points = self.codes(matrix, scheme, group_size, importance)
+        if isinstance(scheme, Codebook):
+            return found, scales, zero_points
         columns = hessian.shape[-1]
         weight = matrix.reshape(-1, columns)
         groups = (torch.arange(columns) // group_size).int()

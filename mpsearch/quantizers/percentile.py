@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mpsearch.errors import InputError
 from mpsearch.quantizers.base import Quantizer, kernel_codes
+from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.integer import Integer
 
 
@@ -27,7 +28,7 @@ class Percentile(Quantizer):
             raise InputError(f"percentile is above 50 and at most 100; {self.percentile} came.")
 
     def codes(
-        self, matrix: Tensor, scheme: Integer, group_size: int, importance: Tensor | None
+        self, matrix: Tensor, scheme: Integer | Codebook, group_size: int, importance: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Clipped to the percentile, then min-max; `importance` is of no use here."""
         if not torch.isfinite(matrix).all():

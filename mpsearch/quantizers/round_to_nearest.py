@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mpsearch.quantizers.base import Quantizer, kernel_codes
+from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.integer import Integer
 
 
@@ -15,7 +16,7 @@ class RoundToNearest(Quantizer):
     """The range is the weights' own; one outlier stretches it for all of its group."""
 
     def codes(
-        self, matrix: Tensor, scheme: Integer, group_size: int, importance: Tensor | None
+        self, matrix: Tensor, scheme: Integer | Codebook, group_size: int, importance: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Min-max; `importance` is of no use here."""
         return kernel_codes(matrix, scheme, group_size)

@@ -1,9 +1,10 @@
-"""llama.cpp, in those of its formats that are schemes of ours: Q4_0, Q5_0 and Q8_0.
+"""llama.cpp, in those of its formats that are schemes of ours: Q4_0, Q5_0, Q8_0 and MXFP4.
 
 These hold 32 weights of a row as symmetric codes with a float16 scale: 4.5, 5.5 and 8.5 bits a weight, as `Integer` with
-`group_size=32` (ggml/src/ggml-common.h: `block_q4_0`, `block_q5_0`, `block_q8_0`). Its K-quants are no scheme of this
-package. The experts of a block are one tensor for each of gate, up and down (`ffn_gate_exps` ...), and a tensor has one type.
-Its CPU kernels round inputs to 8 bits, 32 at a time, of which the score that the search sees knows nothing.
+`group_size=32`, or as E2M1 with an E8M0 scale (ggml/src/ggml-common.h: `block_q4_0`, `block_q5_0`, `block_q8_0`, `block_mxfp4`).
+Its K-quants, and its ternary and NVFP4 blocks, of other sizes or scales, are no scheme of this package. The experts of a block
+are one tensor for each of gate, up and down (`ffn_gate_exps` ...), and a tensor has one type. Its CPU
+kernels round inputs to 8 bits, 32 at a time, of which the score that the search sees knows nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from mpsearch.layer import LayerSpec
 from mpsearch.runtimes.base import Runtime, whole_groups
 from mpsearch.schemes.base import QuantScheme
+from mpsearch.schemes.codebook import MXFP4
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
 
@@ -19,13 +21,18 @@ class LlamaCpp(Runtime):
     """llama.cpp, from a GGUF file."""
 
     name = "llama_cpp"
-    what = "Linear layers and embeddings at 4, 5 or 8 bits, symmetric, a float16 scale for 32 weights, rows of whole groups"
+    what = (
+        "Linear layers and embeddings at 4, 5 or 8 bits, symmetric, a float16 scale for 32 weights, or in MXFP4, rows of whole "
+        "groups"
+    )
     shared = tuple(f"*.experts.**.{name}" for name in ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
 
     def runs(self, layer: LayerSpec, scheme: QuantScheme) -> bool:
-        """Linear layers and embeddings: symmetric 4, 5 or 8 bits, a float16 scale for 32 weights, whole groups."""
+        """Linear layers and embeddings: symmetric 4, 5 or 8 bits, a float16 scale for 32 weights, or MXFP4; whole groups."""
         if isinstance(scheme, Float):
             return True
+        if scheme == MXFP4:
+            return layer.kind in ("linear", "embedding") and whole_groups(layer, 32)
         if not isinstance(scheme, Integer) or layer.kind not in ("linear", "embedding") or scheme.input is not None:
             return False
         block = (scheme.group_size, scheme.symmetric, scheme.scale_dtype) == (32, True, "float16")

@@ -2,7 +2,10 @@
 
 Weights alone, 4 or 8 bits: `CompressedTensorsWNA16` (`WNA16_SUPPORTED_BITS`), a scale a row or for 32, 64 or 128 weights of a
 row (`MARLIN_SUPPORTED_GROUP_SIZES`); releases that name more widths exist, which kernels run them is not known. Inputs of 8
-bits: `CompressedTensorsW8A8Int8`, symmetric 8-bit weights with a scale a row or a tensor. It runs q, k and v as one matrix,
+bits: `CompressedTensorsW8A8Int8`, symmetric 8-bit weights with a scale a row or a tensor. Floats, weights alone:
+`CompressedTensorsW8A16Fp8`, E4M3 with a float32 scale a row or a tensor, and `CompressedTensorsW4A16Mxfp4`. NVFP4
+(`CompressedTensorsW4A16Fp4`) is left out: layers that it fuses must have one scale of the tensor, which nothing here makes
+them share. It runs q, k and v as one matrix,
 gate and up as another, and the experts of a block in one kernel: fused layers in different schemes do not load
 (vllm-project/vllm issues 7086 and 41457, intel/auto-round issue 2174).
 """
@@ -12,6 +15,7 @@ from __future__ import annotations
 from mpsearch.layer import LayerSpec
 from mpsearch.runtimes.base import Runtime, whole_groups
 from mpsearch.schemes.base import QuantScheme
+from mpsearch.schemes.codebook import MXFP4, Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
 
@@ -21,15 +25,18 @@ class VLLM(Runtime):
 
     name = "vllm"
     what = (
-        "Linear layers at 4 or 8 bits, symmetric with a scale a row or in whole groups of 32, 64 or 128, or "
-        "at 8 bits with 8-bit inputs"
+        "Linear layers at 4 or 8 bits, symmetric with a scale a row or in whole groups of 32, 64 or 128, "
+        "at 8 bits with 8-bit inputs, in E4M3 with a float32 scale a row or a tensor, or in MXFP4"
     )
     shared = ("*.q_proj|*.k_proj|*.v_proj", "*.gate_proj|*.up_proj", "*.experts.**")
 
     def runs(self, layer: LayerSpec, scheme: QuantScheme) -> bool:
-        """Linear layers: 4 or 8 bits a row or in whole groups of 32, 64 or 128; or 8 bits with 8-bit inputs."""
+        """Linear layers: 4 or 8 bits a row or in whole groups of 32, 64 or 128; 8 bits with 8-bit inputs; FP8; MXFP4."""
         if isinstance(scheme, Float):
             return True
+        if isinstance(scheme, Codebook) and layer.kind == "linear":
+            fp8 = (scheme.levels, scheme.scale) == ("e4m3", "float32") and scheme.group_size in ("channel", "tensor")
+            return fp8 or (scheme == MXFP4 and whole_groups(layer, 32))
         if not isinstance(scheme, Integer) or layer.kind != "linear":
             return False
         if scheme.input is not None:

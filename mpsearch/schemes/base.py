@@ -20,7 +20,8 @@ from mpsearch.errors import InputError
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.input import IntegerInput
 
-# (matrix, scheme, group size, importance) -> (codes, scales, zero points or None): the quantizer's `codes`.
+# (matrix, scheme, group size, importance) -> (codes, scales, zero points or None): the quantizer's `codes`. The scheme is one
+# that leaves it a choice: an `Integer` or a `Codebook`.
 FindCodes = Callable[[Tensor, Any, int, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
 
 

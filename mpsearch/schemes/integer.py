@@ -17,6 +17,7 @@ from torch import Tensor
 from mpsearch import kernels
 from mpsearch.errors import InputError
 from mpsearch.schemes.base import FindCodes, QuantizedTensor, QuantScheme
+from mpsearch.schemes.grid import GroupSize, check_group_size, each_of, grid_of, importance_of
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.input import IntegerInput
 
@@ -34,7 +35,7 @@ class Integer(QuantScheme):
     """
 
     bits: int
-    group_size: int | Literal["channel", "tensor"] = "channel"
+    group_size: GroupSize = "channel"
     symmetric: bool = True
     scale_dtype: Literal["float16", "float32"] = "float16"
     input: IntegerInput | None = None
@@ -49,20 +50,13 @@ class Integer(QuantScheme):
             raise InputError(f"input is null, or bits and scale: {{bits: 8, scale: token}}; {self.input!r} came.")
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 8:
             raise InputError(f"An integer scheme has 1 to 8 bits; bits={self.bits} came. For more, use fp16, bf16 or fp32.")
-        whole = isinstance(self.group_size, int) and not isinstance(self.group_size, bool) and self.group_size >= 1
-        if not whole and self.group_size not in ("channel", "tensor"):
-            raise InputError(f"group_size is a whole number of weights from 1, 'channel' or 'tensor'; {self.group_size!r} came.")
+        check_group_size(self.group_size)
         if self.scale_dtype not in SCALE_DTYPES:
             raise InputError(f"scale_dtype is 'float16' or 'float32'; {self.scale_dtype!r} came.")
 
     def grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """(rows, columns, group size) of the matrix that is quantized: one row for the whole tensor, else one a channel."""
-        numel = math.prod(shape)
-        if self.group_size == "tensor":
-            return (1, numel, max(numel, 1))
-        rows = shape[0]
-        columns = numel // rows if rows else 0
-        return (rows, columns, max(columns, 1) if self.group_size == "channel" else int(self.group_size))
+        return grid_of(shape, self.group_size)
 
     def storage_bits(self, shape: tuple[int, ...]) -> int:
         """Dense codes padded to a byte + scales + a zero point byte for each group where not symmetric + a static input range."""
@@ -88,8 +82,7 @@ class Integer(QuantScheme):
         """The quantizer's codes, packed, with its scales and zero points, and the static range of the input if it has one."""
         shape = tuple(weight.shape)
         rows, columns, group_size = self.grid(shape)
-        if importance is not None and self.group_size == "tensor":
-            importance = importance.repeat_interleave(shape[0] // importance.shape[0], dim=0).reshape(1, columns)
+        importance = importance_of(importance, shape, self.group_size)
         found, scales, zero_points = codes(weight.reshape(rows, columns).contiguous(), self, group_size, importance)
         of_input = {} if self.input is None else self.input.stored(seen)
         return self.stored(found, scales, zero_points, of_input, shape)
@@ -143,6 +136,6 @@ class Integer(QuantScheme):
 
     def describe(self) -> str:
         """For example "4-bit integer, symmetric, a float16 scale a channel"."""
-        each = {"channel": "a channel", "tensor": "a tensor"}.get(str(self.group_size), f"for {self.group_size} weights")
-        weight = f"{self.bits}-bit integer, {'symmetric' if self.symmetric else 'asymmetric'}, a {self.scale_dtype} scale {each}"
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        weight = f"{self.bits}-bit integer, {kind}, a {self.scale_dtype} scale {each_of(self.group_size)}"
         return weight if self.input is None else f"{weight}; {self.input.describe()}"

@@ -13,6 +13,7 @@ from mpsearch.errors import InputError
 from mpsearch.quantizers.base import InputMoments, Quantizer, clip_ratios
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.quantizers.coordinate_descent import CoordinateDescent
+from mpsearch.quantizers.entropy import Entropy
 from mpsearch.quantizers.gptq import GPTQ
 from mpsearch.quantizers.percentile import Percentile
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
@@ -238,6 +239,28 @@ def test_percentile_is_that_of_numpy():
     )
 
 
+def test_entropy_clips_a_long_tail_and_nothing_else():
+    """A bell curve with a weight of 30 sigma: the range ends where the bell does. Evenly spread weights keep theirs."""
+    torch.manual_seed(0)
+    weight = torch.randn(1, 20_000)
+    weight[0, 7] = 30.0
+    scheme = Integer(4, "tensor", scale_dtype="float32")
+    largest = 7 * Entropy().quantize(weight, scheme).tensors["scales"].item()
+    assert 2.5 < largest < 6.0
+    even = torch.linspace(-1, 1, 4096)[None]
+    assert Entropy().quantize(even, scheme).tensors["scales"].item() > 0.9 / 7
+    assert squared(Entropy().quantize(weight, scheme), weight) < 2 * squared(ClipSearch().quantize(weight, scheme), weight)
+
+
+def test_entropy_is_that_of_the_definition():
+    """Four bins, two levels, worked by hand: P = [5, 3, 1, 7] / 16 with nothing cut off."""
+    counts = torch.tensor([5.0, 3.0, 1.0, 7.0], dtype=torch.float64)
+    p, q = counts / 16, torch.tensor([4.0, 4.0, 4.0, 4.0]).double() / 16
+    expected = (p * (p / q).log()).sum().item()
+    found = Entropy()._divergences(counts, Integer(1, scale_dtype="float32"), torch.ones(1))
+    assert found.item() == pytest.approx(expected, rel=1e-9)
+
+
 def test_ratios():
     assert torch.allclose(clip_ratios(4, 0.1, both_signs=False), torch.tensor([1.0, 0.7, 0.4, 0.1]))
     assert torch.allclose(clip_ratios(2, 0.5, both_signs=True), torch.tensor([1.0, -1.0, 0.5, -0.5]))
@@ -249,6 +272,7 @@ def test_ratios():
         (lambda: ClipSearch(n_candidates=1), "n_candidates >= 2 and 0 < min_ratio < 1; 1 and 0.1 came"),
         (lambda: ClipSearch(min_ratio=0), "80 and 0 came"),
         (lambda: ClipSearch(min_ratio=1.0), "80 and 1.0 came"),
+        (lambda: Entropy(n_bins=1), "80, 0.1 and 1 came"),
         (lambda: GPTQ(damping=0), "damping is above 0 and at most 1"),
         (lambda: CoordinateDescent(n_sweeps=0), "n_sweeps is 1 or more; 0 came"),
         (lambda: Percentile(50), "above 50 and at most 100; 50 came"),

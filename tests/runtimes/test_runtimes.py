@@ -13,9 +13,11 @@ from mpsearch.layer import LayerSpec
 from mpsearch.result import read_space
 from mpsearch.runtimes.base import Runtime
 from mpsearch.runtimes.vllm import VLLM
+from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.outliers import Outliers
 
 CONF = Path(__file__).parents[2] / "conf" / "runtime"
 SCHEMES = {
@@ -35,6 +37,14 @@ SCHEMES = {
     "w8a8t": Integer(8, input=IntegerInput(8, "tensor")),
     "w8a4": Integer(8, input=IntegerInput(4)),
     "w8a16s": Integer(8, input=IntegerInput(16, "static")),
+    "nf4": Codebook("nf4", 64),
+    "fp8": Codebook("e4m3", "channel", "float32"),
+    "fp8h": Codebook("e4m3", "channel", "float16"),
+    "e5m2": Codebook("e5m2", "channel", "float32"),
+    "mxfp4": Codebook("e2m1", 32, "e8m0"),
+    "mxfp8": Codebook("e4m3", 32, "e8m0"),
+    "nvfp4": Codebook("e2m1", 16, "e4m3"),
+    "w4g32o": Outliers(Integer(4, 32)),
     "fp16": Float("float16"),
     "fp32": Float("float32"),
 }
@@ -42,8 +52,8 @@ FLOATS = {"fp16", "fp32"}
 RUNS = {  # a Linear layer of 192 columns, a convolution, an embedding
     "mpsearch": (set(SCHEMES), set(SCHEMES), set(SCHEMES)),
     "torchao": ({"w3", "w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8a8"} | FLOATS, FLOATS, FLOATS),
-    "vllm": ({"w4", "w4g32", "w4g32f", "w4g64", "w8a8", "w8a8s"} | FLOATS, FLOATS, FLOATS),
-    "llama_cpp": ({"w4g32"} | FLOATS, FLOATS, {"w4g32"} | FLOATS),
+    "vllm": ({"w4", "w4g32", "w4g32f", "w4g64", "w8a8", "w8a8s", "fp8", "mxfp4"} | FLOATS, FLOATS, FLOATS),
+    "llama_cpp": ({"w4g32", "mxfp4"} | FLOATS, FLOATS, {"w4g32", "mxfp4"} | FLOATS),
     "onnxruntime": ({"w4g32", "w4g32f", "w4g64", "w8a8s", "fp32"}, {"w8a8s", "fp32"}, {"fp32"}),
 }
 LINEAR = LayerSpec("fc", "linear", (8, 192), 8 * 192, "fc", ("fc",))
@@ -68,16 +78,17 @@ def test_the_shelf(name):
 def test_rows_of_broken_groups_are_not_known_to_run(name):
     runtime = instantiate(OmegaConf.load(CONF / f"{name}.yaml"))
     assert runtime.runs(LINEAR, SCHEMES["w4g32"])
-    assert not runtime.runs(LayerSpec("odd", "linear", (8, 200), 1600, "odd", ("odd",)), SCHEMES["w4g32"])
+    odd = LayerSpec("odd", "linear", (8, 200), 1600, "odd", ("odd",))
+    assert not any(runtime.runs(odd, SCHEMES[name]) for name in ("w4g32", "mxfp4"))
 
 
 def test_the_space_is_pruned_and_read_back():
     space = SearchSpace.build([LINEAR, CONV], SCHEMES, ["fc:>=8"], 8, VLLM())
     assert dict(zip(space.names, space.choices, strict=True)) == {
-        "fc": ("w8a8", "w8a8s", "fp16", "fp32"),
+        "fc": ("w8a8", "w8a8s", "fp8", "fp16", "fp32"),
         "conv": ("fp16", "fp32"),
     }
-    assert list(space.schemes) == ["w8a8", "w8a8s", "fp16", "fp32"]
+    assert list(space.schemes) == ["w8a8", "w8a8s", "fp8", "fp16", "fp32"]
     assert read_space(space.to_dict()) == space
     assert read_space(space.to_dict(), SCHEMES) == space
 

@@ -15,6 +15,7 @@ from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme, scheme_from_fields
 from mpsearch.schemes.floating import FORMATS, Float
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.outliers import Outliers
 
 CONF = Path(__file__).parents[2] / "conf" / "scheme"
 SHAPES = [(6, 4, 3, 3), (5, 33), (1, 7), (3, 1), (7,)]
@@ -45,10 +46,12 @@ def test_the_shelf(path):
 
 def test_names_say_the_bits():
     for path in CONF.glob("w*.yaml"):
-        scheme = instantiate(OmegaConf.load(path))
+        whole = instantiate(OmegaConf.load(path))
+        scheme = whole.dense if isinstance(whole, Outliers) else whole
+        of_outliers = f"o{100 * whole.share:g}" if isinstance(whole, Outliers) else ""
         of_input = "" if scheme.input is None else f"a{scheme.input.bits}"
         of_groups = "" if scheme.group_size == "channel" else f"g{scheme.group_size}"
-        assert path.stem == f"w{scheme.bits}{of_input}{of_groups}"
+        assert path.stem == f"w{scheme.bits}{of_input}{of_groups}{of_outliers}"
 
 
 @pytest.mark.parametrize(

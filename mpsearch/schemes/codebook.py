@@ -1,0 +1,158 @@
+"""Weights as one of a table's values times a scale: NF4, FP8, FP4 and FP6 with scales of any granularity, MX, NVFP4, ternary.
+
+The tables are `levels.LEVELS`. A group's scale is stored as float16 or float32, as E8M0 (a power of two in a byte; MX v1.0,
+section 5.4), or as E4M3 beside one float32 scale of the whole tensor, its largest magnitude over 6 x 448 (NVFP4, as NVIDIA's
+ModelOpt has it in `NVFP4QTensor`). Codes are packed densely, three-valued ones five to a byte (3^5 = 243 of 256).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mpsearch import kernels
+from mpsearch.errors import InputError, did_you_mean
+from mpsearch.schemes.base import FindCodes, QuantizedTensor, QuantScheme
+from mpsearch.schemes.grid import GroupSize, check_group_size, each_of, grid_of, importance_of
+from mpsearch.schemes.histogram import Histogram
+from mpsearch.schemes.levels import LEVELS, Levels
+
+SCALE_BITS = {"float16": 16, "float32": 32, "e8m0": 8, "e4m3": 8}
+E8M0_BIAS = 127
+TRITS = 5  # in a byte
+
+
+@dataclass(frozen=True)
+class Codebook(QuantScheme):
+    """One of the `levels` (a name in `LEVELS`) times the scale, stored as `scale`, of each `group_size` weights of a row.
+
+    Example: weight `[64, 3, 3, 3]`, `levels="e2m1"`, `group_size=32`, `scale="e8m0"` is MXFP4: 64 rows of 27 columns, one ragged
+    block a row; 864 bytes of codes and 64 of scales.
+    """
+
+    levels: str
+    group_size: GroupSize = "channel"
+    scale: Literal["float16", "float32", "e8m0", "e4m3"] = "float16"
+
+    def __post_init__(self) -> None:
+        if self.levels not in LEVELS:
+            raise InputError(f"There are no levels {self.levels!r}.{did_you_mean(str(self.levels), LEVELS)}")
+        check_group_size(self.group_size)
+        if self.scale not in SCALE_BITS:
+            raise InputError(f"scale is one of {', '.join(SCALE_BITS)}; {self.scale!r} came.")
+
+    @property
+    def table(self) -> Levels:
+        """The values."""
+        return LEVELS[self.levels]
+
+    @property
+    def symmetric(self) -> bool:
+        """Scales alone, no zero points: what is clipped is |w|."""
+        return True
+
+    @property
+    def weight_bits(self) -> int:
+        """The table's bits; 2 for ternary."""
+        return self.table.bits
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(rows, columns, group size) of the matrix that is quantized."""
+        return grid_of(shape, self.group_size)
+
+    def storage_bits(self, shape: tuple[int, ...]) -> int:
+        """Dense codes padded to a byte (ternary: five in a byte) + a scale for each group + with E4M3 scales the tensor's."""
+        rows, columns, group_size = self.grid(shape)
+        n_bytes = (
+            math.ceil(rows * columns / TRITS) if self.levels == "ternary" else math.ceil(rows * columns * self.weight_bits / 8)
+        )
+        n_groups = rows * math.ceil(columns / group_size)
+        return 8 * n_bytes + n_groups * SCALE_BITS[self.scale] + (32 if self.scale == "e4m3" else 0)
+
+    def scale_for(self, largest: Tensor) -> Tensor:
+        """The scale with which magnitudes up to `largest` (float32, any shape) fit, as it is stored: float32, not negative.
+
+        E8M0: 2^(floor(log2(largest)) - emax), so that up to half an octave saturates (MX v1.0, section 6.3).
+        """
+        if self.scale == "e8m0":
+            exponent = torch.frexp(largest).exponent - 1 - self.table.exponent
+            exponent = torch.where(largest > 0, exponent, -E8M0_BIAS).clamp(-E8M0_BIAS, E8M0_BIAS)
+            return torch.ldexp(torch.ones_like(largest), exponent)
+        scales = largest / self.table.largest
+        if self.scale == "e4m3":
+            e4m3 = LEVELS["e4m3"]
+            return e4m3.decode(e4m3.encode(scales))
+        return scales.half().float() if self.scale == "float16" else scales
+
+    def quantize(
+        self, weight: Tensor, codes: FindCodes, importance: Tensor | None, seen: Histogram | None = None
+    ) -> QuantizedTensor:
+        """The quantizer's codes, packed, with its scales; where these are E4M3 it is given the weight over the tensor's scale."""
+        shape = tuple(weight.shape)
+        rows, columns, group_size = self.grid(shape)
+        matrix, tensors = weight.reshape(rows, columns).contiguous(), {}
+        if self.scale == "e4m3":
+            largest = matrix.abs().amax() if matrix.numel() else torch.zeros(())
+            tensor_scale = largest / (self.table.largest * LEVELS["e4m3"].largest)
+            tensor_scale = torch.where(tensor_scale >= torch.finfo(torch.float32).smallest_normal, tensor_scale, 1.0)
+            matrix, tensors = matrix / tensor_scale, {"tensor_scale": tensor_scale.reshape(1)}
+        found, scales, _ = codes(matrix, self, group_size, importance_of(importance, shape, self.group_size))
+        packed = _pack_trits(found) if self.levels == "ternary" else kernels.pack(found, self.weight_bits)
+        return QuantizedTensor(self, shape, {"codes": packed, "scales": self._stored(scales), **tensors})
+
+    def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+        """`value * scale`, float32; where there is a tensor's scale, `scale` is its product with the group's."""
+        codes, scales = self.unpacked(tensors, shape)
+        _, columns, group_size = self.grid(shape)
+        each = scales if scales.shape[1] <= 1 else scales.repeat_interleave(group_size, dim=1)[:, :columns]
+        return (self.table.decode(codes) * each).reshape(shape)
+
+    def unpacked(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Codes uint8 `[rows, columns]` and scales float32 `[rows, n_groups]` of the matrix."""
+        rows, columns, _ = self.grid(shape)
+        if self.levels == "ternary":
+            codes = _unpack_trits(tensors["codes"], rows * columns)
+        else:
+            codes = kernels.unpack(tensors["codes"], self.weight_bits, rows * columns)
+        scales = tensors["scales"]
+        if self.scale == "e8m0":
+            scales = torch.ldexp(torch.ones(scales.shape, device=scales.device), scales.int() - E8M0_BIAS)
+        elif self.scale == "e4m3":
+            scales = LEVELS["e4m3"].decode(scales) * tensors["tensor_scale"]
+        return codes.reshape(rows, columns), scales.float()
+
+    def _stored(self, scales: Tensor) -> Tensor:
+        if self.scale == "e8m0":
+            return (torch.frexp(scales).exponent - 1 + E8M0_BIAS).to(torch.uint8)
+        if self.scale == "e4m3":
+            return LEVELS["e4m3"].encode(scales)
+        return scales.to(torch.float16 if self.scale == "float16" else torch.float32).contiguous()
+
+    def describe(self) -> str:
+        """For example "e2m1 levels, an e8m0 scale for 32 weights"."""
+        scale = f"{'an' if self.scale.startswith('e') else 'a'} {self.scale} scale {each_of(self.group_size)}"
+        return f"{self.levels} levels, {scale}{', a float32 scale a tensor' if self.scale == 'e4m3' else ''}"
+
+
+MXFP4 = Codebook("e2m1", 32, "e8m0")
+
+
+def _pack_trits(codes: Tensor) -> Tensor:
+    """Codes 0 to 2 as the digits of bytes, the first the least: uint8 `[ceil(numel / 5)]`."""
+    digits = codes.new_zeros(-(-codes.numel() // TRITS), TRITS)
+    digits.view(-1)[: codes.numel()] = codes.flatten()
+    return (digits * _powers(codes)).sum(1, dtype=torch.uint8)
+
+
+def _unpack_trits(packed: Tensor, numel: int) -> Tensor:
+    """The `numel` codes, uint8 `[numel]`."""
+    return (packed[:, None] // _powers(packed) % 3).flatten()[:numel]
+
+
+def _powers(like: Tensor) -> Tensor:
+    return torch.tensor([3**i for i in range(TRITS)], dtype=torch.uint8, device=like.device)
