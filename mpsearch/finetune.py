@@ -120,6 +120,17 @@ def finetune(engine: QuantEngine, allocation: Allocation, training: Training, fo
     return Finetuned(student.engine(), tuple(losses), seconds)
 
 
+def restored(engine: QuantEngine, allocation: Allocation, loss: float, folder: Path) -> QuantEngine:
+    """The engine of a training in `folder` whose best loss on the search split was this; `InputError` where there is none."""
+    for path in sorted(folder.glob("*.safetensors")):
+        about, tensors = _read(path)
+        if about["allocation"] == allocation.to_json() and min(about["losses"]) == loss:
+            student = _Student(engine, allocation)
+            student.set({name: tensors[f"best/{name}"] for name in student.latents})
+            return student.engine()
+    raise InputError(f"No checkpoint in {folder} is of that training. Restore it, or run mpsearch finetune again.")
+
+
 def train_epoch(student: _Student, optimizer: torch.optim.Optimizer, training: Training, epoch: int) -> float:
     """One epoch of steps; the mean KL divergence (nats) over its batches."""
     engine, latents = student.base, list(student.latents.values())
@@ -281,10 +292,8 @@ def _save(
 
 def _restore(path: Path, student: _Student, optimizer: torch.optim.Optimizer) -> tuple[list[float], float, dict[str, Tensor]]:
     """Losses, seconds and the best latents so far; the student and the optimizer go on from where they were."""
+    about, tensors = _read(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[FORMAT])
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         student.set({name: tensors[f"latent/{name}"] for name in student.latents})
         best = {name: tensors[f"best/{name}"] for name in student.latents}
         for name, latent in student.latents.items():
@@ -292,5 +301,15 @@ def _restore(path: Path, student: _Student, optimizer: torch.optim.Optimizer) ->
             if found:
                 optimizer.state[latent] = {k: v if k == "step" else v.to(latent.device) for k, v in found.items()}
         return list(about["losses"]), float(about["seconds"]), best
+    except (KeyError, RuntimeError) as error:
+        raise InputError(f"{path} is of another model ({type(error).__name__}: {error}). Delete it, and train again.") from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a checkpoint says of itself, and its tensors."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})[FORMAT])
+            return about, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Delete it, and train again.") from None

@@ -1,6 +1,7 @@
 """Training from what was searched: what is scored is what is stored, a kill changes nothing, and the search is left alone."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -8,13 +9,19 @@ from safetensors import safe_open
 
 from mpsearch import finetune as module
 from mpsearch.allocation import Allocation
+from mpsearch.cli import main
 from mpsearch.errors import InputError
+from mpsearch.exporters.native import load_allocation
 from mpsearch.finetune import Training, checkpoint_name, finetune
+from mpsearch.models.digits import digits
 from mpsearch.packed import packed
+from mpsearch.pick import pick
+from mpsearch.result import SearchResult
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
 from mpsearch.search import Evaluator
+from mpsearch.tasks.digits import Digits
 
 
 def mixed(engine):
@@ -149,3 +156,52 @@ def test_what_cannot_be_is_said(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(trained.task, "training", lambda epoch, batch_size, seed: iter(()), raising=False)
     with pytest.raises(InputError, match="no batch to train on"):
         finetune(trained, allocation, training, tmp_path / "other")
+
+
+def test_the_command_trains_records_draws_and_exports(tmp_path, monkeypatch, capsys):
+    """A run of the digits, one point trained twice, the search gone on with, and the trained point exported."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["mpsearch", *words])
+        main()
+        return capsys.readouterr().out
+
+    searched = ["search", "scheme=[w2,w4]", "quantizer=round_to_nearest", "metric=weight_mse", "n_trials=8", "hydra.run.dir=run"]
+    command(*searched)
+    folder = tmp_path / "run"
+    before = SearchResult.load(folder)
+    words = ["finetune", "run=run", "pick.bits=2.5", "epochs=3", "batch_size=50", "batches=8", "learning_rate=0.01"]
+    said = command(*words)
+    assert "a gain of" in said
+    after = SearchResult.load(folder)
+    assert after.front == before.front
+    assert after.on("confirm") == before.on("confirm")
+    ((allocation, row),) = after.finetuned("search").items()
+    picked = pick(before, bits=2.5)
+    assert allocation == picked.allocation
+    assert row.loss < picked.loss
+    assert (row.size_bytes, row.feasible, row.packed) == (picked.size_bytes, picked.feasible, False)
+    confirmed = after.finetuned("confirm")[allocation]
+    assert confirmed.packed
+    page = (folder / "report.md").read_text()
+    start = before.on("confirm")[allocation].loss
+    assert f"| {row.average_bits:.3f} | {row.size_bytes:,} | {start:.4g} | {confirmed.loss:.4g} |" in page
+    assert "trained, confirm split" in (folder / "pareto.svg").read_text()
+    assert "8 trials" in page
+
+    command(*words)
+    assert len(list((folder / "finetuned").iterdir())) == 1
+    assert SearchResult.load(folder).finetuned("search")[allocation].loss == row.loss
+    command("search", "run=run", "n_trials=9")
+    gone_on = SearchResult.load(folder)
+    assert gone_on.finetuned("search")[allocation].loss == row.loss
+    assert gone_on.on("search")[allocation] == before.on("search")[allocation]
+    assert "## After training" in (folder / "report.md").read_text()
+
+    command("export", "run=run", "pick.bits=2.5", "finetuned=true")
+    exported = load_allocation(folder / "allocation.json")
+    assert exported.data["scores"]["search"]["loss"] == row.loss
+    model, task = exported.apply(digits()), Digits()
+    hits = [task.quality(model(x), y) for x, y in task.batches("search")]
+    assert float(torch.cat(hits).double().mean()) == row.quality
