@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -30,19 +31,20 @@ def pareto(
     quality: str,
     float_quality: Mapping[str, float],
     limits: Mapping[str, float],
+    trained: pd.DataFrame,
     objective: str = "size_bytes",
     picked: str | None = None,
 ) -> None:
     """`pareto.png` and `.svg`: loss and quality against cost, both splits, uniform allocations, budgets, float, the pick.
 
     `front` and `uniform` have the columns of `front.csv`, `uniform` also `scheme`; `evaluations` those of `evaluations.csv`;
-    `objective` is the column of the cost, `picked` the allocation (JSON) to mark. Where forward passes were timed, a third panel
-    shows quality against their time.
+    `trained` is `report.trained_table`'s; `objective` is the column of the cost, `picked` the allocation (JSON) to mark.
+    Where forward passes were timed, a third panel shows quality against their time.
     """
     timed = not pd.concat([front, uniform]).query("split == 'confirm'").measured_ms.dropna().empty
     figure, (left, right, *beside) = plt.subplots(1, 2 + timed, figsize=(19 if timed else 13, 5.4), layout="constrained")
     scale, label = _axis(objective, front[objective].max())
-    tried = evaluations[(evaluations.split == "search") & (evaluations.origin != "float")]
+    tried = evaluations[(evaluations.split == "search") & ~evaluations.origin.isin(["float", "finetuned"])]
     left.scatter(
         tried[objective] / scale, _floor(tried.loss), s=9, c=SEARCH, alpha=0.2, lw=0, label=f"{len(tried)} allocations tried"
     )
@@ -75,6 +77,7 @@ def pareto(
             axes.annotate(name, (limit / scale, 0.02), xycoords=("data", "axes fraction"), rotation=90, ha="right", fontsize=9)
         axes.set_xlabel(label)
         axes.grid(alpha=0.25)
+    _mark_trained(left, right, trained, quality, objective, scale)
     _mark_pick(left, right, front, picked, quality, objective, scale)
     for split, value in float_quality.items():
         color = CONFIRM if split == "confirm" else SEARCH
@@ -150,6 +153,23 @@ def _mark_pick(
             y = _floor(y) if column == "loss" else y
             x = chosen[objective] / scale
             _ring(axes, x, y)
+
+
+def _mark_trained(left: Axes, right: Axes, trained: pd.DataFrame, quality: str, objective: str, scale: float) -> None:
+    """A star for each point that was trained, with an arrow from what it was before."""
+    for split, color in (("search", SEARCH), ("confirm", CONFIRM)):
+        points = trained[trained.split == split]
+        if points.empty:
+            continue
+        style: dict[str, Any] = {"color": color, "ms": 13, "mec": "black", "mew": 0.6, "zorder": 6}
+        x, losses = points[objective] / scale, (_floor(points.loss_before), _floor(points.loss))
+        for axes, (start, end) in (
+            (left, losses),
+            (right, (100 * points[f"{quality}_before"], 100 * points[quality])),
+        ):
+            axes.plot(x, end, "*", label=f"trained, {split} split", **style)
+            for at, low, high in zip(x, start, end, strict=True):
+                axes.annotate("", (at, high), (at, low), arrowprops={"arrowstyle": "->", "color": color, "lw": 1.5})
 
 
 def _zoom(axes: Axes, front: pd.DataFrame, quality: str, float_quality: Mapping[str, float]) -> None:

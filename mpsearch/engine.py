@@ -6,6 +6,7 @@ An allocation is then a matter of pointers, and a score one forward pass over a 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 import warnings
@@ -153,6 +154,15 @@ class QuantEngine:
             shift = torch.einsum("krc,kc->kr", change.reshape(len(mean), -1, mean.shape[1]).double(), mean.double()).flatten()
             corrected[name] = (module.bias.detach().cpu().double() - shift).float()
         return corrected
+
+    def holding(
+        self, weights: Mapping[tuple[str, str], QuantizedTensor], biases: Mapping[tuple[str, str], Mapping[str, Tensor]]
+    ) -> QuantEngine:
+        """An engine on the same model and data whose bank holds these (layer, scheme) already, and quantizes the others."""
+        other = copy.copy(self)
+        other._packed, other._biases = dict(weights), {key: dict(found) for key, found in biases.items()}
+        other._dense, other._dense_bytes, other._scores = OrderedDict(), 0, {}
+        return other
 
     def swaps(self, layer: str, scheme: str) -> list[tuple[Tensor, Tensor]]:
         """(parameter, its dense value in the scheme) of the layer's weight and corrected biases; kept while memory allows."""
@@ -303,17 +313,24 @@ def _divergence(logits: Tensor, reference: Tensor) -> float:
     return max(loss, 0.0) if np.isfinite(loss) else float("inf")
 
 
-def quantize_input(module: nn.Module, quantized: QuantizedTensor) -> RemovableHandle | None:
-    """From now on the module's input is quantized first, as the weight's scheme says; `None` where it stays as it is."""
+def quantize_input(module: nn.Module, quantized: QuantizedTensor, straight_through: bool = False) -> RemovableHandle | None:
+    """From now on the module's input is quantized first, as the weight's scheme says; `None` where it stays as it is.
+
+    With `straight_through` its gradient is that of the quantized input, as training needs it.
+    """
     wanted = quantized.scheme.input_format
     if wanted is None or isinstance(module, nn.Embedding):
         return None
     n_inner = 1 if isinstance(module, nn.Linear) else len(quantized.shape) - 1  # of a convolution: channels and space
 
+    def rounded(x: Tensor) -> Tensor:
+        found = wanted.fake_quantize(x.detach() if straight_through else x, n_inner, quantized.of_input)
+        return found + (x - x.detach()) if straight_through else found
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if args:
-            return (wanted.fake_quantize(args[0], n_inner, quantized.of_input), *args[1:]), kwargs
-        return args, {**kwargs, "input": wanted.fake_quantize(kwargs["input"], n_inner, quantized.of_input)}
+            return (rounded(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "input": rounded(kwargs["input"])}
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -336,7 +353,7 @@ def paired_interval(differences: np.ndarray) -> tuple[float, float]:
 
 def load_batches(task: Task, split: str, device: str) -> list[tuple[Any, Tensor]]:
     """A split's batches on `device`; an `InputError` where there is none."""
-    batches = [(_to(inputs, device), targets.to(device)) for inputs, targets in task.batches(split)]
+    batches = [(to_device(inputs, device), targets.to(device)) for inputs, targets in task.batches(split)]
     if not batches:
         raise InputError(f"The task gives no batch for its {split} split. Give it data, or a size above 0.")
     return batches
@@ -349,11 +366,12 @@ def other_bits(model: nn.Module, layers: Sequence[LayerSpec]) -> int:
     return sum(8 * tensor.nbytes for tensor in others.values())
 
 
-def _to(inputs: Any, device: str) -> Any:
+def to_device(inputs: Any, device: str) -> Any:
+    """The inputs of a batch on `device`."""
     if isinstance(inputs, Tensor):
         return inputs.to(device)
     if isinstance(inputs, Mapping):
-        return {key: _to(value, device) for key, value in inputs.items()}
+        return {key: to_device(value, device) for key, value in inputs.items()}
     if isinstance(inputs, list | tuple):
-        return type(inputs)(_to(value, device) for value in inputs)
+        return type(inputs)(to_device(value, device) for value in inputs)
     return inputs

@@ -39,11 +39,16 @@ class Score:
     seconds: float = field(default=0.0, compare=False)
 
 
+# The origin of what was trained after the search: its allocation was measured before, with the codes of the quantizer.
+FINETUNED = "finetuned"
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """An allocation with its measured score and costs; a row of `evaluations.csv`.
 
-    `origin` says who proposed it: float (the baseline: an empty allocation), uniform, knapsack or sampler. `packed` says that it
+    `origin` says who proposed it: float (the baseline: an empty allocation), uniform, knapsack or sampler, or finetuned: trained
+    after the search, `seconds` those of the training on the search split. `packed` says that it
     ran on packed weights, and not on dequantized ones; `measured_ms` is the median time of a forward pass, where one was timed.
     `rung_losses` and `stopped` are the score's: a stopped trial was seen on `n_samples` only, and stands in no front.
     `costs` are those beside the size, by their column, as their tables predict them.

@@ -17,7 +17,7 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.packed_layer import kernel_for
 from mpsearch.pareto import hypervolume
-from mpsearch.result import SearchResult, write_atomically
+from mpsearch.result import SCORED, SearchResult, write_atomically
 
 INPUTS_ALONE = (
     "Inputs are rounded just before a layer's product; its output, and all that lies between layers (activations, pooling, "
@@ -46,6 +46,7 @@ def write_report(result: SearchResult, folder: Path, picked: Evaluation, confirm
         quality=result.quality_name,
         float_quality={split: baseline.quality for split, baseline in result.baselines.items()},
         limits=_limits(result),
+        trained=trained_table(result),
         objective=result.objective,
         picked=picked.allocation.to_json(),
     )
@@ -99,6 +100,19 @@ def uniform_table(result: SearchResult) -> pd.DataFrame:
     """The same for the uniform allocations, with their `scheme`."""
     tables = [front_table(result, [e]).assign(scheme=scheme) for scheme, e in result.uniform]
     return pd.concat(tables, ignore_index=True) if tables else front_table(result, []).assign(scheme="")
+
+
+def trained_table(result: SearchResult) -> pd.DataFrame:
+    """A row for each finetuned point and split: its costs, loss and quality, and those two `_before` training."""
+    q, rows = result.quality_name, []
+    for split in SCORED:
+        before = result.on(split)
+        for allocation, after in result.finetuned(split).items():
+            if (e := before.get(allocation)) is not None:
+                costs = {"size_bytes": after.size_bytes, "average_bits": after.average_bits, **after.costs, "split": split}
+                rows.append({**costs, "loss": after.loss, "loss_before": e.loss, q: after.quality, f"{q}_before": e.quality})
+    columns = ["size_bytes", "average_bits", *result.costs, "split", "loss", "loss_before", q, f"{q}_before"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def confirm_table(result: SearchResult, confirmed: Sequence[Confirmed]) -> pd.DataFrame:
@@ -200,6 +214,7 @@ def _page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | No
         "",
         _front_markdown(result, confirmed, picked),
         "",
+        *_trained(result),
         "Tables: `front.csv`, `uniform.csv`, `confirm.csv`, `evaluations.csv`, `sensitivity.csv`; the space: `space.json`; "
         "the settings: `config.yaml`.",
     ]
@@ -242,6 +257,31 @@ def _findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame 
             f"costs no more; for {surely} of them that one's {q} is higher by more than chance."
         )
     return said
+
+
+def _trained(result: SearchResult) -> list[str]:
+    """The section on the points that were trained, smallest first; nothing where none was."""
+    q, found = result.quality_name, result.finetuned("confirm")
+    baseline, before, on_search = result.baseline("confirm"), result.on("confirm"), result.finetuned("search")
+    if not found or baseline is None:
+        return []
+    rows = []
+    for allocation, after in sorted(found.items(), key=lambda pair: pair[1].size_bytes):
+        was, searched = before[allocation], on_search[allocation]
+        losses, qualities = (f"{was.loss:.4g}", f"{after.loss:.4g}"), (f"{100 * was.quality:.2f}", f"{100 * after.quality:.2f}")
+        drops = _drop(*was.drop_from(baseline)), _drop(*after.drop_from(baseline))
+        sizes = f"{after.average_bits:.3f}", f"{after.size_bytes:,}"
+        rows.append((*sizes, *losses, *qualities, *drops, f"{searched.seconds:.0f}"))
+    header = ["bits", "bytes", "KL before", "KL after", f"{q} % before", f"{q} % after"]
+    header += ["drop before, points (95 %)", "drop after, points (95 %)", "seconds of training"]
+    return [
+        "## After training",
+        "",
+        "Trained as they are stored (`mpsearch finetune`); scored on the confirm split, the epoch chosen on the search split.",
+        "",
+        _markdown_table(header, rows),
+        "",
+    ]
 
 
 def _how_it_ran(result: SearchResult) -> str:

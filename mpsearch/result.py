@@ -24,13 +24,13 @@ import pandas as pd
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Evaluation, SensitivityTable
+from mpsearch.evaluation import FINETUNED, Evaluation, SensitivityTable
 from mpsearch.layer import LayerGroup, LayerSpec
 from mpsearch.pareto import non_dominated
 from mpsearch.schemes.base import QuantScheme, scheme_from_fields
 
 SENSITIVITY_COLUMNS = ("group", "scheme", "metric", "value", "size_bits")
-ORIGINS = ("float", "uniform", "knapsack", "sampler")
+ORIGINS = ("float", "uniform", "knapsack", "sampler", FINETUNED)
 SCORED = ("search", "confirm")
 
 
@@ -231,12 +231,16 @@ class SearchResult:
         return {split: found for split in SCORED if (found := self.baseline(split)) is not None}
 
     def on(self, split: str) -> dict[Allocation, Evaluation]:
-        """Allocation -> its (first) whole evaluation on the split, the float model's left out."""
+        """Allocation -> its (first) whole evaluation on the split, the float model's and the finetuned ones left out."""
         found: dict[Allocation, Evaluation] = {}
         for evaluation in self.evaluations:
-            if evaluation.split == split and evaluation.origin != "float" and not evaluation.stopped:
+            if evaluation.split == split and evaluation.origin not in ("float", FINETUNED) and not evaluation.stopped:
                 found.setdefault(evaluation.allocation, evaluation)
         return found
+
+    def finetuned(self, split: str) -> dict[Allocation, Evaluation]:
+        """Allocation -> its latest evaluation on the split after training."""
+        return {e.allocation: e for e in self.evaluations if e.origin == FINETUNED and e.split == split}
 
     @cached_property
     def front(self) -> list[Evaluation]:

@@ -21,7 +21,7 @@ from mpsearch.budget import Budget
 from mpsearch.costs.base import CostTable
 from mpsearch.engine import FLOAT, QuantEngine
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Evaluation, Score, SensitivityTable, Stop
+from mpsearch.evaluation import FINETUNED, Evaluation, Score, SensitivityTable, Stop
 from mpsearch.executors.base import Executor
 from mpsearch.executors.in_process import InProcess
 from mpsearch.fidelity import rungs, stops
@@ -75,6 +75,8 @@ class Evaluator:
         self._trials = {(e.split, e.trial): e for e in known if e.trial is not None}
         self._measured: dict[tuple[str, Allocation], Evaluation] = {}
         for e in known:
+            if e.origin == FINETUNED:  # the same allocation, but other codes
+                continue
             if (before := self._measured.get((e.split, e.allocation))) is None or before.stopped:
                 self._measured[e.split, e.allocation] = e
         self._running: dict[Future[Score], list[Pending]] = {}

@@ -14,7 +14,7 @@ from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.budget import Budget
 from mpsearch.costs.base import CostTable
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Evaluation, SensitivityTable
+from mpsearch.evaluation import FINETUNED, Evaluation, SensitivityTable
 from mpsearch.knapsack import repair
 from mpsearch.knapsack import solve as solve_knapsack
 from mpsearch.search import Evaluator
@@ -88,5 +88,5 @@ def cheapest_within(
 
 
 def _within(evaluate: Evaluator, space: SearchSpace, budgets: Sequence[Budget]) -> list[Evaluation]:
-    measured = [e for e in evaluate.evaluations if e.split == "search" and e.origin != "float"]
+    measured = [e for e in evaluate.evaluations if e.split == "search" and e.origin not in ("float", FINETUNED)]
     return [e for e in measured if all(budget.allows(space.choice(e.allocation)) for budget in budgets)]

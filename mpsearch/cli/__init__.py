@@ -28,6 +28,7 @@ COMMANDS = {
     "sensitivity": "measure how much each layer minds each scheme: the table and its chart",
     "hardware": "say what this machine's kernels run, test them, and measure each layer in each scheme",
     "solve": "solve a finished run for another budget, or for an accuracy drop, and confirm it",
+    "finetune": "train a point of a finished run as it is stored (quantization-aware), and score it again",
     "report": "draw the tables, figures and page of a run again",
     "export": "write a point of a run's front to a file for another runtime",
 }
@@ -128,7 +129,7 @@ def _run(job: Job, config: DictConfig) -> None:
     job.started, job.folder = True, None
     try:
         settings = plain_settings(config)
-        if job.command in ("solve", "report", "export"):
+        if job.command in ("solve", "finetune", "report", "export"):
             run = saved(folder)
             given = {key: value for key, value in settings.items() if value is not None}
             if "cost" in given:  # the run's own costs are as they were

@@ -65,7 +65,7 @@ def prepare(command: str, words: list[str]) -> tuple[list[str], bool]:
         else:
             overrides.append(word)
     is_sweep = any(word == "-m" or (len(word) > 3 and "--multirun".startswith(word)) for word in words)
-    if is_sweep and (run or command in ("solve", "report", "export")):
+    if is_sweep and (run or command in ("solve", "finetune", "report", "export")):
         raise InputError("run= names one run, and --multirun starts many. Leave one of them out.")
     if run is None:
         return [*overrides, *flags], False  # Hydra's parser knows no flag among the overrides

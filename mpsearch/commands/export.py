@@ -8,6 +8,7 @@ from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
 from mpsearch.commands.show import relative, summary
 from mpsearch.errors import InputError
 from mpsearch.exporters.base import Picked
+from mpsearch.finetune import restored
 from mpsearch.pick import pick
 from mpsearch.report import write_report
 from mpsearch.result import SCORED, RunFolder, SearchResult
@@ -19,12 +20,19 @@ def export(settings: Settings, build: Build, folder: Path) -> None:
         raise InputError("This folder holds a sensitivity table alone; there is no point to export. Run: mpsearch search.")
     result = SearchResult.load(folder, build_schemes(settings, build))
     picked = pick(result, **settings["pick"])
+    trained = [result.finetuned(split).get(picked.allocation) for split in SCORED]
+    if settings["finetuned"] and trained[0] is None:
+        raise InputError(f"This point was not trained. Run: mpsearch finetune run={relative(folder)} with the same pick.")
     exporter = build("exporter")
     prepared = prepare(settings, build)
     RunFolder(folder).identify(prepared.identity(settings))
+    engine, scored = prepared.engine(settings), picked
     scores = {split: e for split in SCORED if (e := result.on(split).get(picked.allocation)) is not None}
-    what = Picked(picked, scores, result.baselines, result.quality_name, prepared.model_sha256, prepared.folds)
-    path = exporter.export(what, prepared.engine(settings), folder)
+    if settings["finetuned"] and trained[0] is not None:
+        scored, scores = trained[0], {e.split: e for e in trained if e is not None}
+        engine = restored(engine, scored.allocation, scored.loss, folder / "finetuned")
+    what = Picked(scored, scores, result.baselines, result.quality_name, prepared.model_sha256, prepared.folds)
+    path = exporter.export(what, engine, folder)
     write_report(result, folder, picked)
     summary(result, picked)
     print(relative(path))

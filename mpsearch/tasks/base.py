@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,6 +35,18 @@ class Task(ABC):
     @abstractmethod
     def batches(self, split: str) -> Sequence[Batch]:
         """The batches of one of `SPLITS`: the same ones in the same order every time, no sample in two splits."""
+
+    def training(self, epoch: int, batch_size: int, seed: int) -> Iterator[Batch]:
+        """Batches to train on, of at most `batch_size` samples and in another order each epoch; never of search or confirm.
+
+        Here the calibration split: its batches shuffled, the samples in each too. The same arguments give the same batches.
+        """
+        random = np.random.default_rng([seed, epoch])
+        batches = self.batches("calibration")
+        for i in random.permutation(len(batches)):
+            inputs, targets = batches[i]
+            for index in torch.from_numpy(random.permutation(len(targets))).split(batch_size):
+                yield _taken(inputs, index), targets[index]
 
     def forward(self, model: nn.Module, inputs: Any) -> Tensor:
         """The model's logits [n, classes] for the inputs of one batch."""
@@ -71,6 +84,17 @@ class Task(ABC):
             for stream in streams.values():
                 total.update(stream.digest())
         return total.hexdigest()
+
+
+def _taken(inputs: Any, index: Tensor) -> Any:
+    """The samples `index` of what may be a tensor, or a tuple or mapping that holds tensors."""
+    if isinstance(inputs, Tensor):
+        return inputs[index] if inputs.dim() else inputs
+    if isinstance(inputs, Mapping):
+        return {key: _taken(value, index) for key, value in inputs.items()}
+    if isinstance(inputs, list | tuple):
+        return type(inputs)(_taken(value, index) for value in inputs)
+    return inputs
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -7,7 +7,7 @@ numpy arrays and nothing else.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mpsearch.errors import InputError
 from mpsearch.tasks.arrays import read_npz
+from mpsearch.tasks.base import Batch
 from mpsearch.tasks.classification import Classification, draw_splits, scale_images
 
 # Of ImageNet, not of CIFAR-10: the published ResNet checkpoints (models/resnet.py) were trained with these.
@@ -51,6 +52,7 @@ class Cifar10(Classification):
             len(train_x), {"calibration": n_calibration, "search": n_search}, seed, f"The training part of {data_dir}"
         )
         calibration, search = (_prepare(train_x[index], train_y[index]) for index in drawn.values())
+        self._train_paths, self._trained_on = train_paths, np.setdiff1d(np.arange(len(train_x)), drawn["search"])
         test_x, test_y = _read_all(test_paths)
         n_test = len(test_x) if n_confirm is None else n_confirm
         if not 1 <= n_test <= len(test_x):
@@ -60,6 +62,18 @@ class Cifar10(Classification):
         confirm = _prepare(test_x[:n_test], test_y[:n_test])
         origins = {"calibration": "CIFAR-10 train", "search": "CIFAR-10 train", "confirm": "CIFAR-10 test"}
         super().__init__(calibration, search, confirm, n_classes=10, batch_size=batch_size, origins=origins)
+
+    def training(self, epoch: int, batch_size: int, seed: int) -> Iterator[Batch]:
+        """All training images but those of the search split: padded by 4 pixels, cropped at random, and every other one mirrored.
+
+        Read anew for each epoch: a search has no use for them, and a quarter of a gigabyte of room.
+        """
+        random = np.random.default_rng([seed, epoch])
+        x, y = _read_all(self._train_paths)
+        order = random.permutation(self._trained_on)
+        for start in range(0, len(order), batch_size):
+            index = order[start : start + batch_size]
+            yield _prepare(_augmented(x[index], random), y[index])
 
 
 def find_files(data_dir: Path) -> tuple[list[Path], list[Path]]:
@@ -128,6 +142,16 @@ def _read_all(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
                 f"{path} holds x {x.dtype} {list(x.shape)} and {len(y):,} labels; CIFAR-10 is uint8 [n, 32, 32, 3] and n labels."
             )
     return np.concatenate([x for x, _ in pairs]), np.concatenate([y for _, y in pairs])
+
+
+def _augmented(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Each image moved by up to 4 pixels over black, and mirrored or not; uint8 `[n, 32, 32, 3]` as before."""
+    n, height, width, _ = pixels.shape
+    rows = random.integers(0, 9, (n, 1)) + np.arange(height)
+    columns = random.integers(0, 9, (n, 1)) + np.arange(width)
+    columns = np.where(random.random((n, 1)) < 0.5, columns[:, ::-1], columns)
+    padded = np.pad(pixels, ((0, 0), (4, 4), (4, 4), (0, 0)))
+    return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def _prepare(pixels: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:

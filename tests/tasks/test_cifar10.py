@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mpsearch.errors import InputError
-from mpsearch.tasks.cifar10 import MEAN, STD, Cifar10, read_batch
+from mpsearch.tasks.cifar10 import MEAN, STD, Cifar10, _augmented, read_batch
 
 
 def images(n, seed=0):
@@ -134,3 +134,35 @@ def test_folders_without_cifar10_say_what_was_looked_for(tmp_path):
     (tmp_path / "test_0.npz").write_bytes(b"PK\x03\x04")
     with pytest.raises(InputError, match=r"test_0\.npz is not a whole \.npz file"):
         Cifar10(tmp_path, n_calibration=1, n_search=1)
+
+
+def test_training_images_are_all_but_those_of_the_search_split(tmp_path):
+    x, y = images(60)
+    x[:, 8:24, 8:24] = np.arange(60)[:, None, None, None] * 4  # so that each tells which it is, however it is moved
+    np.savez(tmp_path / "train_0.npz", x=x, y=y)
+    np.savez(tmp_path / "test_0.npz", x=x, y=y)
+    task = Cifar10(tmp_path, n_calibration=10, n_search=20)
+
+    def marks(batches):
+        pixels = [batch[:, 0, 16, 16] * STD[0] + MEAN[0] for batch, _ in batches]
+        return [round(float(value) * 255 / 4) for value in torch.cat(pixels)]
+
+    first = list(task.training(1, 16, seed=0))
+    seen, searched = marks(first), marks(task.batches("search"))
+    assert sorted(seen + searched) == list(range(60))
+    assert [len(labels) for _, labels in first] == [16, 16, 8]
+    assert torch.cat([labels for _, labels in first]).tolist() == y[seen].tolist()
+    again, second = list(task.training(1, 16, seed=0)), marks(task.training(2, 16, seed=0))
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, again, strict=True))
+    assert sorted(second) == sorted(seen)
+    assert second != seen
+
+
+def test_training_images_are_moved_by_up_to_four_pixels_and_mirrored():
+    pixels = np.zeros((400, 32, 32, 3), np.uint8)
+    pixels[:, 15, 12] = 255
+    moved = _augmented(pixels, np.random.default_rng(0))
+    assert (moved.shape, moved.dtype) == (pixels.shape, np.uint8)
+    rows, columns = np.nonzero(moved[..., 0])[1:]
+    assert set(rows) == set(range(11, 20))
+    assert set(columns) == {*range(8, 17), *range(15, 24)}

@@ -263,3 +263,27 @@ def test_damaged_archives_are_sentences(tmp_path, save_as):
         np.save(file, np.zeros(3))
     with pytest.raises(InputError, match=r"not a whole \.npz file"):
         Arrays(path)
+
+
+def test_training_shuffles_the_calibration_split(needed):
+    task = Digits(n_calibration=230, batch_size=100)
+    first, again = list(task.training(1, 64, seed=0)), list(task.training(1, 64, seed=0))
+    rows = [row.numpy().tobytes() for x, _ in first for row in x]
+    assert sorted(rows) == sorted(samples(task, "calibration"))
+    assert max(len(y) for _, y in first) == 64
+    assert all(torch.equal(a, b) and torch.equal(y, z) for (a, y), (b, z) in zip(first, again, strict=True))
+    assert [row.numpy().tobytes() for x, _ in task.training(2, 64, seed=0) for row in x] != rows
+
+
+def test_training_keeps_what_belongs_together():
+    class Pairs(Task):
+        def batches(self, split):
+            x = torch.arange(8.0)
+            return [({"a": x, "b": (x + 1, 3)}, x.long()), ({"a": x + 8, "b": (x + 9, 3)}, x.long() + 8)]
+
+    found = list(Pairs().training(0, 3, seed=1))
+    for inputs, targets in found:
+        assert torch.equal(inputs["a"], targets.float())
+        assert torch.equal(inputs["b"][0], targets + 1.0)
+        assert inputs["b"][1] == 3
+    assert sorted(torch.cat([targets for _, targets in found]).tolist()) == list(range(16))

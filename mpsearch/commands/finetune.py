@@ -1,0 +1,70 @@
+"""`mpsearch finetune`: train a picked point as it is stored."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from mpsearch.budget import read_budgets
+from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
+from mpsearch.commands.show import paths, relative, summary
+from mpsearch.costs.latency import LatencyMs
+from mpsearch.engine import paired_interval
+from mpsearch.errors import InputError
+from mpsearch.evaluation import FINETUNED, Evaluation
+from mpsearch.finetune import Training
+from mpsearch.finetune import finetune as run_finetune
+from mpsearch.pick import pick
+from mpsearch.report import write_report
+from mpsearch.result import SCORED, RunFolder, SearchResult, evaluation_row
+from mpsearch.search import Evaluator
+
+
+def finetune(settings: Settings, build: Build, folder: Path) -> None:
+    """Train the picked point, or go on with that; score it on both splits, and draw it beside what it was."""
+    if "n_trials" not in settings:
+        raise InputError("This folder holds a sensitivity table alone; there is no point to train. Run: mpsearch search.")
+    given: dict[str, Any] = {field.name: settings.get(field.name) for field in fields(Training)}
+    training = Training(**given)
+    result = SearchResult.load(folder, build_schemes(settings, build))
+    picked = pick(result, **settings["pick"])
+    allocation, space, quality = picked.allocation, result.space, result.quality_name
+    costs = {name: build(f"cost.{name}") for name in settings["cost"]}
+    latency = costs.get(LatencyMs.name)
+    if isinstance(latency, LatencyMs) and latency.path is None and (folder / "latency.csv").exists():
+        costs[latency.name] = latency = replace(latency, path=str(folder / "latency.csv"))
+    tables = [cost.table(space) for cost in costs.values() if cost.column in result.costs]
+    prepared = prepare(settings, build)
+    run = RunFolder(folder)
+    with run.locked():
+        run.identify(prepared.identity(settings))
+        run.mend("evaluations")
+        engine = prepared.engine(settings)
+        trained = run_finetune(engine, allocation, training, folder / "finetuned")
+        found: list[Evaluation] = []
+
+        def record(evaluation: Evaluation) -> None:
+            found.append(replace(evaluation, seconds=trained.seconds) if evaluation.split == "search" else evaluation)
+            run.append("evaluations", evaluation_row(found[-1], space, quality, result.costs))
+
+        budgets = read_budgets(result.budgets, costs, space)
+        batch_size = latency.batch_size if isinstance(latency, LatencyMs) else 1
+        before = Evaluator(engine, budgets, latency_batch_size=batch_size)
+        after = Evaluator(trained.engine, budgets, record, (), tables, batch_size)
+        for split in SCORED:
+            after(allocation, FINETUNED, split)
+        result = replace(result, evaluations=[*result.evaluations, *found])
+        page = write_report(result, folder, picked)
+    summary(result, picked)
+    gains = after.qualities(allocation) - before.qualities(allocation)
+    low, high = paired_interval(gains)
+    print(
+        f"epoch {trained.epoch} of {training.epochs} is kept: KL on search {trained.losses[0]:.4g} -> {min(trained.losses):.4g}"
+    )
+    print(
+        f"{quality} on confirm: {100 * (found[-1].quality - gains.mean()):.2f} % -> {100 * found[-1].quality:.2f} %, a gain of "
+        f"{100 * gains.mean():.2f} points (95 %: {100 * low:.2f} to {100 * high:.2f}) in {trained.seconds:.0f} s of training"
+    )
+    paths(folder, page, "pareto.png")
+    print(f"export it: mpsearch export run={relative(folder)} pick.max_bytes={picked.size_bytes} finetuned=true")

@@ -1,0 +1,70 @@
+"""The gradients are LSQ's, and what comes out is what the scheme stores."""
+
+import math
+
+import pytest
+import torch
+
+from mpsearch.fake_quantize import codes_of, fake_quantize, groups_of
+from mpsearch.quantizers.round_to_nearest import RoundToNearest
+from mpsearch.schemes.integer import Integer
+
+
+def case(bits, columns=10, group_size=4, zero=None):
+    torch.manual_seed(bits)
+    matrix = torch.randn(3, columns)
+    groups = groups_of(columns, group_size)
+    scales = 0.2 + torch.rand(3, int(groups[-1]) + 1)
+    zeros = torch.full_like(scales, (2 ** (bits - 1) if bits > 1 else 0.5) if zero is None else zero)
+    return [t.requires_grad_() for t in (matrix, scales, zeros)], groups
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_gradients_are_those_of_lsq(bits):
+    (matrix, scales, zeros), groups = case(bits)
+    weighs = torch.randn(3, 10)
+    (fake_quantize(matrix, scales, zeros, groups, bits) * weighs).sum().backward()
+    values, steps, offsets = (tensor.detach() for tensor in (matrix, scales, zeros))
+    gain = 1 / math.sqrt(10 / 3 * max(2 ** (bits - 1) - 1, 1))
+    of_scale, of_zero = torch.zeros_like(scales), torch.zeros_like(scales)
+    for i in range(3):
+        for j in range(10):
+            g = int(groups[j])
+            s, z = float(steps[i, g]), float(offsets[i, g])
+            raw = round(float(values[i, j] / steps[i, g] + offsets[i, g]))
+            inside = 0 <= raw <= 2**bits - 1
+            level = min(max(raw, 0), 2**bits - 1) - z
+            assert float(matrix.grad[i, j]) == pytest.approx(float(weighs[i, j]) if inside else 0.0)
+            of_scale[i, g] += gain * float(weighs[i, j]) * (level - float(values[i, j]) / s if inside else level)
+            of_zero[i, g] += 0.0 if inside else -gain * s * float(weighs[i, j])
+    torch.testing.assert_close(scales.grad, of_scale)
+    torch.testing.assert_close(zeros.grad, of_zero)
+
+
+def test_clipped_weights_move_with_the_scale_as_finite_differences_say():
+    matrix, groups = torch.full((1, 8), 9.0), groups_of(8, 8)
+    scales, zeros = torch.tensor([[0.5]], requires_grad=True), torch.tensor([[4.0]])
+    fake_quantize(matrix, scales, zeros, groups, 3).sum().backward()
+    up, down = (fake_quantize(matrix, torch.tensor([[s]]), zeros, groups, 3).sum() for s in (0.501, 0.499))
+    assert float(scales.grad) == pytest.approx(float(up - down) / 0.002 / math.sqrt(8 * 3), rel=1e-3)
+
+
+@pytest.mark.parametrize("scheme", [Integer(1), Integer(3), Integer(4, group_size=4, symmetric=False)])
+def test_codes_and_values_are_those_that_the_scheme_stores(scheme):
+    torch.manual_seed(0)
+    weight = torch.randn(5, 12)
+    stored = RoundToNearest().quantize(weight, scheme)
+    codes, scales, zero_points, size = scheme.unpacked(stored.tensors, (5, 12))
+    middle = 2 ** (scheme.bits - 1) if scheme.bits > 1 else 0.5
+    zeros = torch.full_like(scales.float(), middle) if zero_points is None else zero_points.float()
+    found = fake_quantize(stored.dequantize(), scales.float(), zeros, groups_of(12, size), scheme.bits)
+    assert torch.equal(found, stored.dequantize())
+    assert torch.equal(codes_of(stored.dequantize(), scales.float(), zeros, groups_of(12, size), scheme.bits), codes.float())
+
+
+def test_a_scale_of_zero_gives_zero_and_no_gradient():
+    matrix, scales = torch.ones(1, 4, requires_grad=True), torch.zeros(1, 1, requires_grad=True)
+    out = fake_quantize(matrix, scales, torch.full((1, 1), 2.0), groups_of(4, 4), 2)
+    out.sum().backward()
+    assert not out.any()
+    assert not scales.grad.any()

@@ -1,0 +1,207 @@
+"""Training from what was searched: what is scored is what is stored, a kill changes nothing, and the search is left alone."""
+
+import itertools
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from mpsearch import finetune as module
+from mpsearch.allocation import Allocation
+from mpsearch.cli import main
+from mpsearch.errors import InputError
+from mpsearch.exporters.native import load_allocation
+from mpsearch.finetune import Training, checkpoint_name, finetune
+from mpsearch.models.digits import digits
+from mpsearch.packed import packed
+from mpsearch.pick import pick
+from mpsearch.result import SearchResult
+from mpsearch.schemes.floating import Float
+from mpsearch.schemes.input import IntegerInput
+from mpsearch.schemes.integer import Integer
+from mpsearch.search import Evaluator
+from mpsearch.tasks.digits import Digits
+
+
+def mixed(engine):
+    """Every scheme once, in turn."""
+    names = itertools.cycle(engine.space.scheme_names)
+    return Allocation((group.name, next(names)) for group in engine.space.groups)
+
+
+def stored(engine, allocation):
+    layers = [(la.name, allocation[g.name]) for g in engine.space.groups for la in g.layers]
+    tensors = {f"{la}.{k}": t for la, s in layers for k, t in engine.quantized(la, s).tensors.items()}
+    return tensors | {f"{m}.bias": b for la, s in layers for m, b in engine.biases(la, s).items()}
+
+
+def assert_same_tensors(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_training_lowers_the_loss_and_leaves_the_model_and_its_bank_alone(trained, tiny, tmp_path):
+    allocation = trained.space.uniform("w2")
+    before, bank = tiny.state(trained.model), stored(trained, allocation)
+    post_training = trained.score(allocation)
+    found = finetune(trained, allocation, Training(epochs=6, batch_size=50, learning_rate=0.01), tmp_path)
+    assert found.losses[0] == post_training.loss
+    assert len(found.losses) == 7
+    assert min(found.losses) < 0.7 * found.losses[0]
+    score = found.engine.score(allocation)
+    assert score.loss == min(found.losses) == found.losses[found.epoch]
+    tiny.assert_same_state(trained.model, before)
+    assert_same_tensors(stored(trained, allocation), bank)
+    assert trained.score(allocation) == post_training
+    evaluate = Evaluator(found.engine, ())
+    measured = evaluate(allocation, "finetuned")
+    space = trained.space
+    assert sum(found.engine.quantized(la.name, "w2").nbytes for g in space.groups for la in g.layers) * 8 + space.other_bits == (
+        space.size_bits(space.choice(allocation))
+    )
+    assert (measured.loss, measured.size_bytes) == (score.loss, (space.size_bits(space.choice(allocation)) + 7) // 8)
+    with packed(found.engine, allocation) as model:
+        assert found.engine.score_of(model, "search").loss == pytest.approx(score.loss, rel=1e-4)
+
+
+SCHEMES = {
+    "w1": Integer(1),
+    "w2z": Integer(2, group_size=5, symmetric=False),
+    "w3t": Integer(3, group_size="tensor"),
+    "w4a8": Integer(4, scale_dtype="float32", input=IntegerInput(8, "token")),
+    "w8s": Integer(8, input=IntegerInput(4, "static")),
+    "half": Float("float16"),
+}
+
+
+@pytest.mark.parametrize("first", range(0, len(SCHEMES), 3))
+def test_before_training_the_student_is_the_stored_point_in_every_scheme(tiny, first):
+    names = list(SCHEMES)[first:] + list(SCHEMES)[:first]
+    engine = tiny.engine(tiny.net(), tiny.task(), {name: SCHEMES[name] for name in names})
+    allocation = mixed(engine)
+    student = module._Student(engine, allocation)
+    assert_same_tensors(stored(student.engine(), allocation), stored(engine, allocation) | stored_biases(engine, allocation))
+    inputs, _ = engine.batches("search")[0]
+    with engine.applied(allocation) as model:
+        wanted = model(inputs)
+    before = tiny.state(engine.model)
+    with student.installed():
+        found = engine.model(inputs)
+    tiny.assert_same_state(engine.model, before)
+    assert torch.equal(found, wanted)
+    gradients = torch.autograd.grad(found.square().sum(), list(student.latents.values()), allow_unused=True)
+    for name, gradient in zip(student.latents, gradients, strict=True):
+        assert gradient is not None, name
+        assert gradient.any(), name
+
+
+def stored_biases(engine, allocation):
+    """Also those that were not corrected."""
+    modules = [(m, engine.model.get_submodule(m)) for g in engine.space.groups for la in g.layers for m in la.modules]
+    corrected = stored(engine, allocation)
+    return {
+        f"{name}.bias": corrected.get(f"{name}.bias", module.bias.detach())
+        for name, module in modules
+        if getattr(module, "bias", None) is not None
+    }
+
+
+def test_a_training_that_was_killed_ends_at_the_same_bits(trained, tmp_path, monkeypatch):
+    allocation, training = mixed(trained), Training(epochs=4, batch_size=100, batches=3, seed=3)
+    whole = finetune(trained, allocation, training, tmp_path / "whole")
+
+    def killed(student, optimizer, training, epoch):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return module_train(student, optimizer, training, epoch)
+
+    module_train = module.train_epoch
+    monkeypatch.setattr(module, "train_epoch", killed)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(trained, allocation, training, tmp_path / "killed")
+    monkeypatch.undo()
+    resumed = finetune(trained, allocation, training, tmp_path / "killed")
+    assert resumed.losses == whole.losses
+    assert_same_tensors(stored(resumed.engine, allocation), stored(whole.engine, allocation))
+    again = finetune(trained, allocation, training, tmp_path / "killed")
+    assert (again.losses, again.seconds) == (resumed.losses, resumed.seconds)
+    assert_same_tensors(stored(again.engine, allocation), stored(whole.engine, allocation))
+    name = checkpoint_name(allocation, training)
+    contents = []
+    for folder in ("whole", "killed"):
+        with safe_open(tmp_path / folder / name, framework="pt") as file:
+            contents.append({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+    assert_same_tensors(*contents)
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {name}
+
+
+def test_a_training_that_makes_it_worse_keeps_the_point_as_it_was(trained, tmp_path):
+    allocation = trained.space.uniform("w8")
+    found = finetune(trained, allocation, Training(epochs=1, learning_rate=10.0), tmp_path)
+    assert found.epoch == 0
+    assert found.losses[1] > found.losses[0]
+    assert found.engine.score(allocation) == trained.score(allocation)
+
+
+def test_what_cannot_be_is_said(trained, tmp_path, monkeypatch):
+    for wrong in ({"epochs": 0}, {"batch_size": 1.5}, {"batches": 0}, {"learning_rate": 0}, {"learning_rate": "fast"}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            Training(**wrong)
+    allocation, training = trained.space.uniform("w4"), Training(epochs=1)
+    (tmp_path / checkpoint_name(allocation, training)).write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match="damaged"):
+        finetune(trained, allocation, training, tmp_path)
+    monkeypatch.setattr(trained.task, "training", lambda epoch, batch_size, seed: iter(()), raising=False)
+    with pytest.raises(InputError, match="no batch to train on"):
+        finetune(trained, allocation, training, tmp_path / "other")
+
+
+def test_the_command_trains_records_draws_and_exports(tmp_path, monkeypatch, capsys):
+    """A run of the digits, one point trained twice, the search gone on with, and the trained point exported."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["mpsearch", *words])
+        main()
+        return capsys.readouterr().out
+
+    searched = ["search", "scheme=[w2,w4]", "quantizer=round_to_nearest", "metric=weight_mse", "n_trials=8", "hydra.run.dir=run"]
+    command(*searched)
+    folder = tmp_path / "run"
+    before = SearchResult.load(folder)
+    words = ["finetune", "run=run", "pick.bits=2.5", "epochs=3", "batch_size=50", "batches=8", "learning_rate=0.01"]
+    said = command(*words)
+    assert "a gain of" in said
+    after = SearchResult.load(folder)
+    assert after.front == before.front
+    assert after.on("confirm") == before.on("confirm")
+    ((allocation, row),) = after.finetuned("search").items()
+    picked = pick(before, bits=2.5)
+    assert allocation == picked.allocation
+    assert row.loss < picked.loss
+    assert (row.size_bytes, row.feasible, row.packed) == (picked.size_bytes, picked.feasible, False)
+    confirmed = after.finetuned("confirm")[allocation]
+    assert confirmed.packed
+    page = (folder / "report.md").read_text()
+    start = before.on("confirm")[allocation].loss
+    assert f"| {row.average_bits:.3f} | {row.size_bytes:,} | {start:.4g} | {confirmed.loss:.4g} |" in page
+    assert "trained, confirm split" in (folder / "pareto.svg").read_text()
+    assert "8 trials" in page
+
+    command(*words)
+    assert len(list((folder / "finetuned").iterdir())) == 1
+    assert SearchResult.load(folder).finetuned("search")[allocation].loss == row.loss
+    command("search", "run=run", "n_trials=9")
+    gone_on = SearchResult.load(folder)
+    assert gone_on.finetuned("search")[allocation].loss == row.loss
+    assert gone_on.on("search")[allocation] == before.on("search")[allocation]
+    assert "## After training" in (folder / "report.md").read_text()
+
+    command("export", "run=run", "pick.bits=2.5", "finetuned=true")
+    exported = load_allocation(folder / "allocation.json")
+    assert exported.data["scores"]["search"]["loss"] == row.loss
+    model, task = exported.apply(digits()), Digits()
+    hits = [task.quality(model(x), y) for x, y in task.batches("search")]
+    assert float(torch.cat(hits).double().mean()) == row.quality
