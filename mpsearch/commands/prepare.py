@@ -13,12 +13,15 @@ from torch import nn
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.calibrate import calibrate
+from mpsearch.costs.activation_bytes import ActivationBytes
 from mpsearch.costs.size import parse_bytes
 from mpsearch.engine import QuantEngine, load_batches, other_bits
 from mpsearch.errors import InputError
 from mpsearch.fold import fold_batch_norms
 from mpsearch.group import share
+from mpsearch.hardware import first_samples
 from mpsearch.layer import check_finite, weights_sha256
+from mpsearch.liveness import measure_activations
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.runtimes.base import Runtime
 from mpsearch.runtimes.native import Native
@@ -109,6 +112,8 @@ def prepare(settings: Settings, build: Build) -> Prepared:
     runtime: Runtime = build("runtime") if settings.get("runtime") else Native()
     layers = share(trace_layers(model, task.forward, inputs), runtime.shared, required=False)
     layers = share(layers, settings.get("share") or ())
+    if ActivationBytes.name in settings.get("cost", {}):
+        layers = measure_activations(model, task.forward, first_samples(inputs, 1), layers)
     space = SearchSpace.build(layers, schemes, settings.get("pin") or (), other_bits(model, layers), runtime)
     if dropped := [name for name in schemes if name not in space.schemes]:
         print(f"not searched, as no layer may take it: {', '.join(dropped)}")
