@@ -49,9 +49,10 @@ def read_budgets(limits: Mapping[str, Any], costs: Mapping[str, Cost], space: Se
             raise InputError(f"budget.{name} is above 0; {limit} came.")
         smallest = np.where(space.allowed, budget.table.values, np.inf).argmin(axis=1)
         if not budget.allows(smallest):
+            wanted = "scheme of narrower inputs" if budget.table.peak else "smaller scheme"
             raise InputError(
                 f"The budget {budget} is below the least there is, {budget.table.of(smallest):,.10g}: {_mix(space, smallest)}. "
-                "Raise the budget, add a smaller scheme, or loosen a pin."
+                f"Raise the budget, add a {wanted}, or loosen a pin."
             )
         budgets.append(budget)
     return tuple(budgets)

@@ -18,7 +18,7 @@ from mpsearch.costs.size import parse_bytes
 from mpsearch.engine import QuantEngine, load_batches, other_bits
 from mpsearch.errors import InputError
 from mpsearch.fold import fold_batch_norms
-from mpsearch.group import share
+from mpsearch.group import check_reached, share
 from mpsearch.hardware import first_samples
 from mpsearch.layer import check_finite, weights_sha256
 from mpsearch.liveness import measure_activations
@@ -111,6 +111,7 @@ def prepare(settings: Settings, build: Build) -> Prepared:
     folds = fold_batch_norms(model, task.forward, inputs) if settings["fold_batch_norms"] else ()
     runtime: Runtime = build("runtime") if settings.get("runtime") else Native()
     layers = share(trace_layers(model, task.forward, inputs), runtime.shared, required=False)
+    check_reached(model, layers, runtime.shared, runtime.name)
     layers = share(layers, settings.get("share") or ())
     if ActivationBytes.name in settings.get("cost", {}):
         layers = measure_activations(model, task.forward, first_samples(inputs, 1), layers)
