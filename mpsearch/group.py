@@ -69,7 +69,7 @@ def check_reached(model: nn.Module, layers: Sequence[LayerSpec], patterns: Seque
             if (key := same(name)) is not None and key in with_layers:
                 raise InputError(
                     f"{runtime} runs '{name}' and '{with_layers[key]}' as one, in one scheme, but the first calibration batch "
-                    "does not reach the former, so that it would stay float. Give larger batches, for every expert to get a token."
+                    "does not reach the former, which stays float. Give larger batches, so that every expert gets a token."
                 )
 
 
