@@ -1,14 +1,17 @@
 """The peak of the activations: its table, and budgets on it in every sampler, alone and beside one on bytes."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from mpsearch import cli
 from mpsearch.allocation import SearchSpace
 from mpsearch.budget import narrowed, read_budgets
 from mpsearch.costs.activation_bytes import ActivationBytes
@@ -130,3 +133,35 @@ def test_solve_finds_the_best_within(limits):
     for scheme in SPACE.scheme_names:
         evaluate(SPACE.uniform(scheme), "uniform")
     assert best_within(evaluate, TABLE, budgets).loss == pytest.approx(least**1.3)
+
+
+def test_from_the_front_door(tmp_path, monkeypatch, capsys):
+    """A run under a limit, gone on with, and solved for another limit; and as an objective it is refused."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def mpsearch(*words):
+        monkeypatch.setattr(sys, "argv", ["mpsearch", *words])
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        return code or 0, capsys.readouterr().err
+
+    first = ["scheme=[w2,w4,w4a8]", "cost=[bytes,activation_bytes]", "n_seeds=3", "hydra.run.dir=run"]
+    assert mpsearch("search", *first, "n_trials=5", "budget.activation_bytes=12kB")[0] == 0
+    assert mpsearch("search", "run=run", "n_trials=8")[0] == 0
+    assert mpsearch("solve", "run=run", "budget.activation_bytes=10kB", "budget.bytes=25kB")[0] == 0
+    rows = pd.read_csv("run/evaluations.csv")
+    trials, float_input = rows[rows.trial.notna()], rows[rows.origin == "uniform"].activation_bytes.max()
+    assert len(trials) == 8
+    assert trials.activation_bytes.max() <= 12_000 < float_input == 12_288
+    solved = rows[(rows.origin == "knapsack") & rows.trial.isna() & (rows.split == "search")]
+    assert len(solved) > 0
+    assert (solved.activation_bytes <= 10_000).all()
+    assert (solved.size_bytes <= 25_000).all()
+    assert pd.read_csv("run/front.csv").activation_bytes.max() <= 12_000
+    code, said = mpsearch("search", *first[:2], "objective=activation_bytes", "hydra.run.dir=other")
+    assert code
+    assert "activation_bytes is a peak and takes few values" in said
