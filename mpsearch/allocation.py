@@ -182,11 +182,15 @@ class SearchSpace:
         return {
             "schemes": {name: {"code": ALPHABET[i], **s.fields()} for i, (name, s) in enumerate(self.schemes.items())},
             "groups": [
-                {"name": g.name, "choices": list(names), "layers": [asdict(layer) for layer in g.layers]}
+                {"name": g.name, "choices": list(names), "layers": [_known(layer) for layer in g.layers]}
                 for g, names in zip(self.groups, self.choices, strict=True)
             ],
             "other_bits": self.other_bits,
         }
+
+
+def _known(layer: LayerSpec) -> dict[str, Any]:
+    return {key: value for key, value in asdict(layer).items() if value is not None}
 
 
 def _matches(pattern: str, name: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ class Budget:
 
     @property
     def room(self) -> float:
-        """What is left for the searched groups: the limit less the constant part."""
+        """What is left for the searched groups: the limit less the constant part. Of a cost that adds up."""
         return self.limit * (1 + ROUNDING) - self.table.constant
 
     def __str__(self) -> str:
@@ -49,12 +49,27 @@ def read_budgets(limits: Mapping[str, Any], costs: Mapping[str, Cost], space: Se
             raise InputError(f"budget.{name} is above 0; {limit} came.")
         smallest = np.where(space.allowed, budget.table.values, np.inf).argmin(axis=1)
         if not budget.allows(smallest):
+            wanted = "scheme of narrower inputs" if budget.table.peak else "smaller scheme"
             raise InputError(
                 f"The budget {budget} is below the least there is, {budget.table.of(smallest):,.10g}: {_mix(space, smallest)}. "
-                "Raise the budget, add a smaller scheme, or loosen a pin."
+                f"Raise the budget, add a {wanted}, or loosen a pin."
             )
         budgets.append(budget)
     return tuple(budgets)
+
+
+def narrowed(space: SearchSpace, budgets: Sequence[Budget]) -> tuple[SearchSpace, tuple[Budget, ...]]:
+    """The space without the choices that a budget on a peak forbids, and the other budgets, those that add up.
+
+    An allocation of `space` is within `budgets` exactly if it is in the narrowed space and within those that are left. Every
+    group has a choice left: `read_budgets` saw to it. Groups and schemes, and so all indices, stay as they are.
+    """
+    peaks = [budget for budget in budgets if budget.table.peak]
+    if not peaks:
+        return space, tuple(budgets)
+    kept = np.logical_and.reduce([space.allowed, *(b.table.values <= b.limit * (1 + ROUNDING) for b in peaks)])
+    choices = tuple(tuple(name for name, k in zip(space.scheme_names, row, strict=True) if k) for row in kept)
+    return replace(space, choices=choices), tuple(budget for budget in budgets if not budget.table.peak)
 
 
 def _mix(space: SearchSpace, choice: np.ndarray) -> str:

@@ -11,8 +11,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from torch import nn
+
 from mpsearch.errors import InputError, did_you_mean
-from mpsearch.layer import LayerSpec
+from mpsearch.layer import LayerSpec, kind_of
 
 LISTED = 3  # of a group's other layers, in its name
 
@@ -50,6 +52,25 @@ def share(layers: Sequence[LayerSpec], patterns: Sequence[str], required: bool =
     for layer in layers:
         members.setdefault(find(layer.name), []).append(layer.name)
     return tuple(replace(layer, group=_name(members[find(layer.name)])) for layer in layers)
+
+
+def check_reached(model: nn.Module, layers: Sequence[LayerSpec], patterns: Sequence[str], runtime: str) -> None:
+    """Raise `InputError` where a module that the patterns tie to `layers` is no layer, as an expert that no token was sent to."""
+    found = {name for layer in layers for name in layer.modules}
+    left = [name for name, module in model.named_modules() if kind_of(module) is not None and name not in found]
+    for pattern in patterns:
+        parts = [_compile(part) for part in pattern.split("|") if part]
+
+        def same(name: str, parts: Sequence[re.Pattern[str]] = parts) -> tuple[str, ...] | None:
+            return next((match.groups() for part in parts if (match := part.fullmatch(name))), None)
+
+        with_layers = {same(name): name for name in found}
+        for name in left:
+            if (key := same(name)) is not None and key in with_layers:
+                raise InputError(
+                    f"{runtime} runs '{name}' and '{with_layers[key]}' as one, in one scheme, but the first calibration batch "
+                    "does not reach the former, which stays float. Give larger batches, so that every expert gets a token."
+                )
 
 
 def _compile(part: str) -> re.Pattern[str]:

@@ -30,12 +30,29 @@ KINDS: dict[type[nn.Module], str] = {
 
 
 @dataclass(frozen=True)
+class Activations:
+    """What of one sample's activations is in memory when a layer runs, in bytes; where it is called often, the most of each.
+
+    `live` is all of it with everything in the model's own float format, `beside` what would stay if the layer's input were kept
+    in another format; that input has `values` numbers in `tokens` tokens. `elsewhere` is the most that is in memory from there
+    until the next searched layer runs (of the first layer: also before it).
+    """
+
+    live: int
+    beside: int
+    values: int
+    tokens: int
+    elsewhere: int
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """One weight tensor that may be quantized.
 
     `name` is the qualified name of the (first) module that owns it, `shape` has output channels first (a transposed
     convolution's weight is turned round: `[out, in / groups, *kernel]`), `macs` are the multiply-accumulates of one sample,
     `group` names the layers that must share a scheme, `modules` are all modules that own this weight (more than one: tied).
+    `activations` are known where they were asked for (`mpsearch.liveness`).
     """
 
     name: str
@@ -44,6 +61,7 @@ class LayerSpec:
     macs: int
     group: str
     modules: tuple[str, ...]
+    activations: Activations | None = None
 
     @property
     def numel(self) -> int:

@@ -45,6 +45,17 @@ def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
     return mask
 
 
+def nearest_front(costs: ArrayLike, losses: ArrayLike, n: int) -> NDArray[np.intp]:
+    """Indices, ascending, of the at most `n` points (costs [m], losses [m]) that lie least above the front of all of them."""
+    costs, losses = np.asarray(costs, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    if len(costs) <= n:
+        return np.arange(len(costs))
+    order = np.argsort(costs, kind="stable")
+    above = np.empty(len(costs))
+    above[order] = losses[order] - np.minimum.accumulate(losses[order])
+    return np.sort(np.argsort(above, kind="stable")[:n])
+
+
 def hypervolume(average_bits: ArrayLike, kl: ArrayLike, reference_bits: float, reference_kl: float) -> float:
     """Area (bits x decades) that the points dominate below the reference, on the axes average bits and log10 max(KL, 1e-5).
 

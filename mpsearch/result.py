@@ -25,7 +25,7 @@ import pandas as pd
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation, SensitivityTable
-from mpsearch.layer import LayerGroup, LayerSpec
+from mpsearch.layer import Activations, LayerGroup, LayerSpec
 from mpsearch.pareto import non_dominated
 from mpsearch.schemes.base import QuantScheme, scheme_from_fields
 
@@ -274,13 +274,20 @@ def read_space(
         groups = tuple(
             LayerGroup(
                 g["name"],
-                tuple(LayerSpec(**{**la, "shape": tuple(la["shape"]), "modules": tuple(la["modules"])}) for la in g["layers"]),
+                tuple(_read_layer(layer) for layer in g["layers"]),
             )
             for g in data["groups"]
         )
         return SearchSpace(groups, schemes, tuple(tuple(g["choices"]) for g in data["groups"]), data["other_bits"])
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is damaged ({type(error).__name__}: {error}). Restore it, or start a new run.") from None
+
+
+def _read_layer(data: dict[str, Any]) -> LayerSpec:
+    activations = Activations(**data["activations"]) if "activations" in data else None
+    return LayerSpec(
+        **{**data, "shape": tuple(data["shape"]), "modules": tuple(data["modules"]), "activations": activations},
+    )
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import optuna
 
 from mpsearch.allocation import Allocation, SearchSpace
-from mpsearch.budget import Budget
+from mpsearch.budget import Budget, narrowed
 from mpsearch.costs.base import CostTable
 from mpsearch.engine import FLOAT, QuantEngine
 from mpsearch.errors import InputError
@@ -221,7 +221,7 @@ def search(
     search data a trial stops that cannot reach the front any more (`fidelity.py`). `finished` is called with each that is told.
     """
     space, budgets = evaluate.engine.space, evaluate.budgets
-    names, losses = space.names, sensitivity.losses()
+    names = space.names
     column = "size_bytes" if objective is None else objective.column
     batches = rungs(rung_shares, len(evaluate.engine.batches("search"))) if rung_shares else []
     evaluate(FLOAT, "float")
@@ -231,6 +231,8 @@ def search(
         evaluate.result(pending)
 
     origins = dict.fromkeys(within, "uniform")
+    space, budgets = narrowed(space, budgets)
+    losses = replace(sensitivity, space=space).losses()
     for allocation in knapsack_seeds(space, losses, budgets, n_seeds, None if objective is None else objective.values):
         origins.setdefault(allocation, "knapsack")
     proposer = sampler if isinstance(sampler, Proposer) else _within_budgets(sampler, space, losses, budgets)
@@ -314,6 +316,7 @@ def _values(evaluation: Evaluation, column: str) -> tuple[float, float]:
 def check_sampler(sampler: optuna.samplers.BaseSampler, space: SearchSpace, budgets: Sequence[Budget]) -> None:
     """Raise `InputError` where the sampler cannot search this space, or no allocation is within all budgets together."""
     if not isinstance(sampler, Proposer):  # which checked it when it was made
+        space, budgets = narrowed(space, budgets)
         _within_budgets(sampler, space, np.where(space.allowed, 0.0, np.inf), budgets)
 
 

@@ -1,12 +1,18 @@
 """Which layers end up in one group: by a runtime's patterns, by the user's, by both."""
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
+from mpsearch.allocation import SearchSpace
 from mpsearch.errors import InputError
-from mpsearch.group import share
+from mpsearch.group import check_reached, share
 from mpsearch.layer import LayerSpec
 from mpsearch.runtimes.llama_cpp import LlamaCpp
 from mpsearch.runtimes.vllm import VLLM
+from mpsearch.schemes.integer import Integer
+from mpsearch.trace import trace_layers
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 EXPERTS = tuple(f"mlp.experts.{i}.{name}" for i in range(2) for name in ("gate_proj", "up_proj", "down_proj"))
@@ -63,3 +69,81 @@ def test_a_pattern_that_ties_nothing_is_said(pattern):
     with pytest.raises(InputError, match="ties no two layers"):
         share(LAYERS, [pattern])
     assert share(LAYERS, [pattern], required=False) == tuple(LAYERS)
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(32, 64, bias=False), nn.Linear(32, 64, bias=False)
+        self.down_proj = nn.Linear(64, 32, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """Attention, then three experts, each token sent to one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(32, 32, bias=False) for _ in range(4))
+        self.gate = nn.Linear(32, 3, bias=False)
+        self.experts = nn.ModuleList(Expert() for _ in range(3))
+
+    def forward(self, x):
+        x = x + self.o_proj(F.scaled_dot_product_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+        weights, chosen = self.gate(x).softmax(-1).max(-1)
+        y = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            if (mine := chosen == i).any():
+                y[mine] = weights[mine, None] * expert(x[mine])
+        return x + y
+
+
+class MixtureOfExperts(nn.Module):
+    """Two blocks between an embedding and a head that share their weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(50, 32), nn.Linear(32, 50, bias=False)
+        self.head.weight = self.embed.weight
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.layers:
+            x = block(x)
+        return self.head(x)
+
+
+def traced(ids):
+    torch.manual_seed(0)
+    model = MixtureOfExperts()
+    return model, trace_layers(model, lambda m, x: m(x), ids)
+
+
+def test_a_mixture_of_experts_for_vllm_and_for_llama_cpp():
+    model, layers = traced(torch.arange(50)[None])
+    fused = share(layers, VLLM.shared, required=False)
+    check_reached(model, fused, VLLM.shared, "vllm")
+    of_vllm = groups(fused)
+    assert ["embed"] in of_vllm.values(), "the head is the same layer"
+    sizes = sorted(len(names) for name, names in of_vllm.items() if name.startswith("layers.1."))
+    assert sizes == [1, 1, 3, 9], "o and the router, q k v, all of all experts"
+    of_llama = groups(share(layers, LlamaCpp.shared, required=False))
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        assert sorted(f"layers.0.experts.{i}.{name}" for i in range(3)) in [sorted(names) for names in of_llama.values()]
+    assert sum(len(names) == 1 for names in of_llama.values()) == 2 * 5 + 1
+    schemes = {"w4g32": Integer(4, 32), "w8g32": Integer(8, 32)}
+    space = SearchSpace.build(share(layers, LlamaCpp.shared, required=False), schemes, runtime=LlamaCpp())
+    assert set(space.choices) == {tuple(schemes)}
+    with pytest.raises(InputError, match="vllm is not known to run layer 'embed'"):
+        SearchSpace.build(fused, schemes, runtime=VLLM())
+
+
+def test_an_expert_that_no_token_reaches_is_said_where_all_run_as_one():
+    model, layers = traced(torch.zeros(1, 1, dtype=torch.long))
+    for runtime in (VLLM(), LlamaCpp()):
+        with pytest.raises(InputError, match=r"runs 'layers.0.experts.\d.\w+' and 'layers.0.* as one.*larger batches"):
+            check_reached(model, layers, runtime.shared, runtime.name)
+    check_reached(model, layers, (), "mpsearch")

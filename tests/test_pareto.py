@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mpsearch.errors import InputError
-from mpsearch.pareto import hypervolume, knee, non_dominated
+from mpsearch.pareto import hypervolume, knee, nearest_front, non_dominated
 
 coordinates = st.integers(0, 5).map(float) | st.sampled_from([np.inf, -np.inf, 0.5])
 
@@ -81,3 +81,10 @@ def test_nan_is_refused():
         non_dominated([1, 2])
     with pytest.raises(ValueError, match="alike"):
         hypervolume([1, 2], [1], 8, 1)
+
+
+def test_those_nearest_the_front_are_kept_in_their_order():
+    costs, losses = [4, 1, 2, 3, 5], [1.0, 5.0, 6.5, 3.0, 1.5]
+    assert nearest_front(costs, losses, 3).tolist() == [0, 1, 3]
+    assert nearest_front(costs, losses, 4).tolist() == [0, 1, 3, 4]
+    assert nearest_front(costs, losses, 5).tolist() == list(range(5))

@@ -13,17 +13,19 @@ from torch import nn
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.calibrate import calibrate
+from mpsearch.costs.activation_bytes import ActivationBytes
 from mpsearch.costs.size import parse_bytes
 from mpsearch.engine import QuantEngine, load_batches, other_bits
 from mpsearch.errors import InputError
 from mpsearch.fold import fold_batch_norms
-from mpsearch.group import share
+from mpsearch.group import check_reached, share
 from mpsearch.layer import check_finite, weights_sha256
+from mpsearch.liveness import measure_activations
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.runtimes.base import Runtime
 from mpsearch.runtimes.native import Native
 from mpsearch.tasks.base import SPLITS, Batch, Task
-from mpsearch.trace import trace_layers
+from mpsearch.trace import first_samples, trace_layers
 
 Settings = Mapping[str, Any]
 Build = Callable[..., Any]
@@ -109,7 +111,10 @@ def prepare(settings: Settings, build: Build) -> Prepared:
     folds = fold_batch_norms(model, task.forward, inputs) if settings["fold_batch_norms"] else ()
     runtime: Runtime = build("runtime") if settings.get("runtime") else Native()
     layers = share(trace_layers(model, task.forward, inputs), runtime.shared, required=False)
+    check_reached(model, layers, runtime.shared, runtime.name)
     layers = share(layers, settings.get("share") or ())
+    if ActivationBytes.name in settings.get("cost", {}):
+        layers = measure_activations(model, task.forward, first_samples(inputs, 1), layers)
     space = SearchSpace.build(layers, schemes, settings.get("pin") or (), other_bits(model, layers), runtime)
     if dropped := [name for name in schemes if name not in space.schemes]:
         print(f"not searched, as no layer may take it: {', '.join(dropped)}")

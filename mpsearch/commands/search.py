@@ -44,6 +44,11 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         costs[latency.name] = replace(latency, path=str(latency_table(prepared, latency.batch_size, folder)))
     budgets = read_budgets(settings["budget"], costs, space)
     tables = {name: cost.table(space) for name, cost in costs.items()}
+    if tables[objective].peak:
+        raise InputError(
+            f"{objective} is a peak and takes few values, so that it makes no front: limit it, budget.{objective}=…, and keep "
+            "another objective; --multirun tries several limits."
+        )
     beside_size = [table for table in tables.values() if table.column not in SIZES]
     metric: SensitivityMetric = build("metric")
     make_sampler = build("sampler")

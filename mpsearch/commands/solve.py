@@ -10,6 +10,7 @@ from mpsearch.budget import read_budgets
 from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
 from mpsearch.commands.show import paths, relative, summary
 from mpsearch.confirm import confirm
+from mpsearch.costs.activation_bytes import ActivationBytes
 from mpsearch.costs.latency import LatencyMs
 from mpsearch.costs.size import Bytes
 from mpsearch.errors import InputError
@@ -47,7 +48,8 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
         print(f"solved in {1e3 * (time.perf_counter() - start):.0f} ms")
     tables = [cost.table(space) for cost in costs.values() if cost.column in result.costs]
     objective = next((t for t in tables if t.column == result.objective), None) or Bytes().table(space)
-    prepared = prepare(settings, build)
+    of_run = {name: cost for name, cost in settings["cost"].items() if name != ActivationBytes.name or name in result.costs}
+    prepared = prepare({**settings, "cost": of_run}, build)
     run = RunFolder(folder)
     with run.locked():
         run.identify(prepared.identity(settings))

@@ -1,6 +1,7 @@
-"""The contract of the costs: what an allocation costs, as a table that adds up over the groups.
+"""The contract of the costs: what an allocation costs, as a table that adds up over the groups, or of which the largest counts.
 
-A cost that adds up can be budgeted, solved for and repaired without running anything: that is all the search asks of it.
+Either can be budgeted, solved for and repaired without running anything: that is all the search asks of it. A limit on a peak
+forbids the choices above it, one by one (`budget.narrowed`).
 """
 
 from __future__ import annotations
@@ -20,16 +21,21 @@ from mpsearch.schemes.base import QuantScheme
 
 @dataclass(frozen=True)
 class CostTable:
-    """`constant` + the sum of each group's entry in `values` (float64 `[n_groups, n_schemes]`) is an allocation's cost."""
+    """`constant` + the sum of each group's entry in `values` (float64 `[n_groups, n_schemes]`) is an allocation's cost.
+
+    Of a `peak` the cost is the largest of them instead.
+    """
 
     name: str
     column: str
     values: np.ndarray
     constant: float
+    peak: bool = False
 
     def of(self, choice: np.ndarray | Sequence[int]) -> float:
         """The cost of an allocation, given as scheme indices."""
-        return self.constant + float(self.values[np.arange(len(self.values)), np.asarray(choice, dtype=np.intp)].sum())
+        entries = self.values[np.arange(len(self.values)), np.asarray(choice, dtype=np.intp)]
+        return max(self.constant, float(entries.max(initial=0.0))) if self.peak else self.constant + float(entries.sum())
 
 
 class Cost(ABC):

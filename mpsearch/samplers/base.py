@@ -15,12 +15,13 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 
-from mpsearch.budget import Budget
+from mpsearch.budget import Budget, narrowed
 from mpsearch.costs.base import CostTable
 from mpsearch.errors import InputError
 from mpsearch.evaluation import SensitivityTable
@@ -51,4 +52,5 @@ def complete(
     """The sampler: with all that is known, where it asks for the sensitivity (the objective is the first cost); else `seeded`."""
     if "sensitivity" not in inspect.signature(make).parameters:
         return seeded(make, seed)
-    return make(space=sensitivity.space, sensitivity=sensitivity, costs=costs, budgets=budgets, seed=seed)
+    space, budgets = narrowed(sensitivity.space, budgets)
+    return make(space=space, sensitivity=replace(sensitivity, space=space), costs=costs, budgets=budgets, seed=seed)

@@ -17,11 +17,10 @@ AMQ do with ten thousand evaluations. Here the prior, the sensitivities, makes d
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from mpsearch import knapsack
-from mpsearch.pareto import KL_FLOOR, non_dominated
+from mpsearch.pareto import KL_FLOOR, nearest_front, non_dominated
 from mpsearch.samplers.levels import Levels
 from mpsearch.samplers.proposer import Choice, Floats, History
 from mpsearch.surrogate import Surrogate
@@ -67,11 +66,11 @@ class Front(Levels):
             when = number
         if when:
             if self._variances is None or self._variances[0] != when:
-                nearest = _nearest(sizes[:when], log_losses[:when], MAX_EVIDENCE)
+                nearest = nearest_front(sizes[:when], log_losses[:when], MAX_EVIDENCE)
                 surrogate.choose_variances(choices[nearest], log_losses[nearest])
                 self._variances = when, surrogate.variances
             surrogate.variances = self._variances[1]
-        nearest = _nearest(sizes, log_losses, MAX_FITTED)
+        nearest = nearest_front(sizes, log_losses, MAX_FITTED)
         surrogate.fit(choices[nearest], log_losses[nearest])
         return surrogate
 
@@ -168,16 +167,6 @@ class _Staircase:
 
         gain = improvement(levels[None]) - improvement(np.array([[floor]]))
         return (widths * np.maximum(gain, 0.0)).sum(1)
-
-
-def _nearest(sizes: Floats, log_losses: Floats, n: int) -> NDArray[np.intp]:
-    """Indices, ascending, of the at most `n` points that lie least above the front of all of them."""
-    if len(sizes) <= n:
-        return np.arange(len(sizes))
-    order = np.argsort(sizes, kind="stable")
-    above = np.empty(len(sizes))
-    above[order] = log_losses[order] - np.minimum.accumulate(log_losses[order])
-    return np.sort(np.argsort(above, kind="stable")[:n])
 
 
 def _schedule(n: int) -> list[int]:

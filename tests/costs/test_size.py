@@ -12,7 +12,7 @@ from mpsearch.costs.base import Cost
 from mpsearch.costs.latency import REST, Latency, write_latency
 from mpsearch.costs.size import parse_bytes
 from mpsearch.errors import InputError
-from mpsearch.layer import LayerSpec
+from mpsearch.layer import Activations, LayerSpec
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
 
@@ -23,7 +23,10 @@ SCHEMES = {"w1": Integer(1), "w3g4": Integer(3, 4, symmetric=False), "fp16": Flo
 
 @pytest.fixture
 def space():
-    layers = [LayerSpec(f"layer{i}", "linear", shape, 10, f"layer{i}", (f"layer{i}",)) for i, shape in enumerate(SHAPES)]
+    layers = [
+        LayerSpec(f"layer{i}", "linear", shape, 10, f"layer{i}", (f"layer{i}",), Activations(100 + i, 60, 10, 1, 50))
+        for i, shape in enumerate(SHAPES)
+    ]
     return SearchSpace.build(layers, SCHEMES, other_bits=8 * 333)
 
 
@@ -51,7 +54,8 @@ def test_the_shelf(path, space, latency_csv):
     assert table.values.shape == (3, 3)
     assert (table.values > 0).all()
     for choice in np.ndindex(3, 3, 3):
-        assert table.of(choice) == pytest.approx(table.constant + sum(table.values[i, j] for i, j in enumerate(choice)))
+        entries = [table.values[i, j] for i, j in enumerate(choice)]
+        assert table.of(choice) == pytest.approx(max(table.constant, *entries) if table.peak else table.constant + sum(entries))
     assert cost.parse("4") == cost.parse(4) == 4.0
 
 

@@ -1,0 +1,65 @@
+"""The most memory that the activations of a forward pass take at once: a peak over the layers, and not a sum.
+
+What is alive beside a layer's input when it runs was followed once on the float model (`mpsearch.liveness`). Of a scheme that
+quantizes its input to b bits, this is assumed:
+
+- the input lies in memory as codes, b / 8 bytes a value, and a float32 scale for every token; a static scale is stored with the
+  weight. Its float values are never there, because the operation before writes codes: that takes a static scale, or an
+  operation before that has a whole token in hand (a norm);
+- that is so only where nobody else reads the input later. Where something does that is no layer of the same group (a residual
+  connection, another branch), its float values stay, as the score has it, and the codes come on top;
+- everything else is in float: the layer's output, and what waits for later layers, also where those quantize it. So the
+  peak is an upper bound for a runtime in which every tensor is quantized once for all its readers (TensorFlow Lite, ONNX
+  Runtime where all of a graph is quantized).
+
+Runtimes that quantize as they read (this package's own kernels among them) keep the float input: they take what a float input
+takes, and a buffer for the codes. Where no searched layer runs (softmax, norms, additions) nothing depends on the schemes: no
+allocation has a lower peak than that. What a kernel needs while it runs, and what an allocator wastes, is not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpsearch.allocation import SearchSpace
+from mpsearch.costs.base import Cost, CostTable
+from mpsearch.costs.size import parse_bytes
+from mpsearch.errors import InputError
+from mpsearch.layer import Activations, LayerSpec
+from mpsearch.schemes.base import QuantScheme
+
+
+@dataclass(frozen=True)
+class ActivationBytes(Cost):
+    """Peak bytes of the activations of one sample."""
+
+    name = "activation_bytes"
+    column = "activation_bytes"
+
+    def table(self, space: SearchSpace) -> CostTable:
+        """The peak while each group runs, in each scheme; the constant is that of all the rest."""
+        values = [[max(_peak(layer, s) for layer in group.layers) for s in space.schemes.values()] for group in space.groups]
+        constant = max(_of(layer).elsewhere for layer in space.layers)
+        return CostTable(self.name, self.column, np.array(values, dtype=np.float64), float(constant), peak=True)
+
+    def parse(self, text: str | float) -> float:
+        """Bytes, with or without a unit."""
+        return float(parse_bytes(text))
+
+
+def _of(layer: LayerSpec) -> Activations:
+    if layer.activations is None:
+        raise InputError(
+            "The activations of this run were not followed, so activation_bytes is not known. Start a run with "
+            "'cost=[bytes,activation_bytes]'."
+        )
+    return layer.activations
+
+
+def _peak(layer: LayerSpec, scheme: QuantScheme) -> int:
+    found, wanted = _of(layer), scheme.input_format
+    if wanted is None or layer.kind == "embedding":
+        return found.live
+    return found.beside + -(-found.values * wanted.bits // 8) + (4 * found.tokens if wanted.scale == "token" else 0)
