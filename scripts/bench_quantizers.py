@@ -1,7 +1,8 @@
-"""What each quantizer makes of ResNet-20 (CIFAR-10), and what rounding with feedback costs; to `reports/bench_quantizers*/`.
+"""What each quantizer makes of ResNet-20 (CIFAR-10), and what their inner loops cost; to `reports/bench_quantizers*/`.
 
     python scripts/bench_quantizers.py accuracy    uniform and mixed, on the test images
-    python scripts/bench_quantizers.py speed       the kernel's time beside that of loops in PyTorch
+    python scripts/bench_quantizers.py speed       rounding with feedback beside loops in PyTorch
+    python scripts/bench_quantizers.py hqq         half-quadratic fitting beside the authors' formulation in PyTorch
 
 Calibration and sensitivities use training images only. Mixed allocations are the exact additive solution (knapsack) of the
 diagonal Fisher sensitivities at each budget of average bits, scales counted; nothing is chosen on the test images. The data are
@@ -28,11 +29,13 @@ from mpsearch.quantizers.base import Quantizer
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.quantizers.gptq import GPTQ, triangular_feedback
+from mpsearch.quantizers.hqq import HQQ
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.sensitivity import measure_sensitivity
 
 QUANTIZERS: dict[str, Quantizer] = {
     "round_to_nearest": RoundToNearest(),
+    "hqq": HQQ(),
     "clip_search": ClipSearch(),
     "gptq": GPTQ(),
     "coordinate_descent": CoordinateDescent(),
@@ -143,14 +146,50 @@ def speed(n: int = 4096) -> list[Row]:
     return rows
 
 
+def proximal(groups: Tensor, scale: Tensor, zero: Tensor, top: int, n_steps: int) -> Tensor:
+    """HQQ's inner loop as its authors publish it (mobiusml/hqq, `optimize_weights_proximal`, p = 0.7), without the early stop."""
+    beta, per_step = 10.0, 1 / scale
+    for _ in range(n_steps):
+        codes = torch.round(groups * per_step + zero).clamp(0, top)
+        error = groups - (codes - zero) / per_step
+        split = torch.sign(error) * torch.nn.functional.relu(error.abs() - (1.0 / beta) * error.abs().pow(0.7 - 1))
+        zero = torch.mean(codes - (groups - split) * per_step, dim=1, keepdim=True)
+        beta *= 1.01
+        error.abs().mean().item()
+    return torch.round(groups * per_step + zero).clamp(0, top)
+
+
+def hqq(n: int = 4096, n_steps: int = 20) -> list[Row]:
+    """The kernel on an n x n weight at 4 bits, groups of 64, against PyTorch; PyTorch once, ours before and after it."""
+    torch.manual_seed(0)
+    weight, rows = torch.randn(n, n), []
+    _, scales, zeros = kernels.quantize(weight, bits=4, group_size=64, symmetric=False)
+    how = {"bits": 4, "group_size": 64, "fit_zeros": True, "n_steps": n_steps, "beta": 50.0, "growth": 1.01}
+    calls = {
+        "mpsearch": lambda: kernels.half_quadratic(weight, scales, zeros.float(), **how),
+        "torch": lambda: proximal(weight.view(-1, 64), scales.float().view(-1, 1), zeros.float().view(-1, 1), 15, n_steps),
+    }
+    for n_threads in (1, 2):
+        torch.set_num_threads(n_threads)
+        seconds: dict[str, float] = {}
+        for name in ("mpsearch", "torch", "mpsearch"):
+            start = time.perf_counter()
+            calls[name]()
+            seconds[name] = min(time.perf_counter() - start, seconds.get(name, float("inf")))
+        case = f"{n} x {n}, 4 bits, groups of 64, {n_steps} steps, {n_threads} threads"
+        row = {"what": "half-quadratic fitting", "case": case, "value": seconds["mpsearch"], "unit": "s", "rival": "torch"}
+        rows.append(row | {"rival_value": seconds["torch"], "ratio": seconds["torch"] / seconds["mpsearch"]})
+    return rows
+
+
 def main() -> None:
     """Measure, print the table, and write it to the report folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["accuracy", "speed"])
+    parser.add_argument("what", choices=["accuracy", "speed", "hqq"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [*{"accuracy": accuracy, "speed": speed}[arguments.what](), _machine()]
+    rows = [*{"accuracy": accuracy, "speed": speed, "hqq": hqq}[arguments.what](), _machine()]
     lines = [
         "| what | case | value | 95 % interval (paired) | average bits | rival | ratio |",
         "| --- | --- | ---: | --- | ---: | --- | ---: |",
@@ -170,7 +209,7 @@ def main() -> None:
     notes = accuracy_notes if arguments.what == "accuracy" else []
     text = "\n".join([f"# bench_quantizers {arguments.what}", "", *lines, "", *notes]) + "\n"
     print(text)
-    folder = REPORTS / ("bench_quantizers" if arguments.what == "accuracy" else "bench_quantizers_speed")
+    folder = REPORTS / ("bench_quantizers" if arguments.what == "accuracy" else f"bench_quantizers_{arguments.what}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text)
     for file in filter(None, (arguments.json, folder / "rows.json")):

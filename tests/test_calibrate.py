@@ -5,11 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mpsearch.allocation import SearchSpace
 from mpsearch.calibrate import calibrate, hessian_bytes, hessians
-from mpsearch.engine import load_batches
+from mpsearch.engine import QuantEngine, load_batches
 from mpsearch.errors import InputError
 from mpsearch.layer import weight_rows
 from mpsearch.quantizers.clip_search import ClipSearch
+from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.quantizers.gptq import GPTQ
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.integer import Integer
@@ -279,3 +281,49 @@ def test_a_layer_without_a_hessian_is_named(tiny):
     plain = tiny.engine(model, task, {"w3": Integer(3)}, quantizer=ClipSearch())
     assert not torch.equal(found, engine.quantized("2", "w3").dequantize())
     assert found.shape == plain.quantized("0", "w3").dequantize().shape
+
+
+@pytest.mark.parametrize("quantizer", [ClipSearch(), CoordinateDescent()], ids=lambda q: type(q).__name__)
+@pytest.mark.parametrize("what", ["ones", "zeros", "one sample"])
+def test_inputs_that_never_vary_or_come_once_still_calibrate(tiny, quantizer, what):
+    """Centred on its mean such an input has a Hessian of zeros, one sample gives one of rank 1; groups may exceed a layer."""
+    _, x = task_of((6,))
+    x = {"ones": torch.ones(10, 6), "zeros": torch.zeros(10, 6), "one sample": x[:1]}[what]
+    split = (x, torch.zeros(len(x), dtype=torch.long))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)).eval()
+    task = Classification(split, split, split, n_classes=3, batch_size=4)
+    for scheme in (Integer(3), Integer(3, 64, symmetric=False)):
+        engine = tiny.engine(model, task, {"w3": scheme}, quantizer=quantizer)
+        for name in ("0", "2"):
+            weight = model.get_submodule(name).weight
+            error = (engine.quantized(name, "w3").dequantize() - weight).abs().max()
+            assert error < weight.abs().max() / 2  # a step of 3 bits is at most a third of that, and clipping little more
+            assert torch.isfinite(engine.biases(name, "w3")[name]).all()
+        whole = tiny.engine(model, task, {"w3": Integer(3, symmetric=scheme.symmetric)}, quantizer=quantizer)
+        for name in ("0", "2"):  # a group larger than a row is the row
+            assert torch.equal(engine.quantized(name, "w3").dequantize(), whole.quantized(name, "w3").dequantize())
+
+
+def test_a_layer_that_the_calibration_data_do_not_reach_falls_back_and_is_named(tiny):
+    """Reached by the batch that the layers are found with, but by none that calibrates: the clip search without data."""
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.usual, self.rare = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.rare(x) if x.sum() > 1e3 else self.usual(x)
+
+    task, _ = task_of((6,))
+    model = Branches().eval()
+    layers = [*trace_layers(model, task.forward, torch.zeros(2, 6)), *trace_layers(model, task.forward, torch.full((2, 6), 1e3))]
+    space = SearchSpace.build(layers, {"w3": Integer(3)}, other_bits=0)
+    moments = calibrate(model, task, layers, load_batches(task, "calibration", "cpu"))
+    engine = QuantEngine(model, task, space, {"w3": CoordinateDescent()}, moments)
+    with pytest.warns(UserWarning, match="Layer 'rare' is quantized without a Hessian"):
+        found = engine.quantized("rare", "w3")
+    expected = ClipSearch().quantize(model.rare.weight.detach(), Integer(3))
+    assert torch.equal(found.dequantize(), expected.dequantize())
+    assert not torch.equal(engine.quantized("usual", "w3").dequantize(), expected.dequantize())

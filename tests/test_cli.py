@@ -155,7 +155,7 @@ def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
 def test_search_help_names_what_there_is_to_choose(tmp_path: Path) -> None:
     ended = shell("search", "--help", cwd=tmp_path)
     assert ended.returncode == 0
-    assert "quantizer: clip_search, coordinate_descent, gptq, percentile, round_to_nearest" in ended.stdout
+    assert "quantizer: clip_search, coordinate_descent, gptq, hqq, percentile, round_to_nearest" in ended.stdout
     assert "n_trials: 200" in ended.stdout
     assert not (tmp_path / "reports").exists()
 
@@ -264,11 +264,11 @@ def test_quantizer_of_names_become_nodes(door: Door) -> None:
 
 def test_config_dir_adds_options_and_configs(door: Door, tmp_path: Path) -> None:
     (tmp_path / "mine/quantizer").mkdir(parents=True)
-    (tmp_path / "mine/quantizer/hqq.yaml").write_text("_target_: my_pkg.takes\nsteps: 4\n")
-    (tmp_path / "mine/my.yaml").write_text("defaults: [search, quantizer@quantizer_of.w3: hqq, _self_]\nn_trials: 11\n")
-    assert door("search", "--config-dir", "mine", "quantizer_of.w2=hqq").code == 0
+    (tmp_path / "mine/quantizer/spiral.yaml").write_text("_target_: my_pkg.takes\nsteps: 4\n")
+    (tmp_path / "mine/my.yaml").write_text("defaults: [search, quantizer@quantizer_of.w3: spiral, _self_]\nn_trials: 11\n")
+    assert door("search", "--config-dir", "mine", "quantizer_of.w2=spiral").code == 0
     assert door.last.settings["quantizer_of"]["w2"]["steps"] == 4
-    assert "Did you mean 'hqq'?" in door("search", "--config-dir", "mine", "quantizer_of.w2=hq").err
+    assert "Did you mean 'spiral'?" in door("search", "--config-dir", "mine", "quantizer_of.w2=spirl").err
     assert door("search", "--config-dir", "mine", "--config-name", "my").code == 0
     assert (door.last.settings["n_trials"], list(door.last.settings["quantizer_of"])) == (11, ["w3"])
     assert "Did you mean 'n_trials'" in door("search", "--config-dir", "mine", "--config-name", "my", "n_trals=1").err

@@ -18,6 +18,7 @@ from mpsearch.kernels.backends import active_backend, available_backends, backen
 from mpsearch.kernels.convolution import PackedConv, conv, conv_a8, pack_conv, unpack_conv
 from mpsearch.kernels.embedding import embedding
 from mpsearch.kernels.feedback import round_with_feedback
+from mpsearch.kernels.half_quadratic import half_quadratic
 from mpsearch.kernels.operators import register
 from mpsearch.kernels.products import MOST_GROUP_COLUMNS, PackedWeight, linear, linear_a8, pack_weight, unpack_weight
 
@@ -32,6 +33,7 @@ __all__ = [
     "dequantize",
     "embedding",
     "fake_quantize",
+    "half_quadratic",
     "linear",
     "linear_a8",
     "pack",

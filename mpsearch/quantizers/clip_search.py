@@ -22,7 +22,7 @@ MOST_RATIO = 2.0
 
 @dataclass(frozen=True)
 class ClipSearch(Quantizer):
-    """Tries `n_candidates` clip ratios from 1 down to `min_ratio` of a group's range; robust, fast, and the default.
+    """Tries `n_candidates` clip ratios from 1 down to `min_ratio` of a group's range; robust and fast, without data or with.
 
     A symmetric code has one level more on one side (-2 -1 0 1 for two bits); the search also tries the scale's other sign, so
     that this level serves the side that needs it.

@@ -22,6 +22,7 @@ import test_backends
 import test_conv
 import test_embedding
 import test_feedback
+import test_half_quadratic
 import test_pack
 import test_products
 import test_quantize
@@ -95,7 +96,7 @@ def names(command: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
             monkeypatch.setattr(module, "compiled", program)
     monkeypatch.setattr(backends, "_COMPILED", names)
     monkeypatch.setattr(backends, "_AVAILABLE", ("reference", *names))
-    for module in (test_conv, test_feedback, test_products, test_quantize):
+    for module in (test_conv, test_feedback, test_half_quadratic, test_products, test_quantize):
         monkeypatch.setattr(module, "COMPILED", names)
     yield names
     program.close()
@@ -125,6 +126,11 @@ def test_codes(names: tuple[str, ...], bits: int, symmetric: bool) -> None:
 @pytest.mark.parametrize("case", test_feedback.CASES)
 def test_rounding_with_feedback(names: tuple[str, ...], case: tuple[int, int, int, int, int]) -> None:
     test_feedback.test_backends_equal_the_reference(*case)
+
+
+@pytest.mark.parametrize("case", test_half_quadratic.CASES)
+def test_half_quadratic_fitting(names: tuple[str, ...], case: tuple) -> None:
+    test_half_quadratic.test_backends_equal_the_reference(case)
 
 
 def test_rounding(names: tuple[str, ...]) -> None:

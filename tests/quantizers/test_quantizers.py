@@ -15,6 +15,7 @@ from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.quantizers.entropy import Entropy
 from mpsearch.quantizers.gptq import GPTQ
+from mpsearch.quantizers.hqq import HQQ
 from mpsearch.quantizers.percentile import Percentile
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.floating import Float
@@ -261,6 +262,17 @@ def test_entropy_is_that_of_the_definition():
     assert found.item() == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("group_size", ["tensor", "channel", 9])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_hqq_lets_a_few_err_much_so_that_many_err_little(group_size, symmetric):
+    """Its |r|^(3/4) is below that of the grid that it starts from, and the median error too, which the outliers set there."""
+    weight = weights((32, 6, 3, 3))
+    scheme = Integer(3, group_size, symmetric)
+    fitted, nearest = (q.quantize(weight, scheme).dequantize().sub(weight).abs() for q in (HQQ(), NEAREST))
+    assert fitted.pow(0.75).sum() < nearest.pow(0.75).sum()
+    assert fitted.median() < nearest.median()
+
+
 def test_ratios():
     assert torch.allclose(clip_ratios(4, 0.1, both_signs=False), torch.tensor([1.0, 0.7, 0.4, 0.1]))
     assert torch.allclose(clip_ratios(2, 0.5, both_signs=True), torch.tensor([1.0, -1.0, 0.5, -0.5]))
@@ -275,6 +287,8 @@ def test_ratios():
         (lambda: Entropy(n_bins=1), "80, 0.1 and 1 came"),
         (lambda: GPTQ(damping=0), "damping is above 0 and at most 1"),
         (lambda: CoordinateDescent(n_sweeps=0), "n_sweeps is 1 or more; 0 came"),
+        (lambda: HQQ(n_steps=0), "n_steps >= 1, beta > 0 and growth >= 1; 0, 50 and 1.01 came"),
+        (lambda: HQQ(beta=-1), "20, -1 and 1.01 came"),
         (lambda: Percentile(50), "above 50 and at most 100; 50 came"),
         (lambda: Percentile(100.1), "above 50 and at most 100; 100.1 came"),
     ],

@@ -1,4 +1,4 @@
-// The shell of rounding with feedback: scratch memory for each part of the work, and its sharing among threads.
+// The shell of rounding with feedback and of half-quadratic fitting: scratch memory for each part of the work, and its sharing among threads.
 #include <memory>
 
 #include "bindings.h"
@@ -11,7 +11,8 @@ using namespace nb::literals;
 namespace mpsearch {
 namespace {
 
-constexpr double kNsPerRowAndPair = 0.05;  // measured, rounded
+constexpr double kNsPerRowAndPair = 0.05;    // measured, rounded
+constexpr double kNsPerWeightAndStep = 1.0;  // likewise
 
 void round_with_feedback(int backend,
                          uintptr_t weight,
@@ -50,6 +51,39 @@ void round_with_feedback(int backend,
     });
 }
 
+void half_quadratic(int backend,
+                    uintptr_t weight,
+                    uintptr_t betas,
+                    uintptr_t scales,
+                    uintptr_t zero_points,
+                    uintptr_t codes,
+                    int64_t rows,
+                    int64_t columns,
+                    int64_t group_size,
+                    int64_t n_betas,
+                    int bits,
+                    bool fit_zeros,
+                    bool half_scales,
+                    int n_threads) {
+    const int64_t n_groups = (columns + group_size - 1) / group_size;
+    const HalfQuadraticJob job{at<const float>(weight),
+                               at<const float>(betas),
+                               at<float>(scales),
+                               at<float>(zero_points),
+                               at<uint8_t>(codes),
+                               columns,
+                               group_size,
+                               n_groups,
+                               n_betas,
+                               bits,
+                               fit_zeros,
+                               half_scales};
+    const Kernels& kernels = backends().at(backend).kernels;
+    const double group_ns = kNsPerWeightAndStep * static_cast<double>(group_size) * static_cast<double>(n_betas);
+    parallel_for(n_threads, rows * n_groups, group_ns,
+                 [&](int64_t begin, int64_t end) { kernels.half_quadratic(job, begin, end); });
+}
+
 }  // namespace
 
 void bind_feedback(nb::module_& module) {
@@ -57,6 +91,10 @@ void bind_feedback(nb::module_& module) {
                "weight"_a, "feedback"_a, "scales"_a, "zero_points"_a, "column_groups"_a, "errors"_a, "codes"_a,
                "rows"_a, "columns"_a, "n_groups"_a, "n_matrices"_a, "bits"_a, "n_threads"_a,
                "Codes of [rows, columns], each column rounded with the errors of the others.");
+    module.def("half_quadratic", &half_quadratic, nb::call_guard<nb::gil_scoped_release>(), "backend"_a, "weight"_a,
+               "betas"_a, "scales"_a, "zero_points"_a, "codes"_a, "rows"_a, "columns"_a, "group_size"_a, "n_betas"_a,
+               "bits"_a, "fit_zeros"_a, "half_scales"_a, "n_threads"_a,
+               "Fits scales and zero points in place; codes of [rows, columns].");
 }
 
 }  // namespace mpsearch

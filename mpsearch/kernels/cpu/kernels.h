@@ -99,6 +99,22 @@ struct FeedbackJob {
 
 constexpr int64_t kFeedbackRows = 32;
 
+// Half-quadratic fitting of grids, in place.
+struct HalfQuadraticJob {
+    const float* weight;  // [rows, columns]
+    const float* betas;   // [n_betas]
+    float* scales;        // [rows, n_groups]
+    float* zero_points;   // [rows, n_groups]
+    uint8_t* codes;       // [rows, columns]
+    int64_t columns;
+    int64_t group_size;
+    int64_t n_groups;  // per row
+    int64_t n_betas;
+    int bits;
+    bool fit_zeros;
+    bool half_scales;  // scales are rounded to float16
+};
+
 constexpr int64_t kMostTokens = 256;  // of one LinearJob
 
 struct Kernels {
@@ -145,6 +161,9 @@ struct Kernels {
     // Tiles [begin, end); scratch is [(columns + 128) * kFeedbackRows + 128 * 128].
     void (*round_with_feedback)(const FeedbackJob& job, int64_t begin, int64_t end, float* scratch);
 
+    // Groups [begin, end).
+    void (*half_quadratic)(const HalfQuadraticJob& job, int64_t begin, int64_t end);
+
     // Float input, int8 input, and either for groups of few rows.
     const ConvKernels *conv_float, *conv_int8, *conv_lanes;
 };
@@ -168,4 +187,5 @@ struct Kernels {
     void linear_a8(const LinearJob& job, int64_t begin, int64_t end);                                         \
     void embed(const LinearJob& job, int64_t row, float* y);                                                  \
     void round_with_feedback(const FeedbackJob& job, int64_t begin, int64_t end, float* scratch);             \
+    void half_quadratic(const HalfQuadraticJob& job, int64_t begin, int64_t end);                             \
     }

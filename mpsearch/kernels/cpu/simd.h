@@ -129,6 +129,20 @@ MPSEARCH_INLINE F8 round_nonnegative(F8 value) {
 #endif
 }
 
+// Rounded as IEEE says, on every instruction set.
+MPSEARCH_INLINE F8 square_root(F8 value) {
+#if defined(__AVX2__)
+    return F8{{_mm256_sqrt_ps(value.part[0])}};
+#elif defined(__aarch64__)
+    return F8{{vsqrtq_f32(value.part[0]), vsqrtq_f32(value.part[1])}};
+#else
+    F8 result;
+    for (int i = 0; i < kParts; ++i)
+        for (int k = 0; k < kNative; ++k) result.part[i][k] = __builtin_sqrtf(value.part[i][k]);
+    return result;
+#endif
+}
+
 // [a0 + a1, a2 + a3, b0 + b1, b2 + b3], with AVX2 the same of lanes 4..7 behind them in the upper half.
 MPSEARCH_INLINE Floats add_pairs(Floats a, Floats b) {
 #if defined(__AVX2__)

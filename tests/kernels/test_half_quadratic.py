@@ -1,0 +1,117 @@
+"""Half-quadratic fitting: every backend equals the reference, and the reference does what its formulas say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mpsearch import kernels
+from mpsearch.errors import InputError
+
+COMPILED = kernels.available_backends()[1:]
+CASES = [
+    (1, 1, 1, 4, True, torch.float16),
+    (3, 7, 100, 1, True, torch.float32),
+    (5, 130, 64, 2, False, torch.float16),
+    (9, 67, 16, 3, False, torch.float32),
+    (4, 40, 5, 8, True, torch.float32),
+    (0, 5, 5, 4, True, torch.float16),
+]
+
+
+def problem(rows, columns, group_size, bits, symmetric, dtype, seed=0):
+    """Weights with heavy tails, and the min-max grids of their groups."""
+    torch.manual_seed(seed)
+    weight = torch.randn(rows, columns) * torch.rand(rows, columns).add(0.1).reciprocal()
+    weight[:, : columns // 3] += 1.0
+    _, scales, zeros = kernels.quantize(weight, bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=dtype)
+    middle = 0.5 if bits == 1 else 2.0 ** (bits - 1)
+    return weight, scales, torch.full(scales.shape, middle) if zeros is None else zeros.float()
+
+
+def fit(case, n_steps=8, beta=10.0):
+    rows, _, group_size, bits, symmetric, _ = case
+    weight, scales, zeros = problem(*case)
+    if rows > 1:
+        scales[0] = 0.0  # a group of zeros, as far as its grid says
+    how = {"bits": bits, "group_size": group_size, "fit_zeros": not symmetric, "n_steps": n_steps, "beta": beta, "growth": 1.01}
+    return kernels.half_quadratic(weight, scales, zeros, **how)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_backends_equal_the_reference(case):
+    for beta in (1.0, 10.0, 1e4):
+        with kernels.use_backend("reference"):
+            expected = fit(case, beta=beta)
+        for backend in COMPILED:
+            with kernels.use_backend(backend):
+                for found, wanted in zip(fit(case, beta=beta), expected, strict=True):
+                    assert found.dtype == wanted.dtype
+                    assert torch.equal(found, wanted), (backend, beta)
+
+
+def test_threads_give_the_same():
+    case, results, before = (300, 200, 64, 3, False, torch.float16), [], torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(fit(case))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_step_is_the_closed_forms(symmetric):
+    """In float64, from the formulas as the paper has them: shrinkage, the nearest zero point to the mean, least squares."""
+    weight, scales, zeros = problem(6, 48, 48, 3, symmetric, torch.float32)
+    x, s, z, beta = weight.double(), scales.double(), zeros.double(), 20.0
+    code = (x / s + z).round().clamp(0, 7)
+    r = x - (code - z) * s
+    a = r.abs() / s
+    y = x - r.sign() * (a - a.pow(-0.25) / beta).clamp(min=0) * s
+    new_z = z if symmetric else (code - y / s).mean(1, keepdim=True).round().clamp(0, 7)
+    new_s = ((code - new_z) * y).sum(1, keepdim=True) / (code - new_z).square().sum(1, keepdim=True)
+
+    def cost(s, z):
+        return (x - ((x / s + z).round().clamp(0, 7) - z) * s).abs().pow(0.75).sum(1, keepdim=True)
+
+    better = cost(new_s, new_z) < cost(s, z)
+    assert better.any()
+    how = {"bits": 3, "group_size": 48, "fit_zeros": not symmetric, "n_steps": 1, "beta": beta, "growth": 1.0}
+    _, found_s, found_z = kernels.half_quadratic(weight, scales, zeros, **how)
+    assert torch.allclose(found_s.double(), torch.where(better, new_s, s), rtol=1e-5)
+    assert torch.equal(found_z.double(), torch.where(better, new_z, z))
+
+
+@pytest.mark.parametrize("case", CASES[1:5])
+def test_no_group_ends_worse_than_it_started(case):
+    rows, columns, group_size, bits, symmetric, _ = case
+    weight, scales, zeros = problem(*case)
+    how = {"bits": bits, "group_size": group_size, "fit_zeros": not symmetric, "beta": 50.0, "growth": 1.01}
+    groups = torch.arange(columns) // group_size
+
+    def costs(n_steps):
+        codes, s, z = kernels.half_quadratic(weight, scales, zeros, n_steps=n_steps, **how)
+        error = (codes - z[:, groups]) * s.float()[:, groups] - weight
+        return torch.zeros(rows, scales.shape[1]).index_add_(1, groups, error.abs().pow(0.75))
+
+    start, end = costs(0), costs(20)
+    assert (end <= start * (1 + 1e-5)).all()
+    assert end.sum() < start.sum()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"bits": 9}, "bits is 9 and group_size 6"),
+        ({"weight": torch.zeros(4, 6).double()}, r"weight is torch.float64 \[4, 6\]"),
+        ({"scales": torch.ones(4, 2)}, r"scales is torch.float32 \[4, 2\].* \[4, 1\].* a value for each group"),
+        ({"zero_points": torch.ones(4, 1, dtype=torch.uint8)}, "zero_points is torch.uint8"),
+    ],
+)
+def test_what_does_not_fit_is_said(change, sentence):
+    arguments = {"weight": torch.zeros(4, 6), "scales": torch.ones(4, 1), "zero_points": torch.ones(4, 1), "bits": 4}
+    how = {"group_size": 6, "fit_zeros": True, "n_steps": 2, "beta": 1.0, "growth": 1.0}
+    with pytest.raises(InputError, match=sentence):
+        kernels.half_quadratic(**(arguments | change), **how)
