@@ -99,7 +99,7 @@ def interacting(n_groups=20, bits=(2, 3, 4, 6, 8), seed=0):
     space = SearchSpace.build(layers, {f"w{b}": Integer(b) for b in bits})
     errors = rng.normal(size=(n_groups, 1, 4)) * 2.0 ** -(np.array(bits)[:, None] - 2.0) / np.sqrt(n_groups)
 
-    def score(allocation, split="search"):
+    def score(allocation, split="search", stops=()):
         error = errors[np.arange(n_groups), space.choice(allocation)].sum(0) if allocation else np.zeros(4)
         loss = float(-2 * np.expm1(-error @ error / 2))
         return Score(loss, loss, 0.5, 0.4, 0.6, 0.0, 1, np.empty(0))
