@@ -35,7 +35,7 @@ from mpsearch.schemes.base import QuantizedTensor
 from mpsearch.schemes.integer import SCALE_DTYPES, Integer
 
 FORMAT = "mpsearch-finetuning"
-INSIDE = 0.49  # of a step: a latent weight at most so far from its code is rounded to it, whatever float rounding does
+INSIDE = 0.25  # of a step: no latent weight starts farther from its code, or the first steps would undo the quantizer's choice
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Training:
     """
 
     epochs: int = 20
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-3
     batch_size: int = 64
     batches: int | None = None
     seed: int = 0
