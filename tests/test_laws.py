@@ -88,7 +88,7 @@ def test_size_has_one_definition(tiny, seed):
     assert len(space.groups) == 7, "tied weights are one layer"
     tables = [cost.table(space) for cost in (Bytes(), AverageBits(), Fraction())]
     evaluate = Evaluator(engine, [])
-    engine.score = lambda allocation, split: SCORE
+    engine.score = lambda allocation, split, stops=(): SCORE
     for _ in range(50):
         choice = rng.integers(0, len(space.schemes), len(space.groups))
         allocation = space.allocation(choice)
