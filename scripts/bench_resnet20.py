@@ -52,9 +52,9 @@ REPORTS = Path(__file__).parent.parent / "reports"
 Row = dict[str, object]
 
 
-def build_engine(seed: int = 0, n_search: int = 1000) -> QuantEngine:
+def build_engine(seed: int = 0, n_search: int = 1000, batch_size: int = 250) -> QuantEngine:
     """ResNet-20, per-channel symmetric schemes of `BITS`, calibration and search data from the training images."""
-    task = Cifar10(str(DATA), n_calibration=1000, n_search=n_search, seed=seed)
+    task = Cifar10(str(DATA), n_calibration=1000, n_search=n_search, seed=seed, batch_size=batch_size)
     model = resnet(20, str(DATA / "resnet20.safetensors")).eval()
     inputs = task.batches("calibration")[0][0]
     fold_batch_norms(model, task.forward, inputs)
