@@ -162,6 +162,8 @@ class QuantEngine:
         other = copy.copy(self)
         other._packed, other._biases = dict(weights), {key: dict(found) for key, found in biases.items()}
         other._dense, other._dense_bytes, other._scores = OrderedDict(), 0, {}
+        # Outputs are kept by the schemes' names, and here the same names are other weights.
+        other._prefix = PrefixReuse(self.model, self.task, self.space, self._prefix.max_bytes)
         return other
 
     def swaps(self, layer: str, scheme: str) -> list[tuple[Tensor, Tensor]]:
