@@ -389,3 +389,17 @@ def test_what_was_asked_for_long_ago_is_forgotten():
         asked.common(character * length)
     assert [code[0] for code in asked.sorted] == ["d", "e", "f", "g"] == [code[0] for code in asked.in_order]
     assert len(asked.found) == 4
+
+
+def test_an_engine_that_holds_other_weights_starts_from_none_of_this_ones_outputs(tiny):
+    engine = build(tiny, "mlp")
+    first, *_, last = engine.space.names
+    allocations = [Allocation({first: "w2"} | ({last: scheme} if scheme else {})) for scheme in (None, "w2", "w4")]
+    for allocation in allocations:
+        engine.score(allocation)
+    weight = engine.quantized(first, "w2")
+    other = engine.holding({(first, "w2"): engine.quantized(first, "w8")}, {})
+    assert weight is engine.quantized(first, "w2")
+    with other.applied(allocations[1]) as model:
+        expected = torch.cat([other.task.forward(model, inputs) for inputs, _ in other.batches("search")])
+    assert torch.equal(logits(other, allocations[1]), expected)
