@@ -137,6 +137,17 @@ def test_a_training_that_was_killed_ends_at_the_same_bits(trained, tmp_path, mon
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {name}
 
 
+def test_outputs_that_were_kept_for_other_codes_are_not_used(tiny):
+    engine = tiny.digits({f"w{bits}": Integer(bits) for bits in (2, 4)})
+    engine.score(Allocation({**engine.space.uniform("w2"), engine.space.names[-1]: "w4"}))  # so that what it shares is kept
+    wanted = {scheme: engine.score(engine.space.uniform(scheme)).loss for scheme in ("w2", "w4")}
+    layers = [la.name for group in engine.space.groups for la in group.layers]
+    for scheme in ("w4", "w2", "w4"):  # each is asked for as w2, a new allocation every time
+        weights = {(name, "w2"): engine.quantized(name, scheme) for name in layers}
+        other = engine.holding(weights, {(name, "w2"): engine.biases(name, scheme) for name in layers})
+        assert other.score(engine.space.uniform("w2")).loss == pytest.approx(wanted[scheme], rel=1e-5)
+
+
 def test_a_training_that_makes_it_worse_keeps_the_point_as_it_was(trained, tmp_path):
     allocation = trained.space.uniform("w8")
     found = finetune(trained, allocation, Training(epochs=1, learning_rate=10.0), tmp_path)
