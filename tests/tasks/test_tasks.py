@@ -15,6 +15,7 @@ from mpsearch.tasks.arrays import Arrays
 from mpsearch.tasks.base import SPLITS, Task
 from mpsearch.tasks.classification import Classification, draw_splits
 from mpsearch.tasks.digits import Digits, read_digits, read_split
+from mpsearch.trace import batch_length, tensors_in
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
 
@@ -31,18 +32,26 @@ def needed(tmp_path):
     for name, n in [("train_0", 40), ("train_1", 30), ("test_0", 20)]:
         x, y = images(n, seed=len(name) + n)
         np.savez(tmp_path / f"{name}.npz", x=x, y=y)
+    tokens = np.random.default_rng(0).integers(2, 512, 400).astype(np.uint16)
+    tokens[::10] = 1  # begins a story
+    np.savez(tmp_path / "tokens_dev.npz", tokens=tokens)
     x, y = images(31)
     np.savez(tmp_path / "data.npz", x=x.reshape(31, -1)[:, :7].astype(np.float64), y=y)
     return {
         "digits": {},
         "cifar10": {"data_dir": str(tmp_path), "n_calibration": 25, "n_search": 20},
         "arrays": {"path": str(tmp_path / "data.npz")},
+        "stories": {"data_dir": str(tmp_path), "n_calibration": 5, "n_search": 4, "window": 8},
     }
 
 
 def samples(task, split):
     """The split's samples, each as bytes."""
-    return [row.numpy().tobytes() for x, _ in task.batches(split) for row in x]
+    return [
+        b"".join(row.numpy().tobytes() for row in rows)
+        for x, _ in task.batches(split)
+        for rows in zip(*tensors_in(x), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
@@ -62,16 +71,17 @@ def test_the_shelf(path, needed):
     for split in SPLITS:
         batches = task.batches(split)
         for (x, y), (x2, y2) in zip(batches, again.batches(split), strict=True):
-            assert torch.equal(x, x2)
+            assert all(map(torch.equal, tensors_in(x), tensors_in(x2)))
             assert torch.equal(y, y2)
-            assert (x.dtype, y.dtype, len(x)) == (torch.float32, torch.int64, len(y))
-        assert [len(y) for _, y in batches[:-1]] == [config.batch_size] * (len(batches) - 1)
+            assert {tensor.dtype for tensor in tensors_in((x, y))} <= {torch.float32, torch.int64}
+            assert len(y) % batch_length(x) == 0
+        assert [batch_length(x) for x, _ in batches[:-1]] == [config.batch_size] * (len(batches) - 1)
         assert samples(task, split) == samples(other_batches, split)
         drawn = set(samples(task, split))
-        assert len(drawn) == sum(len(y) for _, y in batches)
+        assert len(drawn) == sum(batch_length(x) for x, _ in batches)
         assert not drawn & seen
         seen |= drawn
-        assert task.describe(split).startswith(f"{len(drawn):,} samples")
+        assert task.describe(split).startswith(f"{len(drawn):,} ")
     assert samples(task, "calibration") != samples(other_seed, "calibration")
 
     assert len(task.fingerprint()) == 64
