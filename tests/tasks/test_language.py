@@ -50,10 +50,10 @@ def test_sizes_that_do_not_fit_are_sentences(arguments, message):
 
 def test_token_files_that_are_none_are_sentences(tmp_path):
     file = tmp_path / "tokens_dev.npz"
-    with pytest.raises(InputError, match=r"no file of tokens .* Set task\.data_dir"):
+    with pytest.raises(InputError, match=r"There is no data file .*tokens_dev\.npz\. Give"):
         Stories(tmp_path)
     for arrays, message in [
-        ({"x": np.arange(3)}, "with an array 'tokens'"),
+        ({"x": np.arange(3)}, "has no array 'tokens', only \\['x'\\]"),
         ({"tokens": np.ones(3)}, r"float64 \[3\]; it must be"),
     ]:
         np.savez(file, **arrays)
