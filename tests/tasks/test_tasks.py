@@ -1,5 +1,7 @@
 """The shelf of tasks: the promises of `tasks/base.py`, kept by every task, and the checks at the door of each."""
 
+import importlib.util
+import io
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,17 @@ def images(n, seed=0):
     return generator.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), generator.integers(0, 10, n, dtype=np.uint8)
 
 
+def jpeg(seed):
+    """A picture of noise, as the bytes of its file; nothing where Pillow is not installed."""
+    if importlib.util.find_spec("PIL") is None:
+        return np.zeros(1, np.uint8)
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(images(1, seed)[0][0]).save(stream, "JPEG")
+    return np.frombuffer(stream.getvalue(), np.uint8)
+
+
 @pytest.fixture
 def needed(tmp_path):
     """What a person must give for each task, as small files."""
@@ -35,12 +48,20 @@ def needed(tmp_path):
     tokens = np.random.default_rng(0).integers(2, 512, 400).astype(np.uint16)
     tokens[::10] = 1  # begins a story
     np.savez(tmp_path / "tokens_dev.npz", tokens=tokens)
+    pictures = [jpeg(i) for i in range(90)]
+    offsets = np.cumsum([0, *map(len, pictures)])
+    np.savez(tmp_path / "images_even.npz", jpeg=np.concatenate(pictures), offsets=offsets, label=np.arange(90))
+    for name, n in [("sts_train", 700), ("sts_dev", 350)]:
+        ids = np.random.default_rng(n).integers(1, 30000, (2, n, 5))
+        np.savez(tmp_path / f"{name}.npz", a=ids[0], b=ids[1], gold=np.arange(n) % 6.0)
     x, y = images(31)
     np.savez(tmp_path / "data.npz", x=x.reshape(31, -1)[:, :7].astype(np.float64), y=y)
     return {
         "digits": {},
         "cifar10": {"data_dir": str(tmp_path), "n_calibration": 25, "n_search": 20},
         "arrays": {"path": str(tmp_path / "data.npz")},
+        "stsb": {"data_dir": str(tmp_path), "n_calibration": 350, "n_search": 350, "n_confirm": 350},
+        "imagenet_sample": {"data_dir": str(tmp_path), "n_calibration": 30, "n_search": 28},
         "stories": {"data_dir": str(tmp_path), "n_calibration": 5, "n_search": 4, "window": 8},
     }
 
@@ -61,6 +82,9 @@ def test_the_shelf(path, needed):
     config = OmegaConf.load(path)
     if OmegaConf.is_missing(config, "_target_"):
         return
+
+    if path.stem == "imagenet_sample":
+        pytest.importorskip("PIL")
 
     def build(**changes):
         return instantiate(OmegaConf.merge(config, needed[path.stem], changes), _convert_="object")
