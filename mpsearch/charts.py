@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from mpsearch.quality import Quality
+
 # Nats; below it a KL divergence measured in float32 is rounding.
 KL_FLOOR = 1e-6
 SEARCH, CONFIRM, UNIFORM, FLOAT, PICK = "#1f6feb", "#d1561a", "#6e7781", "#1a7f37", "#bf3989"
@@ -28,7 +30,7 @@ def pareto(
     evaluations: pd.DataFrame,
     folder: Path,
     *,
-    quality: str,
+    quality: Quality,
     float_quality: Mapping[str, float],
     limits: Mapping[str, float],
     trained: pd.DataFrame,
@@ -55,11 +57,12 @@ def pareto(
         face = color if fill else "white"
         style = {"color": color, "marker": marker, "ms": 4.5, "mfc": face, "lw": 1.3}
         left.plot(points[objective] / scale, _floor(points.loss), label=f"front, {split} split", **style)
-        low, high = points[quality] - points[f"{quality}_low"], points[f"{quality}_high"] - points[quality]
+        value = points[quality.name]
+        low, high = value - points[f"{quality.name}_low"], points[f"{quality.name}_high"] - value
         right.errorbar(
             points[objective] / scale,
-            100 * points[quality],
-            yerr=100 * np.clip([low, high], 0, None),
+            quality.scale * value,
+            yerr=quality.scale * np.clip([low, high], 0, None),
             elinewidth=0.8,
             capsize=2,
             alpha=1.0 if split == "confirm" else 0.45,
@@ -68,7 +71,7 @@ def pareto(
         )
     shown = "confirm" if (uniform.split == "confirm").any() else "search"
     points = uniform[uniform.split == shown]
-    for axes, y in ((left, _floor(points.loss)), (right, 100 * points[quality])):
+    for axes, y in ((left, _floor(points.loss)), (right, quality.scale * points[quality.name])):
         axes.plot(points[objective] / scale, y, "s--", color=UNIFORM, ms=6, lw=0.8, label=f"uniform, {shown} split")
         for x, value, name in zip(points[objective] / scale, y, points.scheme, strict=True):
             axes.annotate(name, (x, value), xytext=(5, 5), textcoords="offset points", color=UNIFORM, fontsize=9)
@@ -81,15 +84,17 @@ def pareto(
     _mark_pick(left, right, front, picked, quality, objective, scale)
     for split, value in float_quality.items():
         color = CONFIRM if split == "confirm" else SEARCH
-        right.axhline(100 * value, color=color, lw=1, ls="-.", alpha=0.8, label=f"float model, {split} split: {100 * value:.2f}")
+        label = f"float model, {split} split: {quality.text(value)}"
+        right.axhline(quality.scale * value, color=color, lw=1, ls="-.", alpha=0.8, label=label)
     left.set(yscale="log", ylabel="loss: KL to the float model (nats)", title="Loss against cost (lower left is better)")
-    right.set(ylabel=f"{quality} (%), 95 % interval paired with float", title=f"{quality.capitalize()} against cost")
+    better = "" if quality.sign > 0 else " (lower is better)"
+    right.set(ylabel=f"{quality.label}, 95 % interval paired with float", title=f"{_title(quality)} against cost{better}")
     _zoom(right, front, quality, float_quality)
     if timed:
         _against_time(beside[0], front, uniform, evaluations, quality, picked)
         beside[0].set_ylim(right.get_ylim())
     left.legend(fontsize=9)
-    right.legend(fontsize=9, loc="lower right")
+    right.legend(fontsize=9, loc="lower right" if quality.sign > 0 else "upper right")
     _save(figure, folder, "pareto", svg=True)
 
 
@@ -144,10 +149,10 @@ def latency(values: pd.DataFrame, about: str, folder: Path) -> None:
 
 
 def _mark_pick(
-    left: Axes, right: Axes, front: pd.DataFrame, picked: str | None, quality: str, objective: str, scale: float
+    left: Axes, right: Axes, front: pd.DataFrame, picked: str | None, quality: Quality, objective: str, scale: float
 ) -> None:
     chosen = front[front.allocation == picked]
-    for axes, column, factor in ((left, "loss", 1.0), (right, quality, 100.0)):
+    for axes, column, factor in ((left, "loss", 1.0), (right, quality.name, quality.scale)):
         y = chosen[column] * factor
         if not chosen.empty:
             y = _floor(y) if column == "loss" else y
@@ -155,7 +160,7 @@ def _mark_pick(
             _ring(axes, x, y)
 
 
-def _mark_trained(left: Axes, right: Axes, trained: pd.DataFrame, quality: str, objective: str, scale: float) -> None:
+def _mark_trained(left: Axes, right: Axes, trained: pd.DataFrame, quality: Quality, objective: str, scale: float) -> None:
     """A star for each point that was trained, with an arrow from what it was before."""
     for split, color in (("search", SEARCH), ("confirm", CONFIRM)):
         points = trained[trained.split == split]
@@ -165,20 +170,23 @@ def _mark_trained(left: Axes, right: Axes, trained: pd.DataFrame, quality: str, 
         x, losses = points[objective] / scale, (_floor(points.loss_before), _floor(points.loss))
         for axes, (start, end) in (
             (left, losses),
-            (right, (100 * points[f"{quality}_before"], 100 * points[quality])),
+            (right, (quality.scale * points[f"{quality.name}_before"], quality.scale * points[quality.name])),
         ):
             axes.plot(x, end, "*", label=f"trained, {split} split", **style)
             for at, low, high in zip(x, start, end, strict=True):
                 axes.annotate("", (at, high), (at, low), arrowprops={"arrowstyle": "->", "color": color, "lw": 1.5})
 
 
-def _zoom(axes: Axes, front: pd.DataFrame, quality: str, float_quality: Mapping[str, float]) -> None:
+def _zoom(axes: Axes, front: pd.DataFrame, quality: Quality, float_quality: Mapping[str, float]) -> None:
     """Cut the quality axis at what is of use: a point at chance level must not flatten all the others."""
-    best = 100 * max(*float_quality.values(), front[quality].max()) if float_quality else 100 * front[quality].max()
-    worst = 100 * front[quality].min()
-    middle = 100 * front[quality].median()
-    bottom = max(worst, middle - 4 * max(best - middle, 1.0) - 8)
-    axes.set_ylim(bottom - 0.04 * (best - bottom) - 0.1, best + 0.06 * (best - bottom) + 0.1)
+    factor = quality.sign * quality.scale  # below, more is better
+    measured = factor * front[quality.name]
+    best = max([measured.max(), *(factor * value for value in float_quality.values())])
+    point = 0.01 * abs(best)  # of accuracy, or a hundredth of a perplexity
+    worst, middle = measured.min(), measured.median()
+    bottom = max(worst, middle - 4 * max(best - middle, point) - 8 * point)
+    ends = bottom - 0.04 * (best - bottom) - 0.1 * point, best + 0.06 * (best - bottom) + 0.1 * point
+    axes.set_ylim(*sorted(quality.sign * end for end in ends))
 
 
 def _ring(axes: Axes, x: pd.Series, y: pd.Series) -> None:
@@ -194,23 +202,30 @@ def _axis(objective: str, largest: float) -> tuple[float, str]:
 
 
 def _against_time(
-    axes: Axes, front: pd.DataFrame, uniform: pd.DataFrame, evaluations: pd.DataFrame, quality: str, picked: str | None
+    axes: Axes, front: pd.DataFrame, uniform: pd.DataFrame, evaluations: pd.DataFrame, quality: Quality, picked: str | None
 ) -> None:
     """Quality on the confirm split against the measured time of a forward pass there."""
     points, uniform = front[front.split == "confirm"], uniform[uniform.split == "confirm"]
     baseline = evaluations[(evaluations.split == "confirm") & (evaluations.origin == "float")]
-    axes.plot(points.measured_ms, 100 * points[quality], "D", color=CONFIRM, mfc="white", ms=5, label="front, packed")
-    axes.plot(uniform.measured_ms, 100 * uniform[quality], "s", color=UNIFORM, ms=6, label="uniform, packed")
-    for x, value, name in zip(uniform.measured_ms, 100 * uniform[quality], uniform.scheme, strict=True):
+    axes.plot(
+        points.measured_ms, quality.scale * points[quality.name], "D", color=CONFIRM, mfc="white", ms=5, label="front, packed"
+    )
+    axes.plot(uniform.measured_ms, quality.scale * uniform[quality.name], "s", color=UNIFORM, ms=6, label="uniform, packed")
+    for x, value, name in zip(uniform.measured_ms, quality.scale * uniform[quality.name], uniform.scheme, strict=True):
         axes.annotate(name, (x, value), xytext=(5, 5), textcoords="offset points", color=UNIFORM, fontsize=9)
-    axes.plot(baseline.measured_ms, 100 * baseline[quality], "*", color=FLOAT, ms=13, label="float model")
+    axes.plot(baseline.measured_ms, quality.scale * baseline[quality.name], "*", color=FLOAT, ms=13, label="float model")
     chosen = points[points.allocation == picked]
     if not chosen.empty:
-        _ring(axes, chosen.measured_ms, 100 * chosen[quality])
-    axes.set(xlabel="measured milliseconds of a forward pass", ylabel=f"{quality} (%)")
-    axes.set_title(f"{quality.capitalize()} against time, confirm split")
+        _ring(axes, chosen.measured_ms, quality.scale * chosen[quality.name])
+    axes.set(xlabel="measured milliseconds of a forward pass", ylabel=quality.label)
+    axes.set_title(f"{_title(quality)} against time, confirm split")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=9)
+
+
+def _title(quality: Quality) -> str:
+    """Its name with a capital letter, the others as they are."""
+    return quality.name[:1].upper() + quality.name[1:]
 
 
 def _floor(loss: pd.Series) -> pd.Series:

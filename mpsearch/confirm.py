@@ -20,9 +20,9 @@ from mpsearch.search import Evaluator
 class Confirmed:
     """A point on the confirm split, beside the float model and its rivals there.
 
-    `scheme` names a uniform allocation, `None` a point of the front. `drop` is the float model's quality less this one's, with
+    `scheme` names a uniform allocation, `None` a point of the front. `drop` is how much worse than the float model it is, with
     its paired 95 % interval. `overtaken_by` is the cheapest measured point that costs no more and has a lower loss (`None`: not
-    overtaken), `overtaken_surely` says that its quality is higher by more than the paired interval of their difference.
+    overtaken), `overtaken_surely` says that its quality is better by more than the paired interval of their difference.
     """
 
     evaluation: Evaluation
@@ -50,7 +50,7 @@ def confirm(evaluate: Evaluator, result: SearchResult) -> list[Confirmed]:
             measured.append((evaluate(point.allocation, point.origin, "confirm"), scheme))
             advance(f"{point.average_bits:.2f} bits")
     points = [e for e, _ in measured]
-    return [_compare(evaluate, e, scheme, baseline, points, result.objective) for e, scheme in measured]
+    return [_compare(evaluate, e, scheme, baseline, points, result) for e, scheme in measured]
 
 
 def _compare(
@@ -59,13 +59,14 @@ def _compare(
     scheme: str | None,
     baseline: Evaluation,
     points: Sequence[Evaluation],
-    objective: str,
+    result: SearchResult,
 ) -> Confirmed:
+    objective, quality = result.objective, result.quality
     limit = point.cost(objective)
     rivals = [e for e in points if e.cost(objective) <= limit and e.loss < point.loss and e.feasible]
     rival = min(rivals, key=lambda e: e.cost(objective), default=None)
     surely = False
     if rival is not None:
         ours, theirs = (evaluate.qualities(e.allocation) for e in (point, rival))
-        surely = paired_interval(theirs - ours)[0] > 0
-    return Confirmed(point, scheme, *point.drop_from(baseline), overtaken_by=rival, overtaken_surely=surely)
+        surely = paired_interval(quality.sign * (theirs - ours))[0] > 0
+    return Confirmed(point, scheme, *point.drop_from(baseline, quality), overtaken_by=rival, overtaken_surely=surely)

@@ -27,6 +27,7 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import Score, Stop
 from mpsearch.layer import LayerSpec, check_finite, from_rows, weight_rows
 from mpsearch.prefix import PrefixReuse
+from mpsearch.quality import Quality
 from mpsearch.quantizers.base import InputMoments, Quantizer
 from mpsearch.schemes.base import QuantizedTensor
 from mpsearch.tasks.base import Task
@@ -59,6 +60,7 @@ class QuantEngine:
         device: str = "cpu",
     ) -> None:
         self.model, self.task, self.space = model, task, space
+        self.quality = Quality(task.quality_name, task.quality_kind)
         self.quantizers, self.moments = quantizers, moments
         self.bias_correction, self.bank_max_bytes, self.device = bias_correction, bank_max_bytes, device
         self.hessian_max_bytes = hessian_max_bytes
@@ -294,13 +296,14 @@ class QuantEngine:
         qualities = self.task.quality(logits, targets).float()
         baseline = self.task.quality(reference, targets).float()
         low, high = paired_interval((qualities - baseline).cpu().numpy())
+        float_mean = baseline.double().mean().item()
         noise = (logits - reference).double().square().sum() / reference.double().square().sum()
         return Score(
             loss=_divergence(logits, reference),
             cross_entropy=self.task.cross_entropy(logits, targets).double().mean().item(),
-            quality=qualities.double().mean().item(),
-            quality_low=baseline.double().mean().item() + low,
-            quality_high=baseline.double().mean().item() + high,
+            quality=self.quality.score(qualities.double().mean().item()),
+            quality_low=self.quality.score(float_mean + low),
+            quality_high=self.quality.score(float_mean + high),
             noise=noise.item() if torch.isfinite(noise) else float("inf"),
             n_samples=len(qualities),
             qualities=qualities.cpu().numpy(),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mpsearch.allocation import Allocation, SearchSpace
+from mpsearch.quality import Quality
 
 # (n, most): after n batches the scoring stops if the loss so far is above `most`.
 Stop = tuple[int, float]
@@ -18,9 +19,9 @@ class Score:
     """What a task reports of a model on one split.
 
     `loss` is the mean KL divergence (nats) from the float model's predictions to this one's, `cross_entropy` the mean in nats,
-    `quality` the mean of the task's own measure. `quality_low` and `quality_high` bound its 95 % interval *relative to the float
-    model*: a bootstrap of the paired differences on the same samples, added to the float model's quality. `noise` is the
-    power of the logits' change over the power of the float logits. `qualities` are the samples' own, float32
+    `quality` the task's own measure (`Quality.score` of the samples' mean). `quality_low` and `quality_high` bound its 95 %
+    interval *relative to the float model*: a bootstrap of the paired differences on the same samples, added to the float model's
+    mean. `noise` is the power of the logits' change over the power of the float logits. `qualities` are the samples' own, float32
     `[n_samples]`, on the confirm split; elsewhere they are not kept. `rung_losses` are the losses after the batches of each
     `Stop` that was passed or stopped at; where it `stopped`, everything is of the `n_samples` until there. `seconds` is what
     it took.
@@ -79,10 +80,9 @@ class Evaluation:
         """A cost by its column: "size_bytes", "average_bits", "fraction", or one of `costs`."""
         return self.costs[column] if column in self.costs else getattr(self, column)
 
-    def drop_from(self, baseline: Evaluation) -> tuple[float, float, float]:
-        """(drop, its low, its high): the baseline's quality less this one's, with the paired 95 % interval."""
-        quality = baseline.quality
-        return quality - self.quality, quality - self.quality_high, quality - self.quality_low
+    def drop_from(self, baseline: Evaluation, quality: Quality) -> tuple[float, float, float]:
+        """(drop, its low, its high): how much worse than the baseline this one is, with the paired 95 % interval."""
+        return quality.drop(baseline.quality, self.quality, self.quality_low, self.quality_high)
 
 
 @dataclass(frozen=True)

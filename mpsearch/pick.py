@@ -20,17 +20,19 @@ def pick(
     bits: float | None = None,
     max_ms: float | None = None,
     min_accuracy: float | None = None,
+    max_perplexity: float | None = None,
 ) -> Evaluation:
     """A point of the front (its evaluation on the search split).
 
     The lowest loss within `max_bytes`, `bits` (average, at most) and `max_ms` (measured on the confirm split); with
-    `min_accuracy` the cheapest whose quality on the confirm split (on the search split where not all of the front was confirmed)
-    is at least that, which makes that quality a little optimistic, for it was selected on; without any of them the knee.
+    `min_accuracy` (whatever the task measures, where higher is better) or `max_perplexity` the cheapest whose quality on the
+    confirm split (on the search split where not all of the front was confirmed) is at least that good, which makes that quality a
+    little optimistic, for it was selected on; without any of them the knee.
     """
     front = result.front
     if not front:
         raise InputError("The run has no point to pick yet. Let the search go on: mpsearch search run=<folder>.")
-    if max_bytes is None and bits is None and max_ms is None and min_accuracy is None:
+    if all(limit is None for limit in (max_bytes, bits, max_ms, min_accuracy, max_perplexity)):
         return front[knee(np.array([e.cost(result.objective) for e in front]), np.array([e.loss for e in front]))]
     confirmed = result.on("confirm")
     if max_bytes is not None:
@@ -44,15 +46,23 @@ def pick(
                 "The front of this run was not timed, so pick.max_ms is of no use. Go on with: mpsearch search run=…"
             )
         front = _within(front, [ms or 0.0 for ms in times], _number("max_ms", max_ms), "ms")
-    if min_accuracy is None:
+    quality = result.quality
+    asked, limit, other, unasked = "min_accuracy", min_accuracy, "max_perplexity", max_perplexity
+    if quality.sign < 0:
+        asked, limit, other, unasked = other, unasked, asked, limit
+    if unasked is not None:
+        raise InputError(f"The quality of this run is {quality.name}: give pick.{asked}, not pick.{other}.")
+    if limit is None:
         return front[-1]
-    least = _number("min_accuracy", min_accuracy)
+    wanted = _number(asked, limit)
     all_confirmed = all(e.allocation in confirmed for e in front)  # else the splits would be mixed
     qualities = [(confirmed[e.allocation] if all_confirmed else e).quality for e in front]
-    good = [e for e, quality in zip(front, qualities, strict=True) if quality >= least]
+    good = [e for e, found in zip(front, qualities, strict=True) if quality.sign * (found - wanted) >= 0]
     if not good:
-        best = f"the best has {max(qualities):.4f}"
-        raise InputError(f"No point of the front that fits has {result.quality_name} >= {min_accuracy}; {best}.")
+        best = f"the best has {quality.sign * max(quality.sign * found for found in qualities):.4f}"
+        raise InputError(
+            f"No point of the front that fits has {quality.name} {'>=' if quality.sign > 0 else '<='} {limit}; {best}."
+        )
     return good[0]
 
 

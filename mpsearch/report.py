@@ -17,6 +17,7 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.packed_layer import kernel_for
 from mpsearch.pareto import hypervolume
+from mpsearch.quality import Quality
 from mpsearch.result import SCORED, SearchResult, write_atomically
 
 INPUTS_ALONE = (
@@ -43,7 +44,7 @@ def write_report(result: SearchResult, folder: Path, picked: Evaluation, confirm
         uniform,
         result.to_frame(),
         folder,
-        quality=result.quality_name,
+        quality=result.quality,
         float_quality={split: baseline.quality for split, baseline in result.baselines.items()},
         limits=_limits(result),
         trained=trained_table(result),
@@ -141,7 +142,7 @@ def confirm_table(result: SearchResult, confirmed: Sequence[Confirmed]) -> pd.Da
 
 def summary_rows(result: SearchResult, picked: Evaluation) -> list[tuple[str, ...]]:
     """Of float, uniform and pick: what, bits, bytes; loss and quality on the search split; quality and drop on confirm."""
-    confirmed = result.on("confirm")
+    confirmed, q = result.on("confirm"), result.quality
     rows: list[tuple[str, ...]] = []
     named = [("float", result.baseline()), *((f"uniform {s}", e) for s, e in result.uniform), ("picked", picked)]
     for what, e in named:
@@ -151,16 +152,19 @@ def summary_rows(result: SearchResult, picked: Evaluation) -> list[tuple[str, ..
         quality = drop = "not measured"
         milliseconds = ""
         if c is not None:
-            quality = f"{100 * c.quality:.2f}"
+            quality = q.text(c.quality)
             milliseconds = "" if c.measured_ms is None else f"{c.measured_ms:.3g}"
             base = result.baseline("confirm")
-            drop = _drop(*c.drop_from(base)) if base and e.origin != "float" else ""
-        on_search = (f"{e.average_bits:.2f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", f"{100 * e.quality:.2f}")
+            drop = _drop(q, *c.drop_from(base, q)) if base and e.origin != "float" else ""
+        on_search = (f"{e.average_bits:.2f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", q.text(e.quality))
         rows.append((what, *on_search, quality, drop, milliseconds))
     return rows
 
 
-SUMMARY_HEADER = ("", "bits", "bytes", "KL search", "{q} % search", "{q} % confirm", "drop, points (95 %)", "ms")
+def summary_header(quality: Quality) -> tuple[str, ...]:
+    """The columns of `summary_rows`."""
+    q = quality.label
+    return ("", "bits", "bytes", "KL search", f"{q} search", f"{q} confirm", f"{quality.drop_label} (95 %)", "ms")
 
 
 def run_hypervolume(result: SearchResult) -> float | None:
@@ -192,7 +196,7 @@ def _page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | No
         "",
         *_findings(result, picked, confirmed),
         "",
-        _markdown_table([h.format(q=q) for h in SUMMARY_HEADER], summary_rows(result, picked)),
+        _markdown_table(summary_header(result.quality), summary_rows(result, picked)),
         "",
         "Intervals are 95 % bootstrap intervals of the difference to the float model on the same samples. One without width "
         f"means that no sample's {q} changed{_resolution(result)}. {_how_it_ran(result)}",
@@ -222,7 +226,7 @@ def _page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | No
 
 
 def _findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | None) -> list[str]:
-    q = result.quality_name
+    q, quality = result.quality_name, result.quality
     said = [
         f"- The picked point has {picked.average_bits:.2f} bits a weight on average and {picked.size_bytes:,} bytes, "
         f"{100 * picked.fraction:.1f} % of the float32 model."
@@ -246,34 +250,35 @@ def _findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame 
         if len(same):
             least = same.iloc[0]
             said.append(
-                f"- The smallest point of the front without a significant drop in {q} on the confirm split "
-                f"has {least.average_bits:.2f} bits (drop {100 * least['drop']:.2f} points, 95 % interval "
-                f"{100 * least.drop_low:.2f} to {100 * least.drop_high:.2f})."
+                f"- The smallest point of the front without a significant {quality.drop_word} in {q} on the confirm split has "
+                f"{least.average_bits:.2f} bits ({quality.drop_label}: {quality.difference(least['drop'])}, 95 % interval "
+                f"{quality.difference(least.drop_low)} to {quality.difference(least.drop_high)})."
             )
         overtaken = ours[ours.overtaken_by_bytes.notna()]
         surely = int(overtaken.overtaken_surely.sum())
         said.append(
             f"- On the confirm split {len(overtaken)} of {len(ours)} points of the front are overtaken in loss by one that "
-            f"costs no more; for {surely} of them that one's {q} is higher by more than chance."
+            f"costs no more; for {surely} of them that one's {q} is better by more than chance."
         )
     return said
 
 
 def _trained(result: SearchResult) -> list[str]:
     """The section on the points that were trained, smallest first; nothing where none was."""
-    q, found = result.quality_name, result.finetuned("confirm")
+    quality, found = result.quality, result.finetuned("confirm")
     baseline, before, on_search = result.baseline("confirm"), result.on("confirm"), result.finetuned("search")
     if not found or baseline is None:
         return []
     rows = []
     for allocation, after in sorted(found.items(), key=lambda pair: pair[1].size_bytes):
         was, searched = before[allocation], on_search[allocation]
-        losses, qualities = (f"{was.loss:.4g}", f"{after.loss:.4g}"), (f"{100 * was.quality:.2f}", f"{100 * after.quality:.2f}")
-        drops = _drop(*was.drop_from(baseline)), _drop(*after.drop_from(baseline))
+        losses = f"{was.loss:.4g}", f"{after.loss:.4g}"
+        qualities = quality.text(was.quality), quality.text(after.quality)
+        drops = (_drop(quality, *e.drop_from(baseline, quality)) for e in (was, after))
         sizes = f"{after.average_bits:.3f}", f"{after.size_bytes:,}"
         rows.append((*sizes, *losses, *qualities, *drops, f"{searched.seconds:.0f}"))
-    header = ["bits", "bytes", "KL before", "KL after", f"{q} % before", f"{q} % after"]
-    header += ["drop before, points (95 %)", "drop after, points (95 %)", "seconds of training"]
+    header = ["bits", "bytes", "KL before", "KL after", f"{quality.label} before", f"{quality.label} after"]
+    header += [f"{quality.drop_label}, before (95 %)", f"{quality.drop_label}, after (95 %)", "seconds of training"]
     return [
         "## After training",
         "",
@@ -299,20 +304,20 @@ def _how_it_ran(result: SearchResult) -> str:
     return said
 
 
-def _drop(drop: float, low: float, high: float) -> str:
-    return f"{100 * drop:.2f} ({100 * low:.2f} to {100 * high:.2f})"
+def _drop(quality: Quality, drop: float, low: float, high: float) -> str:
+    return f"{quality.difference(drop)} ({quality.difference(low)} to {quality.difference(high)})"
 
 
 def _resolution(result: SearchResult) -> str:
     """The rule of three: n samples without a change leave room for 3 / n of them, at 95 % confidence."""
     baseline = result.baseline("confirm")
-    if baseline is None or baseline.n_samples == 0:
+    if baseline is None or baseline.n_samples == 0 or result.quality.kind != "share":
         return ""
     return f": {baseline.n_samples:,} samples cannot tell a change below {300 / baseline.n_samples:.2g} points from none"
 
 
 def _front_markdown(result: SearchResult, confirmed: pd.DataFrame | None, picked: Evaluation) -> str:
-    q = result.quality_name
+    q, quality = result.quality_name, result.quality
     marks: dict[str, Any] = {}
     if confirmed is not None:
         marks = {row.allocation: row for row in confirmed[confirmed.scheme == ""].itertuples()}
@@ -322,17 +327,19 @@ def _front_markdown(result: SearchResult, confirmed: pd.DataFrame | None, picked
         notes = ["picked"] if e.allocation == picked.allocation else []
         drop = ""
         if mark is not None:
-            drop = _drop(mark.drop, mark.drop_low, mark.drop_high)
-            notes += [] if mark.significant else ["no significant drop"]
+            drop = _drop(quality, mark.drop, mark.drop_low, mark.drop_high)
+            notes += [] if mark.significant else [f"no significant {quality.drop_word}"]
             if not pd.isna(mark.overtaken_by_bytes):
                 notes.append(
                     f"overtaken by {int(mark.overtaken_by_bytes):,} bytes"
-                    + (f", whose {q} is surely higher" if mark.overtaken_surely else "")
+                    + (f", whose {q} is surely better" if mark.overtaken_surely else "")
                 )
         rows.append(
-            (f"{e.average_bits:.3f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", f"{100 * e.quality:.2f}", drop, "; ".join(notes))
+            (f"{e.average_bits:.3f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", quality.text(e.quality), drop, "; ".join(notes))
         )
-    return _markdown_table(["bits", "bytes", "KL search", f"{q} % search", f"drop in {q} on confirm, points (95 %)", ""], rows)
+    return _markdown_table(
+        ["bits", "bytes", "KL search", f"{quality.label} search", f"{quality.drop_label}, on confirm (95 %)", ""], rows
+    )
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -27,6 +27,7 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation, SensitivityTable
 from mpsearch.layer import Activations, LayerGroup, LayerSpec
 from mpsearch.pareto import non_dominated
+from mpsearch.quality import Quality
 from mpsearch.schemes.base import QuantScheme, scheme_from_fields
 
 SENSITIVITY_COLUMNS = ("group", "scheme", "metric", "value", "size_bits")
@@ -220,6 +221,11 @@ class SearchResult:
         table = SensitivityTable(metric, unit, values, space)
         budgets = identity.get("budgets", {})
         return cls(space, identity["quality_name"], evaluations, table, budgets, identity, objective, costs)
+
+    @property
+    def quality(self) -> Quality:
+        """How the quality is read."""
+        return Quality(self.quality_name, self.identity.get("quality_kind", "share"))
 
     def baseline(self, split: str = "search") -> Evaluation | None:
         """The float model's evaluation."""

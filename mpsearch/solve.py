@@ -85,7 +85,7 @@ def best_within(evaluate: Evaluator, sensitivity: SensitivityTable, budgets: Seq
 def cheapest_within(
     evaluate: Evaluator, sensitivity: SensitivityTable, budgets: Sequence[Budget], objective: CostTable, max_drop: float
 ) -> Evaluation:
-    """Of all that was measured within `budgets`, the cheapest whose quality drops by at most `max_drop` from the float model's.
+    """Of all that was measured within `budgets`, the cheapest whose quality is at most `max_drop` worse than the float model's.
 
     Bisects the cost between the cheapest allocation that keeps to it so far and the costliest below that does not, and measures
     the solution at each limit. The drop is that on the search split, on which the point is chosen, so that it flatters: what it
@@ -93,14 +93,17 @@ def cheapest_within(
 
     Raises `InputError` where no allocation that was measured keeps to it.
     """
-    space = sensitivity.space
+    space, quality = sensitivity.space, evaluate.engine.quality
     baseline = next(e for e in evaluate.evaluations if e.origin == "float" and e.split == "search")
 
     def cost(e: Evaluation) -> float:
         return objective.of(space.choice(e.allocation))
 
+    def drop(e: Evaluation) -> float:
+        return e.drop_from(baseline, quality)[0]
+
     def keeps(e: Evaluation) -> bool:
-        return bool(np.isfinite(e.loss)) and baseline.quality - e.quality <= max_drop + 1e-9
+        return bool(np.isfinite(e.loss)) and drop(e) <= max_drop + 1e-9
 
     def cheapest() -> Evaluation | None:
         return min((e for e in _within(evaluate, space, budgets) if keeps(e)), key=lambda e: (cost(e), e.loss), default=None)
@@ -110,10 +113,10 @@ def cheapest_within(
         best_within(evaluate, sensitivity, budgets)
         best = cheapest()
     if best is None:
-        drops = [baseline.quality - e.quality for e in _within(evaluate, space, budgets)]
+        drops = [drop(e) for e in _within(evaluate, space, budgets)]
         raise InputError(
-            f"No allocation within the budgets drops by at most {max_drop:g}; the least is {min(drops, default=np.nan):.4g}. "
-            "Allow more, raise a budget, or search with larger schemes."
+            f"No allocation within the budgets has a {quality.drop_word} of at most {max_drop:g}; the least is "
+            f"{min(drops, default=np.nan):.4g}. Allow more, raise a budget, or search with larger schemes."
         )
     low = objective.of(np.where(space.allowed, objective.values, np.inf).argmin(axis=1))
     for _ in range(MOST_STEPS):

@@ -30,7 +30,7 @@ from mpsearch import knapsack
 from mpsearch.budget import read_budgets
 from mpsearch.costs.size import AverageBits, Bytes
 from mpsearch.engine import paired_interval
-from mpsearch.evaluation import Evaluation, SensitivityTable
+from mpsearch.evaluation import Evaluation, Score, SensitivityTable
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.metrics.fisher import Fisher
 from mpsearch.metrics.hawq import HAWQ
@@ -201,13 +201,14 @@ def check(problem: Network, cache: Path) -> None:
     for limit in limits:
         additive = problem.score(space.allocation(knapsack.solve(table.losses(), bits, limit * (1 + 1e-12)))).loss
         budgets.append((limit, min(t["loss"] for t in ours if t["bits"] <= limit * (1 + 1e-12)), additive))
-    theirs = problem.engine.score(space.allocation(knapsack.solve(table.losses(), bits, 3.0)), "confirm")
-    confirmed = []
+    theirs = confirm_score(problem, knapsack.solve(table.losses(), bits, 3.0))
+    confirmed, quality = [], problem.engine.quality
     for run in runs:
         if run["run"] in (OURS, AT_3_BITS) and run["seed"] == 0:
             best = min((t for t in run["trials"] if t["bits"] <= 3.0), key=lambda t: t["loss"])
-            mine = problem.engine.score(space.allocation([int(c, 36) for c in best["code"]]), "confirm")
-            low, high = paired_interval(mine.qualities - theirs.qualities)
+            mine = confirm_score(problem, np.array([int(c, 36) for c in best["code"]]))
+            ends = paired_interval(mine.qualities - theirs.qualities)
+            low, high = (quality.score(theirs.qualities.mean() + end) - theirs.quality for end in ends)
             values = {"bits": best["bits"], "quality": mine.quality, "loss": mine.loss, "low": low, "high": high}
             confirmed.append({"run": run["run"], "search_loss": best["loss"], **values})
     result = {
@@ -220,7 +221,8 @@ def check(problem: Network, cache: Path) -> None:
         "halves": halves.tolist(),
         "budgets": budgets,
         "confirm": {
-            "quality": problem.task.quality_name,
+            "quality": quality.name,
+            "kind": quality.kind,
             "n": theirs.n_samples,
             "additive": theirs.quality,
             "additive_loss": theirs.loss,
@@ -229,6 +231,12 @@ def check(problem: Network, cache: Path) -> None:
     }
     (cache / f"{problem.name}-check.json").write_text(json.dumps(result))
     print(f"{problem.name}: {len(losses)} held out, confirm {result['confirm']}", flush=True)
+
+
+def confirm_score(problem: Network, choice: np.ndarray) -> Score:
+    """On the confirm split, with the quality of each sample."""
+    with problem.engine.applied(problem.space.allocation(choice)) as model:
+        return problem.engine.score_of(model, "confirm")
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ from scipy.stats import kendalltau
 from search_problems import Problem
 
 from mpsearch.pareto import hypervolume
+from mpsearch.quality import Quality
 
 INTRO = """
 # bench_search: our sampler against its rivals
@@ -224,7 +225,7 @@ def _checked(name: str, found: Row, rows: list[Row]) -> list[str]:
         },
     ]
     c = found["confirm"]
-    quality = c["quality"].replace("_", " ")
+    quality = Quality(c["quality"].replace("_", " "), c.get("kind", "share"))
     return [
         f"**The surrogate**, fitted to {found['trained_on']} evaluations, on {len(measured)} random mixed allocations that it",
         "never saw, all within 1 bit of the best front known:",
@@ -243,12 +244,12 @@ def _checked(name: str, found: Row, rows: list[Row]) -> list[str]:
         "",
         f"**At 3.0 bits, on the confirm split** ({c['n']:,} samples that no search saw), beside the additive optimum:",
         "",
-        f"| | bits | {quality} | paired difference, points | 95 % interval | KL |",
+        f"| | bits | {quality.label} | paired difference | 95 % interval | KL |",
         "| --- | ---: | ---: | ---: | --- | ---: |",
-        f"| additive optimum (ILP on KL) | 3.00 | {100 * c['additive']:.2f} % | | | {c['additive_loss']:.4f} |",
+        f"| additive optimum (ILP on KL) | 3.00 | {quality.text(c['additive'])} | | | {c['additive_loss']:.4f} |",
         *(
-            f"| {o['run']} | {o['bits']:.2f} | {100 * o['quality']:.2f} % | {100 * (o['quality'] - c['additive']):+.2f} "
-            f"| {100 * o['low']:+.2f} to {100 * o['high']:+.2f} | {o['loss']:.4f} |"
+            f"| {o['run']} | {o['bits']:.2f} | {quality.text(o['quality'])} | {quality.difference(o['quality'] - c['additive'])} "
+            f"| {quality.difference(o['low'])} to {quality.difference(o['high'])} | {o['loss']:.4f} |"
             for o in c["ours"]
         ),
     ]

@@ -10,10 +10,8 @@ import itertools
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,15 +23,17 @@ from mpsearch.calibrate import calibrate
 from mpsearch.engine import QuantEngine, load_batches, other_bits
 from mpsearch.evaluation import Score, Stop
 from mpsearch.fold import fold_batch_norms
+from mpsearch.group import share
 from mpsearch.layer import LayerGroup, LayerSpec
-from mpsearch.models.base import load_weights
 from mpsearch.models.digits import digits
+from mpsearch.models.llama import stories260k
 from mpsearch.models.resnet import resnet
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.base import Task
 from mpsearch.tasks.cifar10 import Cifar10
 from mpsearch.tasks.digits import Digits
+from mpsearch.tasks.language import Stories
 from mpsearch.trace import trace_layers
 
 DATA = Path(os.environ.get("MPSEARCH_DATA", "../shared/data"))
@@ -96,11 +96,13 @@ class Problem:
 class Network(Problem):
     """A trained network, scored by the real engine; the engine is built when the first score is asked for that is not known."""
 
-    def __init__(self, name: str, model: nn.Module, task: Task, bits: tuple[int, ...], groups: Any, cache: Path) -> None:
+    def __init__(
+        self, name: str, model: nn.Module, task: Task, bits: tuple[int, ...], cache: Path, shared: tuple[str, ...] = ()
+    ) -> None:
         inputs = task.batches("calibration")[0][0]
         fold_batch_norms(model, task.forward, inputs)
         self.model, self.task = model, task
-        self.layers = [replace(layer, group=groups(layer.name)) for layer in trace_layers(model, task.forward, inputs)]
+        self.layers = share(trace_layers(model, task.forward, inputs), shared)
         space = SearchSpace.build(self.layers, {f"w{b}": Integer(b) for b in bits}, (), other_bits(model, self.layers))
         super().__init__(name, space, cache)
 
@@ -119,7 +121,7 @@ class Network(Problem):
 
 def digits_problem(cache: Path) -> Network:
     """The digits network, its 10 layers at 2, 3 or 4 bits: 59,049 allocations, 400 search images."""
-    return Network("digits", digits(), Digits(), (2, 3, 4), str, cache)
+    return Network("digits", digits(), Digits(), (2, 3, 4), cache)
 
 
 @torch.no_grad()
@@ -158,89 +160,15 @@ def resnet20_problem(cache: Path) -> Network:
     """ResNet-20 on CIFAR-10, 20 layers at 2, 3, 4, 5, 6 or 8 bits; 250 search images from the training set."""
     folder = DATA / "cifar10"
     task = Cifar10(str(folder), n_calibration=1000, n_search=250)
-    return Network("resnet20", resnet(20, folder / "resnet20.safetensors"), task, (2, 3, 4, 5, 6, 8), str, cache)
+    return Network("resnet20", resnet(20, folder / "resnet20.safetensors"), task, (2, 3, 4, 5, 6, 8), cache)
 
 
 def stories_problem(cache: Path) -> Network:
     """A Llama of 5 blocks on TinyStories; q/k/v and gate/up share a scheme: 21 groups at 2, 3, 4, 5, 6 or 8 bits."""
     folder = DATA / "stories260k"
-
-    def group(name: str) -> str:
-        for members, together in (("wq wk wv", "wqkv"), ("w1 w3", "w13")):
-            head, _, last = name.rpartition(".")
-            if last in members.split():
-                return f"{head}.{together}"
-        return name
-
-    model = load_weights(Llama(), folder / "model.safetensors", ignore="output.")
-    return Network("stories260k", model, Stories(folder / "tokens_dev.npz"), (2, 3, 4, 5, 6, 8), group, cache)
-
-
-class Stories(Task):
-    """Next-token prediction: windows of 128 tokens from the stories; every position is a sample."""
-
-    quality_name = "next_token_accuracy"
-
-    def __init__(self, file: Path, window: int = 128) -> None:
-        tokens = torch.from_numpy(np.load(file)["tokens"].astype(np.int64))
-        self.parts = {}
-        for split, first, n in (("calibration", 0, 32), ("search", 400, 8), ("confirm", 800, 128)):
-            x = tokens[first * window : (first + n) * window].view(n, window)
-            y = tokens[first * window + 1 : (first + n) * window + 1].view(n, window)
-            self.parts[split] = [(a, b.flatten()) for a, b in zip(x.split(32), y.split(32), strict=True)]
-
-    def batches(self, split: str) -> list[tuple[Tensor, Tensor]]:
-        """Token ids [windows, 128] and the ids that follow [windows * 128]."""
-        return self.parts[split]
-
-    def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """[windows * 128, 512]."""
-        return model(inputs).flatten(0, 1)
-
-
-class Llama(nn.Module):
-    """stories260K (Llama 2 in small): 5 blocks of 64 features, 8 query and 4 key/value heads, tied embedding."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tok_embeddings = nn.Embedding(512, 64)
-        self.layers = nn.ModuleList(LlamaBlock() for _ in range(5))
-        self.norm = nn.RMSNorm(64, eps=1e-5)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Ids [n, length] -> logits [n, length, 512]."""
-        length = tokens.shape[1]
-        angle = torch.arange(length)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8)
-        turn = torch.polar(torch.ones_like(angle), angle)
-        x = self.tok_embeddings(tokens)
-        for layer in self.layers:
-            x = layer(x, turn)
-        return F.linear(self.norm(x), self.tok_embeddings.weight)
-
-
-class LlamaBlock(nn.Module):
-    """Attention with rotary positions on interleaved pairs, then SwiGLU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        sizes = {"wq": 64, "wk": 32, "wv": 32, "wo": 64}
-        self.attention = nn.ModuleDict({name: nn.Linear(64, size, bias=False) for name, size in sizes.items()})
-        shapes = {"w1": (64, 172), "w2": (172, 64), "w3": (64, 172)}
-        self.feed_forward = nn.ModuleDict({name: nn.Linear(*shape, bias=False) for name, shape in shapes.items()})
-        self.attention_norm, self.ffn_norm = nn.RMSNorm(64, eps=1e-5), nn.RMSNorm(64, eps=1e-5)
-
-    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
-        """[n, length, 64]."""
-        y = self.attention_norm(x)
-        q, k, v = (self.attention[name](y).unflatten(-1, (-1, 8)).transpose(1, 2) for name in ("wq", "wk", "wv"))
-        q, k = (
-            torch.view_as_real(torch.view_as_complex(t.unflatten(-1, (4, 2)).contiguous()) * turn).flatten(-2) for t in (q, k)
-        )
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + self.attention["wo"](mixed.transpose(1, 2).flatten(2))
-        y = self.ffn_norm(x)
-        up = F.silu(self.feed_forward["w1"](y)) * self.feed_forward["w3"](y)
-        return x + self.feed_forward["w2"](up)
+    task = Stories(folder, n_calibration=32, n_search=8, n_confirm=128, window=128, batch_size=32)
+    shared = ("*.q_proj|*.k_proj|*.v_proj", "*.gate_proj|*.up_proj")
+    return Network("stories260k", stories260k(folder / "model.safetensors"), task, (2, 3, 4, 5, 6, 8), cache, shared)
 
 
 class Synthetic(Problem):

@@ -429,7 +429,13 @@ class TestRun:
         assert door("report", "run=reports/a").code == 0
         assert door.last.settings == before | {"run": str(run)}
         assert door("export", "run=reports/a", "pick.max_bytes=120kB", "pick.bits=3.2", "device=cuda").code == 0
-        assert door.last.settings["pick"] == {"max_bytes": "120kB", "bits": 3.2, "max_ms": None, "min_accuracy": None}
+        assert door.last.settings["pick"] == {
+            "max_bytes": "120kB",
+            "bits": 3.2,
+            "max_ms": None,
+            "min_accuracy": None,
+            "max_perplexity": None,
+        }
         assert door.last.settings["exporter"]["_target_"].startswith("mpsearch.exporters.")
         assert (door.last.settings["device"], door.last.settings["seed"]) == ("cuda", 3)
         assert saved(run) == before

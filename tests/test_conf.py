@@ -57,7 +57,13 @@ def test_the_defaults() -> None:
     shared = sensitivity.keys() & search.keys()
     assert shared == sensitivity.keys()
     assert all(sensitivity[key] == search[key] for key in shared)
-    assert dict(composed("export").pick) == {"max_bytes": None, "bits": None, "max_ms": None, "min_accuracy": None}
+    assert dict(composed("export").pick) == {
+        "max_bytes": None,
+        "bits": None,
+        "max_ms": None,
+        "min_accuracy": None,
+        "max_perplexity": None,
+    }
 
 
 @pytest.mark.parametrize("path", OPTIONS, ids=str)

@@ -146,5 +146,5 @@ def test_a_prediction_takes_less_than_a_second(n_groups, bits):
 
 def test_a_drop_that_nothing_keeps_to_is_said(trained, table):
     evaluate, budgets = started(trained), read_budgets({"bits": 2.1}, COSTS, trained.space)
-    with pytest.raises(InputError, match="No allocation within the budgets drops by at most 0; the least is"):
+    with pytest.raises(InputError, match="No allocation within the budgets has a drop of at most 0; the least is"):
         cheapest_within(evaluate, table, budgets, Bytes().table(trained.space), 0.0)

@@ -59,12 +59,15 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
     summary(result, picked)
     gains = after.qualities(allocation) - before.qualities(allocation)
     low, high = paired_interval(gains)
+    was = result.quality.text(result.quality.score(float(before.qualities(allocation).mean(dtype="float64"))))
+    gain, least, most = (result.quality.difference(result.quality.sign * x) for x in (float(gains.mean()), low, high))
+    gain += f" ({least} to {most})" if result.quality.sign > 0 else f" ({most} to {least})"
     print(
         f"epoch {trained.epoch} of {training.epochs} is kept: KL on search {trained.losses[0]:.4g} -> {min(trained.losses):.4g}"
     )
     print(
-        f"{quality} on confirm: {100 * (found[-1].quality - gains.mean()):.2f} % -> {100 * found[-1].quality:.2f} %, a gain of "
-        f"{100 * gains.mean():.2f} points (95 %: {100 * low:.2f} to {100 * high:.2f}) in {trained.seconds:.0f} s of training"
+        f"{result.quality.label} on confirm: {was} -> {result.quality.text(found[-1].quality)}; a sample's gain (paired 95 %): "
+        f"{gain}, in {trained.seconds:.0f} s of training"
     )
     paths(folder, page, "pareto.png")
     print(f"export it: mpsearch export run={relative(folder)} pick.max_bytes={picked.size_bytes} finetuned=true")

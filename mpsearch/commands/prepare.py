@@ -21,6 +21,7 @@ from mpsearch.fold import fold_batch_norms
 from mpsearch.group import check_reached, share
 from mpsearch.layer import check_finite, weights_sha256
 from mpsearch.liveness import measure_activations
+from mpsearch.quality import Quality
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.runtimes.base import Runtime
 from mpsearch.runtimes.native import Native
@@ -48,6 +49,7 @@ class Prepared:
         return {
             "space": self.space.to_dict(),
             "quality_name": self.task.quality_name,
+            "quality_kind": self.task.quality_kind,
             "model_name": _short(settings["model"]),
             "task_name": type(self.task).__name__,
             "model_sha256": self.model_sha256,
@@ -68,7 +70,7 @@ class Prepared:
             calibrate(self.model, self.task, self.space.layers, self.calibration),
             bias_correction=settings["bias_correction"],
             bank_max_bytes=parse_bytes(settings["bank_max_bytes"]),
-            prefix_max_bytes=parse_bytes(settings["prefix_max_bytes"]),
+            prefix_max_bytes=parse_bytes(settings.get("prefix_max_bytes", "1GB")),
             device=settings["device"],
         )
 
@@ -106,7 +108,7 @@ def prepare(settings: Settings, build: Build) -> Prepared:
     except Exception as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise InputError(f"The model, its input and its targets do not fit together ({what}). Check shapes and types.") from error
-    _check_qualities(qualities, len(logits))
+    _check_qualities(qualities, len(logits), Quality(task.quality_name, task.quality_kind))
     _check_targets(task, logits.shape[1])
     folds = fold_batch_norms(model, task.forward, inputs) if settings["fold_batch_norms"] else ()
     runtime: Runtime = build("runtime") if settings.get("runtime") else Native()
@@ -154,11 +156,13 @@ def _check_output(logits: Any) -> None:
         )
 
 
-def _check_qualities(qualities: torch.Tensor, n: int) -> None:
-    if qualities.shape != (n,) or not ((qualities >= 0) & (qualities <= 1)).all():
+def _check_qualities(qualities: torch.Tensor, n: int, quality: Quality) -> None:
+    right = ((qualities >= 0) & (qualities <= 1)) if quality.kind == "share" else qualities.isfinite()
+    if qualities.ndim != 1 or not 1 <= len(qualities) <= n or not right.all():
+        of = "from 0 to 1" if quality.kind == "share" else "that are finite"
         raise InputError(
-            f"The task's quality must be [{n}] numbers from 0 to 1, one a sample; shape {tuple(qualities.shape)} came, from "
-            f"{float(qualities.min()):g} to {float(qualities.max()):g}."
+            f"The task's quality must be [{n}] numbers {of}, one a sample (fewer where a sample has several rows); "
+            f"shape {tuple(qualities.shape)} came, from {float(qualities.min()):g} to {float(qualities.max()):g}."
         )
 
 

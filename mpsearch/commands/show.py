@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mpsearch.evaluation import Evaluation
-from mpsearch.report import SUMMARY_HEADER, summary_rows
+from mpsearch.report import summary_header, summary_rows
 from mpsearch.result import SearchResult
 
 FILE_WIDTH = 120
@@ -23,8 +23,8 @@ def stdout() -> Console:
 def summary(result: SearchResult, picked: Evaluation) -> None:
     """Print the front as a table, with the picked point marked."""
     table = Table(title=f"{len(result.front)} points on the front")
-    for i, column in enumerate(SUMMARY_HEADER):
-        table.add_column(column.format(q=result.quality_name), justify="right" if i else "left")
+    for i, column in enumerate(summary_header(result.quality)):
+        table.add_column(column, justify="right" if i else "left")
     for row in summary_rows(result, picked):
         table.add_row(*row)
     stdout().print(table)

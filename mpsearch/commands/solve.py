@@ -28,9 +28,10 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
     max_drop, asked = settings.get("max_drop"), {k: v for k, v in settings["budget"].items() if v is not None}
     if max_drop is None and not asked:
         raise InputError("Nothing to solve for came. Give a budget, as budget.bytes=100kB, or max_drop=0.01.")
-    if max_drop is not None and (type(max_drop) not in (int, float) or not 0 <= max_drop < 1):
-        raise InputError(f"max_drop is a number from 0 to 1, a share of the quality; '{max_drop}' came.")
     result = SearchResult.load(folder, build_schemes(settings, build))
+    most = 1 if result.quality.kind == "share" else float("inf")
+    if max_drop is not None and (type(max_drop) not in (int, float) or not 0 <= max_drop < most):
+        raise InputError(f"max_drop is a number from 0 to {most}, in units of the {result.quality_name}; '{max_drop}' came.")
     space, quality = result.space, result.quality_name
     if not result.front:
         raise InputError(f"The run has no front to start from yet. Let it go on: mpsearch search run={relative(folder)}.")

@@ -6,7 +6,7 @@ mode; `conf/model/<name>.yaml` points at it. Nothing else is asked of it: layers
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,16 +22,25 @@ M = TypeVar("M", bound=nn.Module)
 STEP_COUNTER = "num_batches_tracked"
 
 
-def load_weights(model: M, path: str | Path, ignore: str | None = None) -> M:
+def load_weights(
+    model: M, path: str | Path, ignore: str | tuple[str, ...] = (), rename: Callable[[str], str] = lambda name: name
+) -> M:
     """Fill `model` in place from a `.safetensors` file and return it in eval mode.
 
     Every parameter and buffer must be in the file with its shape and a floating-point dtype (step counters of batch norms
-    may be absent), and nothing else, except tensors whose name starts with `ignore`. Raises `InputError` otherwise.
+    may be absent, and all but the first name of a tied weight), and nothing else, except tensors whose name starts with (one of)
+    `ignore`. `rename` makes the model's name of the file's. Raises `InputError` otherwise.
     """
     path = Path(path).expanduser()
-    stored = {name: tensor for name, tensor in _read(path).items() if ignore is None or not name.startswith(ignore)}
+    tensors = {rename(name): tensor for name, tensor in read(path).items() if not name.startswith(ignore)}
+    return fill(model, tensors, path)
+
+
+def fill(model: M, stored: Mapping[str, Tensor], path: str | Path) -> M:
+    """`model`, in place and in eval mode, with the tensors that were read from `path`: the rules of `load_weights`."""
     wanted = model.state_dict()
-    missing = [name for name in wanted if name not in stored and name.rpartition(".")[2] != STEP_COUNTER]
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}  # the first name of each
+    missing = [name for name in wanted if name in own - stored.keys() and name.rpartition(".")[2] != STEP_COUNTER]
     unexpected = [name for name in stored if name not in wanted]
     if missing or unexpected:
         parts = [
@@ -53,7 +62,8 @@ def load_weights(model: M, path: str | Path, ignore: str | None = None) -> M:
     return model.eval()
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file; `InputError` where there is none, or it is damaged."""
     if not path.is_file():
         raise InputError(f"There is no weights file {path}. Give the path of a .safetensors file.")
     try:

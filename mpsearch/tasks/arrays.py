@@ -61,18 +61,24 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises `InputError` where there is no such file, where it is damaged, or where x or y is missing or of another kind.
     """
-    if not path.is_file():
-        raise InputError(f"There is no data file {path}. Give the path of an .npz file with arrays x and y.")
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files if name in ("x", "y")}
-            names = list(file.files)
-    except Exception as error:  # a damaged file can raise anything, from zlib.error to tokenize.TokenError
-        raise InputError(f"{path} is not a whole .npz file of plain arrays ({error}). Save it again with numpy.savez.") from error
-    for name in ("x", "y"):
-        if name not in arrays:
-            raise InputError(f"{path} has no array '{name}', only {names}. Save it with numpy.savez(path, x=…, y=…).")
-    x, y = arrays["x"], arrays["y"]
+    x, y = read_arrays(path, "x", "y")
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
         raise InputError(f"y in {path} is {y.dtype} {list(y.shape)}; it must be whole numbers [n], a class number a sample.")
     return x, y
+
+
+def read_arrays(path: Path, *wanted: str) -> list[np.ndarray]:
+    """The `wanted` arrays of an `.npz` file, whatever else is in it; `InputError` where it, or one of them, is not there."""
+    if not path.is_file():
+        raise InputError(f"There is no data file {path}. Give the path of an .npz file with arrays {' and '.join(wanted)}.")
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            names = list(file.files)
+            arrays = {name: file[name] for name in names if name in wanted}
+    except Exception as error:  # a damaged file can raise anything, from zlib.error to tokenize.TokenError
+        raise InputError(f"{path} is not a whole .npz file of plain arrays ({error}). Save it again with numpy.savez.") from error
+    for name in wanted:
+        if name not in arrays:
+            how = ", ".join(f"{name}=…" for name in wanted)
+            raise InputError(f"{path} has no array '{name}', only {names}. Save it with numpy.savez(path, {how}).")
+    return [arrays[name] for name in wanted]

@@ -30,7 +30,10 @@ class Task(ABC):
     """Data and measurement; see the methods for what a subclass may change."""
 
     quality_name: str = "accuracy"
-    """What `quality` measures, as a reader would say it; higher is better."""
+    """What is measured, as a reader would say it."""
+
+    quality_kind: str = "share"
+    """How it is read, "share", "number" or "perplexity": see `mpsearch.quality.Quality`."""
 
     @abstractmethod
     def batches(self, split: str) -> Sequence[Batch]:
@@ -53,7 +56,11 @@ class Task(ABC):
         return model(inputs)
 
     def quality(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Quality of each sample, float32 [n] from 0 to 1, higher is better; here 1 where the largest logit is the target's."""
+        """Quality of each independent sample, float32 [samples]; here 1 where the largest logit is the target's, else 0.
+
+        What a sample's number is, `quality_kind` says. Where the n rows of logits are not independent, as the tokens of a text
+        are not, a number for each text: intervals resample these. It is given all of a split at once, in its order.
+        """
         return (logits.argmax(-1) == targets).float()
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:

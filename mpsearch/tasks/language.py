@@ -1,0 +1,124 @@
+"""Language modelling: how well each token of a text is foretold, measured as perplexity over windows of tokens.
+
+Texts are dealt out to the splits whole, so that no text is in two of them; the texts of a split are joined and cut into windows.
+The tokens of a window depend on one another: a window is one sample, and intervals resample windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpsearch.errors import InputError
+from mpsearch.tasks.arrays import read_arrays
+from mpsearch.tasks.base import SPLITS, Batch, Task
+from mpsearch.tasks.classification import check_split
+
+# Of a window's mean cross-entropy; a broken model's is infinite or none, and this is what a float64's exp still holds.
+MOST_NATS = 700.0
+
+
+class Language(Task):
+    """Windows of token ids int64 [n, window] and the ids that follow each, int64 [n * window].
+
+    `texts` are token ids, one array a text, shuffled with `seed` and dealt out until each split has its windows; the confirm
+    split takes all that are left where `n_confirm` is `None`. Raises `InputError` where the texts are too few.
+    """
+
+    quality_name = "perplexity"
+    quality_kind = "perplexity"
+
+    def __init__(
+        self,
+        texts: Sequence[np.ndarray],
+        n_calibration: int,
+        n_search: int,
+        n_confirm: int | None,
+        window: int,
+        seed: int = 0,
+        batch_size: int = 16,
+        source: str = "the texts",
+    ) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
+        if window < 2:
+            raise InputError(f"window is {window}; it must be at least 2 tokens.")
+        order = np.random.default_rng(seed).permutation(len(texts))
+        lengths = np.array([len(texts[i]) for i in order])
+        self.window, self._source = window, source
+        self._batches: dict[str, list[Batch]] = {}
+        self._n_texts: dict[str, int] = {}
+        start = 0
+        for split, n in zip(SPLITS, (n_calibration, n_search, n_confirm), strict=True):
+            if n is not None and n < 1:
+                raise InputError(f"n_{split} is {n}; every split needs at least 1 window.")
+            ends = lengths[start:].cumsum()
+            left = max(int(ends[-1]) - 1, 0) // window if len(ends) else 0
+            n = left if n is None else n
+            if n > left or left == 0:
+                raise InputError(
+                    f"{source} have {left:,} windows of {window:,} tokens left for the {split} split, n_{split}={n:,} were asked "
+                    "for. Ask for fewer or shorter ones."
+                )
+            taken = int(np.searchsorted(ends, n * window + 1)) + 1
+            ids = np.concatenate([texts[i] for i in order[start : start + taken]])[: n * window + 1].astype(np.int64)
+            x, y = (torch.from_numpy(part).view(n, window) for part in (ids[:-1], ids[1:]))
+            batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
+            self._batches[split] = [(a, b.flatten()) for a, b in batches]
+            self._n_texts[split] = taken
+            start += taken
+
+    def batches(self, split: str) -> Sequence[Batch]:
+        """`batch_size` windows each, the last one fewer."""
+        check_split(split)
+        return self._batches[split]
+
+    def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
+        """Logits [windows * window, vocabulary]."""
+        return model(inputs).flatten(0, 1)
+
+    def quality(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy of each window in nats, float32 [windows]; one that is no number counts `MOST_NATS`."""
+        nats = F.cross_entropy(logits.float(), targets, reduction="none").view(-1, self.window).mean(1)
+        return nats.nan_to_num(nan=MOST_NATS).clamp(max=MOST_NATS)
+
+    def describe(self, split: str) -> str:
+        """As in "64 windows of 256 tokens from 37 stories"."""
+        check_split(split)
+        n = sum(len(x) for x, _ in self._batches[split])
+        return f"{n:,} windows of {self.window} tokens from {self._n_texts[split]} of {self._source}"
+
+
+class Stories(Language):
+    """TinyStories, as tokens of the `stories260k` model: `tokens_dev.npz` (`tokens` whole numbers [n]) in `data_dir`."""
+
+    BEGIN = 1  # begins each story
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        n_calibration: int = 64,
+        n_search: int = 64,
+        n_confirm: int | None = None,
+        window: int = 256,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> None:
+        path = Path(data_dir).expanduser() / "tokens_dev.npz"
+        tokens = read_tokens(path)
+        stories = np.split(tokens, np.flatnonzero(tokens == self.BEGIN)[1:])
+        sizes = (n_calibration, n_search, n_confirm)
+        super().__init__(stories, *sizes, window=window, seed=seed, batch_size=batch_size, source=f"the stories in {path.name}")
+
+
+def read_tokens(path: Path) -> np.ndarray:
+    """The array `tokens` (whole numbers [n], none below 0) of an `.npz` file, or an `InputError`."""
+    (tokens,) = read_arrays(path, "tokens")
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer) or not len(tokens) or tokens.min() < 0:
+        raise InputError(f"tokens in {path} is {tokens.dtype} {list(tokens.shape)}; it must be whole numbers [n], from 0 up.")
+    return tokens

@@ -1,0 +1,61 @@
+"""Language modelling: texts dealt out whole, windows as samples."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mpsearch.errors import InputError
+from mpsearch.tasks.language import Language, Stories
+
+
+def texts(n=30, length=25):
+    """Texts in which each token says whose it is."""
+    return [np.full(length, i) for i in range(n)]
+
+
+def test_no_text_is_in_two_splits_and_targets_follow():
+    task = Language(texts(), 10, 8, None, window=12, batch_size=4, source="the tales")
+    whose = {split: {int(i) for x, y in task.batches(split) for part in (x, y) for i in part.unique()} for split in
+             ("calibration", "search", "confirm")}  # fmt: skip
+    assert sum(map(len, whose.values())) == len(set().union(*whose.values())) <= 30
+    assert task.describe("calibration") == "10 windows of 12 tokens from 5 of the tales"
+    assert [tuple(x.shape) for x, _ in task.batches("search")] == [(4, 12), (4, 12)]
+    for x, y in task.batches("search"):
+        assert torch.equal(x[:, 1:], y.view(-1, 12)[:, :-1])
+
+
+def test_quality_is_a_window_s_mean_cross_entropy():
+    task = Language(texts(), 4, 4, 4, window=12)
+    logits, targets = torch.randn(36, 30), torch.randint(30, (36,))
+    expected = torch.stack([F.cross_entropy(a, b) for a, b in zip(logits.split(12), targets.split(12), strict=True)])
+    torch.testing.assert_close(task.quality(logits, targets), expected)
+    assert task.quality_kind == "perplexity"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_search": 0}, "n_search is 0; every split needs at least 1 window"),
+        ({"n_confirm": 100}, r"the texts have \d+ windows of 12 tokens left for the confirm split, n_confirm=100 were asked for"),
+        ({"n_search": 70, "n_confirm": None}, "70 were asked"),
+        ({"window": 1}, "window is 1; it must be at least 2"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_sentences(arguments, message):
+    sizes = {"n_calibration": 4, "n_search": 4, "n_confirm": 4, "window": 12}
+    with pytest.raises(InputError, match=message):
+        Language(texts(), **(sizes | arguments))
+
+
+def test_token_files_that_are_none_are_sentences(tmp_path):
+    file = tmp_path / "tokens_dev.npz"
+    with pytest.raises(InputError, match=r"There is no data file .*tokens_dev\.npz\. Give"):
+        Stories(tmp_path)
+    for arrays, message in [
+        ({"x": np.arange(3)}, "has no array 'tokens', only \\['x'\\]"),
+        ({"tokens": np.ones(3)}, r"float64 \[3\]; it must be"),
+    ]:
+        np.savez(file, **arrays)
+        with pytest.raises(InputError, match=message):
+            Stories(tmp_path)

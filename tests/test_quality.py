@@ -1,0 +1,153 @@
+"""How a quality is read: shares, numbers and perplexities, and which way is better."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mpsearch.allocation import Allocation
+from mpsearch.budget import Budget
+from mpsearch.confirm import confirm
+from mpsearch.costs.size import Bytes
+from mpsearch.errors import InputError
+from mpsearch.evaluation import SensitivityTable
+from mpsearch.metrics.kl import KL
+from mpsearch.pick import pick
+from mpsearch.quality import Quality
+from mpsearch.report import write_report
+from mpsearch.result import SearchResult
+from mpsearch.schemes.integer import Integer
+from mpsearch.search import Evaluator
+from mpsearch.sensitivity import measure_sensitivity
+from mpsearch.solve import cheapest_within
+from mpsearch.tasks.language import Language
+
+
+def test_each_kind_reads_a_mean_and_a_drop():
+    share, number, perplexity = Quality(), Quality("spearman", "number"), Quality("perplexity", "perplexity")
+    assert (share.score(0.9), number.score(-0.2)) == (0.9, -0.2)
+    assert perplexity.score(math.log(4.5)) == pytest.approx(4.5)
+    assert perplexity.score(1e4) == math.inf
+    assert share.drop(0.9, 0.8, 0.7, 0.85) == pytest.approx((0.1, 0.05, 0.2))
+    assert perplexity.drop(4.5, 5.0, 4.8, 5.3) == pytest.approx((0.5, 0.3, 0.8))
+    assert (share.text(0.9148), number.text(0.86716), perplexity.text(4.51546)) == ("91.48", "0.8672", "4.515")
+    assert (share.label, number.label) == ("accuracy %", "spearman")
+    assert [q.drop_word for q in (share, number, perplexity)] == ["drop", "drop", "rise"]
+    with pytest.raises(InputError, match=r"no kind 'perplexty' of quality\. Did you mean 'perplexity'"):
+        Quality("p", "perplexty")
+
+
+class Bigrams(nn.Module):
+    """Ids [n, length] -> logits [n, length, 20] by two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(20, 12), nn.Linear(12, 20, bias=False)
+
+    def forward(self, ids):
+        return 3 * self.out(self.embed(ids))
+
+
+@pytest.fixture(scope="module")
+def language(tiny):
+    """An engine of a bigram model on texts that it made up itself, windows of 8 tokens."""
+    torch.manual_seed(0)
+    model = Bigrams().eval()
+    texts = []
+    for _ in range(60):
+        ids = [torch.randint(20, (1,))]
+        for _ in range(30):
+            ids.append(torch.multinomial(model(ids[-1][None])[0, 0].softmax(-1), 1))
+        texts.append(torch.cat(ids).numpy())
+    return tiny.engine(model, Language(texts, 20, 60, 80, window=8), {f"w{b}": Integer(b) for b in (2, 3, 8)})
+
+
+def test_perplexity_is_scored_window_by_window(language):
+    score = language.score(language.space.uniform("w2"))
+    baseline = language.score(Allocation())
+    assert score.n_samples == 60
+    assert score.quality == pytest.approx(math.exp(score.cross_entropy), rel=1e-6)
+    assert 1 < baseline.quality < score.quality < 20
+    assert score.quality_low < score.quality < score.quality_high
+
+
+def test_the_interval_resamples_windows_and_not_tokens(language):
+    """Beside a bootstrap that draws windows: the share of its perplexities within the interval is 95 %."""
+    allocation = language.space.uniform("w2")
+    ours = language.score(allocation)
+    targets = torch.cat([y for _, y in language.batches("search")])
+    with language.applied(allocation), torch.no_grad():
+        logits = torch.cat([language.task.forward(language.model, x) for x, _ in language.batches("search")])
+    base = language.task.quality(language.float_logits("search"), targets).double().numpy()
+    nats = language.task.quality(logits, targets).double().numpy()
+    assert nats.shape == (60,)
+    draws = np.random.default_rng(1).integers(0, 60, (4000, 60))
+    perplexities = np.exp(base.mean() + (nats - base)[draws].mean(1))
+    within = ((perplexities >= ours.quality_low) & (perplexities <= ours.quality_high)).mean()
+    assert within == pytest.approx(0.95, abs=0.02)
+    tokens = language.task.cross_entropy(logits, targets) - language.task.cross_entropy(language.float_logits("search"), targets)
+    assert nats.std(ddof=1) / 60**0.5 != pytest.approx(tokens.std().item() / 480**0.5, rel=0.01)
+
+
+def test_a_broken_model_has_a_perplexity_too(language):
+    targets = language.batches("search")[0][1]
+    logits = torch.full((len(targets), 20), torch.nan)
+    assert math.isfinite(language.quality.score(language.task.quality(logits, targets).double().mean().item()))
+
+
+@pytest.fixture(scope="module")
+def run(language):
+    """(evaluator, result) of a few allocations, all of them confirmed."""
+    evaluate = Evaluator(language, [])
+    evaluate(Allocation(), "float")
+    for i, name in enumerate(language.space.scheme_names):
+        evaluate(language.space.uniform(name), "uniform", trial=i)
+    table = measure_sensitivity(language, KL())
+    identity = {"quality_name": "perplexity", "quality_kind": "perplexity"}
+    return evaluate, SearchResult(language.space, "perplexity", evaluate.evaluations, table, {}, identity)
+
+
+def test_lower_is_better_in_picks(run):
+    evaluate, result = run
+    confirm(evaluate, result)
+    w3 = result.on("confirm")[result.space.uniform("w3")]
+    assert pick(result, max_perplexity=w3.quality).allocation == w3.allocation
+    assert pick(result, max_perplexity=w3.quality * 0.999).allocation == result.space.uniform("w8")
+    with pytest.raises(InputError, match=r"No point of the front that fits has perplexity <= 1; the best has \d"):
+        pick(result, max_perplexity=1)
+    with pytest.raises(InputError, match=r"quality of this run is perplexity: give pick\.max_perplexity, not pick\.min_accuracy"):
+        pick(result, min_accuracy=0.9)
+    accuracy = replace(result, identity={})
+    with pytest.raises(InputError, match=r"give pick\.min_accuracy, not pick\.max_perplexity"):
+        pick(accuracy, max_perplexity=5)
+
+
+def test_the_cheapest_within_a_rise(run):
+    evaluate, result = run
+    table: SensitivityTable = result.sensitivity
+    baseline = result.baseline()
+    w3 = result.on("search")[result.space.uniform("w3")]
+    objective = Bytes().table(result.space)
+    found = cheapest_within(evaluate, table, (), objective, w3.quality - baseline.quality)
+    assert found.quality <= w3.quality + 1e-9
+    assert found.size_bytes <= w3.size_bytes
+    budget = [Budget(objective, result.on("search")[result.space.uniform("w2")].size_bytes)]
+    with pytest.raises(InputError, match=r"has a rise of at most 0\.001; the least is \d"):
+        cheapest_within(evaluate, table, budget, objective, 0.001)
+
+
+def test_the_page_says_perplexity(run, tmp_path):
+    evaluate, result = run
+    confirmed = confirm(evaluate, result)
+    worse = next(c for c in confirmed if c.scheme == "w2")
+    assert worse.drop > 0
+    assert worse.significant
+    page = write_report(result, tmp_path, pick(result), confirmed).read_text()
+    assert "| perplexity search | perplexity confirm | rise (95 %) |" in page
+    baseline = result.baseline("confirm")
+    assert f"| {baseline.quality:.4g} |" in page
+    assert "perplexity %" not in page
+    assert "points" not in page.partition("## What was found")[2].partition("| bits")[0].replace("points of the front", "")
