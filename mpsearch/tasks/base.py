@@ -59,7 +59,7 @@ class Task(ABC):
         """Quality of each independent sample, float32 [samples]; here 1 where the largest logit is the target's, else 0.
 
         What a sample's number is, `quality_kind` says. Where the n rows of logits are not independent, as the tokens of a text
-        are not, a number for each text: intervals resample these. It is given all of a split at once, in its order.
+        are not, a number for each text: intervals resample these. It is given all of a split, or its first batches, at once.
         """
         return (logits.argmax(-1) == targets).float()
 
