@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpsearch import kernels
 from mpsearch.errors import InputError
 from mpsearch.quantizers.gptq import GPTQ
+from mpsearch.quantizers.grids import Grid
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,18 @@ class CoordinateDescent(GPTQ):
             raise InputError(f"n_sweeps is 1 or more; {self.n_sweeps} came. For none, take quantizer=gptq.")
 
     def _solve(
-        self, weight: Tensor, hessian: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, bits: int, shared: bool
+        self, weight: Tensor, hessian: Tensor, scales: Tensor, grid: Grid, groups: Tensor, shared: bool
     ) -> tuple[Tensor, Tensor]:
         """The codes and scales with the least error met on the way, each row's own."""
-        codes, scales = super()._solve(weight, hessian, scales, zeros, groups, bits, shared)
+        codes, scales = super()._solve(weight, hessian, scales, grid, groups, shared)
         feedback = (hessian / hessian.diagonal(dim1=1, dim2=2)[:, :, None]).float()
-        best = squared_error(weight, hessian, codes, scales, zeros, groups, shared)
+        best = squared_error(weight, hessian, codes, scales, grid, groups, shared)
         best_codes, best_scales = codes, scales
         for _ in range(self.n_sweeps):
-            scales = fitted_scales(weight, hessian, codes, scales, zeros, groups, shared)
-            errors = dequantized(codes, scales, zeros, groups) - weight
-            moved = kernels.round_with_feedback(weight, feedback, scales.float(), zeros, groups, bits=bits, errors=errors)
-            error = squared_error(weight, hessian, moved, scales, zeros, groups, shared)
+            scales = fitted_scales(weight, hessian, codes, scales, grid, groups, shared)
+            errors = dequantized(codes, scales, grid, groups) - weight
+            moved = grid.rounded(weight, feedback, scales, groups, errors)
+            error = squared_error(weight, hessian, moved, scales, grid, groups, shared)
             better = (error < best)[:, None]
             best = torch.minimum(error, best)
             best_codes, best_scales = torch.where(better, moved, best_codes), torch.where(better, scales, best_scales)
@@ -50,29 +50,28 @@ class CoordinateDescent(GPTQ):
         return best_codes, best_scales
 
 
-def dequantized(codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor) -> Tensor:
-    """`(code - zero) * scale`, float32 `[rows, columns]`."""
-    return (codes.float() - zeros[:, groups]) * scales.float()[:, groups]
+def dequantized(codes: Tensor, scales: Tensor, grid: Grid, groups: Tensor) -> Tensor:
+    """The grid's values times their scales, float32 `[rows, columns]`."""
+    return grid.values(codes, groups) * scales.float()[:, groups]
 
 
 def squared_error(
-    weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, shared: bool
+    weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, grid: Grid, groups: Tensor, shared: bool
 ) -> Tensor:
     """e^T H e of each row, or of them all where `shared`, float64 `[rows]`."""
-    e = (dequantized(codes, scales, zeros, groups) - weight).double().reshape(len(hessian), -1, len(groups))
+    e = (dequantized(codes, scales, grid, groups) - weight).double().reshape(len(hessian), -1, len(groups))
     error = ((e @ hessian) * e).sum(-1).flatten()
     return error.sum().expand_as(error) if shared else error
 
 
 def fitted_scales(
-    weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, shared: bool
+    weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, grid: Grid, groups: Tensor, shared: bool
 ) -> Tensor:
     """The scale of each group in turn, or of all rows where `shared`, that is best for the codes as they are; 0 stays 0."""
     k, columns = len(hessian), len(groups)
-    step = (codes.float() - zeros[:, groups]).double().reshape(k, -1, columns)
+    step = grid.values(codes, groups).double().reshape(k, -1, columns)
     found = scales.double()
     left = weight.double().reshape(step.shape) - step * found[:, groups].reshape(step.shape)
-    largest = torch.finfo(scales.dtype).max
     for group in range(scales.shape[1]):
         inside = groups == group
         part = step[..., inside]
@@ -80,8 +79,8 @@ def fitted_scales(
         weighs = (part * (part @ hessian[:, inside][:, :, inside])).sum(-1).flatten()
         if shared:
             gain, weighs = gain.sum(), weighs.sum()
-        moved = (found[:, group] + torch.where(weighs > 0, gain / weighs, 0.0)).clamp(-largest, largest)
-        moved = torch.where(found[:, group] == 0, 0.0, moved).to(scales.dtype).double()
+        moved = grid.storable(found[:, group] + torch.where(weighs > 0, gain / weighs, 0.0)).double()
+        moved = torch.where(found[:, group] == 0, 0.0, moved)
         left[..., inside] -= part * (moved - found[:, group]).reshape(k, -1, 1)
         found[:, group] = moved
     return found.to(scales.dtype)

@@ -16,10 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mpsearch import kernels
 from mpsearch.errors import InputError
 from mpsearch.quantizers.base import InputMoments
 from mpsearch.quantizers.clip_search import ClipSearch
+from mpsearch.quantizers.grids import Grid, Integers, LevelGrid
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.integer import Integer
@@ -31,8 +31,7 @@ class GPTQ(ClipSearch):
 
     `damping` times the mean of its diagonal is added to the Hessian, which bounds the feedback where few calibration samples or
     columns that never vary leave it singular; ten times more, and a warning, where that is not enough. A layer without a Hessian
-    (an embedding, a transposed convolution, one that the calibration data do not reach) takes the clip search, and so does one
-    in a codebook.
+    (an embedding, a transposed convolution, one that the calibration data do not reach) takes the clip search.
     """
 
     damping: float = 0.01
@@ -55,22 +54,23 @@ class GPTQ(ClipSearch):
         self, matrix: Tensor, scheme: Integer | Codebook, group_size: int, importance: Tensor | None, hessian: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`codes` with the damped float64 `hessian` `[k, columns, columns]`; a matrix of one row is a whole tensor."""
-        found, scales, zero_points = self.codes(matrix, scheme, group_size, importance)
-        if isinstance(scheme, Codebook):
-            return found, scales, zero_points
+        _, scales, zero_points = self.codes(matrix, scheme, group_size, importance)
         columns = hessian.shape[-1]
         weight = matrix.reshape(-1, columns)
         groups = (torch.arange(columns) // group_size).int()
-        middle = 0.5 if scheme.bits == 1 else float(2 ** (scheme.bits - 1))
-        zeros = torch.full(scales.shape, middle) if zero_points is None else zero_points.float()
-        rows = len(weight)
-        expanded = [of.expand(rows, -1).contiguous() for of in (scales, zeros)]
-        shared = len(matrix) < rows
-        codes, scales = self._solve(weight, hessian, expanded[0], expanded[1], groups, scheme.bits, shared)
+        rows, grid = len(weight), self._grid(scheme, scales, zero_points, len(weight))
+        codes, scales = self._solve(weight, hessian, scales.expand(rows, -1).contiguous(), grid, groups, len(matrix) < rows)
         return codes.reshape(matrix.shape), scales[: len(matrix)].contiguous(), zero_points
 
+    def _grid(self, scheme: Integer | Codebook, scales: Tensor, zero_points: Tensor | None, rows: int) -> Grid:
+        if isinstance(scheme, Codebook):
+            return LevelGrid(scheme)
+        middle = 0.5 if scheme.bits == 1 else float(2 ** (scheme.bits - 1))
+        zeros = torch.full(scales.shape, middle) if zero_points is None else zero_points.float()
+        return Integers(scheme.bits, zeros.expand(rows, -1).contiguous(), scales.dtype)
+
     def _solve(
-        self, weight: Tensor, hessian: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor, bits: int, shared: bool
+        self, weight: Tensor, hessian: Tensor, scales: Tensor, grid: Grid, groups: Tensor, shared: bool
     ) -> tuple[Tensor, Tensor]:
         """Codes `[rows, columns]` and scales `[rows, n_groups]`, here as they came; where `shared`, all rows have one."""
         order = torch.arange(len(groups))
@@ -78,9 +78,7 @@ class GPTQ(ClipSearch):
             order = hessian.diagonal(dim1=1, dim2=2).sum(0).argsort(descending=True, stable=True)
         feedback = triangular_feedback(hessian[:, order][:, :, order])
         codes = torch.empty(weight.shape, dtype=torch.uint8)
-        codes[:, order] = kernels.round_with_feedback(
-            weight[:, order].contiguous(), feedback, scales.float(), zeros, groups[order], bits=bits
-        )
+        codes[:, order] = grid.rounded(weight[:, order].contiguous(), feedback, scales, groups[order])
         return codes, scales
 
     def _damped(self, hessian: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from torch import Tensor
 from mpsearch import kernels
 from mpsearch.errors import InputError
 from mpsearch.quantizers.base import Quantizer, kernel_codes
+from mpsearch.quantizers.clip_search import ClipSearch
+from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.integer import Integer
 
 
@@ -35,9 +37,11 @@ class HQQ(Quantizer):
             )
 
     def codes(
-        self, matrix: Tensor, scheme: Integer, group_size: int, importance: Tensor | None
+        self, matrix: Tensor, scheme: Integer | Codebook, group_size: int, importance: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The grid with the least |r|^p on the way; `importance` is of no use here."""
+        """The grid with the least |r|^p on the way; `importance` is of no use here. Codebooks take the clip search."""
+        if isinstance(scheme, Codebook):
+            return ClipSearch().codes(matrix, scheme, group_size, None)
         _, scales, zero_points = kernel_codes(matrix, scheme, group_size)
         middle = 0.5 if scheme.bits == 1 else float(2 ** (scheme.bits - 1))
         zeros = torch.full(scales.shape, middle) if zero_points is None else zero_points.float()

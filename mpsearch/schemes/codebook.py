@@ -83,7 +83,13 @@ class Codebook(QuantScheme):
             exponent = torch.frexp(largest).exponent - 1 - self.table.exponent
             exponent = torch.where(largest > 0, exponent, -E8M0_BIAS).clamp(-E8M0_BIAS, E8M0_BIAS)
             return torch.ldexp(torch.ones_like(largest), exponent)
-        scales = largest / self.table.largest
+        return self.nearest_scale(largest / self.table.largest)
+
+    def nearest_scale(self, scales: Tensor) -> Tensor:
+        """`scales` (float32, not negative) as they are stored; of powers of two the nearest in octaves."""
+        if self.scale == "e8m0":
+            exponent = torch.where(scales > 0, scales.log2().round(), -E8M0_BIAS).clamp(-E8M0_BIAS, E8M0_BIAS)
+            return torch.ldexp(torch.ones_like(scales), exponent.int())
         if self.scale == "e4m3":
             e4m3 = LEVELS["e4m3"]
             return e4m3.decode(e4m3.encode(scales))

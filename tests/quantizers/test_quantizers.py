@@ -273,6 +273,17 @@ def test_hqq_lets_a_few_err_much_so_that_many_err_little(group_size, symmetric):
     assert fitted.median() < nearest.median()
 
 
+@pytest.mark.parametrize("path", sorted((CONF.parent / "scheme").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_scheme_of_the_shelf_is_taken(quantizer, path):
+    """With and without a Hessian: one default quantizer serves a mixed list of schemes."""
+    scheme = instantiate(OmegaConf.load(path), _convert_="object")
+    weight, (given, _) = weights((4, 3, 2, 2)), correlated(12)
+    for moments in (given, None):
+        quantized = quantizer.quantize(weight, scheme, moments)
+        assert 8 * quantized.nbytes == scheme.storage_bits((4, 3, 2, 2))
+        assert torch.isfinite(quantized.dequantize()).all()
+
+
 def test_ratios():
     assert torch.allclose(clip_ratios(4, 0.1, both_signs=False), torch.tensor([1.0, 0.7, 0.4, 0.1]))
     assert torch.allclose(clip_ratios(2, 0.5, both_signs=True), torch.tensor([1.0, -1.0, 0.5, -0.5]))

@@ -235,18 +235,59 @@ def test_searched_ternary_is_better_than_twn():
     assert squared(ClipSearch().quantize(weight, SHELF["ternary"]), weight) < twn
 
 
-def test_other_quantizers_take_codebooks_too():
-    """A percentile clips; those that need a Hessian take the clip search."""
-    weight, x = weights((8, 40)), torch.randn(1, 200, 40)
-    given = InputMoments(x.mean(1), x.square().mean(1), 200, hessian=x.transpose(1, 2) @ x / 200)
-    for scheme in SHELF.values():
-        clipped = ClipSearch().quantize(weight, scheme, given).dequantize()
-        for quantizer in (GPTQ(), CoordinateDescent()):
-            assert torch.equal(quantizer.quantize(weight, scheme, given).dequantize(), clipped)
-        high = torch.quantile(weight.abs(), 0.9, dim=1, keepdim=True)
-        if scheme.group_size == "channel":
-            expected = NEAREST.quantize(weight.clamp(-high, high), scheme).dequantize()
-            assert torch.allclose(Percentile(90.0).quantize(weight, scheme).dequantize(), expected, rtol=1e-5)
+def test_a_percentile_clips_codebooks_too():
+    weight = weights((8, 40))
+    high = torch.quantile(weight.abs(), 0.9, dim=1, keepdim=True)
+    for name in ("fp8_e4m3", "ternary"):
+        expected = NEAREST.quantize(weight.clamp(-high, high), SHELF[name]).dequantize()
+        assert torch.allclose(Percentile(90.0).quantize(weight, SHELF[name]).dequantize(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*BITS, "nf4 a tensor"])
+def test_feedback_beats_the_clip_search_and_descent_beats_feedback(name):
+    """Of the outputs on correlated inputs; a grouped convolution, and a ragged last block."""
+    scheme = Codebook("nf4", "tensor") if name == "nf4 a tensor" else SHELF[name]
+    torch.manual_seed(2)
+    weight, x = weights((12, 4, 3, 3)), torch.randn(3, 400, 36).cumsum(-1) * 0.3 + 0.5
+    given = InputMoments(x.mean(1), x.square().mean(1), 400, hessian=x.transpose(1, 2) @ x / 400)
+
+    def error(quantizer):
+        change = (quantizer.quantize(weight, scheme, given).dequantize() - weight).reshape(3, -1, 36)
+        return (x @ change.transpose(1, 2)).square().sum().item()
+
+    clip, gptq, descent = error(ClipSearch()), error(GPTQ()), error(CoordinateDescent())
+    assert gptq < 0.8 * clip
+    assert descent <= gptq * 1.001  # of the damped error it is never more
+
+
+def test_descent_ends_where_no_single_level_helps():
+    """Enough sweeps: no other code of any one weight has a smaller error."""
+    torch.manual_seed(2)
+    weight, x = weights((3, 20)), torch.randn(1, 400, 20).cumsum(-1) * 0.3
+    given = InputMoments(x.mean(1), x.square().mean(1), 400, hessian=x.transpose(1, 2) @ x / 400)
+    scheme = Codebook("nf4", scale="float32")
+    found = CoordinateDescent(n_sweeps=100).quantize(weight, scheme, given)
+    codes, scales = scheme.unpacked(found.tensors, (3, 20))
+    hessian = GPTQ()._damped(given.hessian)[0]
+
+    def error(codes):
+        e = (scheme.table.decode(codes) * scales - weight).double()
+        return ((e @ hessian) * e).sum(1)
+
+    least = error(codes)
+    for column, code in itertools.product(range(20), range(16)):
+        other = codes.clone()
+        other[:, column] = code
+        assert (error(other) >= least * (1 - 1e-5)).all()
+
+
+def test_fitted_scales_are_such_as_are_stored():
+    scales = torch.tensor([0.0, 3e-9, 0.3, 0.36, 5.0, 500.0])
+    for scale in SCALE_BITS:
+        scheme = Codebook("e2m1", 16, scale)
+        stored = scheme.nearest_scale(scales)
+        assert torch.equal(scheme.nearest_scale(stored), stored)
+    assert Codebook("e2m1", 16, "e8m0").nearest_scale(scales)[2:].tolist() == [0.25, 0.5, 4.0, 512.0]
 
 
 def test_five_trits_fill_a_byte():
