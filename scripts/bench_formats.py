@@ -1,11 +1,11 @@
-"""What number formats make of ResNet-20 and of stories260K's weights at equal average bits; to `reports/bench_formats/`.
+"""What number formats make of ResNet-20 and of stories260K at equal average bits; to `reports/bench_formats/`.
 
     python scripts/bench_formats.py
 
-Every scheme in all layers, scales and all else counted, by round-to-nearest and by the clip search: the weights' signal to noise
-ratio, the KL divergence to the float model and the accuracy on 2,000 test images. Calibration (which weighs the clip search's
-errors, and corrects biases) uses training images only. Of stories260K, a small Llama, weights alone are looked at. The data are
-found in `$MPSEARCH_DATA` (default `../shared/data`). `--json FILE` writes the rows as JSON too.
+Every scheme in all layers, scales and all else counted, by round-to-nearest, clip search and coordinate descent: the weights'
+signal to noise ratio, the KL divergence to the float model, and the accuracy or perplexity on data that neither calibration
+(which weighs errors and corrects biases) nor anything else has seen. The data are found in `$MPSEARCH_DATA` (default
+`../shared/data`). `--json FILE` writes the rows as JSON too.
 """
 
 from __future__ import annotations
@@ -17,26 +17,34 @@ from pathlib import Path
 
 import torch
 from bench_resnet20 import DATA, REPORTS, Row, _machine
-from safetensors.torch import load_file
+from torch import nn
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.calibrate import calibrate
 from mpsearch.engine import FLOAT, QuantEngine, load_batches, other_bits
 from mpsearch.fold import fold_batch_norms
 from mpsearch.layer import weight_rows
+from mpsearch.models.llama import stories260k
 from mpsearch.models.resnet import resnet
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.quantizers.clip_search import ClipSearch
+from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.base import QuantScheme
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.outliers import Outliers
+from mpsearch.tasks.base import Task
 from mpsearch.tasks.cifar10 import Cifar10
+from mpsearch.tasks.language import Stories
 from mpsearch.trace import trace_layers
 
-QUANTIZERS: dict[str, Quantizer] = {"round_to_nearest": RoundToNearest(), "clip_search": ClipSearch()}
-N_IMAGES = 2000
+QUANTIZERS: dict[str, Quantizer] = {
+    "round_to_nearest": RoundToNearest(),
+    "clip_search": ClipSearch(),
+    "coordinate_descent": CoordinateDescent(),
+}
+N_IMAGES, N_WINDOWS = 1000, 32
 
 # By the bits of a large layer: what is compared at about the same size.
 SCHEMES: dict[str, dict[str, QuantScheme]] = {
@@ -82,10 +90,8 @@ SCHEMES: dict[str, dict[str, QuantScheme]] = {
 }
 
 
-def build_engines() -> dict[str, QuantEngine]:
+def engines_of(model: nn.Module, task: Task) -> dict[str, QuantEngine]:
     """One for each quantizer, over one model and its data."""
-    task = Cifar10(str(DATA), n_calibration=1000, n_search=100, n_confirm=N_IMAGES, seed=0)
-    model = resnet(20, str(DATA / "resnet20.safetensors")).eval()
     inputs = task.batches("calibration")[0][0]
     fold_batch_norms(model, task.forward, inputs)
     layers = trace_layers(model, task.forward, inputs)
@@ -100,67 +106,56 @@ def build_engines() -> dict[str, QuantEngine]:
     return engines
 
 
+def resnet20() -> dict[str, QuantEngine]:
+    task = Cifar10(str(DATA), n_calibration=1000, n_search=100, n_confirm=N_IMAGES, seed=0)
+    return engines_of(resnet(20, str(DATA / "resnet20.safetensors")).eval(), task)
+
+
+def llama() -> dict[str, QuantEngine]:
+    folder = DATA.parent / "stories260k"
+    task = Stories(str(folder), n_calibration=64, n_search=1, n_confirm=N_WINDOWS, window=256, seed=0)
+    return engines_of(stories260k(folder / "model.safetensors").eval(), task)
+
+
 def decibels(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
     """Signal to noise of (weight, what became of it), all together."""
     signal = sum(weight.double().square().sum().item() for weight, _ in pairs)
     return 10 * math.log10(signal / sum((weight - dense).double().square().sum().item() for weight, dense in pairs))
 
 
-def measure() -> list[Row]:
-    """One row for each scheme and quantizer, ResNet-20's and stories260K's in it."""
-    engines = build_engines()
+def measure(network: str, engines: dict[str, QuantEngine]) -> list[Row]:
+    """The float network, and one row for each scheme and quantizer."""
     space = engines["clip_search"].space
-    llama = {name: w for name, w in load_file(DATA.parent / "stories260k" / "model.safetensors").items() if w.dim() == 2}
-    rows: list[Row] = []
     score = engines["clip_search"].score(FLOAT, "confirm")
-    rows.append({"what": "formats", "case": "float32", "value": 100 * score.quality, "unit": "%", "bits": 32.0, "kl": 0.0})
+    rows: list[Row] = [{"what": network, "case": "float32", "value": score.quality, "unit": "quality", "bits": 32.0}]
     for about, group in SCHEMES.items():
         for name, scheme in group.items():
+            bits = sum(scheme.storage_bits(layer.shape) for layer in space.layers) / space.numel
             for quantizer, engine in engines.items():
                 score = engine.score(space.uniform(name), "confirm")
-                weights = [(weight_rows(engine.model.get_submodule(la.name)).detach(), la.name) for la in space.layers]
-                own = decibels([(weight, engine.quantized(layer, name).dequantize()) for weight, layer in weights])
-                other = decibels([(w, QUANTIZERS[quantizer].quantize(w, scheme).dequantize()) for w in llama.values()])
-                bits = sum(scheme.storage_bits(layer.shape) for layer in space.layers) / space.numel
-                n_llama = sum(w.numel() for w in llama.values())
-                rows.append(
-                    {
-                        "what": "formats",
-                        "case": name,
-                        "about": about,
-                        "quantizer": quantizer,
-                        "value": 100 * score.quality,
-                        "unit": "%",
-                        "low": 100 * score.quality_low,
-                        "high": 100 * score.quality_high,
-                        "bits": bits,
-                        "kl": score.loss,
-                        "decibels": own,
-                        "llama_bits": sum(scheme.storage_bits(tuple(w.shape)) for w in llama.values()) / n_llama,
-                        "llama_decibels": other,
-                    }
-                )
-            print(
-                *(f"{r['case']:16s} {r['quantizer']:16s} {r['value']:.2f} {r['kl']:.4f}" for r in rows[-2:]), sep="\n", flush=True
-            )
+                weights = {la.name: weight_rows(engine.model.get_submodule(la.name)).detach() for la in space.layers}
+                noise = decibels([(w, engine.quantized(layer, name).dequantize()) for layer, w in weights.items()])
+                row: Row = {"what": network, "case": name, "about": about, "quantizer": quantizer, "bits": bits}
+                row |= {"value": score.quality, "unit": "quality", "low": score.quality_low, "high": score.quality_high}
+                rows.append(row | {"kl": score.loss, "decibels": noise})
+                print(f"{name:16s} {quantizer:20s} {score.quality:.4f} {score.loss:.4f} {noise:.1f} dB", flush=True)
     return rows
 
 
-def table(rows: list[Row]) -> list[str]:
-    """A line for each scheme: round-to-nearest / clip search."""
+def table(rows: list[Row], quality: str, percent: bool) -> list[str]:
+    """A line for each scheme: round-to-nearest / clip search / coordinate descent."""
+    times, digits = (100, 2) if percent else (1, 3)
     lines = [
-        "| about | scheme | bits | dB | KL, nats | accuracy, % (95 %, clip search) | stories260K bits | dB |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        f"| | float32 | 32.00 | | 0 | {rows[0]['value']:.2f} | | |",
+        f"| about | scheme | bits | dB | KL, nats | {quality} (95 % of the last) |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+        f"| | float32 | 32.00 | | 0 | {times * rows[0]['value']:.{digits}f} |",
     ]
-    schemes = [row for row in rows if "about" in row]
-    for nearest, clip in zip(schemes[::2], schemes[1::2], strict=True):
-        lines.append(
-            f"| {clip['about']} | {clip['case']} | {clip['bits']:.2f} | {nearest['decibels']:.1f} / {clip['decibels']:.1f} | "
-            f"{nearest['kl']:.3g} / {clip['kl']:.3g} | {nearest['value']:.2f} / {clip['value']:.2f} "
-            f"({clip['low']:.2f} to {clip['high']:.2f}) | {clip['llama_bits']:.2f} | "
-            f"{nearest['llama_decibels']:.1f} / {clip['llama_decibels']:.1f} |"
-        )
+    for alike in zip(*(rows[1 + i :: len(QUANTIZERS)] for i in range(len(QUANTIZERS))), strict=True):
+        last = alike[-1]
+        noise, loss = (" / ".join(format(row[key], form) for row in alike) for key, form in (("decibels", ".1f"), ("kl", ".3g")))
+        scores = " / ".join(f"{times * row['value']:.{digits}f}" for row in alike)
+        interval = f"{times * last['low']:.{digits}f} to {times * last['high']:.{digits}f}"
+        lines.append(f"| {last['about']} | {last['case']} | {last['bits']:.2f} | {noise} | {loss} | {scores} ({interval}) |")
     return lines
 
 
@@ -170,17 +165,28 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = measure()
-    rows.append(_machine())
+    found = measure("resnet20", resnet20())
+    stories = measure("stories260k", llama())
+    rows = [*found, *stories, _machine()]
     notes = [
-        f"ResNet-20, every layer in one scheme, on {N_IMAGES:,} test images; intervals are paired with the float model.",
-        "Bits count scales, zero points, outliers and padding; rows are short here (27 to 576 columns), so that groups of 64",
-        "and blocks of 32 end ragged. Each cell: round-to-nearest / clip search. dB: signal to noise ratio of the weights, all",
-        "weighing alike; on ResNet-20 the search weighs errors by the inputs' second moments instead.",
+        "Every layer in one scheme. Each cell: round-to-nearest / clip search / coordinate descent. Bits count scales, zero",
+        "points, outliers and padding; rows are short (27 to 576 columns), so that groups of 64 and blocks of 32 end ragged.",
+        "dB: signal to noise ratio of the weights, all weighing alike; what the searches make least are errors weighted by the",
+        "inputs' second moments, or of the layer's output. Intervals are paired with the float model.",
         "",
         str(rows[-1]["case"]),
     ]
-    text = "\n".join(["# bench_formats", "", *table(rows), "", *notes]) + "\n"
+    lines = [
+        "# bench_formats",
+        "",
+        f"ResNet-20 on {N_IMAGES:,} CIFAR-10 test images:",
+        "",
+        *table(found, "accuracy, %", True),
+        "",
+    ]
+    lines += [f"stories260K on {N_WINDOWS} windows of 256 tokens, its tied embedding and head among the layers:", ""]
+    lines += [*table(stories, "perplexity", False), ""]
+    text = "\n".join([*lines, *notes]) + "\n"
     print(text)
     folder = REPORTS / "bench_formats"
     folder.mkdir(parents=True, exist_ok=True)
