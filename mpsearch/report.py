@@ -181,12 +181,14 @@ def _page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | No
     q, space, identity = result.quality_name, result.space, result.identity
     tried = result.on("search")
     n_trials = sum(e.trial is not None for e in result.evaluations)
+    n_stopped = sum(e.stopped for e in result.evaluations)
+    early = f" whole and {n_stopped} in part" if n_stopped else ""
     front = result.front
     lines = [
         f"# {identity.get('model_name', 'Model')} on {identity.get('task_name', 'its task')}",
         "",
         f"{len(space.groups)} layers or groups, {len(space.schemes)} schemes: 10^{space.log10_combinations:.1f} allocations. "
-        f"{n_trials} trials measured {len(tried)} different ones; {len(front)} of them make the front.",
+        f"{n_trials} trials measured {len(tried)} different ones{early}; {len(front)} of them make the front.",
         *[f"{split.capitalize()} data: {what}." for split, what in identity.get("data", {}).items()],
         "The splits are disjoint: the front was chosen on the search split alone, and is only reported on the confirm split.",
         "",
