@@ -66,8 +66,8 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
         f"epoch {trained.epoch} of {training.epochs} is kept: KL on search {trained.losses[0]:.4g} -> {min(trained.losses):.4g}"
     )
     print(
-        f"{result.quality.label} on confirm: {was} -> {result.quality.text(found[-1].quality)}, a gain of {gain} a sample (paired "
-        f"95 %), in {trained.seconds:.0f} s of training"
+        f"{result.quality.label} on confirm: {was} -> {result.quality.text(found[-1].quality)}, a gain of {gain} a sample "
+        f"(paired 95 %), in {trained.seconds:.0f} s of training"
     )
     paths(folder, page, "pareto.png")
     print(f"export it: mpsearch export run={relative(folder)} pick.max_bytes={picked.size_bytes} finetuned=true")
