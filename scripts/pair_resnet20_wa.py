@@ -12,29 +12,40 @@ from __future__ import annotations
 import json
 
 import torch
-from bench_resnet20 import DATA, REPORTS, Row, _machine
+from bench_resnet20 import REPORTS, Row, _machine
+from hydra import compose, initialize_config_module
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
-from mpsearch.calibrate import calibrate
-from mpsearch.engine import QuantEngine, load_batches, paired_interval
-from mpsearch.fold import fold_batch_norms
-from mpsearch.models.resnet import resnet
+from mpsearch.commands.prepare import prepare
+from mpsearch.engine import QuantEngine, paired_interval
 from mpsearch.packed import packed
-from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.result import SearchResult
-from mpsearch.tasks.cifar10 import Cifar10
 
 FOLDER = REPORTS / "resnet20_cifar10_wa"
 UNIFORM = ("w4a4", "w4a6", "w4a8", "w6a8", "w8a8")
 
 
+def engine_of_the_run() -> QuantEngine:
+    """As `mpsearch search` sets it up: other last bits of a Hessian would round some weights otherwise."""
+    with initialize_config_module("mpsearch.conf", version_base="1.3"):
+        settings = OmegaConf.to_container(compose("search", overrides=["experiment=resnet20_cifar10_wa"]), resolve=True)
+    assert isinstance(settings, dict)
+
+    def build(key: str) -> object:
+        node: dict = settings
+        for part in key.split(".", 1):
+            node = node[part]
+        return instantiate(node, _convert_="object")
+
+    return prepare(settings, build).engine(settings)
+
+
 def compared() -> list[Row]:
     """A row for each uniform allocation: accuracy of both, and the paired difference with its 95 % interval, in points."""
     result = SearchResult.load(FOLDER)
-    task = Cifar10(str(DATA), n_calibration=1000, n_search=500)
-    model = resnet(20, str(DATA / "resnet20.safetensors")).eval()
-    fold_batch_norms(model, task.forward, task.batches("calibration")[0][0])
-    moments = calibrate(model, task, result.space.layers, load_batches(task, "calibration", "cpu"))
-    engine = QuantEngine(model, task, result.space, dict.fromkeys(result.space.schemes, CoordinateDescent()), moments)
+    engine = engine_of_the_run()
+    engine.float_logits("confirm")  # while nothing is swapped in
     rows: list[Row] = []
     for scheme, uniform in result.uniform:
         if scheme not in UNIFORM:
