@@ -19,7 +19,7 @@ from mpsearch.evaluation import Evaluation, Stop
 FEWEST = 8  # whole evaluations that an interval needs
 NEAREST = 24  # in loss, to the front's, that it is taken from
 WIDTH = 2.0  # standard deviations: one trial in forty is stopped that would have reached the front
-FLOOR = 1e-9  # nats
+LOSS_FLOOR = 1e-9  # nats: below it float rounding is all there is
 
 
 def rungs(shares: Sequence[float], n_batches: int) -> list[int]:
@@ -34,13 +34,13 @@ def stops(batches: Sequence[int], told: Sequence[Evaluation], column: str, cost:
     """What a trial of this `cost` may lose at most after each of `batches`, given the trials `told` so far."""
     whole = [e for e in told if len(e.rung_losses) == len(batches) and not e.stopped and 0 < e.loss < np.inf]
     front = min((e.loss for e in told if e.feasible and not e.stopped and e.cost(column) <= cost), default=np.inf)
-    if len(whole) < FEWEST or not np.isfinite(front) or front <= FLOOR:
+    if len(whole) < FEWEST or not np.isfinite(front) or front <= LOSS_FLOOR:
         return [(n, np.inf) for n in batches]
     level = np.log(front)
     near = sorted(whole, key=lambda e: abs(np.log(e.loss) - level))[:NEAREST]
     found: list[Stop] = []
     for i, n in enumerate(batches):
-        rest = np.log([e.loss / max(e.rung_losses[i], FLOOR) for e in near])
+        rest = np.log([e.loss / max(e.rung_losses[i], LOSS_FLOOR) for e in near])
         wide = WIDTH * rest.std(ddof=1) * np.sqrt(1 + 1 / len(rest))
         found.append((n, float(np.exp(level - rest.mean() + wide))))
     return found

@@ -24,7 +24,7 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation, Score, SensitivityTable, Stop
 from mpsearch.executors.base import Executor
 from mpsearch.executors.in_process import InProcess
-from mpsearch.fidelity import rungs, stops
+from mpsearch.fidelity import LOSS_FLOOR, rungs, stops
 from mpsearch.hardware import model_latency
 from mpsearch.knapsack import front, repair
 from mpsearch.packed import packed
@@ -34,8 +34,6 @@ from mpsearch.samplers.proposer import RUNG_LOSSES, Proposer
 from mpsearch.samplers.repaired import Repaired
 from mpsearch.trace import first_samples
 
-# Losses are told in log10, where a front is a line and not a wall; below this floor (nats) float rounding is all there is.
-LOSS_FLOOR = 1e-9
 LATENCY_SECONDS = 0.1  # spent on timing each confirmed point
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -309,7 +307,7 @@ def _cost(evaluate: Evaluator, allocation: Allocation, objective: CostTable | No
 
 
 def _values(evaluation: Evaluation, column: str) -> tuple[float, float]:
-    """What a study is told."""
+    """What a study is told: losses in log10, where a front is a line and not a wall."""
     return float(np.log10(max(evaluation.loss, LOSS_FLOOR))), evaluation.cost(column)
 
 

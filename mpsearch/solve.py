@@ -17,8 +17,9 @@ from mpsearch.budget import Budget, narrowed
 from mpsearch.costs.base import CostTable
 from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation, SensitivityTable
+from mpsearch.fidelity import LOSS_FLOOR
 from mpsearch.pareto import nearest_front
-from mpsearch.search import LOSS_FLOOR, Evaluator
+from mpsearch.search import Evaluator
 from mpsearch.surrogate import Surrogate
 
 FEWEST = 8  # evaluations that a surrogate is fitted to

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mpsearch.budget import read_budgets
+from mpsearch.commands.hardware import costs_of_run
 from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
 from mpsearch.commands.show import paths, relative, summary
-from mpsearch.costs.latency import LatencyMs
 from mpsearch.engine import paired_interval
 from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation
@@ -30,10 +30,7 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
     result = SearchResult.load(folder, build_schemes(settings, build))
     picked = pick(result, **settings["pick"])
     allocation, space, quality = picked.allocation, result.space, result.quality_name
-    costs = {name: build(f"cost.{name}") for name in settings["cost"]}
-    latency = costs.get(LatencyMs.name)
-    if isinstance(latency, LatencyMs) and latency.path is None and (folder / "latency.csv").exists():
-        costs[latency.name] = latency = replace(latency, path=str(folder / "latency.csv"))
+    costs, batch_size = costs_of_run(settings, build, folder)
     tables = [cost.table(space) for cost in costs.values() if cost.column in result.costs]
     prepared = prepare(settings, build)
     run = RunFolder(folder)
@@ -49,7 +46,6 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
             run.append("evaluations", evaluation_row(found[-1], space, quality, result.costs))
 
         budgets = read_budgets(result.budgets, costs, space)
-        batch_size = latency.batch_size if isinstance(latency, LatencyMs) else 1
         before = Evaluator(engine, budgets, latency_batch_size=batch_size)
         after = Evaluator(trained.engine, budgets, record, (), tables, batch_size)
         for split in SCORED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.table import Table
@@ -10,7 +11,8 @@ from rich.table import Table
 from mpsearch.allocation import SearchSpace
 from mpsearch.commands.prepare import Build, Prepared, Settings, prepare
 from mpsearch.commands.show import paths, stdout
-from mpsearch.costs.latency import FLOAT, REST, Latency, read_latency, write_latency
+from mpsearch.costs.base import Cost
+from mpsearch.costs.latency import FLOAT, REST, Latency, LatencyMs, read_latency, write_latency
 from mpsearch.errors import InputError
 from mpsearch.hardware import facts, measure_latency, self_test
 from mpsearch.report import draw_latency
@@ -57,6 +59,17 @@ def latency_table(prepared: Prepared, batch_size: int, folder: Path, seconds: fl
         rows = measure_latency(prepared.model, prepared.task.forward, prepared.space, prepared.quantizers, inputs, seconds)
         write_latency(path, rows)
     return path
+
+
+def costs_of_run(settings: Settings, build: Build, folder: Path) -> tuple[dict[str, Cost], int]:
+    """The costs of a finished run by name, latencies as its folder has them; and the samples of a timed forward pass."""
+    costs: dict[str, Cost] = {name: build(f"cost.{name}") for name in settings["cost"]}
+    latency = costs.get(LatencyMs.name)
+    if not isinstance(latency, LatencyMs):
+        return costs, 1
+    if latency.path is None and (folder / "latency.csv").exists():
+        costs[latency.name] = replace(latency, path=str(folder / "latency.csv"))
+    return costs, latency.batch_size
 
 
 def _kernel_table(space: SearchSpace, rows: Sequence[Latency]) -> Table:

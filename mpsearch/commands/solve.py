@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from mpsearch.budget import read_budgets
+from mpsearch.commands.hardware import costs_of_run
 from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
 from mpsearch.commands.show import paths, relative, summary
 from mpsearch.confirm import confirm
 from mpsearch.costs.activation_bytes import ActivationBytes
-from mpsearch.costs.latency import LatencyMs
 from mpsearch.costs.size import Bytes
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
@@ -35,10 +35,7 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
     space, quality = result.space, result.quality_name
     if not result.front:
         raise InputError(f"The run has no front to start from yet. Let it go on: mpsearch search run={relative(folder)}.")
-    costs = {name: build(f"cost.{name}") for name in settings["cost"]}
-    latency = costs.get(LatencyMs.name)
-    if isinstance(latency, LatencyMs) and latency.path is None and (folder / "latency.csv").exists():
-        costs[latency.name] = latency = replace(latency, path=str(folder / "latency.csv"))
+    costs, batch_size = costs_of_run(settings, build, folder)
     budgets = read_budgets({**result.budgets, **asked}, costs, space)
     own = read_budgets(result.budgets, costs, space)
     start = time.perf_counter()
@@ -59,7 +56,6 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
         def record(evaluation: Evaluation) -> None:
             run.append("evaluations", evaluation_row(evaluation, space, quality, result.costs))
 
-        batch_size = latency.batch_size if isinstance(latency, LatencyMs) else 1
         evaluate = Evaluator(prepared.engine(settings), own, record, result.evaluations, tables, batch_size)
         if max_drop is None:
             picked = best_within(evaluate, result.sensitivity, budgets)

@@ -7,6 +7,8 @@ search tells its trials in the order in which it proposed them, so that every ex
 
 from __future__ import annotations
 
+import contextlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -17,6 +19,7 @@ import torch
 from mpsearch.allocation import Allocation
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score, Stop
+from mpsearch.progress import quiet
 
 
 class Scorer(Protocol):
@@ -58,6 +61,13 @@ class Executor(ABC):
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def made_in_worker(make: Make, threads: int | None) -> Scorer:
+    """A worker's own engine; what building it says is not its user's to read."""
+    set_threads(threads)
+    with quiet(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return make()
 
 
 def set_threads(threads: int | None) -> None:

@@ -7,8 +7,6 @@ process has them. A worker that is lost is Dask's to replace: its work is done a
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 import uuid
 from collections.abc import Sequence
@@ -18,7 +16,7 @@ from typing import Any
 from mpsearch.allocation import Allocation
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score, Stop
-from mpsearch.executors.base import Executor, Make, Scorer, set_threads
+from mpsearch.executors.base import Executor, Make, Scorer, made_in_worker
 from mpsearch.progress import quiet
 
 RETRIES = 3  # deaths of workers that one evaluation may see
@@ -93,7 +91,5 @@ def _score(run: str, make: Make, threads: int | None, allocation: Allocation, st
     with _lock, quiet():
         if run not in _scorers:
             _scorers.clear()
-            set_threads(threads)
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                _scorers[run] = make()
+            _scorers[run] = made_in_worker(make, threads)
         return _scorers[run].score(allocation, "search", stops)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -15,7 +14,7 @@ from multiprocessing.process import parent_process
 from mpsearch.allocation import Allocation
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score, Stop
-from mpsearch.executors.base import Executor, Make, Scorer, at_least_one, set_threads
+from mpsearch.executors.base import Executor, Make, Scorer, at_least_one, made_in_worker
 from mpsearch.progress import quiet
 
 MOST_DEATHS = 3  # in a row, with nothing done between them: then it is the work that kills
@@ -103,10 +102,8 @@ def _begin(make: Make, threads: int | None) -> None:
     """In a worker: build its engine; leave the interrupt to the parent, and end where the parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    set_threads(threads)
     global _scorer
-    with quiet(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        _scorer = make()
+    _scorer = made_in_worker(make, threads)
 
 
 def _end_with_parent() -> None:

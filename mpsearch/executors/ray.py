@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from mpsearch.allocation import Allocation
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score, Stop
-from mpsearch.executors.base import Executor, Make, Scorer, at_least_one, set_threads
+from mpsearch.executors.base import Executor, Make, Scorer, at_least_one, made_in_worker
 from mpsearch.progress import quiet
 
 
@@ -60,9 +58,7 @@ class _Worker:
     """In an actor: an engine, built when it starts."""
 
     def __init__(self, make: Make, threads: int | None) -> None:
-        set_threads(threads)
-        with quiet(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            self._scorer: Scorer = make()
+        self._scorer = made_in_worker(make, threads)
 
     def score(self, allocation: Allocation, stops: tuple[Stop, ...]) -> Score:
         """The allocation's score on the search split."""
