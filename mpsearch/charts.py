@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,19 +32,53 @@ def pareto(
     *,
     quality: Quality,
     float_quality: Mapping[str, float],
-    limits: Mapping[str, float],
+    limits: Sequence[Mapping[str, float]],
     trained: pd.DataFrame,
-    objective: str = "size_bytes",
+    objectives: Sequence[str] = ("size_bytes",),
     picked: str | None = None,
 ) -> None:
     """`pareto.png` and `.svg`: loss and quality against cost, both splits, uniform allocations, budgets, float, the pick.
 
     `front` and `uniform` have the columns of `front.csv`, `uniform` also `scheme`; `evaluations` those of `evaluations.csv`;
-    `trained` is `report.trained_table`'s; `objective` is the column of the cost, `picked` the allocation (JSON) to mark.
-    Where forward passes were timed, a third panel shows quality against their time.
+    `trained` is `report.trained_table`'s; `objectives` are the columns of one or two costs, a row of panels for each, and
+    `limits` the positions of the budgets on their axes; `picked` is the allocation (JSON) to mark. Where forward passes were
+    timed, a third panel shows quality against their time.
     """
     timed = not pd.concat([front, uniform]).query("split == 'confirm'").measured_ms.dropna().empty
-    figure, (left, right, *beside) = plt.subplots(1, 2 + timed, figsize=(19 if timed else 13, 5.4), layout="constrained")
+    rows = len(objectives)
+    figure, panels = plt.subplots(rows, 2 + timed, figsize=(19 if timed else 13, 5.4 * rows), layout="constrained", squeeze=False)
+    for row, objective, at in zip(panels, objectives, limits, strict=True):
+        other = next((column for column in objectives if column != objective), None)
+        _against_cost(row[0], row[1], front, uniform, evaluations, trained, quality, objective, other, at, picked)
+        for split, value in float_quality.items():
+            color = CONFIRM if split == "confirm" else SEARCH
+            label = f"float model, {split} split: {quality.text(value)}"
+            row[1].axhline(quality.scale * value, color=color, lw=1, ls="-.", alpha=0.8, label=label)
+        _zoom(row[1], front, quality, float_quality)
+        row[0].legend(fontsize=9)
+        row[1].legend(fontsize=9, loc="lower right" if quality.sign > 0 else "upper right")
+    if timed:
+        _against_time(panels[0, 2], front, uniform, evaluations, quality, picked)
+        panels[0, 2].set_ylim(panels[0, 1].get_ylim())
+        for spare in panels[1:, 2]:
+            spare.set_axis_off()
+    _save(figure, folder, "pareto", svg=True)
+
+
+def _against_cost(
+    left: Axes,
+    right: Axes,
+    front: pd.DataFrame,
+    uniform: pd.DataFrame,
+    evaluations: pd.DataFrame,
+    trained: pd.DataFrame,
+    quality: Quality,
+    objective: str,
+    other: str | None,
+    limits: Mapping[str, float],
+    picked: str | None,
+) -> None:
+    """Loss (left) and quality (right) against one cost. Where there is an `other`, the front is no line: its colour tells it."""
     scale, label = _axis(objective, front[objective].max())
     tried = evaluations[(evaluations.split == "search") & ~evaluations.origin.isin(["float", "finetuned"])]
     left.scatter(
@@ -55,8 +89,9 @@ def pareto(
         if points.empty:
             continue
         face = color if fill else "white"
-        style = {"color": color, "marker": marker, "ms": 4.5, "mfc": face, "lw": 1.3}
-        left.plot(points[objective] / scale, _floor(points.loss), label=f"front, {split} split", **style)
+        style: dict[str, Any] = {"color": color, "marker": marker, "ms": 4.5, "mfc": face, "lw": 0.0 if other else 1.3}
+        if other is None or split != "search":
+            left.plot(points[objective] / scale, _floor(points.loss), label=f"front, {split} split", **style)
         value = points[quality.name]
         low, high = value - points[f"{quality.name}_low"], points[f"{quality.name}_high"] - value
         right.errorbar(
@@ -69,10 +104,25 @@ def pareto(
             label=f"front, {split} split",
             **style,
         )
+    if other is not None:
+        points = front[front.split == "search"]
+        by, unit = _axis(other, front[other].max())
+        shades = left.scatter(
+            points[objective] / scale,
+            _floor(points.loss),
+            c=points[other] / by,
+            s=34,
+            cmap="viridis",
+            zorder=4,
+            label="front, search split",
+        )
+        left.figure.colorbar(shades, ax=left, label=unit, pad=0.01)
     shown = "confirm" if (uniform.split == "confirm").any() else "search"
     points = uniform[uniform.split == shown]
     for axes, y in ((left, _floor(points.loss)), (right, quality.scale * points[quality.name])):
-        axes.plot(points[objective] / scale, y, "s--", color=UNIFORM, ms=6, lw=0.8, label=f"uniform, {shown} split")
+        axes.plot(
+            points[objective] / scale, y, "s" if other else "s--", color=UNIFORM, ms=6, lw=0.8, label=f"uniform, {shown} split"
+        )
         for x, value, name in zip(points[objective] / scale, y, points.scheme, strict=True):
             axes.annotate(name, (x, value), xytext=(5, 5), textcoords="offset points", color=UNIFORM, fontsize=9)
         for name, limit in limits.items():
@@ -82,20 +132,9 @@ def pareto(
         axes.grid(alpha=0.25)
     _mark_trained(left, right, trained, quality, objective, scale)
     _mark_pick(left, right, front, picked, quality, objective, scale)
-    for split, value in float_quality.items():
-        color = CONFIRM if split == "confirm" else SEARCH
-        label = f"float model, {split} split: {quality.text(value)}"
-        right.axhline(quality.scale * value, color=color, lw=1, ls="-.", alpha=0.8, label=label)
     left.set(yscale="log", ylabel="loss: KL to the float model (nats)", title="Loss against cost (lower left is better)")
     better = "" if quality.sign > 0 else " (lower is better)"
     right.set(ylabel=f"{quality.label}, 95 % interval paired with float", title=f"{_title(quality)} against cost{better}")
-    _zoom(right, front, quality, float_quality)
-    if timed:
-        _against_time(beside[0], front, uniform, evaluations, quality, picked)
-        beside[0].set_ylim(right.get_ylim())
-    left.legend(fontsize=9)
-    right.legend(fontsize=9, loc="lower right" if quality.sign > 0 else "upper right")
-    _save(figure, folder, "pareto", svg=True)
 
 
 def layers(bits: pd.DataFrame, schemes: pd.DataFrame, folder: Path, picked: int | None = None) -> None:

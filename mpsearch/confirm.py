@@ -61,10 +61,9 @@ def _compare(
     points: Sequence[Evaluation],
     result: SearchResult,
 ) -> Confirmed:
-    objective, quality = result.objective, result.quality
-    limit = point.cost(objective)
-    rivals = [e for e in points if e.cost(objective) <= limit and e.loss < point.loss and e.feasible]
-    rival = min(rivals, key=lambda e: e.cost(objective), default=None)
+    quality = result.quality
+    rivals = [e for e in points if e.no_dearer(point, result.objectives) and e.loss < point.loss and e.feasible]
+    rival = min(rivals, key=lambda e: e.cost(result.objectives[0]), default=None)
     surely = False
     if rival is not None:
         ours, theirs = (evaluate.qualities(e.allocation) for e in (point, rival))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -79,6 +79,10 @@ class Evaluation:
     def cost(self, column: str) -> float:
         """A cost by its column: "size_bytes", "average_bits", "fraction", or one of `costs`."""
         return self.costs[column] if column in self.costs else getattr(self, column)
+
+    def no_dearer(self, other: Evaluation, columns: Sequence[str]) -> bool:
+        """Whether it costs at most what the other does, by each of these columns."""
+        return all(self.cost(column) <= other.cost(column) for column in columns)
 
     def drop_from(self, baseline: Evaluation, quality: Quality) -> tuple[float, float, float]:
         """(drop, its low, its high): how much worse than the baseline this one is, with the paired 95 % interval."""

@@ -9,7 +9,7 @@ races"); rungs are those of successive halving (Jamieson and Talwalkar 2016).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -30,10 +30,11 @@ def rungs(shares: Sequence[float], n_batches: int) -> list[int]:
     return sorted({max(1, round(share * n_batches)) for share in shares} - {n_batches})
 
 
-def stops(batches: Sequence[int], told: Sequence[Evaluation], column: str, cost: float) -> list[Stop]:
-    """What a trial of this `cost` may lose at most after each of `batches`, given the trials `told` so far."""
+def stops(batches: Sequence[int], told: Sequence[Evaluation], costs: Mapping[str, float]) -> list[Stop]:
+    """What a trial of these `costs` (by column) may lose at most after each of `batches`, given the trials `told` so far."""
     whole = [e for e in told if len(e.rung_losses) == len(batches) and not e.stopped and 0 < e.loss < np.inf]
-    front = min((e.loss for e in told if e.feasible and not e.stopped and e.cost(column) <= cost), default=np.inf)
+    no_dearer = (e for e in told if e.feasible and not e.stopped and all(e.cost(name) <= cost for name, cost in costs.items()))
+    front = min((e.loss for e in no_dearer), default=np.inf)
     if len(whole) < FEWEST or not np.isfinite(front) or front <= LOSS_FLOOR:
         return [(n, np.inf) for n in batches]
     level = np.log(front)

@@ -7,7 +7,7 @@ attribute, a letter a group, as in `evaluations.csv`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import optuna
 
@@ -22,13 +22,13 @@ class Mirror:
     It is called with each trial that is told, in their order; those that a former process wrote are left as they are.
     """
 
-    def __init__(self, url: str, name: str, space: SearchSpace, column: str) -> None:
-        self.space, self.column = space, column
+    def __init__(self, url: str, name: str, space: SearchSpace, columns: Sequence[str]) -> None:
+        self.space = space
         try:
             self._study = optuna.create_study(
-                storage=url, study_name=name, directions=["minimize", "minimize"], load_if_exists=True
+                storage=url, study_name=name, directions=["minimize"] * (1 + len(columns)), load_if_exists=True
             )
-            self._study.set_metric_names(["log10 loss", column])
+            self._study.set_metric_names(["log10 loss", *columns])
             self._written = len(self._study.get_trials(deepcopy=False))
         except Exception as error:  # of whichever database it is
             what = " ".join(str(error).split())[:200]

@@ -33,7 +33,8 @@ def pick(
     if not front:
         raise InputError("The run has no point to pick yet. Let the search go on: mpsearch search run=<folder>.")
     if all(limit is None for limit in (max_bytes, bits, max_ms, min_accuracy, max_perplexity)):
-        return front[knee(np.array([e.cost(result.objective) for e in front]), np.array([e.loss for e in front]))]
+        costs = np.array([[e.cost(column) for column in result.objectives] for e in front])
+        return front[knee((costs / np.maximum(np.ptp(costs, axis=0), 1e-300)).sum(1), np.array([e.loss for e in front]))]
     confirmed = result.on("confirm")
     if max_bytes is not None:
         front = _within(front, [e.size_bytes for e in front], parse_bytes(max_bytes), "bytes")
@@ -53,7 +54,7 @@ def pick(
     if unasked is not None:
         raise InputError(f"The quality of this run is {quality.name}: give pick.{asked}, not pick.{other}.")
     if limit is None:
-        return front[-1]
+        return min(front, key=lambda e: e.loss)
     wanted = _number(asked, limit)
     all_confirmed = all(e.allocation in confirmed for e in front)  # else the splits would be mixed
     qualities = [(confirmed[e.allocation] if all_confirmed else e).quality for e in front]

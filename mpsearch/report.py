@@ -46,9 +46,9 @@ def write_report(result: SearchResult, folder: Path, picked: Evaluation, confirm
         folder,
         quality=result.quality,
         float_quality={split: baseline.quality for split, baseline in result.baselines.items()},
-        limits=_limits(result),
+        limits=[_limits(result, column) for column in result.objectives],
         trained=trained_table(result),
-        objective=result.objective,
+        objectives=result.objectives,
         picked=picked.allocation.to_json(),
     )
     shown = _thin(result.front, picked)
@@ -170,7 +170,7 @@ def summary_header(quality: Quality) -> tuple[str, ...]:
 def run_hypervolume(result: SearchResult) -> float | None:
     """Hypervolume (`pareto.hypervolume`) of a front of sizes; `None` where fewer than two uniform allocations were measured."""
     uniform = result.uniform
-    if len(uniform) < 2 or not result.front or not np.isfinite(uniform[0][1].loss) or result.objective != "size_bytes":
+    if len(uniform) < 2 or not result.front or not np.isfinite(uniform[0][1].loss) or list(result.objectives) != ["size_bytes"]:
         return None
     reference_bits, reference_kl = uniform[-1][1].average_bits, uniform[0][1].loss
     front = result.front
@@ -234,11 +234,10 @@ def _findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame 
         f"{100 * picked.fraction:.1f} % of the float32 model."
     ]
     for scheme, uniform in result.uniform:
-        limit = uniform.cost(result.objective)
-        better = [e for e in result.front if e.cost(result.objective) <= limit and e.loss < uniform.loss]
+        better = [e.loss for e in result.front if e.no_dearer(uniform, result.objectives) and e.loss < uniform.loss]
         if better:
             said.append(
-                f"- Uniform {scheme} is dominated: at no more {_unit(result)} the front has a loss of {better[-1].loss:.3g} "
+                f"- Uniform {scheme} is dominated: at no more {_unit(result)} the front has a loss of {min(better):.3g} "
                 f"instead of {uniform.loss:.3g}."
             )
     volume = run_hypervolume(result)
@@ -362,8 +361,8 @@ def _thin(front: list[Evaluation], picked: Evaluation) -> list[Evaluation]:
     return [e for i, e in enumerate(front) if i in keep or e.allocation == picked.allocation]
 
 
-def _limits(result: SearchResult) -> Mapping[str, float]:
-    """Budgets as positions on the axis of the objective: those on it, and on size in any unit where that is the objective."""
+def _limits(result: SearchResult, objective: str) -> Mapping[str, float]:
+    """Budgets as positions on the axis of an objective: those on it, and on size in any unit where that is the objective."""
     space, limits = result.space, {}
     whole = space.size_bits()
     for name, limit in result.budgets.items():
@@ -372,7 +371,7 @@ def _limits(result: SearchResult) -> Mapping[str, float]:
             "bits": (limit * space.numel + space.other_bits) / 8,
             "fraction": limit * whole / 8,
         }
-        at = to_bytes.get(name) if result.objective == "size_bytes" else limit if name == result.objective else None
+        at = to_bytes.get(name) if objective == "size_bytes" else limit if name == objective else None
         if at is not None:
             limits[f"budget.{name} = {limit:,.10g}"] = at
     return limits
@@ -380,7 +379,7 @@ def _limits(result: SearchResult) -> Mapping[str, float]:
 
 def _unit(result: SearchResult) -> str:
     known = {"size_bytes": "bytes", "latency_ms": "milliseconds (predicted)"}
-    return known.get(result.objective, result.objective.replace("_", " "))
+    return " and ".join(known.get(column, column.replace("_", " ")) for column in result.objectives)
 
 
 def _read_confirm(folder: Path) -> pd.DataFrame | None:

@@ -189,7 +189,7 @@ def evaluation_row(evaluation: Evaluation, space: SearchSpace, quality_name: str
 class SearchResult:
     """What a run found. `evaluations` holds every split; `budgets` are the limits by cost.
 
-    `objective` is the column of the cost that the front weighs against the loss, `costs` the columns beside the size.
+    `objectives` are the columns of the one or two costs that the front weighs against the loss, `costs` those beside the size.
     """
 
     space: SearchSpace
@@ -198,7 +198,7 @@ class SearchResult:
     sensitivity: SensitivityTable
     budgets: Mapping[str, float] = field(default_factory=dict)
     identity: Mapping[str, Any] = field(default_factory=dict)
-    objective: str = "size_bytes"
+    objectives: Sequence[str] = ("size_bytes",)
     costs: Sequence[str] = ()
 
     @classmethod
@@ -216,11 +216,11 @@ class SearchResult:
                 f"Go on with: mpsearch search run={run.path}."
             )
         values = np.array([[known.get((g, s), np.inf) for s in space.scheme_names] for g in space.names])
-        costs, objective = identity.get("costs", []), identity.get("objective", "size_bytes")
+        costs, objectives = identity.get("costs", []), identity.get("objectives", ["size_bytes"])
         evaluations = run.read_evaluations(space, identity["quality_name"], costs)
         table = SensitivityTable(metric, unit, values, space)
         budgets = identity.get("budgets", {})
-        return cls(space, identity["quality_name"], evaluations, table, budgets, identity, objective, costs)
+        return cls(space, identity["quality_name"], evaluations, table, budgets, identity, objectives, costs)
 
     @property
     def quality(self) -> Quality:
@@ -250,10 +250,12 @@ class SearchResult:
 
     @cached_property
     def front(self) -> list[Evaluation]:
-        """The non-dominated feasible evaluations on the search split (objective, loss), cheapest first."""
+        """The non-dominated feasible evaluations on the search split (costs, loss), cheapest by the first objective first."""
         measured = [e for e in self.on("search").values() if e.feasible and np.isfinite(e.loss)]
-        keep = non_dominated(np.array([[e.cost(self.objective), e.loss] for e in measured]).reshape(-1, 2))
-        return sorted((e for e, kept in zip(measured, keep, strict=True) if kept), key=lambda e: e.cost(self.objective))
+        points = [[*(e.cost(column) for column in self.objectives), e.loss] for e in measured]
+        keep = non_dominated(np.array(points).reshape(-1, 1 + len(self.objectives)))
+        found = (e for e, kept in zip(measured, keep, strict=True) if kept)
+        return sorted(found, key=lambda e: [e.cost(column) for column in self.objectives])
 
     @property
     def uniform(self) -> list[tuple[str, Evaluation]]:

@@ -7,6 +7,7 @@ again from the same seed, in order), with recorded allocations looked up instead
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -18,7 +19,8 @@ import optuna
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.budget import Budget, narrowed
-from mpsearch.costs.base import CostTable
+from mpsearch.costs.base import CostTable, mixed
+from mpsearch.costs.size import Bytes
 from mpsearch.engine import FLOAT, QuantEngine
 from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation, Score, SensitivityTable, Stop
@@ -203,16 +205,17 @@ def search(
     n_trials: int,
     n_seeds: int = 20,
     max_seconds: float | None = None,
-    objective: CostTable | None = None,
+    objectives: Sequence[CostTable] = (),
     in_flight: int = 1,
     rung_shares: Sequence[float] = (),
     finished: Callable[[optuna.trial.FrozenTrial, Evaluation], None] = lambda trial, evaluation: None,
 ) -> list[Evaluation]:
     """Measure the float model and the uniform allocations, then run `n_trials` trials; returns all evaluations.
 
-    `objective` is the cost that the study weighs against the loss, `None` the size. The study begins with the uniform
-    allocations within the budgets and `n_seeds` exact knapsack solutions along the front; then `sampler` goes on from there (one
-    of Optuna's is wrapped so that its proposals stay within the budgets).
+    `objectives` are the one or two costs that the study weighs against the loss, the size where there is none. The study begins
+    with the uniform allocations within the budgets and `n_seeds` exact knapsack solutions along the front (where there are two
+    costs: of each, and of both in equal parts); then `sampler` goes on from there (one of Optuna's is wrapped so that its
+    proposals stay within the budgets).
 
     `in_flight` trials are proposed before the first of them is told, and they are told in the order proposed, whatever the order
     in which they are done: the trials depend on this number, but not on how many workers there are. After `rung_shares` of the
@@ -220,7 +223,8 @@ def search(
     """
     space, budgets = evaluate.engine.space, evaluate.budgets
     names = space.names
-    column = "size_bytes" if objective is None else objective.column
+    objectives = objectives or [Bytes().table(space)]
+    columns = [table.column for table in objectives]
     batches = rungs(rung_shares, len(evaluate.engine.batches("search"))) if rung_shares else []
     evaluate(FLOAT, "float")
     uniform = list(dict.fromkeys(space.uniform(scheme) for scheme in space.scheme_names))
@@ -231,10 +235,14 @@ def search(
     origins = dict.fromkeys(within, "uniform")
     space, budgets = narrowed(space, budgets)
     losses = replace(sensitivity, space=space).losses()
-    for allocation in knapsack_seeds(space, losses, budgets, n_seeds, None if objective is None else objective.values):
-        origins.setdefault(allocation, "knapsack")
+    tables = [space.storage_bits if table.column == "size_bytes" else table.values for table in objectives]
+    if len(tables) > 1:
+        tables.append(mixed(tables, [1.0] * len(tables), space.allowed))
+    for values in tables:
+        for allocation in knapsack_seeds(space, losses, budgets, n_seeds // len(tables), values):
+            origins.setdefault(allocation, "knapsack")
     proposer = sampler if isinstance(sampler, Proposer) else _within_budgets(sampler, space, losses, budgets)
-    study = optuna.create_study(directions=["minimize", "minimize"], sampler=proposer)
+    study = optuna.create_study(directions=["minimize"] * (1 + len(columns)), sampler=proposer)
     parameters = distributions(names, space.choices)
     seeds = list(origins)
     told: list[Evaluation] = []
@@ -243,8 +251,8 @@ def search(
     def submit(number: int, allocation: Allocation) -> Pending:
         if allocation in origins:
             return evaluate.submit(allocation, origins[allocation], number, [(n, np.inf) for n in batches])
-        cost = _cost(evaluate, allocation, objective)
-        return evaluate.submit(allocation, "sampler", number, stops(batches, told, column, cost))
+        costs = _costs(evaluate.engine.space, allocation, objectives)
+        return evaluate.submit(allocation, "sampler", number, stops(batches, told, costs))
 
     def tell() -> Evaluation:
         trial, pending = running.popleft()
@@ -255,7 +263,7 @@ def search(
         if evaluation.stopped:
             finished(study.tell(trial, state=optuna.trial.TrialState.PRUNED), evaluation)
         else:
-            finished(study.tell(trial, _values(evaluation, column)), evaluation)
+            finished(study.tell(trial, _values(evaluation, columns)), evaluation)
         return evaluation
 
     # What was recorded is added as it was; the last of it are still running as the next is asked for, as they were.
@@ -299,16 +307,15 @@ def search(
     return evaluate.evaluations
 
 
-def _cost(evaluate: Evaluator, allocation: Allocation, objective: CostTable | None) -> float:
-    """What the study weighs against the loss."""
-    space = evaluate.engine.space
+def _costs(space: SearchSpace, allocation: Allocation, objectives: Sequence[CostTable]) -> dict[str, float]:
+    """Column -> what the study weighs against the loss; bytes are whole, as an evaluation has them."""
     choice = space.choice(allocation)
-    return (space.size_bits(choice) + 7) // 8 if objective is None else objective.of(choice)
+    return {t.column: math.ceil(t.of(choice)) if t.column == "size_bytes" else t.of(choice) for t in objectives}
 
 
-def _values(evaluation: Evaluation, column: str) -> tuple[float, float]:
+def _values(evaluation: Evaluation, columns: Sequence[str]) -> tuple[float, ...]:
     """What a study is told: losses in log10, where a front is a line and not a wall."""
-    return float(np.log10(max(evaluation.loss, LOSS_FLOOR))), evaluation.cost(column)
+    return float(np.log10(max(evaluation.loss, LOSS_FLOOR))), *(evaluation.cost(column) for column in columns)
 
 
 def check_sampler(sampler: optuna.samplers.BaseSampler, space: SearchSpace, budgets: Sequence[Budget]) -> None:

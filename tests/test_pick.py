@@ -84,7 +84,7 @@ def test_milliseconds_are_those_that_were_measured():
 def test_the_front_of_another_objective():
     slow = [dataclasses.replace(e, costs={"latency_ms": 10.0 - i}) for i, e in enumerate(POINTS)]
     table = SensitivityTable("kl", "nats", np.ones((1, 6)), SPACE)
-    found = SearchResult(SPACE, "accuracy", slow, table, objective="latency_ms", costs=["latency_ms"])
+    found = SearchResult(SPACE, "accuracy", slow, table, objectives=["latency_ms"], costs=["latency_ms"])
     assert [e.size_bytes for e in found.front] == [3500, 4000], "of lower latency, or of lower loss"
     assert pick(found, max_bytes=3999).size_bytes == 3500
 

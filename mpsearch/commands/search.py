@@ -15,6 +15,7 @@ from mpsearch.commands.sensitivity import measured_sensitivity
 from mpsearch.commands.show import paths, relative, summary
 from mpsearch.confirm import confirm
 from mpsearch.costs.latency import LatencyMs
+from mpsearch.costs.size import Bytes
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.executors.base import Executor, at_least_one
@@ -36,24 +37,28 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     prepared = prepare(settings, build)
     space = prepared.space
     costs = {name: build(f"cost.{name}") for name in settings["cost"]}
-    objective = settings["objective"]
-    if objective not in costs:
-        raise InputError(f"The objective is one of this run's costs: {', '.join(costs)}; '{objective}' came.")
+    names = [asked] if isinstance(asked := settings["objective"], str) else list(dict.fromkeys(asked))
+    if not 1 <= len(names) <= 2 or not set(names) <= set(costs):
+        raise InputError(f"The objective is one of this run's costs, or two in brackets: {', '.join(costs)}; '{asked}' came.")
     latency = costs.get(LatencyMs.name)
     if isinstance(latency, LatencyMs) and latency.path is None:
         costs[latency.name] = replace(latency, path=str(latency_table(prepared, latency.batch_size, folder)))
     budgets = read_budgets(settings["budget"], costs, space)
     tables = {name: cost.table(space) for name, cost in costs.items()}
-    if tables[objective].peak:
-        raise InputError(
-            f"{objective} is a peak and takes few values, so that it makes no front: limit it, budget.{objective}=…, and keep "
-            "another objective; --multirun tries several limits."
-        )
+    for name in names:
+        if tables[name].peak:
+            raise InputError(
+                f"{name} is a peak and takes few values, so that it makes no front: limit it, budget.{name}=…, and keep "
+                "another objective; --multirun tries several limits."
+            )
+    objectives = [Bytes().table(space) if tables[name].column in SIZES else tables[name] for name in names]
+    if len({table.column for table in objectives}) < len(names):
+        raise InputError(f"{' and '.join(names)} are the same cost in two units. Give one of them, or another cost beside it.")
     beside_size = [table for table in tables.values() if table.column not in SIZES]
     metric: SensitivityMetric = build("metric")
     make_sampler = build("sampler")
     nothing = SensitivityTable(metric.name, metric.unit, np.zeros(space.allowed.shape), space)
-    check_sampler(complete(make_sampler, nothing, [tables[objective]], budgets, settings["seed"]), space, budgets)
+    check_sampler(complete(make_sampler, nothing, objectives, budgets, settings["seed"]), space, budgets)
     rung_shares = settings["rungs"]
     rungs(rung_shares, 1)
     executor: Executor = build("executor")
@@ -72,7 +77,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
             "metric": {"name": metric.name, "unit": metric.unit, **(asdict(metric) if is_dataclass(metric) else {})},
             "trials": {"in_flight": in_flight, "rungs": list(rung_shares)},
             "budgets": {budget.table.name: budget.limit for budget in budgets},
-            "objective": tables[objective].column if tables[objective].column not in SIZES else "size_bytes",
+            "objectives": [table.column for table in objectives],
             "costs": [table.column for table in beside_size],
         }
         run.identify(identity)
@@ -82,7 +87,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         known_sensitivity = run.read_sensitivity(space, metric.name)
         known = run.read_evaluations(space, quality, identity["costs"])
 
-        mirror = Mirror(url, folder.name, space, identity["objective"]) if (url := settings["study"]["mirror"]) else None
+        mirror = Mirror(url, folder.name, space, identity["objectives"]) if (url := settings["study"]["mirror"]) else None
         sensitivity = measured_sensitivity(engine, metric, run, known_sensitivity, executor)
 
         def record(evaluation: Evaluation) -> None:
@@ -93,11 +98,11 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         run_search(
             evaluate,
             sensitivity,
-            complete(make_sampler, sensitivity, [tables[objective]], budgets, settings["seed"]),
+            complete(make_sampler, sensitivity, objectives, budgets, settings["seed"]),
             n_trials=settings["n_trials"],
             n_seeds=settings["n_seeds"],
             max_seconds=settings["max_seconds"],
-            objective=None if tables[objective].column in SIZES else tables[objective],
+            objectives=objectives,
             in_flight=in_flight,
             rung_shares=rung_shares,
             finished=mirror or (lambda trial, evaluation: None),
@@ -110,7 +115,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
             sensitivity,
             identity["budgets"],
             identity,
-            identity["objective"],
+            identity["objectives"],
             identity["costs"],
         )
         if not result.front:

@@ -45,7 +45,7 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
         )  # budgets that no allocation meets together are said before a model is loaded
         print(f"solved in {1e3 * (time.perf_counter() - start):.0f} ms")
     tables = [cost.table(space) for cost in costs.values() if cost.column in result.costs]
-    objective = next((t for t in tables if t.column == result.objective), None) or Bytes().table(space)
+    objective = next((t for t in tables if t.column == result.objectives[0]), None) or Bytes().table(space)
     of_run = {name: cost for name, cost in settings["cost"].items() if name != ActivationBytes.name or name in result.costs}
     prepared = prepare({**settings, "cost": of_run}, build)
     run = RunFolder(folder)

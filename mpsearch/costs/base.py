@@ -56,6 +56,18 @@ class Cost(ABC):
             raise InputError(f"budget.{self.name} is a number; '{text}' came.") from None
 
 
+def mixed(tables: Sequence[np.ndarray], weights: Sequence[float] | np.ndarray, allowed: np.ndarray) -> np.ndarray:
+    """float64 `[n_groups, n_schemes]`: one cost made of several, each as a share of the way from its least to its most.
+
+    `tables` are float64 `[n_groups, n_schemes]`, `weights` one each, `allowed` bool `[n_groups, n_schemes]` the choices.
+    """
+    found = np.zeros(allowed.shape)
+    for values, weight in zip(tables, weights, strict=True):
+        least, most = np.where(allowed, values, np.inf).min(1).sum(), np.where(allowed, values, -np.inf).max(1).sum()
+        found += weight * values / max(most - least, 1e-300)
+    return np.where(allowed, found, 0.0)
+
+
 def per_layer(space: SearchSpace, of: Callable[[LayerSpec, QuantScheme], float]) -> np.ndarray:
     """float64 `[n_groups, n_schemes]`: what `of` says of each layer in each scheme, summed over the layers of a group."""
     values = [[sum(of(layer, s) for layer in group.layers) for s in space.schemes.values()] for group in space.groups]

@@ -38,6 +38,7 @@ MAX_STATES = 5_000  # of its dynamic programme: a proposal need not be the exact
 class Front(Levels):
     """See above. Pending trials (of other workers) count as measured, at what the surrogate expects of them."""
 
+    many_costs = True
     _variances: tuple[int, Floats] | None = None
 
     def propose(self, history: History, rng: np.random.Generator) -> Choice:
@@ -66,7 +67,8 @@ class Front(Levels):
             when = number
         if when:
             if self._variances is None or self._variances[0] != when:
-                nearest = nearest_front(sizes[:when], log_losses[:when], MAX_EVIDENCE)
+                even = self.even[np.arange(choices.shape[1]), choices[:when]].sum(1)  # whichever mixture this proposal weighs
+                nearest = nearest_front(even, log_losses[:when], MAX_EVIDENCE)
                 surrogate.choose_variances(choices[nearest], log_losses[nearest])
                 self._variances = when, surrogate.variances
             surrogate.variances = self._variances[1]

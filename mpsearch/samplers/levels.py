@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 
-from mpsearch.samplers.proposer import Choice, Proposer
+from mpsearch.samplers.proposer import Choice, Floats, Proposer
 
 
 class Levels(Proposer):
     """A sampler that moves groups from level to level."""
 
-    @cached_property
-    def neighbours(self) -> tuple[Choice, Choice]:
-        """[n_groups, n_schemes] twice: each scheme's next larger and next smaller one that the group may take, or itself."""
+    def weigh(self, size: Floats) -> None:
+        """See `Proposer`. `neighbours`, [n_groups, n_schemes] twice, are each scheme's next larger and smaller one, or itself."""
+        super().weigh(size)
         up = np.tile(np.arange(self.losses.shape[1]), (len(self.losses), 1))
         down = up.copy()
         order = np.argsort(np.where(self.space.allowed, self.size, np.inf), axis=1, kind="stable")
         for group, (row, n_allowed) in enumerate(zip(order, self.space.allowed.sum(1), strict=True)):
             up[group, row[: n_allowed - 1]] = row[1:n_allowed]
             down[group, row[1:n_allowed]] = row[: n_allowed - 1]
-        return up, down
+        self.neighbours: tuple[Choice, Choice] = up, down
 
     def step(self, choice: Choice, rng: np.random.Generator, up: bool) -> Choice:
         """`choice` with one group, drawn among those that can, a level up or down."""

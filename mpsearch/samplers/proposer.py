@@ -22,7 +22,8 @@ from optuna.trial import FrozenTrial, TrialState
 from mpsearch import knapsack
 from mpsearch.allocation import SearchSpace
 from mpsearch.budget import Budget
-from mpsearch.costs.base import CostTable
+from mpsearch.costs.base import CostTable, mixed
+from mpsearch.errors import InputError
 from mpsearch.evaluation import SensitivityTable
 from mpsearch.samplers.base import distributions
 
@@ -74,13 +75,18 @@ class Proposer(BaseSampler):
 
     Args:
         space, sensitivity: what is searched, and what was measured of each group alone.
-        costs: the cost that the front trades against the loss comes first; the others are not read here.
+        costs: what the front trades against the loss, one or two.
         budgets: limits that every proposal keeps.
         seed: of all randomness.
 
     Raises:
-        InputError: no allocation is within all the budgets.
+        InputError: no allocation is within all the budgets; or there are two costs, and the sampler knows what to do with one.
+
+    Of two costs each proposal weighs another mixture against the loss, drawn at random, so that together they cover the front
+    (random scalarization: Knowles 2006, ParEGO): `size` is that mixture.
     """
+
+    many_costs = False
 
     def __init__(
         self,
@@ -92,7 +98,15 @@ class Proposer(BaseSampler):
     ) -> None:
         self.space, self.seed = space, seed
         self.losses = sensitivity.losses()
-        self.size = np.where(space.allowed, costs[0].values, 0.0)
+        if len(costs) > 1 and not self.many_costs:
+            names = ", ".join(table.name for table in costs)
+            raise InputError(
+                f"This sampler ({type(self).__name__}) weighs one cost against the loss; {len(costs)} came: {names}. Take "
+                "sampler=front or one of Optuna's, or one objective and a budget on the other."
+            )
+        self.costs = [np.where(space.allowed, table.values, 0.0) for table in costs]
+        self.even = self.costs[0] if len(costs) == 1 else mixed(self.costs, [1.0] * len(costs), space.allowed)
+        self.weigh(self.even)
         self.tables = [np.where(space.allowed, budget.table.values, 0.0) for budget in budgets]
         self.rooms = [budget.room for budget in budgets]
         self.distributions = distributions(space.names, space.choices)
@@ -100,6 +114,10 @@ class Proposer(BaseSampler):
         self._index = {name: i for i, name in enumerate(space.scheme_names)}
         self._choices: dict[int, Choice] = {}  # of each trial; they never change
         self._n_within = self._count() if space.log10_combinations <= math.log10(MAX_LISTED) else None
+
+    def weigh(self, size: Floats) -> None:
+        """Take `size` [n_groups, n_schemes] for the cost that is weighed against the loss."""
+        self.size = size
 
     @abstractmethod
     def propose(self, history: History, rng: np.random.Generator) -> Choice:
@@ -134,8 +152,10 @@ class Proposer(BaseSampler):
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
         """A scheme for every group: within the budgets, and none that was asked for before while there is another."""
-        history = self._history(study)
         rng = np.random.default_rng([self.seed, trial.number])
+        if len(self.costs) > 1:
+            self.weigh(mixed(self.costs, _weights(len(self.costs), rng), self.space.allowed))
+        history = self._history(study)
         choice = self.repair(self.propose(history, rng))
         choice = self._new(choice, {row.tobytes() for row in history.choices}, rng)
         return {name: self.space.scheme_names[i] for name, i in zip(self.space.names, choice, strict=True)}
@@ -202,3 +222,8 @@ class Proposer(BaseSampler):
 
     def _count(self) -> int:
         return len(self._every())
+
+
+def _weights(n: int, rng: np.random.Generator) -> Floats:
+    """[n], of sum 1: evenly distributed; half of the time one cost alone, for the ends of the front."""
+    return np.eye(n)[rng.integers(n)] if rng.random() < 0.5 else rng.dirichlet(np.ones(n))
