@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mpsearch.allocation import Allocation, SearchSpace
+from mpsearch.bank import Bank
 from mpsearch.calibrate import hessian_bytes, hessians
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score, Stop
@@ -42,7 +43,7 @@ class QuantEngine:
 
     `quantizers` maps every scheme's name to its quantizer, `moments` the modules' names to what calibration found. With
     `bias_correction` a layer that has a bias gets the shift of its mean output, dW E[x], taken off that bias (Nagel et al. 2019,
-    section 4.2): it costs no byte.
+    section 4.2): it costs no byte. What was quantized is kept in the `bank`, too, where there is one.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class QuantEngine:
         hessian_max_bytes: int = 2 * 10**9,
         prefix_max_bytes: int = 10**9,
         device: str = "cpu",
+        bank: Bank | None = None,
     ) -> None:
-        self.model, self.task, self.space = model, task, space
+        self.model, self.task, self.space, self.bank = model, task, space, bank
         self.quality = Quality(task.quality_name, task.quality_kind)
         self.quantizers, self.moments = quantizers, moments
         self.bias_correction, self.bank_max_bytes, self.device = bias_correction, bank_max_bytes, device
@@ -89,18 +91,26 @@ class QuantEngine:
         """The layer's weight in the scheme, from the bank; quantized at the first call."""
         key = (layer, scheme)
         if key not in self._packed:
-            try:
-                weight = weight_rows(self._modules[layer][0]).float().cpu()
-                found = [self.moments[name] for name in self._layers[layer].modules if name in self.moments]
-                moments = InputMoments.pooled(found) if found else None
-                self._check_input(layer, scheme, moments)
-                quantizer = self.quantizers[scheme]
-                if quantizer.needs_hessian:
-                    moments = self._with_hessian(layer)
-                self._packed[key] = quantizer.quantize(weight, self.space.schemes[scheme], moments)
-            except InputError as error:
-                raise InputError(f"Layer '{layer}' in scheme '{scheme}': {error}") from error
+            weight = weight_rows(self._modules[layer][0]).float().cpu()
+            found = self.bank and self.bank.read(layer, scheme, self.space.schemes[scheme], tuple(weight.shape))
+            self._packed[key] = found or self._quantize(layer, scheme, weight)
         return self._packed[key]
+
+    def _quantize(self, layer: str, scheme: str, weight: Tensor) -> QuantizedTensor:
+        """By the scheme's quantizer, with what calibration found."""
+        try:
+            found = [self.moments[name] for name in self._layers[layer].modules if name in self.moments]
+            moments = InputMoments.pooled(found) if found else None
+            self._check_input(layer, scheme, moments)
+            quantizer = self.quantizers[scheme]
+            if quantizer.needs_hessian:
+                moments = self._with_hessian(layer)
+            quantized = quantizer.quantize(weight, self.space.schemes[scheme], moments)
+        except InputError as error:
+            raise InputError(f"Layer '{layer}' in scheme '{scheme}': {error}") from error
+        if self.bank is not None:
+            self.bank.write(layer, scheme, quantized)
+        return quantized
 
     def _with_hessian(self, layer: str) -> InputMoments | None:
         """The layer's moments with the Hessian, where it has one: of x - E[x] where the mean error is taken off its bias.

@@ -44,7 +44,8 @@ def kernel_for(kind: str, shape: Sequence[int], scheme: QuantScheme) -> str | No
         return None
     if op == "embedding" or scheme.input is None:
         return op
-    runs = scheme.input.bits == 8 and (scheme.input.symmetric or scheme.input.has_static_scale)
+    of = scheme.input
+    runs = of.bits < 8 or (of.bits == 8 and (of.symmetric or of.has_static_scale))
     return f"{op}_a8" if runs else None
 
 
@@ -69,14 +70,17 @@ class PackedModule(nn.Module):
         self.packed = packed
         self.of_input = layer.weight.of_input
         self.step = float(self.of_input["input_scale"]) if self.of_input else None
-        # The kernels' codes are signed and have no zero point: asymmetric input is given to them less its middle code, and the
-        # shift, the same for every value, times the sum of a row of weights is taken off the output again.
+        # The kernels' codes are signed and have no zero point. Below 8 bits they hold a code less its zero point. Asymmetric
+        # 8-bit input is given to them less its middle code, and the shift, the same for every value, times the sum of a row of
+        # weights is taken off the output again.
+        of = self.scheme.input_format
+        self.few_bits = of if isinstance(of, IntegerInput) and of.bits < 8 else None
         self.shift = 0.0
         self.register_buffer("data", packed.data)
         self.register_buffer("bias", bias)
         self.register_buffer("shifted_bias", None, persistent=False)
-        if "input_zero_point" in self.of_input and not isinstance(module, nn.Embedding):
-            middle = cast(IntegerInput, self.scheme.input_format).largest_code // 2
+        if "input_zero_point" in self.of_input and self.few_bits is None and not isinstance(module, nn.Embedding):
+            middle = cast(IntegerInput, of).largest_code // 2
             self.shift = (int(self.of_input["input_zero_point"]) - middle) * float(self.of_input["input_scale"])
             self.shifted_bias = -self.shift * self.quantized().dequantize().double().flatten(1).sum(1)
 
@@ -118,6 +122,10 @@ class PackedLinear(PackedModule):
         """float32 `[..., in]` -> `[..., out]`."""
         if self.scheme.input_format is None:
             return kernels.linear(input, self.packed, self.bias)
+        if self.few_bits is not None:
+            codes, scale = self.few_bits.split(input, 1, self.of_input)
+            output = kernels.linear_a8(codes, self.packed, None, 1.0) * scale
+            return output if self.bias is None else output + self.bias
         x, bias, step = self.eight_bits(input, 1)
         return kernels.linear_a8(x, self.packed, bias, step)
 
@@ -155,6 +163,10 @@ class PackedConv(PackedModule):
         batch = F.pad(batch, self.sides, mode=self.mode) if self.pads_first else batch
         if self.scheme.input_format is None:
             output = kernels.conv(batch, self.packed, self.bias, **self.geometry)
+        elif self.few_bits is not None:
+            codes, scale = self.few_bits.split(batch, batch.dim() - 1, self.of_input)
+            output = kernels.conv_a8(codes, self.packed, None, **self.geometry, input_scale=1.0) * scale
+            output = output if self.bias is None else output + self.bias.view(-1, *[1] * (batch.dim() - 2))
         else:
             x, bias, step = self.eight_bits(batch, batch.dim() - 1)
             output = kernels.conv_a8(x, self.packed, bias, **self.geometry, input_scale=step)

@@ -26,7 +26,7 @@ def export(settings: Settings, build: Build, folder: Path) -> None:
     exporter = build("exporter")
     prepared = prepare(settings, build)
     RunFolder(folder).identify(prepared.identity(settings))
-    engine, scored = prepared.engine(settings), picked
+    engine, scored = prepared.engine(settings, folder), picked
     scores = {split: e for split in SCORED if (e := result.on(split).get(picked.allocation)) is not None}
     if settings["finetuned"] and trained[0] is not None:
         scored, scores = trained[0], {e.split: e for e in trained if e is not None}

@@ -37,7 +37,7 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
     with run.locked():
         run.identify(prepared.identity(settings))
         run.mend("evaluations")
-        engine = prepared.engine(settings)
+        engine = prepared.engine(settings, folder)
         trained = run_finetune(engine, allocation, training, folder / "finetuned")
         found: list[Evaluation] = []
 

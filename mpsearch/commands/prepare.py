@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from mpsearch.allocation import SearchSpace
+from mpsearch.bank import Bank
 from mpsearch.calibrate import calibrate
 from mpsearch.costs.activation_bytes import ActivationBytes
 from mpsearch.costs.size import parse_bytes
@@ -60,8 +62,8 @@ class Prepared:
             "bias_correction": settings["bias_correction"],
         }
 
-    def engine(self, settings: Settings) -> QuantEngine:
-        """Calibrate, and set up the engine."""
+    def engine(self, settings: Settings, folder: Path) -> QuantEngine:
+        """Calibrate, and set up the engine; the run's `folder` keeps what is quantized."""
         return QuantEngine(
             self.model,
             self.task,
@@ -72,6 +74,7 @@ class Prepared:
             bank_max_bytes=parse_bytes(settings["bank_max_bytes"]),
             prefix_max_bytes=parse_bytes(settings.get("prefix_max_bytes", "1GB")),
             device=settings["device"],
+            bank=Bank(folder / "bank", self.identity(settings)),
         )
 
 
@@ -124,12 +127,12 @@ def prepare(settings: Settings, build: Build) -> Prepared:
     return Prepared(model, task, space, quantizers, sha256, tuple(folds), calibration)
 
 
-def engine_elsewhere(settings: Settings, build: Build, model_sha256: str) -> QuantEngine:
+def engine_elsewhere(settings: Settings, build: Build, model_sha256: str, folder: Path) -> QuantEngine:
     """In a worker: an engine like the search's own; `InputError` where it would be of another model."""
     prepared = prepare(settings, build)
     if prepared.model_sha256 != model_sha256:
         raise InputError("A worker builds another model than the search does: its weights differ. Give all hosts the same files.")
-    return prepared.engine(settings)
+    return prepared.engine(settings, folder)
 
 
 def build_schemes(settings: Settings, build: Build) -> dict[str, Any]:

@@ -69,8 +69,8 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     with run.locked(), executor:
         if in_flight is None and (folder / "space.json").exists():  # a run goes on as it began
             in_flight = run.read_identity().get("trials", {}).get("in_flight")
-        engine = prepared.engine(settings)
-        executor.start(engine, functools.partial(engine_elsewhere, settings, build, prepared.model_sha256))
+        engine = prepared.engine(settings, folder)
+        executor.start(engine, functools.partial(engine_elsewhere, settings, build, prepared.model_sha256, folder.absolute()))
         in_flight = in_flight or (2 * executor.workers if executor.workers > 1 else 1)
         identity = {
             **prepared.identity(settings),

@@ -25,7 +25,7 @@ def sensitivity(settings: Settings, build: Build, folder: Path) -> None:
     run = RunFolder(folder)
     with run.locked():
         run.identify({**prepared.identity(settings), "metric": {"name": metric.name, "unit": metric.unit}})
-        table = measured_sensitivity(prepared.engine(settings), metric, run, {})
+        table = measured_sensitivity(prepared.engine(settings, folder), metric, run, {})
     draw_sensitivity(table, folder)
     space = prepared.space
     shown = Table(title=f"{metric.name} ({metric.unit}) of each layer alone")

@@ -56,7 +56,7 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
         def record(evaluation: Evaluation) -> None:
             run.append("evaluations", evaluation_row(evaluation, space, quality, result.costs))
 
-        evaluate = Evaluator(prepared.engine(settings), own, record, result.evaluations, tables, batch_size)
+        evaluate = Evaluator(prepared.engine(settings, folder), own, record, result.evaluations, tables, batch_size)
         if max_drop is None:
             picked = best_within(evaluate, result.sensitivity, budgets)
         else:

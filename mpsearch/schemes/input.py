@@ -110,12 +110,18 @@ class IntegerInput:
         return steps.clamp_(lowest - zero_point, self.largest_code - zero_point).round_()
 
     def fake_quantize(self, x: Tensor, n_inner: int, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """float32, shaped like x: `(code - zero_point) * scale`. The last `n_inner` dimensions of x are one token.
+        """float32, shaped like x: `(code - zero_point) * scale`. See `split`."""
+        codes, scale = self.split(x, n_inner, tensors)
+        return codes.mul_(scale)
 
-        `tensors` are those of `stored`, needed where static. A token (or tensor) with a NaN or infinite value becomes all NaN.
+    def split(self, x: Tensor, n_inner: int, tensors: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """`code - zero_point`, whole numbers in float32, shaped like x, and the scales, which broadcast.
+
+        The last `n_inner` dimensions of x are one token. `tensors` are those of `stored`, needed where static. The scale of a
+        token (or tensor) with a NaN or infinite value is NaN.
         """
         if x.numel() == 0:
-            return x.clone()
+            return x.clone(), x.new_ones(())
         inner = tuple(range(0 if self.scale == "tensor" else x.dim() - n_inner, x.dim()))
         low, high = x.amin(inner, keepdim=True), x.amax(inner, keepdim=True)
         if self.has_static_scale:
@@ -125,7 +131,7 @@ class IntegerInput:
         else:
             scale, zero_point = self.grid(low, high)
         scale = torch.where(torch.isfinite(low) & torch.isfinite(high), scale, torch.nan)
-        return self.codes(x, scale, zero_point).mul_(scale)
+        return self.codes(x, scale, zero_point), scale
 
     def rounded(self, values: Tensor, low: float, high: float) -> tuple[Tensor, Tensor, float]:
         """(codes - zero point, what they stand for, step) under a range."""
