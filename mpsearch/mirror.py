@@ -1,46 +1,70 @@
 """Finished trials, written into an Optuna storage that optuna-dashboard opens: a mirror, from which nothing is ever read back.
 
-One write for each parameter of each trial would take a database longer than the trial did, so that an allocation is one user
-attribute, a letter a group, as in `evaluations.csv`.
+A database takes a write for each parameter of each trial, so that this is done in a thread of its own: the search does not wait.
 """
 
 from __future__ import annotations
 
+import queue
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
 
 import optuna
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
+from mpsearch.samplers.base import distributions
+
+PATIENCE = 60.0  # seconds for a slow database to take what is left when the search is done
 
 
 class Mirror:
     """The study `name` in the storage at `url` ("sqlite:///trials.db", "postgresql://..."); `InputError` where none answers.
 
-    It is called with each trial that is told, in their order; those that a former process wrote are left as they are.
+    It is called with each trial that is told, in their order, in a `with` block; those that a former process wrote are left as
+    they are. Groups with one choice are no parameters. What a storage refuses is tried again with the next trial, and when the
+    run goes on.
     """
 
     def __init__(self, url: str, name: str, space: SearchSpace, columns: Sequence[str]) -> None:
         self.space = space
+        free = {group: choices for group, choices in zip(space.names, space.choices, strict=True) if len(choices) > 1}
+        self._distributions = distributions(list(free), list(free.values()))
         try:
+            self._storage = optuna.storages.RDBStorage(url)
             self._study = optuna.create_study(
-                storage=url, study_name=name, directions=["minimize"] * (1 + len(columns)), load_if_exists=True
+                storage=self._storage, study_name=name, directions=["minimize"] * (1 + len(columns)), load_if_exists=True
             )
             self._study.set_metric_names(["log10 loss", *columns])
             self._written = len(self._study.get_trials(deepcopy=False))
         except Exception as error:  # of whichever database it is
-            what = " ".join(str(error).split())[:200]
             raise InputError(
-                f"study.mirror={url} cannot be opened ({type(error).__name__}: {what}). Give the address of a database, as "
+                f"study.mirror={url} cannot be opened ({_told(error.__cause__ or error)}). Give the address of a database, as "
                 "sqlite:///trials.db, or null."
             ) from error
         self._seen = 0
-        self._write: Callable[[optuna.trial.FrozenTrial], None] = self._study.add_trial
+        self._queue: queue.SimpleQueue[optuna.trial.FrozenTrial | None] = queue.SimpleQueue()
+        self._error: Exception | None = None
+        self._warned = False
+        self._writer = threading.Thread(target=self._write, daemon=True)  # a database that hangs keeps no process alive
+
+    def __enter__(self) -> Mirror:
+        self._writer.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._queue.put(None)
+        self._writer.join(PATIENCE)
+        self._storage.engine.dispose()  # closes its connections
+        if self._error or self._writer.is_alive():
+            warnings.warn("Not all trials are in the mirror; the rest are written when the run goes on.", stacklevel=2)
 
     def __call__(self, trial: optuna.trial.FrozenTrial, evaluation: Evaluation) -> None:
-        """Write it; a storage that fails on the way is named once, and the search goes on without it."""
+        """Have it written; a storage that fails on the way is named once, and the search goes on."""
         self._seen += 1
         if self._seen <= self._written:
             return
@@ -51,10 +75,39 @@ class Mirror:
             "average_bits": evaluation.average_bits,
             "n_samples": evaluation.n_samples,
         }
-        values = None if evaluation.stopped else trial.values
+        self._queue.put(
+            optuna.create_trial(
+                state=trial.state,
+                values=None if evaluation.stopped else trial.values,
+                params={group: evaluation.allocation[group] for group in self._distributions},
+                distributions=self._distributions,
+                user_attrs=attributes,
+            )
+        )
+        if self._error and not self._warned:
+            self._warned = True
+            warnings.warn(f"The mirror does not take trials, the search goes on: {_told(self._error)}", stacklevel=2)
+
+    def _write(self) -> None:
+        """In the thread: all that is there, in order."""
+        left: deque[optuna.trial.FrozenTrial] = deque()
+        trial = self._queue.get()
+        while trial is not None:
+            left.append(trial)
+            if self._queue.empty():
+                self._error = self._write_all(left)
+            trial = self._queue.get()
+        self._error = self._write_all(left)
+
+    def _write_all(self, left: deque[optuna.trial.FrozenTrial]) -> Exception | None:
         try:
-            self._write(optuna.create_trial(state=trial.state, values=values, user_attrs=attributes))
+            while left:
+                self._study.add_trial(left[0])
+                left.popleft()
         except Exception as error:
-            self._write = lambda trial: None
-            what = " ".join(str(error).split())[:200]
-            warnings.warn(f"The mirror failed and is left behind at trial {evaluation.trial}: {what}", stacklevel=2)
+            return error
+        return None
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,6 +1,6 @@
 """How well executors use their workers, with evaluations that only sleep 0.1 s: evaluations a second over the workers' ideal.
 
-    python scripts/bench_executors.py [--json FILE]      # needs mpsearch[dask]; Dask's scheduler and 8 workers are started here
+    python scripts/bench_executors.py [--json FILE]      # needs mpsearch[dask,ray]; both clusters, of 8 workers, are started here
 
 160 evaluations, twice as many under way as there are workers, after a first few for each worker, which builds its engine. Written
 to reports/bench_executors/.
@@ -27,6 +27,7 @@ from mpsearch.evaluation import Score, Stop
 from mpsearch.executors.base import Executor
 from mpsearch.executors.dask import Dask
 from mpsearch.executors.local import Local
+from mpsearch.executors.ray import Ray
 
 REPORTS = Path(__file__).parent.parent / "reports" / "bench_executors"
 SECONDS = 0.1
@@ -75,7 +76,12 @@ def main() -> None:
 
         with Client(address) as client:
             client.wait_for_workers(8, timeout=120)
-        for name, bar, executor in (("local, 2 workers", 0.95, Local(2)), ("Dask, 8 workers", 0.9, Dask(address))):
+        cases: list[tuple[str, float, Executor]] = [
+            ("local, 2 workers", 0.95, Local(2)),
+            ("Dask, 8 workers", 0.9, Dask(address)),
+            ("Ray, 8 workers", 0.9, Ray(8)),
+        ]
+        for name, bar, executor in cases:
             rows.append({"what": "efficiency at 0.1 s", "case": name, "value": efficiency(executor), "bar": bar})
             print(rows[-1], flush=True)
     finally:

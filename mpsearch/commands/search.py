@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
@@ -95,18 +96,19 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
 
         batch_size = latency.batch_size if isinstance(latency, LatencyMs) else 1
         evaluate = Evaluator(engine, budgets, record, known, beside_size, batch_size, executor)
-        run_search(
-            evaluate,
-            sensitivity,
-            complete(make_sampler, sensitivity, objectives, budgets, settings["seed"]),
-            n_trials=settings["n_trials"],
-            n_seeds=settings["n_seeds"],
-            max_seconds=settings["max_seconds"],
-            objectives=objectives,
-            in_flight=in_flight,
-            rung_shares=rung_shares,
-            finished=mirror or (lambda trial, evaluation: None),
-        )
+        with mirror or contextlib.nullcontext():
+            run_search(
+                evaluate,
+                sensitivity,
+                complete(make_sampler, sensitivity, objectives, budgets, settings["seed"]),
+                n_trials=settings["n_trials"],
+                n_seeds=settings["n_seeds"],
+                max_seconds=settings["max_seconds"],
+                objectives=objectives,
+                in_flight=in_flight,
+                rung_shares=rung_shares,
+                finished=mirror or (lambda trial, evaluation: None),
+            )
         # Its evaluations are the evaluator's own list: confirmation adds to it what the report draws.
         result = SearchResult(
             space,

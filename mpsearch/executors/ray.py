@@ -1,7 +1,14 @@
-"""Ray: one actor a worker, on a cluster that is there already or on this machine; actors that die are started again."""
+"""Ray: one actor a worker, on a cluster that is there already or on this machine; actors that die are started again.
+
+On hosts: `ray start --head` on one, `ray start --address=head:6379` on each; KubeRay starts the same on Kubernetes. The workers
+need mpsearch, the model's code and the data where this process has them.
+"""
 
 from __future__ import annotations
 
+import logging
+import socket
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -12,41 +19,70 @@ from mpsearch.evaluation import Score, Stop
 from mpsearch.executors.base import Executor, Make, Scorer, at_least_one, made_in_worker
 from mpsearch.progress import quiet
 
+RETRIES = 3  # deaths of its actor that one evaluation may see
+PATIENCE = 10.0  # seconds for the cluster's port to answer
+
 
 class Ray(Executor):
-    """`workers` actors on the cluster at `address` ("auto": the one of this host; `None`: one that is started here)."""
+    """`workers` actors on the cluster at `address` ("head:6379"; "auto": the one of this host; `None`: one started here)."""
 
     def __init__(self, workers: int = 2, address: str | None = None, threads: int | None = 1) -> None:
         super().__init__(threads)
         self.workers, self.address = at_least_one("executor.workers", workers), address
         self._ray: Any = None
+        self._lock = threading.Lock()
 
     def start(self, engine: Scorer, make: Make) -> None:
-        """Connect and start the actors; `InputError` where no cluster answers."""
+        """Connect and start the actors; `InputError` where no cluster answers, or one that has no room for them."""
         try:
             import ray
         except ImportError:
             raise InputError("executor=ray needs Ray: pip install 'mpsearch[ray]'.") from None
+        cpus = self.threads or 1
+        # Of a cluster that is there, the size is not ours to say.
+        here = {"num_cpus": cpus * self.workers, "include_dashboard": False} if self.address is None else {}
         try:
-            ray.init(address=self.address, log_to_driver=False, include_dashboard=False if self.address is None else None)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise InputError(f"No Ray cluster answers at '{self.address}' ({' '.join(str(error).split())[:200]}).") from None
-        actor = ray.remote(num_cpus=self.threads or 1, max_restarts=-1, max_task_retries=3)(_Worker)
+            _knock(self.address)
+            ray.init(address=self.address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"No Ray cluster answers at '{self.address}' ({' '.join(str(error).split())[:200]}). "
+                "Start one: ray start --head; ray start --address=HOST:6379."
+            ) from None
         self._ray = ray
+        room = int(ray.cluster_resources().get("CPU", 0)) // cpus
+        if room < self.workers:
+            raise InputError(f"executor.workers={self.workers} of {cpus} CPUs each came; the Ray cluster has room for {room}.")
+        actor = ray.remote(num_cpus=cpus, max_restarts=-1, max_task_retries=RETRIES)(_Worker)
         self._actors = [actor.remote(make, self.threads) for _ in range(self.workers)]
         self._busy = [0] * self.workers
 
     def submit(self, allocation: Allocation, stops: Sequence[Stop] = ()) -> Future[Score]:
         """See `Executor`; goes to the actor that has least to do."""
-        worker = self._busy.index(min(self._busy))
-        self._busy[worker] += 1
-        future: Future[Score] = self._actors[worker].score.remote(allocation, tuple(stops)).future()
+        promised: Future[Score] = Future()
+        with self._lock:
+            worker = self._busy.index(min(self._busy))
+            self._busy[worker] += 1
+        running = self._actors[worker].score.remote(allocation, tuple(stops))
 
-        def done(_: Any) -> None:
-            self._busy[worker] -= 1
+        def done(future: Future[Score]) -> None:
+            with self._lock:
+                self._busy[worker] -= 1
+            error = future.exception()
+            if error is None:
+                promised.set_result(future.result())
+            elif isinstance(error, self._ray.exceptions.RayTaskError):
+                promised.set_exception(error.cause)  # itself without Ray's story round it
+            else:
+                promised.set_exception(
+                    InputError(
+                        f"An evaluation saw {RETRIES + 1} Ray workers die (too little memory for {self.workers} of them?). "
+                        "Take a smaller executor.workers, or executor=in_process; its messages say more."
+                    )
+                )
 
-        future.add_done_callback(done)
-        return future
+        running.future().add_done_callback(done)
+        return promised
 
     def close(self) -> None:
         """Ends the actors; a cluster that was there goes on."""
@@ -54,13 +90,23 @@ class Ray(Executor):
             self._ray.shutdown()
 
 
+def _knock(address: str | None) -> None:
+    """`OSError` where nobody is at "host:port": Ray itself would try for minutes."""
+    host, _, port = (address or "").rpartition("/")[2].rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), PATIENCE).close()
+
+
 class _Worker:
-    """In an actor: an engine, built when it starts."""
+    """In an actor: an engine, built for its first work, so that an error there comes back as any other."""
 
     def __init__(self, make: Make, threads: int | None) -> None:
-        self._scorer = made_in_worker(make, threads)
+        self._make, self._threads = make, threads
+        self._scorer: Scorer | None = None
 
     def score(self, allocation: Allocation, stops: tuple[Stop, ...]) -> Score:
         """The allocation's score on the search split."""
+        if self._scorer is None:
+            self._scorer = made_in_worker(self._make, self._threads)
         with quiet():
             return self._scorer.score(allocation, "search", stops)

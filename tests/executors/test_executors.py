@@ -1,4 +1,4 @@
-"""Wherever trials are measured, in this process, in a pool or on a Dask cluster, the same seed gives the same trials."""
+"""Wherever trials are measured, in this process, in a pool or on a Dask or Ray cluster, the same seed gives the same trials."""
 
 import functools
 import os
@@ -20,12 +20,14 @@ from mpsearch.evaluation import Score
 from mpsearch.executors.dask import Dask
 from mpsearch.executors.in_process import InProcess
 from mpsearch.executors.local import Local
+from mpsearch.executors.ray import Ray
 from mpsearch.metrics.kl import KL
 from mpsearch.samplers.front import Front
 from mpsearch.search import Evaluator, search
 from mpsearch.sensitivity import measure_sensitivity
 
 FOLDER = os.path.dirname(conftest.__file__)
+PATH = f"{FOLDER}{os.pathsep}{os.path.dirname(__file__)}"  # of workers
 
 
 def tiny_engine():
@@ -50,7 +52,7 @@ class Sleeper:
 @pytest.fixture(scope="module")
 def cluster():
     """A Dask scheduler and two workers with a nanny on loopback: processes, as on hosts of their own."""
-    path = {**os.environ, "PYTHONPATH": f"{FOLDER}{os.pathsep}{os.path.dirname(__file__)}", "OMP_NUM_THREADS": "1"}
+    path = {**os.environ, "PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
     scheduler = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=path)
     address = None
@@ -80,8 +82,29 @@ def cluster():
     scheduler.stderr.close()
 
 
-def executors(cluster):
-    return {"in_process": InProcess(threads=1), "local": Local(2), "dask": Dask(cluster)}
+@pytest.fixture(scope="module")
+def ray_cluster():
+    """The address of a Ray cluster of two nodes with a CPU each: processes on loopback, as on hosts of their own."""
+    pytest.importorskip("ray", reason="Ray is not installed")
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", PATH)
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+        cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        yield cluster.address
+        cluster.shutdown()
+
+
+@pytest.fixture
+def executor(request):
+    """By its name: a cluster is started for who asks for it."""
+    if request.param == "dask":
+        return Dask(request.getfixturevalue("cluster"))
+    if request.param == "ray":
+        return Ray(2, request.getfixturevalue("ray_cluster"))
+    return {"in_process": InProcess(threads=1), "local": Local(2)}[request.param]
 
 
 def trials(engine, executor, known=(), n_trials=24, record=lambda e: None, in_flight=4):
@@ -116,9 +139,9 @@ def test_some_trials_of_the_expected_stop_early(expected):
     assert len({tuple(t[2].items()) for t in expected}) == 24
 
 
-@pytest.mark.parametrize("name", ["in_process", "local", "dask"])
-def test_the_same_trials_wherever_they_are_measured(engine, expected, cluster, name):
-    assert trials(engine, executors(cluster)[name]) == expected
+@pytest.mark.parametrize("executor", ["in_process", "local", "dask", "ray"], indirect=True)
+def test_the_same_trials_wherever_they_are_measured(engine, expected, executor):
+    assert trials(engine, executor) == expected
 
 
 @pytest.mark.parametrize("in_flight", [1, 4])
@@ -137,9 +160,8 @@ def names(folder):
     return sorted(name.split(".")[0] for name in os.listdir(folder))
 
 
-@pytest.mark.parametrize("name", ["local", "dask"])
-def test_a_worker_that_is_killed_loses_nothing(tmp_path, cluster, name):
-    executor = executors(cluster)[name]
+@pytest.mark.parametrize("executor", ["local", "dask", "ray"], indirect=True)
+def test_a_worker_that_is_killed_loses_nothing(tmp_path, executor):
     sleeper = Sleeper(str(tmp_path), 0.2)
     with executor:
         executor.start(sleeper, functools.partial(Sleeper, str(tmp_path), 0.2))
@@ -152,10 +174,11 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path, cluster, name):
     assert len(again) <= 2, "what was done is not done again, but for what was under way"
 
 
-def test_work_that_kills_its_worker_is_given_up(tmp_path):
-    with Local(1) as executor:
+@pytest.mark.parametrize("executor", ["local", "ray"], indirect=True)
+def test_work_that_kills_its_worker_is_given_up(executor):
+    with executor:
         executor.start(None, functools.partial(Killer))
-        with pytest.raises(InputError, match="The workers died 4 times in a row"):
+        with pytest.raises(InputError, match=r"The workers died 4 times in a row|An evaluation saw 4 Ray workers die"):
             executor.submit(Allocation()).result(timeout=60)
 
 
@@ -171,6 +194,7 @@ sys.path[:0] = [{FOLDER!r}, {os.path.dirname(__file__)!r}]
 from test_executors import Sleeper
 from mpsearch.allocation import Allocation
 from mpsearch.executors.local import Local
+from mpsearch.executors.ray import Ray
 if __name__ == "__main__":
     executor = Local(2)
     executor.start(None, functools.partial(Sleeper, {str(tmp_path)!r}, 0.05))
@@ -193,10 +217,11 @@ if __name__ == "__main__":
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
-def test_an_error_of_a_worker_comes_back(tmp_path):
-    with Local(1) as executor:
-        executor.start(None, functools.partial(Refuser))
-        with pytest.raises(InputError, match="Layer 'x' has no scale"):
+@pytest.mark.parametrize("executor", ["in_process", "local", "dask", "ray"], indirect=True)
+def test_an_error_of_a_worker_comes_back(executor):
+    with executor:
+        executor.start(Refuser(), functools.partial(Refuser))
+        with pytest.raises(InputError, match=r"^Layer 'x' has no scale\.$"):
             executor.submit(Allocation()).result(timeout=60)
 
 
@@ -212,6 +237,15 @@ def test_bad_settings_are_sentences():
     with pytest.raises(InputError, match=r"executor\.threads is a whole number from 1"):
         InProcess(threads=0)
     with pytest.raises(InputError, match="No Dask cluster with a worker answers at 'nowhere'"), Dask("nowhere") as executor:
+        executor.start(None, None)
+
+
+def test_a_ray_cluster_that_is_not_there_or_too_small_is_a_sentence(request):
+    pytest.importorskip("ray", reason="Ray is not installed")
+    with pytest.raises(InputError, match=r"No Ray cluster answers at '127\.0\.0\.1:1'"), Ray(2, "127.0.0.1:1") as executor:
+        executor.start(None, None)
+    address = request.getfixturevalue("ray_cluster")
+    with pytest.raises(InputError, match=r"executor\.workers=3 .* has room for 2"), Ray(3, address) as executor:
         executor.start(None, None)
 
 
