@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mpsearch.fake_quantize import codes_of, fake_quantize, groups_of
+from mpsearch.fake_quantize import Whole, fake_quantize, groups_of, steps_of
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.integer import Integer
 
@@ -23,7 +23,7 @@ def case(bits, columns=10, group_size=4, zero=None):
 def test_gradients_are_those_of_lsq(bits):
     (matrix, scales, zeros), groups = case(bits)
     weighs = torch.randn(3, 10)
-    (fake_quantize(matrix, scales, zeros, groups, bits) * weighs).sum().backward()
+    (fake_quantize(matrix, scales, zeros, groups, Whole(bits)) * weighs).sum().backward()
     values, steps, offsets = (tensor.detach() for tensor in (matrix, scales, zeros))
     gain = 1 / math.sqrt(10 / 3 * max(2 ** (bits - 1) - 1, 1))
     of_scale, of_zero = torch.zeros_like(scales), torch.zeros_like(scales)
@@ -44,8 +44,8 @@ def test_gradients_are_those_of_lsq(bits):
 def test_clipped_weights_move_with_the_scale_as_finite_differences_say():
     matrix, groups = torch.full((1, 8), 9.0), groups_of(8, 8)
     scales, zeros = torch.tensor([[0.5]], requires_grad=True), torch.tensor([[4.0]])
-    fake_quantize(matrix, scales, zeros, groups, 3).sum().backward()
-    up, down = (fake_quantize(matrix, torch.tensor([[s]]), zeros, groups, 3).sum() for s in (0.501, 0.499))
+    fake_quantize(matrix, scales, zeros, groups, Whole(3)).sum().backward()
+    up, down = (fake_quantize(matrix, torch.tensor([[s]]), zeros, groups, Whole(3)).sum() for s in (0.501, 0.499))
     assert float(scales.grad) == pytest.approx(float(up - down) / 0.002 / math.sqrt(8 * 3), rel=1e-3)
 
 
@@ -57,14 +57,15 @@ def test_codes_and_values_are_those_that_the_scheme_stores(scheme):
     codes, scales, zero_points, size = scheme.unpacked(stored.tensors, (5, 12))
     middle = 2 ** (scheme.bits - 1) if scheme.bits > 1 else 0.5
     zeros = torch.full_like(scales.float(), middle) if zero_points is None else zero_points.float()
-    found = fake_quantize(stored.dequantize(), scales.float(), zeros, groups_of(12, size), scheme.bits)
+    found = fake_quantize(stored.dequantize(), scales.float(), zeros, groups_of(12, size), Whole(scheme.bits))
     assert torch.equal(found, stored.dequantize())
-    assert torch.equal(codes_of(stored.dequantize(), scales.float(), zeros, groups_of(12, size), scheme.bits), codes.float())
+    steps = steps_of(stored.dequantize(), scales.float(), zeros, groups_of(12, size))
+    assert torch.equal(Whole(scheme.bits).nearest(steps), codes.float())
 
 
 def test_a_scale_of_zero_gives_zero_and_no_gradient():
     matrix, scales = torch.ones(1, 4, requires_grad=True), torch.zeros(1, 1, requires_grad=True)
-    out = fake_quantize(matrix, scales, torch.full((1, 1), 2.0), groups_of(4, 4), 2)
+    out = fake_quantize(matrix, scales, torch.full((1, 1), 2.0), groups_of(4, 4), Whole(2))
     out.sum().backward()
     assert not out.any()
     assert not scales.grad.any()

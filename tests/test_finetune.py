@@ -17,10 +17,12 @@ from mpsearch.models.digits import digits
 from mpsearch.packed import packed
 from mpsearch.pick import pick
 from mpsearch.result import SearchResult
+from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
 from mpsearch.search import Evaluator
+from mpsearch.student import Student
 from mpsearch.tasks.digits import Digits
 
 
@@ -72,6 +74,11 @@ SCHEMES = {
     "w3t": Integer(3, group_size="tensor"),
     "w4a8": Integer(4, scale_dtype="float32", input=IntegerInput(8, "token")),
     "w8s": Integer(8, input=IntegerInput(4, "static")),
+    "w8sz": Integer(8, input=IntegerInput(4, "static", symmetric=False)),
+    "nf4": Codebook("nf4", 5),
+    "ternary": Codebook("ternary"),
+    "mxfp4": Codebook("e2m1", 32, "e8m0"),
+    "nvfp4": Codebook("e2m1", 16, "e4m3"),
     "half": Float("float16"),
 }
 
@@ -81,7 +88,7 @@ def test_before_training_the_student_is_the_stored_point_in_every_scheme(tiny, f
     names = list(SCHEMES)[first:] + list(SCHEMES)[:first]
     engine = tiny.engine(tiny.net(), tiny.task(), {name: SCHEMES[name] for name in names})
     allocation = mixed(engine)
-    student = module._Student(engine, allocation)
+    student = Student(engine, allocation)
     assert_same_tensors(stored(student.engine(), allocation), stored(engine, allocation) | stored_biases(engine, allocation))
     inputs, _ = engine.batches("search")[0]
     with engine.applied(allocation) as model:
