@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,10 +29,12 @@ from mpsearch.allocation import Allocation
 from mpsearch.engine import QuantEngine, to_device
 from mpsearch.errors import InputError
 from mpsearch.progress import phase
-from mpsearch.student import Student
+from mpsearch.schemes.base import QuantScheme
+from mpsearch.student import Student, learns
 from mpsearch.tasks.base import Batch, Task
 
 FORMAT = "mpsearch-finetuning"
+STEPS = 50  # of an epoch of a training that is given in steps
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,12 @@ class Training:
                 raise InputError(f"{name} is a whole number, at least 1; '{value}' came.")
         if type(self.learning_rate) not in (int, float) or not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate is a number above 0; '{self.learning_rate}' came.")
+
+    @classmethod
+    def of_steps(cls, steps: int, seed: int) -> Training:
+        """A short one, looked at every `STEPS` steps or sooner; `steps` are rounded up to whole epochs."""
+        epochs = math.ceil(steps / STEPS)
+        return cls(epochs=epochs, batches=math.ceil(steps / epochs), seed=seed)
 
     def rate(self, epoch: int, step: int = 0) -> float:
         """The learning rate of epoch 1, 2, … at its step 0, 1, …: half a cosine, the same for all steps of unknown `batches`."""
@@ -161,6 +169,13 @@ def train_epoch(student: Student, optimizer: torch.optim.Optimizer, training: Tr
         optimizer.step()
         total, n = total + loss.item(), n + 1
     return total / n
+
+
+def check_trainable(task: Task, schemes: Iterable[QuantScheme]) -> None:
+    """Raise `InputError` where the task gives nothing to train on, or no scheme's weights can learn."""
+    _some(task.training(1, 1, 0))
+    if not any(learns(scheme) for scheme in schemes):
+        raise InputError("None of this run's schemes has codes that can be trained. Give it integers or codebooks.")
 
 
 def _some(batches: Iterator[Batch]) -> Iterator[Batch]:

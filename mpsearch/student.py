@@ -38,8 +38,8 @@ class Weight:
     @classmethod
     def of(cls, stored: QuantizedTensor, device: str) -> Weight | None:
         """`None` for a scheme whose weights stay as they are: floats, and those with outliers."""
-        scheme = stored.scheme
-        if not isinstance(scheme, Integer | Codebook):
+        scheme: Any = stored.scheme
+        if not learns(scheme):
             return None
         _, columns, size = scheme.grid(stored.shape)
         grid = Whole(scheme.bits) if isinstance(scheme, Integer) else Table(scheme.table)
@@ -209,6 +209,11 @@ class Student:
         """Back to these latents."""
         for name, latent in self.latents.items():
             latent.copy_(latents[name])
+
+
+def learns(scheme: QuantScheme) -> bool:
+    """Whether weights in the scheme learn: integers and codebooks; those with outliers beside, and floats, do not."""
+    return isinstance(scheme, Integer | Codebook)
 
 
 def _input_learns(scheme: QuantScheme) -> bool:

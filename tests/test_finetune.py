@@ -210,7 +210,7 @@ def test_the_command_trains_records_draws_and_exports(tmp_path, monkeypatch, cap
 
     command(*words)
     assert len(list((folder / "finetuned").iterdir())) == 1
-    assert SearchResult.load(folder).finetuned("search")[allocation].loss == row.loss
+    assert SearchResult.load(folder).evaluations == after.evaluations  # nothing was new
     command("search", "run=run", "n_trials=9")
     gone_on = SearchResult.load(folder)
     assert gone_on.finetuned("search")[allocation].loss == row.loss
@@ -223,3 +223,42 @@ def test_the_command_trains_records_draws_and_exports(tmp_path, monkeypatch, cap
     model, task = exported.apply(digits()), Digits()
     hits = [task.quality(model(x), y) for x, y in task.batches("search")]
     assert float(torch.cat(hits).double().mean()) == row.quality
+
+
+def test_a_search_trains_its_front_before_it_reports(tmp_path, monkeypatch, capsys):
+    """Off by default; a finished run gets it when it is gone on with, once; and the trained points stand beside the front."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["mpsearch", *words])
+        main()
+        return SearchResult.load(tmp_path / "run")
+
+    quick = ["quantizer=round_to_nearest", "metric=weight_mse", "n_trials=6", "hydra.run.dir=run"]
+    before = command("search", "scheme=[w2,w4]", *quick)
+    assert not before.finetuned("search")
+    after = command("search", "run=run", "confirm.finetune_steps=12")
+    assert after.front == before.front
+    assert {split: len(after.finetuned(split)) for split in ("search", "confirm")} == dict.fromkeys(
+        ("search", "confirm"), len(after.front)
+    )
+    searched, confirmed = after.finetuned("search"), after.finetuned("confirm")
+    assert all(searched[point.allocation].loss <= point.loss for point in after.front)
+    assert searched[after.front[0].allocation].loss < after.front[0].loss
+    assert all(evaluation.packed for evaluation in confirmed.values())
+    page = (tmp_path / "run" / "report.md").read_text()
+    for evaluation in confirmed.values():
+        assert (
+            f"{evaluation.size_bytes:,} | {after.on('confirm')[evaluation.allocation].loss:.4g} | {evaluation.loss:.4g}" in page
+        )
+    assert command("search", "run=run", "confirm.finetune_steps=12").evaluations == after.evaluations
+    for words, said in (
+        (["confirm.finetune_steps=0"], "confirm.finetune_steps is a whole number from 1"),
+        (["confirm.finetune_steps=5", "scheme=[fp16,bf16]"], "codes that can be trained"),
+    ):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["mpsearch", "search", *quick[:-1], "hydra.run.dir=other", *words])
+        with pytest.raises(SystemExit):
+            main()
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()
