@@ -143,12 +143,12 @@ class _FakeQuantizeInput(torch.autograd.Function):
     def backward(ctx, gradient):  # type: ignore[no-untyped-def]
         x, scale, zero_point = ctx.saved_tensors
         largest = ctx.how.largest_code
-        least = -largest if ctx.how.symmetric else 0
-        steps, low, high = x / scale, least - zero_point, largest - zero_point
-        level = steps.clamp(low, high).round_()
-        held = (steps >= low) & (steps <= high)
-        of_scale = (torch.where(held, level - steps, level) * gradient).sum() / math.sqrt(x[0].numel() * largest)
-        return torch.where(held, gradient, 0.0), of_scale.reshape(scale.shape), None, None, None
+        steps, low = x / scale, (-largest if ctx.how.symmetric else 0) - zero_point
+        level = steps.clamp(low, low + largest + (largest if ctx.how.symmetric else 0))
+        of_x = gradient * (level == steps)
+        # The sum of (level - steps) over what is held and of level over what is clipped, times the gradient.
+        of_scale = torch.dot(level.round_().flatten(), gradient.flatten()) - torch.dot(steps.flatten(), of_x.flatten())
+        return of_x, (of_scale / math.sqrt(x[0].numel() * largest)).reshape(scale.shape), None, None, None
 
 
 def fake_quantize_input(x: Tensor, scale: Tensor, zero_point: Tensor, how: IntegerInput, n_inner: int) -> Tensor:

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
-from mpsearch.fake_quantize import Whole, fake_quantize, groups_of, steps_of
+from mpsearch.fake_quantize import Table, Whole, fake_quantize, fake_quantize_input, groups_of, steps_of
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
+from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.levels import LEVELS
 
 
 def case(bits, columns=10, group_size=4, zero=None):
@@ -69,3 +71,46 @@ def test_a_scale_of_zero_gives_zero_and_no_gradient():
     out.sum().backward()
     assert not out.any()
     assert not scales.grad.any()
+
+
+@pytest.mark.parametrize("how", [IntegerInput(4, "static"), IntegerInput(3, "static", symmetric=False)])
+def test_a_static_input_s_scale_has_the_gradient_of_lsq(how):
+    torch.manual_seed(0)
+    x, weighs = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 4)
+    scale, zero = torch.tensor([0.3], requires_grad=True), torch.tensor([0.0 if how.symmetric else 2.0])
+    found = fake_quantize_input(x, scale, zero, how, 2)
+    assert torch.equal(found, how.fake_quantize(x.detach(), 2, {"input_scale": scale, "input_zero_point": zero}))
+    (found * weighs).sum().backward()
+    least, most = (-7, 7) if how.symmetric else (-2, 5)
+    of_scale = 0.0
+    for value, g, got in zip(x.detach().flatten(), weighs.flatten(), x.grad.flatten(), strict=True):
+        steps = float(value) / 0.3
+        held = least <= steps <= most
+        level = round(min(max(steps, least), most))
+        assert float(got) == pytest.approx(float(g) if held else 0.0)
+        of_scale += float(g) * (level - (steps if held else 0.0))
+    assert float(scale.grad) == pytest.approx(of_scale / math.sqrt(12 * 7), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["nf4", "ternary", "e2m1"])
+def test_a_table_passes_gradients_where_it_does_not_saturate(name):
+    torch.manual_seed(0)
+    table = Table(LEVELS[name])
+    matrix, scales = torch.randn(3, 8, requires_grad=True), (0.5 / table.largest * torch.ones(3, 1)).requires_grad_()
+    found = fake_quantize(matrix, scales, torch.zeros(3, 1), groups_of(8, 8), table)
+    levels = LEVELS[name].values[LEVELS[name].values.isfinite()]
+    steps = matrix.detach() / scales.detach()
+    nearest = levels[(steps[..., None] - levels).abs().argmin(-1)]
+    torch.testing.assert_close(found.detach(), nearest * scales.detach())
+    found.sum().backward()
+    held = steps.abs() <= table.largest
+    assert torch.equal(matrix.grad, held.float())
+    moved = torch.where(held, nearest - steps, nearest).sum(1, keepdim=True) / math.sqrt(8 * table.largest)
+    torch.testing.assert_close(scales.grad, moved, rtol=1e-4, atol=1e-5)
+
+
+def test_the_next_values_of_a_grid():
+    below, above = Table(LEVELS["e2m1"]).gaps(torch.tensor([-6.0, -0.5, 0.0, 1.5, 6.0]))
+    assert below.tolist() == [2.0, 0.5, 0.5, 0.5, 2.0]
+    assert above.tolist() == [2.0, 0.5, 0.5, 0.5, 2.0]
+    assert [gap.tolist() for gap in Whole(2).gaps(torch.tensor([0.0, 3.0]))] == [[1.0, 1.0]] * 2
