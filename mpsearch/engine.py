@@ -11,7 +11,7 @@ import itertools
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -327,10 +327,12 @@ def _divergence(logits: Tensor, reference: Tensor) -> float:
     return max(loss, 0.0) if np.isfinite(loss) else float("inf")
 
 
-def quantize_input(module: nn.Module, quantized: QuantizedTensor, straight_through: bool = False) -> RemovableHandle | None:
+def quantize_input(
+    module: nn.Module, quantized: QuantizedTensor, how: Callable[[Tensor, int], Tensor] | None = None
+) -> RemovableHandle | None:
     """From now on the module's input is quantized first, as the weight's scheme says; `None` where it stays as it is.
 
-    With `straight_through` its gradient is that of the quantized input, as training needs it.
+    `how(x, n_inner)` does it in the scheme's place, with the gradient that training needs.
     """
     wanted = quantized.scheme.input_format
     if wanted is None or isinstance(module, nn.Embedding):
@@ -338,8 +340,7 @@ def quantize_input(module: nn.Module, quantized: QuantizedTensor, straight_throu
     n_inner = 1 if isinstance(module, nn.Linear) else len(quantized.shape) - 1  # of a convolution: channels and space
 
     def rounded(x: Tensor) -> Tensor:
-        found = wanted.fake_quantize(x.detach() if straight_through else x, n_inner, quantized.of_input)
-        return found + (x - x.detach()) if straight_through else found
+        return wanted.fake_quantize(x, n_inner, quantized.of_input) if how is None else how(x, n_inner)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if args:

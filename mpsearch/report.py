@@ -283,7 +283,8 @@ def _trained(result: SearchResult) -> list[str]:
     return [
         "## After training",
         "",
-        "Trained as they are stored (`mpsearch finetune`); scored on the confirm split, the epoch chosen on the search split.",
+        "Trained as they are stored (`mpsearch finetune`, or `confirm.finetune_steps`); scored on the confirm split, the epoch "
+        "chosen on the search split.",
         "",
         _markdown_table(header, rows),
         "",

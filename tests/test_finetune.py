@@ -17,10 +17,12 @@ from mpsearch.models.digits import digits
 from mpsearch.packed import packed
 from mpsearch.pick import pick
 from mpsearch.result import SearchResult
+from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
 from mpsearch.search import Evaluator
+from mpsearch.student import Student
 from mpsearch.tasks.digits import Digits
 
 
@@ -72,6 +74,11 @@ SCHEMES = {
     "w3t": Integer(3, group_size="tensor"),
     "w4a8": Integer(4, scale_dtype="float32", input=IntegerInput(8, "token")),
     "w8s": Integer(8, input=IntegerInput(4, "static")),
+    "w8sz": Integer(8, input=IntegerInput(4, "static", symmetric=False)),
+    "nf4": Codebook("nf4", 5),
+    "ternary": Codebook("ternary"),
+    "mxfp4": Codebook("e2m1", 32, "e8m0"),
+    "nvfp4": Codebook("e2m1", 16, "e4m3"),
     "half": Float("float16"),
 }
 
@@ -81,7 +88,7 @@ def test_before_training_the_student_is_the_stored_point_in_every_scheme(tiny, f
     names = list(SCHEMES)[first:] + list(SCHEMES)[:first]
     engine = tiny.engine(tiny.net(), tiny.task(), {name: SCHEMES[name] for name in names})
     allocation = mixed(engine)
-    student = module._Student(engine, allocation)
+    student = Student(engine, allocation)
     assert_same_tensors(stored(student.engine(), allocation), stored(engine, allocation) | stored_biases(engine, allocation))
     inputs, _ = engine.batches("search")[0]
     with engine.applied(allocation) as model:
@@ -203,7 +210,7 @@ def test_the_command_trains_records_draws_and_exports(tmp_path, monkeypatch, cap
 
     command(*words)
     assert len(list((folder / "finetuned").iterdir())) == 1
-    assert SearchResult.load(folder).finetuned("search")[allocation].loss == row.loss
+    assert SearchResult.load(folder).evaluations == after.evaluations  # nothing was new
     command("search", "run=run", "n_trials=9")
     gone_on = SearchResult.load(folder)
     assert gone_on.finetuned("search")[allocation].loss == row.loss
@@ -216,3 +223,42 @@ def test_the_command_trains_records_draws_and_exports(tmp_path, monkeypatch, cap
     model, task = exported.apply(digits()), Digits()
     hits = [task.quality(model(x), y) for x, y in task.batches("search")]
     assert float(torch.cat(hits).double().mean()) == row.quality
+
+
+def test_a_search_trains_its_front_before_it_reports(tmp_path, monkeypatch, capsys):
+    """Off by default; a finished run gets it when it is gone on with, once; and the trained points stand beside the front."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*words):
+        monkeypatch.setattr(sys, "argv", ["mpsearch", *words])
+        main()
+        return SearchResult.load(tmp_path / "run")
+
+    quick = ["quantizer=round_to_nearest", "metric=weight_mse", "n_trials=6", "hydra.run.dir=run"]
+    before = command("search", "scheme=[w2,w4]", *quick)
+    assert not before.finetuned("search")
+    after = command("search", "run=run", "confirm.finetune_steps=12")
+    assert after.front == before.front
+    assert {split: len(after.finetuned(split)) for split in ("search", "confirm")} == dict.fromkeys(
+        ("search", "confirm"), len(after.front)
+    )
+    searched, confirmed = after.finetuned("search"), after.finetuned("confirm")
+    assert all(searched[point.allocation].loss <= point.loss for point in after.front)
+    assert searched[after.front[0].allocation].loss < after.front[0].loss
+    assert all(evaluation.packed for evaluation in confirmed.values())
+    page = (tmp_path / "run" / "report.md").read_text()
+    for evaluation in confirmed.values():
+        assert (
+            f"{evaluation.size_bytes:,} | {after.on('confirm')[evaluation.allocation].loss:.4g} | {evaluation.loss:.4g}" in page
+        )
+    assert command("search", "run=run", "confirm.finetune_steps=12").evaluations == after.evaluations
+    for words, said in (
+        (["confirm.finetune_steps=0"], "confirm.finetune_steps is a whole number from 1"),
+        (["confirm.finetune_steps=5", "scheme=[fp16,bf16]"], "codes that can be trained"),
+    ):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["mpsearch", "search", *quick[:-1], "hydra.run.dir=other", *words])
+        with pytest.raises(SystemExit):
+            main()
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "other").exists()

@@ -16,7 +16,7 @@ from mpsearch.cli.refusals import must_be_given, one_line
 from mpsearch.errors import InputError
 
 # What may differ from the saved config when a run goes on; anything else would change what its trials mean.
-RESUMABLE = ("n_trials", "max_seconds", "device", "executor", "study.mirror")
+RESUMABLE = ("n_trials", "max_seconds", "device", "executor", "study.mirror", "confirm.finetune_steps")
 
 
 def complete(words: list[str], commands: Collection[str]) -> list[str]:

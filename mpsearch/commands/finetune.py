@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from mpsearch.allocation import Allocation
 from mpsearch.budget import read_budgets
 from mpsearch.commands.hardware import costs_of_run
 from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
@@ -13,7 +14,7 @@ from mpsearch.commands.show import paths, relative, summary
 from mpsearch.engine import paired_interval
 from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation
-from mpsearch.finetune import Training
+from mpsearch.finetune import Finetuned, Training
 from mpsearch.finetune import finetune as run_finetune
 from mpsearch.pick import pick
 from mpsearch.report import write_report
@@ -38,32 +39,58 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
         run.identify(prepared.identity(settings))
         run.mend("evaluations")
         engine = prepared.engine(settings, folder)
-        trained = run_finetune(engine, allocation, training, folder / "finetuned")
-        found: list[Evaluation] = []
 
         def record(evaluation: Evaluation) -> None:
-            found.append(replace(evaluation, seconds=trained.seconds) if evaluation.split == "search" else evaluation)
-            run.append("evaluations", evaluation_row(found[-1], space, quality, result.costs))
+            run.append("evaluations", evaluation_row(evaluation, space, quality, result.costs))
 
         budgets = read_budgets(result.budgets, costs, space)
-        before = Evaluator(engine, budgets, latency_batch_size=batch_size)
-        after = Evaluator(trained.engine, budgets, record, (), tables, batch_size)
-        for split in SCORED:
-            after(allocation, FINETUNED, split)
-        result = replace(result, evaluations=[*result.evaluations, *found])
+        evaluate = Evaluator(engine, budgets, record, result.evaluations, tables, batch_size)
+        trained, confirmed, after = train_point(evaluate, allocation, training, folder)
+        result = replace(result, evaluations=evaluate.evaluations)
         page = write_report(result, folder, picked)
     summary(result, picked)
-    gains = after.qualities(allocation) - before.qualities(allocation)
+    before = evaluate.qualities(allocation)
+    gains = after.qualities(allocation) - before
     low, high = paired_interval(gains)
-    was = result.quality.text(result.quality.score(float(before.qualities(allocation).mean(dtype="float64"))))
+    was = result.quality.text(result.quality.score(float(before.mean(dtype="float64"))))
     gain, least, most = (result.quality.difference(result.quality.sign * x) for x in (float(gains.mean()), low, high))
     gain += f" ({least} to {most})" if result.quality.sign > 0 else f" ({most} to {least})"
     print(
         f"epoch {trained.epoch} of {training.epochs} is kept: KL on search {trained.losses[0]:.4g} -> {min(trained.losses):.4g}"
     )
     print(
-        f"{result.quality.label} on confirm: {was} -> {result.quality.text(found[-1].quality)}, a gain of {gain} a sample "
+        f"{result.quality.label} on confirm: {was} -> {result.quality.text(confirmed.quality)}, a gain of {gain} a sample "
         f"(paired 95 %), in {trained.seconds:.0f} s of training"
     )
     paths(folder, page, "pareto.png")
     print(f"export it: mpsearch export run={relative(folder)} pick.max_bytes={picked.size_bytes} finetuned=true")
+
+
+def train_point(
+    evaluate: Evaluator, allocation: Allocation, training: Training, folder: Path
+) -> tuple[Finetuned, Evaluation, Evaluator]:
+    """Train an allocation of `evaluate`'s engine, or take up its checkpoint in the run's `folder`; add its two evaluations.
+
+    Rows of the same training that are there already are not written again. Also returns the evaluation on the confirm split, and
+    what evaluates the trained weights.
+    """
+    trained = run_finetune(evaluate.engine, allocation, training, folder / "finetuned")
+    found: dict[str, Evaluation] = {}
+    for e in evaluate.evaluations:
+        if e.origin == FINETUNED and e.allocation == allocation:
+            found = {e.split: e} if e.split == "search" else {**found, e.split: e}  # a new training begins on the search split
+    if "search" in found and found["search"].loss != min(trained.losses):
+        found = {}
+
+    def record(evaluation: Evaluation) -> None:
+        if evaluation.split == "search":
+            evaluation = replace(evaluation, seconds=trained.seconds)
+        found[evaluation.split] = evaluation
+        evaluate.record(evaluation)
+        evaluate.evaluations.append(evaluation)
+
+    after = Evaluator(trained.engine, evaluate.budgets, record, (), evaluate.costs, evaluate.latency_batch_size)
+    for split in SCORED:
+        if split not in found:
+            after(allocation, FINETUNED, split)
+    return trained, found["confirm"], after

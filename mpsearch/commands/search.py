@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from mpsearch.budget import read_budgets
+from mpsearch.commands.finetune import train_point
 from mpsearch.commands.hardware import latency_table
-from mpsearch.commands.prepare import Build, Settings, engine_elsewhere, prepare
+from mpsearch.commands.prepare import Build, Prepared, Settings, engine_elsewhere, prepare
 from mpsearch.commands.sensitivity import measured_sensitivity
 from mpsearch.commands.show import paths, relative, summary
 from mpsearch.confirm import confirm
@@ -21,9 +22,11 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.executors.base import Executor, at_least_one
 from mpsearch.fidelity import rungs
+from mpsearch.finetune import Training, check_trainable
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.mirror import Mirror
 from mpsearch.pick import pick
+from mpsearch.progress import phase, quiet
 from mpsearch.report import write_report
 from mpsearch.result import RunFolder, SearchResult, evaluation_row
 from mpsearch.samplers.base import complete
@@ -66,6 +69,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     in_flight = settings["study"]["in_flight"]
     if in_flight is not None:
         at_least_one("study.in_flight", in_flight)
+    training = _training(settings, prepared)
     run = RunFolder(folder)
     with run.locked(), executor:
         if in_flight is None and (folder / "space.json").exists():  # a run goes on as it began
@@ -123,8 +127,24 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         if not result.front:
             raise InputError("No trial was run, so there is no front. Give n_trials above 0.")
         confirmed = confirm(evaluate, result)
+        if training is not None:
+            with phase("finetune", len(result.front)) as advance:
+                for point in result.front:
+                    with quiet():
+                        _, trained, _ = train_point(evaluate, point.allocation, training, folder)
+                    advance(f"{point.average_bits:.2f} bits: {result.quality.label} {result.quality.text(trained.quality)}")
         picked = pick(result)
         page = write_report(result, folder, picked, confirmed)
         summary(result, picked)
         paths(folder, page, "pareto.png", "front.csv")
         print(f"export a point: mpsearch export run={relative(folder)} pick.max_bytes={picked.size_bytes}")
+
+
+def _training(settings: Settings, prepared: Prepared) -> Training | None:
+    """How the points of the front are trained before they are confirmed; `None`: not at all."""
+    steps = settings.get("confirm", {}).get("finetune_steps")
+    if steps is None:
+        return None
+    at_least_one("confirm.finetune_steps", steps)
+    check_trainable(prepared.task, prepared.space.schemes.values())
+    return Training.of_steps(steps, settings["seed"])

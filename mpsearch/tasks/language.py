@@ -6,7 +6,7 @@ The tokens of a window depend on one another: a window is one sample, and interv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,15 @@ class Language(Task):
         """`batch_size` windows each, the last one fewer."""
         check_split(split)
         return self._batches[split]
+
+    def training(self, epoch: int, batch_size: int, seed: int) -> Iterator[Batch]:
+        """The calibration split's texts, cut into windows at another place each epoch (one holds the end and the beginning)."""
+        random = np.random.default_rng([seed, epoch])
+        shift = int(random.integers(self.window))
+        pairs = [torch.cat([batch[i].flatten() for batch in self._batches["calibration"]]) for i in (0, 1)]
+        x, y = (part.roll(shift).view(-1, self.window) for part in pairs)
+        for index in torch.from_numpy(random.permutation(len(x))).split(batch_size):
+            yield x[index], y[index].flatten()
 
     def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Logits [windows * window, vocabulary]."""

@@ -25,6 +25,18 @@ def test_no_text_is_in_two_splits_and_targets_follow():
         assert torch.equal(x[:, 1:], y.view(-1, 12)[:, :-1])
 
 
+def test_training_cuts_the_calibration_texts_at_another_place_each_epoch():
+    task = Language([np.arange(20 * i, 20 * i + 20) for i in range(20)], 10, 4, 4, window=12)
+    own = {(int(a), int(b)) for x, y in task.batches("calibration") for a, b in zip(x.flatten(), y, strict=True)}
+    first, again, second = (list(task.training(epoch, 4, seed=0)) for epoch in (1, 1, 2))
+    for batches in (first, second):
+        assert [tuple(x.shape) for x, _ in batches] == [(4, 12), (4, 12), (2, 12)]
+        assert {(int(a), int(b)) for x, y in batches for a, b in zip(x.flatten(), y, strict=True)} == own
+    assert all(torch.equal(a, b) for one, two in zip(first, again, strict=True) for a, b in zip(one, two, strict=True))
+    starts = [{int(row[0]) for x, _ in batches for row in x} for batches in (first, second)]
+    assert starts[0] != starts[1]
+
+
 def test_quality_is_a_window_s_mean_cross_entropy():
     task = Language(texts(), 4, 4, 4, window=12)
     logits, targets = torch.randn(36, 30), torch.randint(30, (36,))
