@@ -16,6 +16,7 @@ from mpsearch.layer import from_rows
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
 from mpsearch.schemes.input import SMALLEST_NORMAL, IntegerInput
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.rotated import Rotated
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class QuantizedLayer:
 
 def kernel_for(kind: str, shape: Sequence[int], scheme: QuantScheme) -> str | None:
     """The op of `mpsearch.kernels` that runs a layer of this kind and shape in this scheme; `None`: none does."""
+    if isinstance(scheme, Rotated):
+        return kernel_for(kind, shape, scheme.dense) if scheme.takes(kind) else None
     op = {"linear": "linear", "conv1d": "conv", "conv2d": "conv", "embedding": "embedding"}.get(kind)
     if op is None or not isinstance(scheme, Integer) or 0 in shape:
         return None
@@ -44,7 +47,8 @@ def kernel_for(kind: str, shape: Sequence[int], scheme: QuantScheme) -> str | No
         return None
     if op == "embedding" or scheme.input is None:
         return op
-    runs = scheme.input.bits == 8 and (scheme.input.symmetric or scheme.input.has_static_scale)
+    of = scheme.input
+    runs = isinstance(of, IntegerInput) and of.bits == 8 and (of.symmetric or of.has_static_scale)
     return f"{op}_a8" if runs else None
 
 
@@ -66,6 +70,9 @@ class PackedModule(nn.Module):
             if not name.startswith("_"):
                 setattr(self, name, value)
         self.kind, self.owners, self.scheme, self.shape = layer.kind, layer.modules, layer.weight.scheme, layer.weight.shape
+        self.rotates = isinstance(self.scheme, Rotated)
+        # What the kernel reads, and what its input is given as.
+        self.dense = cast(Integer, self.scheme.dense if isinstance(self.scheme, Rotated) else self.scheme)
         self.packed = packed
         self.of_input = layer.weight.of_input
         self.step = float(self.of_input["input_scale"]) if self.of_input else None
@@ -76,9 +83,9 @@ class PackedModule(nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("shifted_bias", None, persistent=False)
         if "input_zero_point" in self.of_input and not isinstance(module, nn.Embedding):
-            middle = cast(IntegerInput, self.scheme.input_format).largest_code // 2
+            middle = cast(IntegerInput, self.dense.input).largest_code // 2
             self.shift = (int(self.of_input["input_zero_point"]) - middle) * float(self.of_input["input_scale"])
-            self.shifted_bias = -self.shift * self.quantized().dequantize().double().flatten(1).sum(1)
+            self.shifted_bias = -self.shift * self.as_read().dequantize().double().flatten(1).sum(1)
 
     def unpacked(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes `[rows, columns]`, scales and zero points `[rows, n_groups]`, as they were packed."""
@@ -86,7 +93,11 @@ class PackedModule(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The weight as its scheme stores it."""
-        return cast(Integer, self.scheme).stored(*self.unpacked(), self.of_input, self.shape)
+        return replace(self.as_read(), scheme=self.scheme)
+
+    def as_read(self) -> QuantizedTensor:
+        """The weight as the kernel reads it: of a rotated scheme, the rotated one."""
+        return self.dense.stored(*self.unpacked(), self.of_input, self.shape)
 
     @property
     def weight(self) -> Tensor:
@@ -95,7 +106,7 @@ class PackedModule(nn.Module):
 
     def eight_bits(self, x: Tensor, n_inner: int) -> tuple[Tensor, Tensor | None, float | None]:
         """(input, bias, step) of an 8-bit product: `None` where the kernels find the step of each token themselves."""
-        of = cast(IntegerInput, self.scheme.input_format)
+        of = cast(IntegerInput, self.dense.input)
         if self.shifted_bias is not None:
             bias = self.shifted_bias if self.bias is None else self.bias + self.shifted_bias
             return of.fake_quantize(x, n_inner, self.of_input) + self.shift, bias.float(), self.step
@@ -112,11 +123,13 @@ class PackedModule(nn.Module):
 
 
 class PackedLinear(PackedModule):
-    """`nn.Linear` on `kernels.linear`, or `kernels.linear_a8`."""
+    """`nn.Linear` on `kernels.linear`, or `kernels.linear_a8`; its input is rotated first where the scheme says so."""
 
     def forward(self, input: Tensor) -> Tensor:
         """float32 `[..., in]` -> `[..., out]`."""
-        if self.scheme.input_format is None:
+        if self.rotates:
+            input = kernels.rotate(input)
+        if self.dense.input is None:
             return kernels.linear(input, self.packed, self.bias)
         x, bias, step = self.eight_bits(input, 1)
         return kernels.linear_a8(x, self.packed, bias, step)
