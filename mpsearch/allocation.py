@@ -80,7 +80,8 @@ class SearchSpace:
         """Group `layers` by their `group`; a group may take what all of its layers may.
 
         `pin` narrows choices: "layer3.*:w4|w8", or "layer3.*:>=4" for all schemes of at least so many bits; later pins win,
-        no match is an error. Left out: what `runtime` cannot run (`None`: all runs), and schemes that no layer may take.
+        no match is an error. Left out: layers that a scheme does not take, what `runtime` cannot run (`None`: all runs), and
+        schemes that no layer may take.
         """
         if not schemes:
             raise InputError("No scheme to choose from came. Name at least one: 'scheme=[w4,w8]'.")
@@ -211,6 +212,13 @@ def _choices(
         raise InputError(
             f"The layers of '{group.name}' share a scheme, but the pins {said} leave them none in common. Pin them alike."
         )
+    for layer in group.layers:
+        came, left = left, tuple(name for name in left if schemes[name].takes(layer.kind))
+        if not left:
+            raise InputError(
+                f"Layer '{layer.name}' ({layer.kind}) cannot be stored in any of {', '.join(came)}: what is rotated is a Linear "
+                "layer. Add a scheme that is not, or pin the layer to one."
+            )
     if runtime is None:
         return left
     run = tuple(name for name in left if all(runtime.runs(layer, schemes[name]) for layer in group.layers))

@@ -12,12 +12,14 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpsearch import kernels
 from mpsearch.errors import InputError
 from mpsearch.layer import LayerSpec, check_finite, rows_shape, runs_as_usual
 from mpsearch.progress import phase
@@ -33,9 +35,16 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module, task: Task, layers: Sequence[LayerSpec], batches: Sequence[tuple[Any, Tensor]]
+    model: nn.Module,
+    task: Task,
+    layers: Sequence[LayerSpec],
+    batches: Sequence[tuple[Any, Tensor]],
+    *,
+    rotated: bool = False,
 ) -> dict[str, InputMoments]:
     """Module name -> moments of its input, float32 on the CPU; `InputError` where one is NaN or infinite.
+
+    With `rotated` also those of the rotated inputs of Linear layers, which rotated schemes ask for.
 
     Left out are embeddings, whose input is indices, and modules that run a `forward` of their own (a convolution that
     standardizes its weight, say): their output is not what weight and input alone say.
@@ -47,10 +56,11 @@ def calibrate(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
             x = next(tensors_in((args, kwargs))).detach()
             count = output.numel() // rows_shape(module)[0]
-            mean, second = (_column_means(module, y).double().cpu() for y in (x, x.square()))
             if not torch.isfinite(x).all():
                 raise _not_finite(name)
-            found = InputMoments(mean, second, count, Histogram.of(x))
+            found = _moments(module, x, count)
+            if rotated and isinstance(module, nn.Linear):
+                found = replace(found, rotated=_moments(module, kernels.rotate(x), count))
             sums[name] = InputMoments.pooled([sums[name], found]) if name in sums else found
 
         return hook
@@ -68,7 +78,19 @@ def calibrate(
     finally:
         for handle in hooks:
             handle.remove()
-    return {n: InputMoments(m.mean.float(), m.second_moment.float(), m.count, m.histogram) for n, m in sums.items()}
+    return {name: _single(moments) for name, moments in sums.items()}
+
+
+def _moments(module: nn.Module, x: Tensor, count: int) -> InputMoments:
+    """Of one input, float64."""
+    mean, second = (_column_means(module, y).double().cpu() for y in (x, x.square()))
+    return InputMoments(mean, second, count, Histogram.of(x))
+
+
+def _single(moments: InputMoments) -> InputMoments:
+    """In float32."""
+    rotated = None if moments.rotated is None else _single(moments.rotated)
+    return replace(moments, mean=moments.mean.float(), second_moment=moments.second_moment.float(), rotated=rotated)
 
 
 @torch.no_grad()

@@ -141,7 +141,7 @@ class QuantEngine:
 
     def _check_input(self, layer: str, scheme: str, moments: InputMoments | None) -> None:
         wanted = self.space.schemes[scheme].input_format
-        if wanted is not None and wanted.scale == "static" and moments is None and self._layers[layer].kind != "embedding":
+        if wanted is not None and wanted.has_static_scale and moments is None and self._layers[layer].kind != "embedding":
             raise InputError(
                 "its input was not calibrated (the module runs a forward of its own, or the calibration data do not reach it), "
                 "so that it has no static range. Use input.scale=token, or pin the layer to another scheme."

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from mpsearch import kernels
 from mpsearch.allocation import SearchSpace
 from mpsearch.costs.latency import FLOAT, REST, Latency
+from mpsearch.engine import quantize_input
 from mpsearch.layer import LayerSpec, from_rows, kind_of, weight_rows
 from mpsearch.packed import RUNS, installed, packed_weight, runs_packed
 from mpsearch.packed_layer import QuantizedLayer, kernel_for
@@ -140,9 +141,12 @@ def _run_of(
 
             def dequantized() -> None:
                 for module, name in zip(modules, layer.modules, strict=True):
-                    swapped = {"weight": from_rows(module, as_packed.weight.dequantize())}
+                    handle = quantize_input(module, as_packed.weight)
                     for call in calls[name]:
+                        swapped = {"weight": from_rows(module, as_packed.weight.dequantize())}
                         torch.func.functional_call(module, swapped, call.args, call.kwargs)
+                    if handle is not None:
+                        handle.remove()
 
             return dequantized
     pairs = [(module, call) for module, name in zip(made, layer.modules, strict=True) for call in calls[name]]

@@ -68,6 +68,11 @@ class LayerSpec:
         """Number of weights."""
         return math.prod(self.shape)
 
+    @property
+    def tokens(self) -> float:
+        """How often the whole weight meets an input in one sample: the tokens of a Linear layer."""
+        return self.macs / self.numel if self.numel else 0.0
+
 
 @dataclass(frozen=True)
 class LayerGroup:

@@ -36,6 +36,7 @@ from mpsearch.packed_layer import (
 )
 from mpsearch.schemes.base import QuantizedTensor, scheme_from_fields
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.rotated import Rotated
 
 FORMAT, VERSION = "mpsearch-packed", 1
 
@@ -120,7 +121,7 @@ def _install(model: nn.Module, layers: Iterable[QuantizedLayer]) -> Callable[[],
 
 def packed_weight(module: Any, weight: QuantizedTensor) -> Any:
     """The weight as the module's kernel reads it; one for a Linear and an Embedding that are tied."""
-    scheme = cast(Integer, weight.scheme)
+    scheme = cast(Integer, weight.scheme.dense if isinstance(weight.scheme, Rotated) else weight.scheme)
     codes, scales, zero_points, group_size = scheme.unpacked(weight.tensors, weight.shape)
     if isinstance(module, nn.Linear | nn.Embedding):
         return kernels.pack_weight(codes, scales, zero_points, bits=scheme.bits, group_size=group_size)

@@ -16,6 +16,7 @@ from mpsearch.layer import from_rows
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
 from mpsearch.schemes.input import SMALLEST_NORMAL, IntegerInput
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.rotated import Rotated
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class QuantizedLayer:
 
 def kernel_for(kind: str, shape: Sequence[int], scheme: QuantScheme) -> str | None:
     """The op of `mpsearch.kernels` that runs a layer of this kind and shape in this scheme; `None`: none does."""
+    if isinstance(scheme, Rotated):
+        return kernel_for(kind, shape, scheme.dense) if scheme.takes(kind) else None
     op = {"linear": "linear", "conv1d": "conv", "conv2d": "conv", "embedding": "embedding"}.get(kind)
     if op is None or not isinstance(scheme, Integer) or 0 in shape:
         return None
@@ -45,7 +48,7 @@ def kernel_for(kind: str, shape: Sequence[int], scheme: QuantScheme) -> str | No
     if op == "embedding" or scheme.input is None:
         return op
     of = scheme.input
-    runs = of.bits < 8 or (of.bits == 8 and (of.symmetric or of.has_static_scale))
+    runs = isinstance(of, IntegerInput) and (of.bits < 8 or (of.bits == 8 and (of.symmetric or of.has_static_scale)))
     return f"{op}_a8" if runs else None
 
 
@@ -67,13 +70,16 @@ class PackedModule(nn.Module):
             if not name.startswith("_"):
                 setattr(self, name, value)
         self.kind, self.owners, self.scheme, self.shape = layer.kind, layer.modules, layer.weight.scheme, layer.weight.shape
+        self.rotates = isinstance(self.scheme, Rotated)
+        # What the kernel reads, and what its input is given as.
+        self.dense = cast(Integer, self.scheme.dense if isinstance(self.scheme, Rotated) else self.scheme)
         self.packed = packed
         self.of_input = layer.weight.of_input
         self.step = float(self.of_input["input_scale"]) if self.of_input else None
         # The kernels' codes are signed and have no zero point. Below 8 bits they hold a code less its zero point. Asymmetric
         # 8-bit input is given to them less its middle code, and the shift, the same for every value, times the sum of a row of
         # weights is taken off the output again.
-        of = self.scheme.input_format
+        of = self.dense.input
         self.few_bits = of if isinstance(of, IntegerInput) and of.bits < 8 else None
         self.shift = 0.0
         self.register_buffer("data", packed.data)
@@ -82,7 +88,7 @@ class PackedModule(nn.Module):
         if "input_zero_point" in self.of_input and self.few_bits is None and not isinstance(module, nn.Embedding):
             middle = cast(IntegerInput, of).largest_code // 2
             self.shift = (int(self.of_input["input_zero_point"]) - middle) * float(self.of_input["input_scale"])
-            self.shifted_bias = -self.shift * self.quantized().dequantize().double().flatten(1).sum(1)
+            self.shifted_bias = -self.shift * self.as_read().dequantize().double().flatten(1).sum(1)
 
     def unpacked(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes `[rows, columns]`, scales and zero points `[rows, n_groups]`, as they were packed."""
@@ -90,7 +96,11 @@ class PackedModule(nn.Module):
 
     def quantized(self) -> QuantizedTensor:
         """The weight as its scheme stores it."""
-        return cast(Integer, self.scheme).stored(*self.unpacked(), self.of_input, self.shape)
+        return replace(self.as_read(), scheme=self.scheme)
+
+    def as_read(self) -> QuantizedTensor:
+        """The weight as the kernel reads it: of a rotated scheme, the rotated one."""
+        return self.dense.stored(*self.unpacked(), self.of_input, self.shape)
 
     @property
     def weight(self) -> Tensor:
@@ -99,7 +109,7 @@ class PackedModule(nn.Module):
 
     def eight_bits(self, x: Tensor, n_inner: int) -> tuple[Tensor, Tensor | None, float | None]:
         """(input, bias, step) of an 8-bit product: `None` where the kernels find the step of each token themselves."""
-        of = cast(IntegerInput, self.scheme.input_format)
+        of = cast(IntegerInput, self.dense.input)
         if self.shifted_bias is not None:
             bias = self.shifted_bias if self.bias is None else self.bias + self.shifted_bias
             return of.fake_quantize(x, n_inner, self.of_input) + self.shift, bias.float(), self.step
@@ -116,11 +126,13 @@ class PackedModule(nn.Module):
 
 
 class PackedLinear(PackedModule):
-    """`nn.Linear` on `kernels.linear`, or `kernels.linear_a8`."""
+    """`nn.Linear` on `kernels.linear`, or `kernels.linear_a8`; its input is rotated first where the scheme says so."""
 
     def forward(self, input: Tensor) -> Tensor:
         """float32 `[..., in]` -> `[..., out]`."""
-        if self.scheme.input_format is None:
+        if self.rotates:
+            input = kernels.rotate(input)
+        if self.dense.input is None:
             return kernels.linear(input, self.packed, self.bias)
         if self.few_bits is not None:
             codes, scale = self.few_bits.split(input, 1, self.of_input)

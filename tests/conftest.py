@@ -16,6 +16,7 @@ from mpsearch.fold import fold_batch_norms
 from mpsearch.models.digits import digits
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.rotated import Rotated
 from mpsearch.tasks.classification import Classification
 from mpsearch.tasks.digits import Digits
 from mpsearch.trace import trace_layers
@@ -73,7 +74,8 @@ def make_engine(model, task, schemes=None, *, pin=(), quantizer=None, **options)
     schemes = schemes or {f"w{bits}": Integer(bits) for bits in (2, 4, 8)}
     layers = trace_layers(model, task.forward, task.batches("calibration")[0][0])
     space = SearchSpace.build(layers, schemes, pin, other_bits(model, layers))
-    moments = calibrate(model, task, layers, load_batches(task, "calibration", "cpu"))
+    rotated = any(isinstance(scheme, Rotated) for scheme in schemes.values())
+    moments = calibrate(model, task, layers, load_batches(task, "calibration", "cpu"), rotated=rotated)
     return QuantEngine(model, task, space, dict.fromkeys(schemes, quantizer or ClipSearch(20)), moments, **options)
 
 

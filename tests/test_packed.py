@@ -3,7 +3,7 @@
 import copy
 import subprocess
 import sys
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,12 +20,14 @@ from mpsearch.models.digits import digits
 from mpsearch.models.resnet import resnet
 from mpsearch.packed import QuantizedLayer, load, pack, packed, quantized_layers, save
 from mpsearch.packed_layer import Dequantized, PackedConv, PackedEmbedding, PackedLinear, PackedModule, kernel_for
+from mpsearch.quantizers.base import InputMoments
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.outliers import Outliers
+from mpsearch.schemes.rotated import Rotated
 from mpsearch.tasks.cifar10 import Cifar10
 
 A8, STATIC = {"bits": 8}, {"bits": 8, "scale": "static"}
@@ -49,6 +51,11 @@ SCHEMES = {
     "mxfp4": Codebook("e2m1", 32, "e8m0"),
     "nvfp4": Codebook("e2m1", 16, "e4m3"),
     "ternary": Codebook("ternary", "tensor"),
+    "w4r": Rotated(Integer(4, 5, symmetric=False)),
+    "w4a8r": Rotated(Integer(4, 32, symmetric=False, input=A8)),
+    "w8a4r": Rotated(Integer(8, input={"bits": 4})),
+    "w5a8sr": Rotated(Integer(5, input=SHIFTED)),
+    "mxfp4r": Rotated(Codebook("e2m1", 32, "e8m0")),
     "w3o": Outliers(Integer(3, 5, symmetric=False), 0.1),
 }
 
@@ -96,8 +103,10 @@ def outputs(engine, model, split="search"):
 
 def allocations(space):
     """Uniform ones, and one that gives each layer another scheme."""
-    names = space.scheme_names
-    return [*map(space.uniform, names), space.allocation([(3 * i + 1) % len(names) for i in range(len(space.groups))])]
+    mixed = {
+        group: names[(3 * i + 1) % len(names)] for i, (group, names) in enumerate(zip(space.names, space.choices, strict=True))
+    }
+    return [*map(space.uniform, space.scheme_names), Allocation(mixed)]
 
 
 @pytest.mark.parametrize("index", range(len(SCHEMES) + 1))
@@ -152,6 +161,9 @@ def test_what_runs(engine):
         ("linear", (4, 9), Float("bfloat16"), None),
         ("linear", (4, 9), Codebook("nf4"), None),
         ("linear", (4, 9), Outliers(Integer(4)), None),
+        ("linear", (4, 9), Rotated(Integer(4, input=A8)), "linear_a8"),
+        ("linear", (4, 9), Rotated(Integer(4, input={"bits": 4})), "linear_a8"),
+        ("conv2d", (4, 9, 3, 3), Rotated(Integer(4)), None),
         ("linear", (1, 40_000), Integer(4), None),
         ("linear", (1, 40_000), Integer(4, 128), "linear"),
     ],
@@ -201,8 +213,9 @@ def test_a_layer_on_its_own_input_is_what_is_simulated(tiny, name, of_input, off
 
 
 def moments_of(histogram):
-    """What calibration tells, of the histogram alone."""
-    return SimpleNamespace(second_moment=None, histogram=histogram)
+    """What calibration tells, of the histogram alone; the same of the rotated input."""
+    moments = InputMoments(None, None, 1, histogram)
+    return replace(moments, rotated=moments)
 
 
 @pytest.mark.parametrize("index", range(len(SCHEMES) + 1))
@@ -227,9 +240,10 @@ def on_meta(build):
         return build().eval()
 
 
-@pytest.mark.parametrize("scheme", ["w4g5", "w8a8", "fp16", "nf4", "nvfp4", "w3o"])
+@pytest.mark.parametrize("scheme", ["w4g5", "w8a8", "fp16", "nf4", "nvfp4", "w3o", "w4r", "w4a8r", "w8a4r"])
 def test_compiled_and_exported(engine, scheme):
     """Every op is opaque to both: no graph breaks, the same result to the last bit."""
+    torch._dynamo.reset()  # else the schemes together reach its limit of versions
     model = pack(copy.deepcopy(engine.model), quantized_layers(engine, engine.space.uniform(scheme)))
     x, _ = engine.batches("search")[0]
     with torch.no_grad():

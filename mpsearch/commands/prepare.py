@@ -27,6 +27,7 @@ from mpsearch.quality import Quality
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.runtimes.base import Runtime
 from mpsearch.runtimes.native import Native
+from mpsearch.schemes.rotated import Rotated
 from mpsearch.tasks.base import SPLITS, Batch, Task
 from mpsearch.trace import first_samples, trace_layers
 
@@ -64,12 +65,13 @@ class Prepared:
 
     def engine(self, settings: Settings, folder: Path) -> QuantEngine:
         """Calibrate, and set up the engine; the run's `folder` keeps what is quantized."""
+        rotated = any(isinstance(scheme, Rotated) for scheme in self.space.schemes.values())
         return QuantEngine(
             self.model,
             self.task,
             self.space,
             self.quantizers,
-            calibrate(self.model, self.task, self.space.layers, self.calibration),
+            calibrate(self.model, self.task, self.space.layers, self.calibration, rotated=rotated),
             bias_correction=settings["bias_correction"],
             bank_max_bytes=parse_bytes(settings["bank_max_bytes"]),
             prefix_max_bytes=parse_bytes(settings.get("prefix_max_bytes", "1GB")),

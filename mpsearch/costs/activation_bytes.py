@@ -8,6 +8,7 @@ quantizes its input to b bits, this is assumed:
   operation before that has a whole token in hand (a norm);
 - that is so only where nobody else reads the input later. Where something does that is no layer of the same group (a residual
   connection, another branch), its float values stay, as the score has it, and the codes come on top;
+- a rotated input is a copy in float32, or its codes; in place of the input where nobody else reads that;
 - everything else is in float: the layer's output, and what waits for later layers, also where those quantize it. So the
   peak is an upper bound for a runtime in which every tensor is quantized once for all its readers (TensorFlow Lite, ONNX
   Runtime where all of a graph is quantized).
@@ -60,6 +61,7 @@ def _of(layer: LayerSpec) -> Activations:
 
 def _peak(layer: LayerSpec, scheme: QuantScheme) -> int:
     found, wanted = _of(layer), scheme.input_format
-    if wanted is None or layer.kind == "embedding":
+    if layer.kind == "embedding" or (wanted is None and not scheme.input_additions(layer.shape)):
         return found.live
-    return found.beside + -(-found.values * wanted.bits // 8) + (4 * found.tokens if wanted.scale == "token" else 0)
+    scales = 0 if wanted is None else wanted.scale_bytes(found.values, found.tokens)
+    return found.beside + -(-found.values * scheme.input_bits // 8) + scales

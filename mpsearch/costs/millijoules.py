@@ -8,9 +8,9 @@ bit at the least. A multiply-accumulate of b_w-bit weights and b_x-bit inputs th
     0.2 pJ x b_w b_x / 64 + 0.1 pJ    where both are integers,
     3.7 pJ + 0.9 pJ                   where the input is float, as the codes of the weight are converted first;
 
-and every weight is read from DRAM once a forward pass, as stored. Not in it: activations, caches, what does no multiplication,
-and what the machine takes while it idles. Newer processes take less, and arithmetic has gained more than memory: compare
-allocations by it, and measure the machine where joules matter.
+a rotation of the input takes 0.9 pJ for each of its additions; and every weight is read from DRAM once a forward pass, as
+stored. Not in it: activations, caches, what does no multiplication, and what the machine takes while it idles. Newer processes
+take less, and arithmetic has gained more than memory: compare allocations by it, and measure the machine where joules matter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from mpsearch.errors import InputError
 from mpsearch.layer import LayerSpec
 from mpsearch.schemes.base import QuantScheme
 
-FLOAT_MAC = 3.7 + 0.9  # pJ
+FLOAT_ADDITION = 0.9  # pJ
+FLOAT_MAC = 3.7 + FLOAT_ADDITION
 INTEGER_MULTIPLICATION = 0.2 / 64  # pJ for each bit of the weight and bit of the input
 INTEGER_ADDITION = 0.1  # pJ, into 32 bits
 DRAM = 1300 / 64  # pJ a bit
@@ -55,6 +56,7 @@ class Millijoules(Cost):
         if layer.macs == 0:
             return 0.0
         mac = FLOAT_MAC
-        if scheme.input_format is not None:
+        if scheme.input_format is not None and scheme.input_format.is_integer:
             mac = INTEGER_MULTIPLICATION * scheme.weight_bits * scheme.input_bits + INTEGER_ADDITION
-        return (layer.macs * mac + scheme.storage_bits(layer.shape) * DRAM / self.batch_size) / PICOJOULES
+        rotation = layer.tokens * scheme.input_additions(layer.shape) * FLOAT_ADDITION
+        return (layer.macs * mac + rotation + scheme.storage_bits(layer.shape) * DRAM / self.batch_size) / PICOJOULES

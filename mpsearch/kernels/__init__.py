@@ -21,6 +21,7 @@ from mpsearch.kernels.feedback import round_with_feedback
 from mpsearch.kernels.half_quadratic import half_quadratic
 from mpsearch.kernels.operators import register
 from mpsearch.kernels.products import MOST_GROUP_COLUMNS, PackedWeight, linear, linear_a8, pack_weight, unpack_weight
+from mpsearch.kernels.rotation import blocks_of, rotate
 
 __all__ = [
     "MOST_GROUP_COLUMNS",
@@ -28,6 +29,7 @@ __all__ = [
     "PackedWeight",
     "active_backend",
     "available_backends",
+    "blocks_of",
     "conv",
     "conv_a8",
     "dequantize",
@@ -40,6 +42,7 @@ __all__ = [
     "pack_conv",
     "pack_weight",
     "quantize",
+    "rotate",
     "round_with_feedback",
     "unpack",
     "unpack_conv",

@@ -16,6 +16,7 @@ from mpsearch.schemes.base import QuantizedTensor, QuantScheme
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.integer import SCALE_DTYPES, Integer
+from mpsearch.schemes.rotated import Rotated
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class InputMoments:
     matrix, and of its square, over the `count` output positions of the calibration data (padding counted as the zeros it is).
     `histogram` is of all input values, for static input ranges. `hessian` float32 `[k, columns, columns]` is the mean of x x^T,
     whose diagonal is `second_moment`; it is there for quantizers that say `needs_hessian`, where the layer allows it.
+    `rotated` are the moments of the rotated input of a Linear layer, without a Hessian, where they were asked for.
     """
 
     mean: Tensor
@@ -33,6 +35,19 @@ class InputMoments:
     count: int = 1
     histogram: Histogram | None = None
     hessian: Tensor | None = None
+    rotated: InputMoments | None = None
+
+    def met_by(self, scheme: QuantScheme) -> InputMoments:
+        """Those of what meets the columns of the weight as `scheme` stores it: of a rotated one, of the rotated input."""
+        if not isinstance(scheme, Rotated):
+            return self
+        # Q^T E[x x^T] Q, which is symmetric.
+        hessian = None if self.hessian is None else kernels.rotate(kernels.rotate(self.hessian).transpose(1, 2))
+        if self.rotated is not None:
+            return replace(self.rotated, hessian=hessian)
+        if hessian is None or self.histogram is not None:
+            raise InputError("The moments of its rotated input are not known. Calibrate with rotated=True.")
+        return InputMoments(kernels.rotate(self.mean), hessian.diagonal(dim1=1, dim2=2).contiguous(), self.count, hessian=hessian)
 
     @classmethod
     def pooled(cls, found: Sequence[InputMoments]) -> InputMoments:
@@ -48,13 +63,16 @@ class InputMoments:
             parts = zip(shares, (moments.hessian for moments in found if moments.hessian is not None), strict=True)
             hessian = torch.stack([share * part for share, part in parts]).sum(0)
         histograms = [moments.histogram for moments in found if moments.histogram is not None]
-        return cls(mean, second, count, Histogram.merged(histograms) if histograms else None, hessian)
+        turned = [moments.rotated for moments in found if moments.rotated is not None]
+        rotated = cls.pooled(turned) if len(turned) == len(found) else None
+        return cls(mean, second, count, Histogram.merged(histograms) if histograms else None, hessian, rotated)
 
     def centred(self) -> InputMoments:
         """The moments of x - E[x]: what weighs an error whose mean is taken off the layer's bias."""
         second = (self.second_moment - self.mean.square()).clamp(min=0.0)
         hessian = None if self.hessian is None else self.hessian - self.mean[:, :, None] * self.mean[:, None, :]
-        return replace(self, mean=torch.zeros_like(self.mean), second_moment=second, hessian=hessian)
+        rotated = None if self.rotated is None else self.rotated.centred()
+        return replace(self, mean=torch.zeros_like(self.mean), second_moment=second, hessian=hessian, rotated=rotated)
 
 
 class Quantizer(ABC):
@@ -77,6 +95,7 @@ class Quantizer(ABC):
         """`weight` (float32, output channels first) as `scheme` stores it; errors weigh by the input's second moment."""
         if moments is None:
             return scheme.quantize(weight, self.codes, None)
+        moments = moments.met_by(scheme)
         return scheme.quantize(weight, self.codes, moments.second_moment, moments.histogram)
 
 

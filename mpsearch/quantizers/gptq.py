@@ -47,6 +47,8 @@ class GPTQ(ClipSearch):
         """`weight` (float32, output channels first) as `scheme` stores it, by the moments' Hessian."""
         if moments is None or moments.hessian is None:
             return super().quantize(weight, scheme, moments)
+        moments = moments.met_by(scheme)
+        assert moments.hessian is not None
         codes = partial(self._codes_by_hessian, hessian=self._damped(moments.hessian))
         return scheme.quantize(weight, codes, moments.second_moment, moments.histogram)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mpsearch.errors import InputError
 from mpsearch.schemes.histogram import Histogram
-from mpsearch.schemes.input import IntegerInput
+from mpsearch.schemes.input import InputFormat
 
 # (matrix, scheme, group size, importance) -> (codes, scales, zero points or None): the quantizer's `codes`. The scheme is one
 # that leaves it a choice: an `Integer` or a `Codebook`.
@@ -30,7 +30,7 @@ class QuantScheme(ABC):
     """How a layer's weight is stored, and its input quantized; a frozen dataclass whose fields are all there is to know."""
 
     @property
-    def input_format(self) -> IntegerInput | None:
+    def input_format(self) -> InputFormat | None:
         """How the layer's input is quantized before the product; `None`: it stays float."""
         return None
 
@@ -43,6 +43,14 @@ class QuantScheme(ABC):
     def input_bits(self) -> int:
         """Bits of one value of the layer's input as a product reads it: those of its format, 32 where it stays float."""
         return 32 if self.input_format is None else self.input_format.bits
+
+    def takes(self, kind: str) -> bool:
+        """Whether a layer of this kind (a word of `layer.KINDS`) can be stored and run so."""
+        return True
+
+    def input_additions(self, shape: tuple[int, ...]) -> int:
+        """Float32 additions that each token costs before the product with a weight of `shape`, beside its quantization."""
+        return 0
 
     @abstractmethod
     def storage_bits(self, shape: tuple[int, ...]) -> int:
@@ -86,7 +94,7 @@ class QuantizedTensor:
 
     @property
     def of_input(self) -> dict[str, Tensor]:
-        """`input_scale` and `input_zero_point`, where the scheme has static ones (`IntegerInput.stored`)."""
+        """`input_scale` and `input_zero_point`, where the scheme has static ones (`InputFormat.stored`)."""
         return {name: tensor for name, tensor in self.tensors.items() if name.startswith("input_")}
 
     def dequantize(self) -> Tensor:

@@ -11,6 +11,7 @@ between layers: activations, pooling, normalization, residual additions. No two 
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -26,8 +27,51 @@ SMALLEST_NORMAL = torch.finfo(torch.float32).smallest_normal
 SCALES = ("token", "tensor", "static")
 
 
+class InputFormat(ABC):
+    """How a layer's input is quantized; a frozen dataclass."""
+
+    @property
+    @abstractmethod
+    def bits(self) -> int:
+        """Of a value, without scales."""
+
+    @property
+    @abstractmethod
+    def is_integer(self) -> bool:
+        """Whether a product with integer weights is integer arithmetic."""
+
+    @property
+    @abstractmethod
+    def has_static_scale(self) -> bool:
+        """Whether the scale is stored with the weight."""
+
+    @property
+    @abstractmethod
+    def storage_bits(self) -> int:
+        """Bits of what is stored of the input with the weight."""
+
+    @abstractmethod
+    def scale_bytes(self, values: int, tokens: int) -> int:
+        """Bytes of the scales of an input of `values` numbers in `tokens` tokens, that are not stored with the weight."""
+
+    @abstractmethod
+    def stored(self, seen: Histogram | None) -> dict[str, Tensor]:
+        """What is stored with the weight, names beginning with `input_`; `seen` is what calibration saw of the input."""
+
+    @abstractmethod
+    def fake_quantize(self, x: Tensor, n_inner: int, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """float32, shaped like x (float32): what its codes stand for. The last `n_inner` dimensions of x are one token.
+
+        `tensors` are those of `stored`. Of values that are not finite NaN comes, at least for all of their block.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """A short phrase for people."""
+
+
 @dataclass(frozen=True)
-class IntegerInput:
+class IntegerInput(InputFormat):
     """`bits`-wide integers with a scale for each "token" or "tensor", found when it comes, or one "static" one of calibration.
 
     A token is a row of a Linear layer's input and a sample's whole feature map of a convolution's: no result depends on the
@@ -64,9 +108,18 @@ class IntegerInput:
         return 254 if self.bits == 8 else 2**self.bits - 1
 
     @property
+    def is_integer(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
     def has_static_scale(self) -> bool:
         """Whether the scale is stored with the weight."""
         return self.scale == "static"
+
+    def scale_bytes(self, values: int, tokens: int) -> int:
+        """A float32 number a token."""
+        return 4 * tokens if self.scale == "token" else 0
 
     @property
     def storage_bits(self) -> int:

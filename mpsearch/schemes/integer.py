@@ -19,7 +19,7 @@ from mpsearch.errors import InputError
 from mpsearch.schemes.base import FindCodes, QuantizedTensor, QuantScheme
 from mpsearch.schemes.grid import GroupSize, check_group_size, each_of, grid_of, importance_of
 from mpsearch.schemes.histogram import Histogram
-from mpsearch.schemes.input import IntegerInput
+from mpsearch.schemes.input import InputFormat, IntegerInput
 
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -72,7 +72,7 @@ class Integer(QuantScheme):
         return self.bits
 
     @property
-    def input_format(self) -> IntegerInput | None:
+    def input_format(self) -> InputFormat | None:
         """`input`."""
         return self.input
 

@@ -21,7 +21,7 @@ from mpsearch.errors import InputError
 from mpsearch.schemes.base import FindCodes, QuantizedTensor, QuantScheme, scheme_from_fields
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.histogram import Histogram
-from mpsearch.schemes.input import IntegerInput
+from mpsearch.schemes.input import InputFormat
 from mpsearch.schemes.integer import Integer
 
 SPAN = 2**16  # weights that a 16-bit position tells apart
@@ -54,7 +54,7 @@ class Outliers(QuantScheme):
         return self.dense.weight_bits
 
     @property
-    def input_format(self) -> IntegerInput | None:
+    def input_format(self) -> InputFormat | None:
         """That of `dense`."""
         return self.dense.input_format
 

@@ -26,6 +26,7 @@ import test_half_quadratic
 import test_pack
 import test_products
 import test_quantize
+import test_rotation
 import torch
 from native_program import NATIVE, Program
 
@@ -96,7 +97,7 @@ def names(command: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
             monkeypatch.setattr(module, "compiled", program)
     monkeypatch.setattr(backends, "_COMPILED", names)
     monkeypatch.setattr(backends, "_AVAILABLE", ("reference", *names))
-    for module in (test_conv, test_feedback, test_half_quadratic, test_products, test_quantize):
+    for module in (test_conv, test_feedback, test_half_quadratic, test_products, test_quantize, test_rotation):
         monkeypatch.setattr(module, "COMPILED", names)
     yield names
     program.close()
@@ -131,6 +132,12 @@ def test_rounding_with_feedback(names: tuple[str, ...], case: tuple[int, int, in
 @pytest.mark.parametrize("case", test_half_quadratic.CASES)
 def test_half_quadratic_fitting(names: tuple[str, ...], case: tuple) -> None:
     test_half_quadratic.test_backends_equal_the_reference(case)
+
+
+def test_rotation_by_a_hadamard_matrix(names: tuple[str, ...]) -> None:
+    for columns in test_rotation.COLUMNS:
+        for back in (False, True):
+            test_rotation.test_backends_equal_the_reference(columns, back)
 
 
 def test_rounding(names: tuple[str, ...]) -> None:

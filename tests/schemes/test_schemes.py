@@ -16,6 +16,7 @@ from mpsearch.schemes.base import QuantizedTensor, QuantScheme, scheme_from_fiel
 from mpsearch.schemes.floating import FORMATS, Float
 from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.outliers import Outliers
+from mpsearch.schemes.rotated import Rotated
 
 CONF = Path(__file__).parents[2] / "conf" / "scheme"
 SHAPES = [(6, 4, 3, 3), (5, 33), (1, 7), (3, 1), (7,)]
@@ -47,11 +48,12 @@ def test_the_shelf(path):
 def test_names_say_the_bits():
     for path in CONF.glob("w*.yaml"):
         whole = instantiate(OmegaConf.load(path))
-        scheme = whole.dense if isinstance(whole, Outliers) else whole
+        scheme = whole.dense if isinstance(whole, Outliers | Rotated) else whole
+        of_rotation = "r" if isinstance(whole, Rotated) else ""
         of_outliers = f"o{100 * whole.share:g}" if isinstance(whole, Outliers) else ""
         of_input = "" if scheme.input is None else f"a{scheme.input.bits}"
         of_groups = "" if scheme.group_size == "channel" else f"g{scheme.group_size}"
-        assert path.stem == f"w{scheme.bits}{of_input}{of_groups}{of_outliers}"
+        assert path.stem == f"w{scheme.bits}{of_input}{of_groups}{of_outliers}{of_rotation}"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-// The shell of the matrix products: packing a weight for them, and multiplying.
+// The shell of the matrix products: packing a weight for them, rotating their input, and multiplying.
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -19,6 +19,7 @@ constexpr double kNsPerRepackedCode = 0.2;
 constexpr double kNsPerStagedValue = 0.5;      // of x
 constexpr double kNsPerStreamedWeight = 0.03;  // read and unpacked
 constexpr double kNsPerProduct = 0.008;        // a weight times a token
+constexpr double kNsPerRotatedValue = 0.3;
 
 WeightJob weight_job(uintptr_t codes,
                      uintptr_t scales,
@@ -145,6 +146,14 @@ void linear(int backend,
     }
 }
 
+void rotate(
+    int backend, uintptr_t x, uintptr_t factors, uintptr_t y, int64_t rows, int64_t columns, bool back, int n_threads) {
+    const Kernels& kernels = backends().at(backend).kernels;
+    const RotateJob job{at<const float>(x), at<const float>(factors), at<float>(y), columns, back};
+    parallel_for(n_threads, rows, kNsPerRotatedValue * static_cast<double>(columns),
+                 [&](int64_t begin, int64_t end) { kernels.rotate(job, begin, end); });
+}
+
 }  // namespace
 
 void bind_products(nb::module_& module) {
@@ -159,6 +168,8 @@ void bind_products(nb::module_& module) {
     module.def("linear", &linear, no_gil(), "backend"_a, "x"_a, "packed"_a, "bias"_a, "y"_a, "n_tokens"_a, "rows"_a,
                "columns"_a, "group_size"_a, "bits"_a, "half_scales"_a, "int8_input"_a, "input_scale"_a, "n_threads"_a,
                "y = x W^T + bias with W in the products' streaming layout.");
+    module.def("rotate", &rotate, no_gil(), "backend"_a, "x"_a, "factors"_a, "y"_a, "rows"_a, "columns"_a, "back"_a,
+               "n_threads"_a, "Each row times a Hadamard matrix of signs, or its inverse.");
 }
 
 }  // namespace mpsearch

@@ -12,7 +12,7 @@
         #isa, Kernels {                                                                                            \
             isa::quantize, isa::dequantize, isa::pack, isa::unpack, isa::pack_weight, isa::unpack_weight,          \
                 isa::tokens_per_block, isa::stage, isa::stage_int8, isa::linear, isa::linear_a8, isa::embed,       \
-                isa::round_with_feedback, isa::half_quadratic, &isa::conv_float, &isa::conv_int8, &isa::conv_lanes \
+                isa::round_with_feedback, isa::half_quadratic, isa::rotate, &isa::conv_float, &isa::conv_int8, &isa::conv_lanes \
         }                                                                                                          \
     }
 

@@ -115,6 +115,15 @@ struct HalfQuadraticJob {
     bool half_scales;  // scales are rounded to float16
 };
 
+// Rows of x times a Hadamard matrix of signs; `factors` are +-1 / sqrt(columns of the block).
+struct RotateJob {
+    const float* x;        // [rows, columns]
+    const float* factors;  // [columns]
+    float* y;              // [rows, columns], may be x
+    int64_t columns;
+    bool back;  // the factors come last: the inverse
+};
+
 constexpr int64_t kMostTokens = 256;  // of one LinearJob
 
 struct Kernels {
@@ -164,6 +173,9 @@ struct Kernels {
     // Groups [begin, end).
     void (*half_quadratic)(const HalfQuadraticJob& job, int64_t begin, int64_t end);
 
+    // Rows [begin, end).
+    void (*rotate)(const RotateJob& job, int64_t begin, int64_t end);
+
     // Float input, int8 input, and either for groups of few rows.
     const ConvKernels *conv_float, *conv_int8, *conv_lanes;
 };
@@ -188,4 +200,5 @@ struct Kernels {
     void embed(const LinearJob& job, int64_t row, float* y);                                                  \
     void round_with_feedback(const FeedbackJob& job, int64_t begin, int64_t end, float* scratch);             \
     void half_quadratic(const HalfQuadraticJob& job, int64_t begin, int64_t end);                             \
+    void rotate(const RotateJob& job, int64_t begin, int64_t end);                                            \
     }

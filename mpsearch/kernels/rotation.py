@@ -1,0 +1,63 @@
+"""The face of rotation by a Hadamard matrix of signs; registered with `torch.library` as `mpsearch::rotate`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mpsearch.errors import InputError
+from mpsearch.kernels import reference_rotation
+from mpsearch.kernels.backends import backend_index, backend_of, compiled, is_plain
+from mpsearch.kernels.operators import register
+from mpsearch.kernels.reference_rotation import blocks_of
+
+__all__ = ["blocks_of", "rotate"]
+
+
+def rotate(x: Tensor, *, back: bool = False) -> Tensor:
+    """`x Q`, or `x Q^T` where `back`, with Q orthonormal: a Hadamard matrix with signs for each block of columns.
+
+    x  float32, float16 or bfloat16 `[..., columns]`; the result has its shape and dtype, computed in float32
+
+    Blocks are powers of two, the largest first (172 columns: 128, 32, 8, 4), and a block of n costs n log2(n) additions; all of Q
+    follows from the number of columns. What stands out in one column is spread over its block (Ashkboos et al. 2024, QuaRot;
+    Tseng et al. 2024, QuIP#). `reference_rotation.py` gives every rounding. Raises `InputError` for another dtype.
+    """
+    return _rotate(x, back) if is_plain(x) else torch.ops.mpsearch.rotate(x, back)
+
+
+def _rotate(x: Tensor, back: bool) -> Tensor:
+    _check(x)
+    if x.numel() == 0:
+        return x.clone()
+    backend = backend_of(x, on_cuda=False)
+    if backend == "reference" or x.dtype != torch.float32:
+        return reference_rotation.rotate(x.detach().float(), back).to(x.dtype)
+    x = x.detach().contiguous()
+    y = torch.empty_like(x)
+    columns = x.shape[-1]
+    compiled.rotate(
+        backend_index(backend),
+        x.data_ptr(),
+        reference_rotation.factors_of(columns, x.device).data_ptr(),
+        y.data_ptr(),
+        x.numel() // columns,
+        columns,
+        back,
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _fake(x: Tensor, back: bool) -> Tensor:
+    _check(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _check(x: Tensor) -> None:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.dim() == 0:
+        dtype = str(x.dtype).removeprefix("torch.")
+        raise InputError(f"x is {dtype} {list(x.shape)}, but must be float32, float16 or bfloat16 [..., columns].")
+
+
+register("rotate", "Tensor x, bool back", _rotate, _fake)
