@@ -46,6 +46,9 @@ def test_a_run_of_an_equalized_network(tmp_path):
         "high": [],
     }
 
+    page = (folder / "report.md").read_text()
+    assert "Channels were equalized beforehand: CrossLayer (tolerance=0.001, max_sweeps=100)." in page
+
     config = OmegaConf.load(folder / "config.yaml")
     settings = OmegaConf.to_container(config)
 
