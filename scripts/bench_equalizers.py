@@ -85,7 +85,7 @@ def networks() -> dict[str, Build]:
         ),
         "stories260k": (
             lambda: stories260k(data / "stories260k" / "model.safetensors"),
-            lambda: Stories(str(data / "stories260k"), n_calibration=64, n_search=1, n_confirm=64),
+            lambda: Stories(str(data / "stories260k"), n_calibration=64, n_search=1, n_confirm=32),
             {"w3": ALL, "w4": ALL, "w3g64": ALL} | inputs,
         ),
         "minilm": (
@@ -97,42 +97,59 @@ def networks() -> dict[str, Build]:
 
 
 def measure(network: str) -> None:
-    """One row for each equalizer, scheme and quantizer; on disk after each."""
+    """One row for each equalizer, scheme and quantizer; on disk after each, and not measured again."""
     build, make_task, tried = networks()[network]
+    file = FOLDER / f"{network}.json"
+    rows: list[Row] = json.loads(file.read_text())[:-1] if file.exists() else []
+    known = {(row.get("equalizer"), row.get("quantizer"), row["case"]) for row in rows}
     task = make_task()
     calibration = load_batches(task, "calibration", "cpu")
     schemes = {name: SCHEMES[name] for name in tried}
-    first: QuantEngine | None = None
-    rows: list[Row] = []
-    for equalizer_name, equalizer in EQUALIZERS.items():
+
+    def fresh() -> nn.Module:
         model = build().eval()
         fold_batch_norms(model, task.forward, calibration[0][0])
-        seconds, about = 0.0, ""
-        if equalizer is not None:
-            start = time.perf_counter()
-            done = equalizer.equalize(model, task, calibration, schemes)
-            seconds, about = time.perf_counter() - start, ", ".join(f"{len(v)} {k}" for k, v in done.names.items() if v)
+        return model
+
+    def engine_of(model: nn.Module, quantizer: Quantizer) -> QuantEngine:
         layers = trace_layers(model, task.forward, calibration[0][0])
         space = SearchSpace.build(layers, schemes, other_bits=other_bits(model, layers))
         moments = calibrate(model, task, layers, calibration)
-        for quantizer, found in QUANTIZERS.items():
-            engine = QuantEngine(model, task, space, dict.fromkeys(schemes, found), moments)
-            if first is None:
-                first = engine
-                score = first.score(FLOAT, "confirm")
-                rows.append({"what": network, "case": "float32", "value": score.quality, "unit": task.quality_name})
-            engine._batches, engine._float_logits = first._batches, first._float_logits  # of the network as it came
-            for scheme in (name for name, quantizers in tried.items() if quantizer in quantizers):
-                if equalizer_name == "smooth_quant" and SCHEMES[scheme].input is None:
-                    continue
-                score = engine.score(space.uniform(scheme), "confirm")
-                row: Row = {"what": network, "case": scheme, "quantizer": quantizer, "equalizer": equalizer_name}
-                row |= {"value": score.quality, "low": score.quality_low, "high": score.quality_high, "unit": task.quality_name}
-                bits = sum(SCHEMES[scheme].storage_bits(layer.shape) for layer in layers) + space.other_bits
-                rows.append(row | {"kl": score.loss, "size_bytes": bits / 8, "seconds": seconds, "scaled": about})
-                print(f"{scheme:16s} {quantizer:20s} {equalizer_name:14s} {score.quality:.4f} {score.loss:.4g}", flush=True)
-                FOLDER.mkdir(parents=True, exist_ok=True)
-                (FOLDER / f"{network}.json").write_text(json.dumps([*rows, _machine()], indent=1, default=float) + "\n")
+        return QuantEngine(model, task, space, dict.fromkeys(schemes, quantizer), moments)
+
+    def record(row: Row) -> None:
+        rows.append(row)
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps([*rows, _machine()], indent=1, default=float) + "\n")
+        print(*(row.get(key, "") for key in ("case", "quantizer", "equalizer", "value", "kl")), flush=True)
+
+    first = engine_of(fresh(), ClipSearch())  # the network as it came
+    score = first.score(FLOAT, "confirm")
+    if not rows:
+        record({"what": network, "case": "float32", "value": score.quality, "unit": task.quality_name})
+    for name, equalizer in EQUALIZERS.items():
+        usable = {s: q for s, q in tried.items() if name != "smooth_quant" or SCHEMES[s].input is not None}
+        todo = [(q, s) for s, quantizers in usable.items() for q in quantizers if (name, q, s) not in known]
+        if not todo:
+            continue
+        model, about = fresh(), {"seconds": 0.0, "scaled": ""}
+        if equalizer is not None:
+            start = time.perf_counter()
+            done = equalizer.equalize(model, task, calibration, schemes)
+            about["seconds"] = time.perf_counter() - start
+            about["scaled"] = ", ".join(f"{len(found)} {what}" for what, found in done.names.items() if found)
+        base = engine_of(model, ClipSearch())
+        bits = {
+            s: sum(SCHEMES[s].storage_bits(layer.shape) for layer in base.space.layers) + base.space.other_bits for s in tried
+        }
+        engines = {q: QuantEngine(model, task, base.space, dict.fromkeys(schemes, QUANTIZERS[q]), base.moments) for q in ALL}
+        for quantizer, scheme in todo:
+            engine = engines[quantizer]
+            engine._batches, engine._float_logits = first._batches, first._float_logits
+            score = engine.score(engine.space.uniform(scheme), "confirm")
+            row: Row = {"what": network, "case": scheme, "quantizer": quantizer, "equalizer": name}
+            row |= {"value": score.quality, "low": score.quality_low, "high": score.quality_high, "unit": task.quality_name}
+            record(row | {"kl": score.loss, "size_bytes": bits[scheme] / 8} | about)
 
 
 def page() -> None:

@@ -242,3 +242,13 @@ def test_damage_is_a_sentence(tiny, tmp_path):
     wrong = Equalization("CrossLayer", {"up.outputs": torch.ones(3)})
     with pytest.raises(InputError, match="'up' is not the module that was equalized"):
         wrong.apply(net())
+
+
+def test_the_bound_of_each_channel_is_that_of_a_relu6_scaled():
+    torch.manual_seed(0)
+    x = (4 * torch.randn(3, 5, 4, 4)).requires_grad_()
+    scale = torch.tensor([0.25, 0.5, 1.0, 2.0, 4.0]).view(5, 1, 1)
+    clip = ChannelClip((6 * scale).half())
+    torch.testing.assert_close(clip(x * scale), F.relu6(x) * scale, rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad(clip(x * scale).sum(), x)  # training goes through it
+    torch.testing.assert_close(gradient, scale * ((x > 0) & (x < 6)))
