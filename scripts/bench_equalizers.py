@@ -224,7 +224,7 @@ def draw(layer: str = "_blocks.1._depthwise_conv") -> None:
             task.forward(model, batches[0][0])
         hook.remove()
         for axis, values in zip(axes, (input_ranges(module, weight_rows(module)), seen[0]), strict=True):
-            axis.semilogy(values.sort(descending=True).values, label=label)
+            axis.semilogy(values[values > 1e-4].sort(descending=True).values, label=label)  # without what is dead
     for axis, title in zip(axes, ("largest weight of each channel", "largest input of each channel, one batch"), strict=True):
         axis.set(title=title, xlabel="channels, from the largest")
         axis.legend(frameon=False)

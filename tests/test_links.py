@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mpsearch.fold import fold_batch_norms
 from mpsearch.links import find_links
+from mpsearch.models import bert, llama
+from mpsearch.models.efficientnet import EfficientNet
 
 
 class Net(nn.Module):
@@ -168,3 +171,43 @@ def test_a_relu6_is_a_bound_that_is_scaled_too(inplace):
 def test_a_relu6_in_several_places_has_one_bound():
     model = Net(lambda n, x: n.c(n.act(8 * n.b(n.act(8 * n.a(x))))), a=linear(), b=linear(), c=linear(), act=nn.ReLU6())
     assert found(model, *VECTORS) == []
+
+
+def links_of(model, x):
+    fold_batch_norms(model.eval(), lambda model, x: model(x), x)
+    links = find_links(model, lambda model, x: model(x), x)
+    return {link.producer: [*link.consumers, *link.clips] for link in links}
+
+
+def test_in_an_efficientnet():
+    torch.manual_seed(0)
+    model = EfficientNet(((1, 3, 1, 1, 8), (2, 3, 2, 6, 8)), stem=10, head=16, n_classes=5)
+    assert links_of(model, torch.randn(2, 3, 32, 32)) == {
+        "_conv_stem": ["_blocks.0._depthwise_conv", "act0"],
+        "_blocks.0._depthwise_conv": ["_blocks.0._project_conv", "_blocks.0.act1"],
+        "_blocks.0._project_conv": ["_blocks.1._expand_conv"],
+        "_blocks.1._expand_conv": ["_blocks.1._depthwise_conv", "_blocks.1.act0"],
+        "_blocks.1._depthwise_conv": ["_blocks.1._project_conv", "_blocks.1.act1"],
+        "_blocks.2._expand_conv": ["_blocks.2._depthwise_conv", "_blocks.2.act0"],
+        "_blocks.2._depthwise_conv": ["_blocks.2._project_conv", "_blocks.2.act1"],
+        "_conv_head": ["_fc", "act1"],
+    }
+
+
+def test_in_a_llama():
+    torch.manual_seed(0)
+    model = llama.Llama(llama.Sizes(dim=16, n_layers=1, n_heads=4, n_kv_heads=2, hidden=20, vocabulary=30))
+    attention, mlp = "layers.0.self_attn", "layers.0.mlp"
+    assert links_of(model, torch.randint(0, 30, (2, 7))) == {
+        "layers.0.input_layernorm": [f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj"],
+        f"{attention}.v_proj": [f"{attention}.o_proj"],
+        "layers.0.post_attention_layernorm": [f"{mlp}.gate_proj", f"{mlp}.up_proj"],
+        f"{mlp}.up_proj": [f"{mlp}.down_proj"],
+    }
+
+
+def test_in_a_bert_whose_norms_also_feed_the_residuals():
+    torch.manual_seed(0)
+    model = bert.Bert(bert.Sizes(dim=16, n_layers=1, n_heads=4, hidden=20, vocabulary=30, context=8))
+    parts = "encoder.layer.0.attention"
+    assert links_of(model, torch.randint(1, 30, (2, 7))) == {f"{parts}.self.value": [f"{parts}.output.dense"]}
