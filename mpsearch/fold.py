@@ -47,7 +47,7 @@ def fold_batch_norms(model: nn.Module, forward: Forward, inputs: Any) -> tuple[P
     # cuDNN may round a convolution's inputs to 10 bits (TF32), which would drown what is compared here.
     with torch.no_grad(), cudnn.flags(enabled=cudnn.enabled, allow_tf32=False):
         before, followers = _run_and_watch(model, forward, inputs)
-        uses = _uses(model)
+        uses = uses_of_tensors(model)
         candidates = [pair for pair in followers if _is_foldable(model, *pair, uses)]
         bound = TOLERANCE * before.abs().max()
         kept: list[Pair] = []
@@ -83,7 +83,7 @@ def apply_folds(model: nn.Module, pairs: Iterable[Pair]) -> None:
     """
     pairs = [(layer, batch_norm) for layer, batch_norm in pairs]
     names = dict(model.named_modules(remove_duplicate=False))
-    uses = _uses(model)
+    uses = uses_of_tensors(model)
     seen: set[str] = set()
     for pair in pairs:
         for name in pair:
@@ -166,7 +166,7 @@ def _is_foldable(model: nn.Module, layer_name: str, name: str, uses: Counter[int
     return not shared and rows_shape(layer)[0] == len(batch_norm.running_mean)
 
 
-def _uses(model: nn.Module) -> Counter[int]:
+def uses_of_tensors(model: nn.Module) -> Counter[int]:
     """How many names each parameter and buffer has, by id: more than one where it, or a module that holds it, is shared."""
     return Counter(id(tensor) for _, module in model.named_modules(remove_duplicate=False) for tensor in _own_tensors(module))
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mpsearch import kernels
 from mpsearch.allocation import Allocation
 from mpsearch.engine import QuantEngine, quantize_input
+from mpsearch.equalization import ChannelClip, Equalization
 from mpsearch.errors import InputError
 from mpsearch.fold import Pair, apply_folds
 from mpsearch.layer import kind_of, rows_shape, runs_as_usual
@@ -41,12 +42,16 @@ from mpsearch.schemes.rotated import Rotated
 FORMAT, VERSION = "mpsearch-packed", 1
 
 
-def pack(model: nn.Module, layers: Sequence[QuantizedLayer], folds: Sequence[Pair] = ()) -> nn.Module:
-    """Fold the batch norms in `folds` and pack `layers` of the float model, in place; returns it in eval mode.
+def pack(
+    model: nn.Module, layers: Sequence[QuantizedLayer], folds: Sequence[Pair] = (), equalization: Equalization | None = None
+) -> nn.Module:
+    """Fold the batch norms in `folds`, equalize, and pack `layers` of the float model, in place; returns it in eval mode.
 
     Raises `InputError` where a weight has another shape than its module's. A packed model gives no gradients.
     """
     apply_folds(model.eval(), folds)
+    if equalization is not None:
+        equalization.apply(model)
     _install(model, layers)
     cast(Any, model).folded_batch_norms = tuple(folds)  # for `load`, which is given the model unfolded
     return model.requires_grad_(False)
@@ -226,6 +231,7 @@ def save(model: nn.Module, path: Path | str, folds: Sequence[Pair] | None = None
         "version": VERSION,
         "folds": model.folded_batch_norms if folds is None else folds,
         "layers": layers,
+        "clips": [name for name, module in model.named_modules() if isinstance(module, ChannelClip)],
         "shared": shared,
     }
     path = Path(path)
@@ -249,6 +255,8 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
             if unknown := [m for layer in about["layers"].values() for m in layer["modules"] if m not in names]:
                 raise InputError(f"{path} belongs to another model: this {type(model).__name__} has no module '{unknown[0]}'.")
             pack(model, (), [(layer, norm) for layer, norm in about["folds"]])
+            for name in about.get("clips", ()):  # in the place of a ReLU6, where channels were equalized
+                model.set_submodule(name, ChannelClip(file.get_tensor(f"{name}.high")))
             _install(model, (_stored_layer(file, name, layer) for name, layer in about["layers"].items()))
             packed_names = {f"{n}.weight.{key}" for n, layer in about["layers"].items() for key in layer["tensors"]}
             # Copies: a tensor of the file's would keep all of it in memory.

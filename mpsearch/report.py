@@ -190,6 +190,7 @@ def _page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | No
         f"{len(space.groups)} layers or groups, {len(space.schemes)} schemes: 10^{space.log10_combinations:.1f} allocations. "
         f"{n_trials} trials measured {len(tried)} different ones{early}; {len(front)} of them make the front.",
         *[f"{split.capitalize()} data: {what}." for split, what in identity.get("data", {}).items()],
+        *([f"Channels were equalized beforehand: {_equalizer(identity)}."] if identity.get("equalizer") else []),
         "The splits are disjoint: the front was chosen on the search split alone, and is only reported on the confirm split.",
         "",
         "![Pareto front](pareto.png)",
@@ -397,3 +398,10 @@ def _read_confirm(folder: Path) -> pd.DataFrame | None:
 
 def _write_csv(table: pd.DataFrame, file: Path) -> None:
     write_atomically(file, table.to_csv(index=False))
+
+
+def _equalizer(identity: Mapping[str, Any]) -> str:
+    """The equalizer in the words of its config: "CrossLayer (tolerance=0.001, max_sweeps=100)"."""
+    fields = {key: value for key, value in identity["equalizer"].items() if key not in ("_target_", "sha256")}
+    name = identity["equalizer"]["_target_"].rpartition(".")[2]
+    return name + (f" ({', '.join(f'{key}={value}' for key, value in fields.items())})" if fields else "")

@@ -379,7 +379,7 @@ class TestRun:
         assert [door.last.settings[key] for key in ("n_trials", "max_seconds", "device", "seed")] == [9, 2.5, "cuda", 3]
 
     def test_what_may_not_differ(self, run: Path, door: Door) -> None:
-        for word in ("seed=4", "model=resnet20", "quantizer_of.w2=clip_search", "+x=1"):
+        for word in ("seed=4", "model=resnet20", "equalizer=awq", "quantizer_of.w2=clip_search", "+x=1"):
             ended = door("search", "run=reports/a", word)
             assert ended.code == 2
             may = "n_trials, max_seconds, device, executor, study.mirror can."

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
 from mpsearch.commands.show import relative, summary
+from mpsearch.equalization import recorded
 from mpsearch.errors import InputError
 from mpsearch.exporters.base import Picked
 from mpsearch.finetune import restored
@@ -24,14 +25,15 @@ def export(settings: Settings, build: Build, folder: Path) -> None:
     if settings["finetuned"] and trained[0] is None:
         raise InputError(f"This point was not trained. Run: mpsearch finetune run={relative(folder)} with the same pick.")
     exporter = build("exporter")
-    prepared = prepare(settings, build)
+    prepared = prepare(settings, build, recorded(folder))
     RunFolder(folder).identify(prepared.identity(settings))
     engine, scored = prepared.engine(settings, folder), picked
     scores = {split: e for split in SCORED if (e := result.on(split).get(picked.allocation)) is not None}
     if settings["finetuned"] and trained[0] is not None:
         scored, scores = trained[0], {e.split: e for e in trained if e is not None}
         engine = restored(engine, scored.allocation, scored.loss, folder / "finetuned")
-    what = Picked(scored, scores, result.baselines, result.quality_name, prepared.model_sha256, prepared.folds)
+    before = prepared.model_sha256, prepared.folds, prepared.equalization
+    what = Picked(scored, scores, result.baselines, result.quality_name, *before)
     path = exporter.export(what, engine, folder)
     write_report(result, folder, picked)
     summary(result, picked)

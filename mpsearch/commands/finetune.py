@@ -12,6 +12,7 @@ from mpsearch.commands.hardware import costs_of_run
 from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
 from mpsearch.commands.show import paths, relative, summary
 from mpsearch.engine import paired_interval
+from mpsearch.equalization import recorded
 from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation
 from mpsearch.finetune import Finetuned, Training
@@ -33,7 +34,7 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
     allocation, space, quality = picked.allocation, result.space, result.quality_name
     costs, batch_size = costs_of_run(settings, build, folder)
     tables = [cost.table(space) for cost in costs.values() if cost.column in result.costs]
-    prepared = prepare(settings, build)
+    prepared = prepare(settings, build, recorded(folder))
     run = RunFolder(folder)
     with run.locked():
         run.identify(prepared.identity(settings))

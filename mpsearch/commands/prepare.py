@@ -18,6 +18,7 @@ from mpsearch.calibrate import calibrate
 from mpsearch.costs.activation_bytes import ActivationBytes
 from mpsearch.costs.size import parse_bytes
 from mpsearch.engine import QuantEngine, load_batches, other_bits
+from mpsearch.equalization import FILE, Equalization
 from mpsearch.errors import InputError
 from mpsearch.fold import fold_batch_norms
 from mpsearch.group import check_reached, share
@@ -46,6 +47,7 @@ class Prepared:
     model_sha256: str
     folds: tuple[tuple[str, str], ...]
     calibration: Sequence[Batch]
+    equalization: Equalization | None
 
     def identity(self, settings: Settings) -> dict[str, Any]:
         """What a run folder is known by; it is not gone on with under another one."""
@@ -60,8 +62,14 @@ class Prepared:
             "data": {split: self.task.describe(split) for split in SPLITS},
             "quantizers": {name: _fields(quantizer) for name, quantizer in self.quantizers.items()},
             "folded_batch_norms": [list(pair) for pair in self.folds],
+            "equalizer": self.equalization and {**settings["equalizer"], "sha256": self.equalization.sha256},
             "bias_correction": settings["bias_correction"],
         }
+
+    def record(self, folder: Path) -> None:
+        """Write how the network was equalized, if it was, to the run's folder, where nothing says it yet."""
+        if self.equalization is not None and not (folder / FILE).exists():
+            self.equalization.save(folder / FILE)
 
     def engine(self, settings: Settings, folder: Path) -> QuantEngine:
         """Calibrate, and set up the engine; the run's `folder` keeps what is quantized."""
@@ -80,8 +88,11 @@ class Prepared:
         )
 
 
-def prepare(settings: Settings, build: Build) -> Prepared:
-    """Build task, model, schemes and quantizers; find the layers. Raises `InputError` for what cannot be searched."""
+def prepare(settings: Settings, build: Build, equalization: Equalization | None = None) -> Prepared:
+    """Build task, model, schemes and quantizers; find the layers. Raises `InputError` for what cannot be searched.
+
+    `equalization` is the run's own, where it has been chosen already.
+    """
     device = _device(settings["device"])
     torch.manual_seed(settings["seed"])
     # TF32 keeps 10 bits of a product: that is more error than an 8-bit weight makes.
@@ -116,6 +127,10 @@ def prepare(settings: Settings, build: Build) -> Prepared:
     _check_qualities(qualities, len(logits), Quality(task.quality_name, task.quality_kind))
     _check_targets(task, logits.shape[1])
     folds = fold_batch_norms(model, task.forward, inputs) if settings["fold_batch_norms"] else ()
+    if settings.get("equalizer") and equalization is None:
+        equalization = build("equalizer").equalize(model, task, calibration, schemes)
+    elif equalization is not None:
+        equalization.apply(model)
     runtime: Runtime = build("runtime") if settings.get("runtime") else Native()
     layers = share(trace_layers(model, task.forward, inputs), runtime.shared, required=False)
     check_reached(model, layers, runtime.shared, runtime.name)
@@ -126,12 +141,14 @@ def prepare(settings: Settings, build: Build) -> Prepared:
     if dropped := [name for name in schemes if name not in space.schemes]:
         print(f"not searched, as no layer may take it: {', '.join(dropped)}")
     quantizers = {name: quantizers[name] for name in space.schemes}
-    return Prepared(model, task, space, quantizers, sha256, tuple(folds), calibration)
+    return Prepared(model, task, space, quantizers, sha256, tuple(folds), calibration, equalization)
 
 
-def engine_elsewhere(settings: Settings, build: Build, model_sha256: str, folder: Path) -> QuantEngine:
+def engine_elsewhere(
+    settings: Settings, build: Build, model_sha256: str, folder: Path, equalization: Equalization | None
+) -> QuantEngine:
     """In a worker: an engine like the search's own; `InputError` where it would be of another model."""
-    prepared = prepare(settings, build)
+    prepared = prepare(settings, build, equalization)
     if prepared.model_sha256 != model_sha256:
         raise InputError("A worker builds another model than the search does: its weights differ. Give all hosts the same files.")
     return prepared.engine(settings, folder)

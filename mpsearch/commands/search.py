@@ -18,6 +18,7 @@ from mpsearch.commands.show import paths, relative, summary
 from mpsearch.confirm import confirm
 from mpsearch.costs.latency import LatencyMs
 from mpsearch.costs.size import Bytes
+from mpsearch.equalization import recorded
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.executors.base import Executor, at_least_one
@@ -38,7 +39,7 @@ SIZES = ("size_bytes", "average_bits", "fraction")  # every evaluation has them
 
 def search(settings: Settings, build: Build, folder: Path) -> None:
     """Measure, search, confirm, report; or go on where an interrupted run stopped."""
-    prepared = prepare(settings, build)
+    prepared = prepare(settings, build, recorded(folder))
     space = prepared.space
     costs = {name: build(f"cost.{name}") for name in settings["cost"]}
     names = [asked] if isinstance(asked := settings["objective"], str) else list(dict.fromkeys(asked))
@@ -75,7 +76,10 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         if in_flight is None and (folder / "space.json").exists():  # a run goes on as it began
             in_flight = run.read_identity().get("trials", {}).get("in_flight")
         engine = prepared.engine(settings, folder)
-        executor.start(engine, functools.partial(engine_elsewhere, settings, build, prepared.model_sha256, folder.absolute()))
+        elsewhere = functools.partial(
+            engine_elsewhere, settings, build, prepared.model_sha256, folder.absolute(), prepared.equalization
+        )
+        executor.start(engine, elsewhere)
         in_flight = in_flight or (2 * executor.workers if executor.workers > 1 else 1)
         identity = {
             **prepared.identity(settings),
@@ -85,6 +89,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
             "objectives": [table.column for table in objectives],
             "costs": [table.column for table in beside_size],
         }
+        prepared.record(folder)
         run.identify(identity)
         quality = prepared.task.quality_name
         for table in ("sensitivity", "evaluations"):

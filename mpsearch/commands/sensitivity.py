@@ -10,6 +10,7 @@ from rich.table import Table
 from mpsearch.commands.prepare import Build, Settings, prepare
 from mpsearch.commands.show import paths, stdout
 from mpsearch.engine import QuantEngine
+from mpsearch.equalization import recorded
 from mpsearch.evaluation import SensitivityTable
 from mpsearch.executors.base import Executor
 from mpsearch.metrics.base import SensitivityMetric
@@ -20,10 +21,11 @@ from mpsearch.sensitivity import measure_sensitivity
 
 def sensitivity(settings: Settings, build: Build, folder: Path) -> None:
     """The sensitivity table and its chart, and nothing else."""
-    prepared = prepare(settings, build)
+    prepared = prepare(settings, build, recorded(folder))
     metric: SensitivityMetric = build("metric")
     run = RunFolder(folder)
     with run.locked():
+        prepared.record(folder)
         run.identify({**prepared.identity(settings), "metric": {"name": metric.name, "unit": metric.unit}})
         table = measured_sensitivity(prepared.engine(settings, folder), metric, run, {})
     draw_sensitivity(table, folder)

@@ -13,6 +13,7 @@ from mpsearch.commands.show import paths, relative, summary
 from mpsearch.confirm import confirm
 from mpsearch.costs.activation_bytes import ActivationBytes
 from mpsearch.costs.size import Bytes
+from mpsearch.equalization import recorded
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
 from mpsearch.report import write_report
@@ -47,7 +48,7 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
     tables = [cost.table(space) for cost in costs.values() if cost.column in result.costs]
     objective = next((t for t in tables if t.column == result.objectives[0]), None) or Bytes().table(space)
     of_run = {name: cost for name, cost in settings["cost"].items() if name != ActivationBytes.name or name in result.costs}
-    prepared = prepare({**settings, "cost": of_run}, build)
+    prepared = prepare({**settings, "cost": of_run}, build, recorded(folder))
     run = RunFolder(folder)
     with run.locked():
         run.identify(prepared.identity(settings))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpsearch.engine import QuantEngine
+from mpsearch.equalization import Equalization
 from mpsearch.evaluation import Evaluation
 
 
@@ -15,7 +16,8 @@ from mpsearch.evaluation import Evaluation
 class Picked:
     """What an exporter is given: the picked point, its scores (split -> evaluation), and what the model was before.
 
-    `model_sha256` is the checksum of the float model as it was built, `folds` the (layer, batch norm) pairs folded since.
+    `model_sha256` is the checksum of the float model as it was built, `folds` the (layer, batch norm) pairs folded since,
+    `equalization` how its channels were scaled then, if they were.
     """
 
     evaluation: Evaluation
@@ -24,6 +26,7 @@ class Picked:
     quality_name: str
     model_sha256: str
     folds: Sequence[tuple[str, str]]
+    equalization: Equalization | None = None
 
 
 class Exporter(ABC):

@@ -19,6 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from mpsearch.engine import QuantEngine, quantize_input
+from mpsearch.equalization import FILE, Equalization, load_equalization
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
 from mpsearch.exporters.base import Exporter, Picked
@@ -57,7 +58,7 @@ class Native(Exporter):
                     **{name: tensor.item() for name, tensor in quantized.of_input.items()},
                     "biases": sorted(biases),
                 }
-        data = save_tensors(tensors)
+        data, equalization = save_tensors(tensors), picked.equalization
         allocation = {
             "format": FORMAT,
             "version": VERSION,
@@ -68,10 +69,14 @@ class Native(Exporter):
             "float_scores": {split: _score(e, picked.quality_name) for split, e in picked.baselines.items()},
             "model_sha256": picked.model_sha256,
             "folded_batch_norms": [list(pair) for pair in picked.folds],
+            "equalization": equalization
+            and {"equalizer": equalization.equalizer, "file": FILE, "sha256": equalization.sha256, **equalization.names},
             "tensors": {"file": "allocation.safetensors", "sha256": hashlib.sha256(data).hexdigest()},
             "layers": layers,
         }
         folder.mkdir(parents=True, exist_ok=True)
+        if equalization is not None:
+            equalization.save(folder / FILE)
         temporary = folder / ".allocation.safetensors.tmp"
         temporary.write_bytes(data)
         temporary.replace(folder / "allocation.safetensors")
@@ -81,10 +86,11 @@ class Native(Exporter):
 
 @dataclass(frozen=True)
 class ExportedAllocation:
-    """An allocation as exported: `data` is the JSON, `tensors` the packed tensors."""
+    """An allocation as exported: `data` is the JSON, `tensors` the packed tensors, `equalization` what was done before."""
 
     data: dict[str, Any]
     tensors: dict[str, Tensor]
+    equalization: Equalization | None = None
 
     @property
     def schemes(self) -> dict[str, str]:
@@ -93,12 +99,14 @@ class ExportedAllocation:
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> nn.Module:
-        """Fold and quantize the float `model` in place, as the search scored it; returns it in eval mode.
+        """Fold, equalize and quantize the float `model` in place, as the search scored it; returns it in eval mode.
 
         `InputError` where its weights are not those that were searched.
         """
         self._check(model)
         apply_folds(model.eval(), self.folds)
+        if self.equalization is not None:
+            self.equalization.apply(model)
         for layer in self.layers():
             owner: Any = model.get_submodule(layer.modules[0])
             owner.weight.copy_(from_rows(owner, layer.weight.dequantize()))
@@ -115,7 +123,7 @@ class ExportedAllocation:
         It runs on packed weights and holds no others: `mpsearch.packed.save` writes it. `InputError` as in `apply`.
         """
         self._check(model)
-        return pack(model, self.layers(), self.folds)
+        return pack(model, self.layers(), self.folds, self.equalization)
 
     @property
     def folds(self) -> list[Pair]:
@@ -156,13 +164,21 @@ def load_allocation(path: Path | str) -> ExportedAllocation:
         stored = (path.parent / data["tensors"]["file"]).read_bytes()
         if hashlib.sha256(stored).hexdigest() != data["tensors"]["sha256"]:
             raise InputError(f"{path.parent / data['tensors']['file']} is not the file that {path.name} was written with.")
-        return ExportedAllocation(data, load_tensors(stored))
+        equalization = _equalization(path.parent, data["equalization"]) if data.get("equalization") else None
+        return ExportedAllocation(data, load_tensors(stored), equalization)
     except IsADirectoryError:
         raise InputError(f"{path} is a folder. Give the allocation.json in it.") from None
     except FileNotFoundError as error:
         raise InputError(f"{error.filename} does not exist. Give the allocation.json that mpsearch export wrote.") from None
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError, SafetensorError) as error:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Export it again.") from None
+
+
+def _equalization(folder: Path, about: dict[str, Any]) -> Equalization:
+    found = load_equalization(folder / about["file"])
+    if found.sha256 != about["sha256"]:
+        raise InputError(f"{folder / about['file']} is not the file that the allocation was written with. Export it again.")
+    return found
 
 
 def _score(evaluation: Evaluation, quality_name: str) -> dict[str, Any]:

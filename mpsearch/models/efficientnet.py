@@ -52,14 +52,16 @@ class Block(nn.Module):
         self.widens, self.adds = widening != 1, stride == 1 and c_in == c_out
         if self.widens:
             self._expand_conv, self._bn0 = nn.Conv2d(c_in, wide, 1, bias=False), _norm(wide)
+            self.act0 = nn.ReLU6()
         self.pad = SamePad(kernel, stride)
         self._depthwise_conv, self._bn1 = nn.Conv2d(wide, wide, kernel, stride, groups=wide, bias=False), _norm(wide)
+        self.act1 = nn.ReLU6()
         self._project_conv, self._bn2 = nn.Conv2d(wide, c_out, 1, bias=False), _norm(c_out)
 
     def forward(self, x: Tensor) -> Tensor:
         """One block."""
-        y = F.relu6(self._bn0(self._expand_conv(x))) if self.widens else x
-        y = F.relu6(self._bn1(self._depthwise_conv(self.pad(y))))
+        y = self.act0(self._bn0(self._expand_conv(x))) if self.widens else x
+        y = self.act1(self._bn1(self._depthwise_conv(self.pad(y))))
         y = self._bn2(self._project_conv(y))
         return x + y if self.adds else y
 
@@ -83,15 +85,16 @@ class EfficientNet(nn.Module):
                 blocks.append(Block(c_in, c_out, kernel, 1 if i else stride, widening))
                 c_in = c_out
         self._blocks = nn.ModuleList(blocks)
+        self.act0, self.act1 = nn.ReLU6(), nn.ReLU6()
         self._conv_head, self._bn1 = nn.Conv2d(c_in, head, 1, bias=False), _norm(head)
         self._fc = nn.Linear(head, n_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
-        x = F.relu6(self._bn0(self._conv_stem(self.pad(x))))
+        x = self.act0(self._bn0(self._conv_stem(self.pad(x))))
         for block in self._blocks:
             x = block(x)
-        return self._fc(F.relu6(self._bn1(self._conv_head(x))).mean((2, 3)))
+        return self._fc(self.act1(self._bn1(self._conv_head(x))).mean((2, 3)))
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:

@@ -1,0 +1,144 @@
+"""A network whose channels were scaled so that it answers as before: what its weights were multiplied by, applied and recorded.
+
+An output channel of one layer (or norm) times 1/s, and the weights that read it times s: nothing changes but rounding (Nagel et
+al. 2019, section 4.1). ReLU and pooling let a positive factor through; a ReLU6 does where its bound is scaled too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from mpsearch.errors import InputError, did_you_mean
+from mpsearch.layer import from_rows, kind_of, weight_rows
+
+FILE = "equalization.safetensors"
+SIX = 6.0
+
+
+class ChannelClip(nn.Module):
+    """min(max(x, 0), high): a ReLU6 whose bound differs by channel; `high` float16, shaped to meet x's channels."""
+
+    high: Tensor
+
+    def __init__(self, high: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("high", high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shaped like x."""
+        return torch.minimum(x, self.high.to(x.dtype)).relu_()
+
+
+@dataclass(frozen=True)
+class Equalization:
+    """By which factors the class `equalizer` scaled a network.
+
+    `tensors`: `<module>.outputs` float32 [out], `<layer>.inputs` float32 [in]: the weight times both (a bias times the first);
+    `<activation>.high` float16 [out, ...]: what bounds a ReLU6 from above instead of 6.
+    """
+
+    equalizer: str
+    tensors: Mapping[str, Tensor]
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Scale the float `model`, batch norms folded, in place; returns it. `InputError` where it is another network."""
+        factors: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            name, _, what = key.rpartition(".")
+            factors.setdefault(name, {})[what] = tensor
+        modules = dict(model.named_modules())
+        for name, of in factors.items():
+            if name not in modules:
+                raise InputError(f"The model has no module '{name}' to equalize.{did_you_mean(name, modules)}")
+            module = modules[name]
+            try:
+                if "high" in of:
+                    clip = ChannelClip(of["high"].to(next(model.parameters()).device))
+                    model.set_submodule(name, clip.train(module.training))
+                else:
+                    scale(module, of.get("outputs"), of.get("inputs"))
+            except (AttributeError, RuntimeError) as error:
+                raise InputError(f"'{name}' is not the module that was equalized ({error}). Give the same network.") from error
+        return model
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """The modules by what was done to them: `outputs`, `inputs`, `high`."""
+        found: dict[str, list[str]] = {"outputs": [], "inputs": [], "high": []}
+        for key in self.tensors:
+            name, _, what = key.rpartition(".")
+            found[what].append(name)
+        return found
+
+    @property
+    def sha256(self) -> str:
+        """Of the file that `save` writes."""
+        return hashlib.sha256(self._bytes()).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_bytes(self._bytes())
+        temporary.replace(path)
+
+    def _bytes(self) -> bytes:
+        return save({name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}, {"equalizer": self.equalizer})
+
+
+def load_equalization(path: Path) -> Equalization:
+    """What `Equalization.save` wrote; `InputError` where it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return Equalization(file.metadata()["equalizer"], {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: it says how the network was equalized. Restore it beside the run.") from None
+    except (SafetensorError, OSError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Restore it, or start a new run.") from None
+
+
+def recorded(folder: Path) -> Equalization | None:
+    """The equalization of a run, `None` where its folder holds none."""
+    return load_equalization(folder / FILE) if (folder / FILE).exists() else None
+
+
+@torch.no_grad()
+def scale(module: Any, outputs: Tensor | None = None, inputs: Tensor | None = None) -> None:
+    """Multiply the module's weight, in place, by a factor for each output and each input channel, and its bias by the first.
+
+    A layer's weight, or the one-dimensional weight of a norm, which has outputs alone. Products are rounded once.
+    """
+    if kind_of(module) is None:
+        assert outputs is not None  # a norm reads no channels
+        weight = module.weight.double() * outputs.to(module.weight.device)
+    else:
+        weight = weight_rows(module).double()
+        if inputs is not None:
+            weight = by_input(module, weight).mul(by_groups(module, inputs.to(weight.device))).reshape(weight.shape)
+        if outputs is not None:
+            weight = weight * outputs.to(weight.device).view(-1, *[1] * (weight.ndim - 1))
+        weight = from_rows(module, weight)
+    module.weight.copy_(weight)
+    if outputs is not None and getattr(module, "bias", None) is not None:
+        module.bias.copy_(module.bias.double() * outputs.to(module.bias.device))
+
+
+def by_input(module: Any, rows: Tensor) -> Tensor:
+    """Rows as `[groups, out / groups, in / groups, kernel]`: the third and the first tell the input channel."""
+    groups = getattr(module, "groups", 1)
+    return rows.reshape(groups, rows.shape[0] // groups, rows.shape[1], -1)
+
+
+def by_groups(module: Any, inputs: Tensor) -> Tensor:
+    """A number for each input channel, shaped to meet what `by_input` gives."""
+    return inputs.view(getattr(module, "groups", 1), 1, -1, 1)

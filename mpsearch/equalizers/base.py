@@ -1,0 +1,144 @@
+"""The contract of the equalizers: by how much each channel is scaled before anything is quantized."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.equalization import SIX, Equalization, by_input
+from mpsearch.errors import InputError
+from mpsearch.fold import TOLERANCE
+from mpsearch.layer import kind_of, weight_rows
+from mpsearch.links import Link, find_links
+from mpsearch.schemes.base import QuantScheme
+from mpsearch.tasks.base import Batch, Task
+from mpsearch.trace import first_samples, tensors_in
+
+N_PROBED = 1  # sample by which links are found
+LIMIT = 2.0**10  # a channel is scaled by no more than this: one that asks for more is as good as dead
+
+
+@dataclass(frozen=True)
+class Network:
+    """What an equalizer may ask of the float `model`: its links, calibration `batches`, and the run's `schemes` by name."""
+
+    model: nn.Module
+    task: Task
+    links: Sequence[Link]
+    batches: Sequence[Batch]
+    schemes: Mapping[str, QuantScheme]
+
+    @torch.no_grad()
+    def magnitudes(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Consumer -> largest and mean magnitude of each of its input channels, float32 [in], over the calibration data."""
+        largest: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+
+        def hook_for(name: str) -> Any:
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                x = next(tensors_in((args, kwargs))).detach().float().abs()
+                x = x.movedim(-1 if isinstance(module, nn.Linear) else 1, -1).flatten(0, -2)
+                largest[name] = torch.maximum(largest[name], x.amax(0)) if name in largest else x.amax(0)
+                sums[name] = sums.get(name, torch.zeros((), device=x.device)) + x.double().sum(0)
+                counts[name] = counts.get(name, 0) + len(x)
+
+            return hook
+
+        names = {name for link in self.links for name in link.consumers}
+        hooks = [self.model.get_submodule(n).register_forward_pre_hook(hook_for(n), with_kwargs=True) for n in names]
+        try:
+            for inputs, _ in self.batches:
+                self.task.forward(self.model, inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {name: (largest[name].cpu(), (sums[name] / counts[name]).float().cpu()) for name in names}
+
+
+class Equalizer(ABC):
+    """Chooses scales; a frozen dataclass whose fields are its settings."""
+
+    def usable(self, network: Network) -> Sequence[Link]:
+        """The links that this equalizer scales. Raises `InputError` where the run's schemes give it nothing to do."""
+        return network.links
+
+    @abstractmethod
+    def scales(self, network: Network) -> Sequence[Tensor]:
+        """For each of the network's links (all of them `usable`) float32 [channels] above 0, on the CPU.
+
+        The producer's output channel c is divided by scale c, and what reads it multiplied: its consumers' weights.
+        """
+
+    @torch.no_grad()
+    def equalize(
+        self, model: nn.Module, task: Task, batches: Sequence[Batch], schemes: Mapping[str, QuantScheme]
+    ) -> Equalization:
+        """Rewrite `model` in place (eval mode, batch norms folded), and say how.
+
+        Raises `InputError` where no channels can be scaled, or the outputs on the calibration `batches` would change by more
+        than `fold.TOLERANCE` of the largest (rounding makes 1e-6); the model is then left scaled.
+        """
+        probed = first_samples(batches[0][0], N_PROBED)
+        network = Network(model, task, find_links(model, task.forward, probed), batches, schemes)
+        network = Network(model, task, self.usable(network), batches, schemes)
+        name = type(self).__name__
+        if not network.links:
+            raise InputError(
+                f"{name} finds no channels of {type(model).__name__} that can be scaled without changing its outputs: none "
+                "go from one layer or norm to others through operations that let a factor pass. Leave equalizer= out."
+            )
+        before = [task.forward(model, inputs) for inputs, _ in batches]
+        equalization = Equalization(name, tensors_of(model, network.links, self.scales(network)))
+        equalization.apply(model)
+        largest = max(float(logits.abs().max()) for logits in before)
+        pairs = zip(before, (task.forward(model, inputs) for inputs, _ in batches), strict=True)
+        change = max(float((new - old).abs().max()) for old, new in pairs) / max(largest, 1e-30)
+        if not change <= TOLERANCE:
+            raise InputError(
+                f"{name} would change the outputs of {type(model).__name__} by {change:.2g} of the largest, where float rounding "
+                "makes 1e-6: on all calibration data the network does other things than on a few. Leave equalizer= out."
+            )
+        return equalization
+
+
+def tensors_of(model: nn.Module, links: Sequence[Link], scales: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The factors that `Equalization` records, of links with their scales.
+
+    Where a ReLU6 is between, its bound 6 / s is stored in float16, and s is what that makes of it: the function stays exact.
+    """
+    tensors: dict[str, Tensor] = {}
+    for link, scale in zip(links, scales, strict=True):
+        scale = scale.float().clamp(1 / LIMIT, LIMIT)
+        if link.clips:
+            high = (SIX / scale).half()
+            scale = SIX / high.float()
+            tensors |= {f"{name}.high": high.view(shape).clone() for name, shape in link.clips.items()}
+        tensors[f"{link.producer}.outputs"] = 1 / scale
+        for name, index in link.consumers.items():
+            tensors[f"{name}.inputs"] = scale[index]
+    return {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
+
+
+def by_channel(link: Link, found: Mapping[str, Tensor], reduce: str = "amax") -> Tensor:
+    """For each of the link's channels the largest (or the "mean") of numbers [in] that `found` has of all consumers' inputs."""
+    index = torch.cat([index for index in link.consumers.values()])
+    values = torch.cat([found[name].float() for name in link.consumers])
+    return torch.zeros(link.channels).scatter_reduce(0, index, values, reduce, include_self=False)
+
+
+def input_ranges(module: Any, rows: Tensor) -> Tensor:
+    """The largest magnitude of the weights (rows, output channels first) that each input channel meets, [in]."""
+    return by_input(module, rows).abs().amax((1, 3)).flatten()
+
+
+def rows_of(network: Network) -> dict[str, Tensor]:
+    """Name -> weight rows, float32 on the CPU, of all producers that are layers and of all consumers; copies."""
+    names = {name for link in network.links for name in (link.producer, *link.consumers)}
+    modules = {name: network.model.get_submodule(name) for name in names}
+    return {name: weight_rows(m).detach().float().cpu().clone() for name, m in modules.items() if kind_of(m) is not None}

@@ -1,0 +1,51 @@
+"""SmoothQuant (Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
+section 4, https://arxiv.org/abs/2211.10438): what is hard to quantize of a layer's input goes over to its weights, in part.
+
+Inputs are quantized with one scale for all channels of a token, or for everything, and a few channels are a hundred times larger
+than the rest; weights are even. With s = max|x|^alpha / max|w|^(1 - alpha) for each channel (eq. 4) both are as hard at
+alpha = 0.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpsearch.equalizers.base import Equalizer, Network, by_channel, input_ranges, rows_of
+from mpsearch.errors import InputError
+from mpsearch.links import Link
+
+
+@dataclass(frozen=True)
+class SmoothQuant(Equalizer):
+    """`alpha` from 0 to 1 is the share that goes over to the weights. `InputError` in a run that quantizes no input."""
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        if type(self.alpha) not in (int, float) or not 0 <= self.alpha <= 1:
+            raise InputError(f"equalizer.alpha is a number from 0 to 1; {self.alpha!r} came.")
+
+    def usable(self, network: Network) -> Sequence[Link]:
+        """All, if any scheme quantizes inputs."""
+        if all(scheme.input_format is None for scheme in network.schemes.values()):
+            raise InputError(
+                f"SmoothQuant eases the quantization of inputs, and no scheme of this run ({', '.join(network.schemes)}) does "
+                "that. Add one that does, as w8a8, or use equalizer=awq."
+            )
+        return network.links
+
+    def scales(self, network: Network) -> Sequence[Tensor]:
+        """Eq. 4; 1 where a channel is always 0, or nothing reads it."""
+        rows = rows_of(network)
+        largest = {name: largest for name, (largest, _) in network.magnitudes().items()}
+        found = []
+        for link in network.links:
+            ranges = {name: input_ranges(network.model.get_submodule(name), rows[name]) for name in link.consumers}
+            of_input, of_weight = by_channel(link, largest), by_channel(link, ranges)
+            scale = of_input**self.alpha / of_weight ** (1 - self.alpha)
+            found.append(torch.where((of_input > 0) & (of_weight > 0), scale, 1.0))
+        return found
