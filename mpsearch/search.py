@@ -298,7 +298,8 @@ def search(
             if late or proposer.exhausted(study):
                 break
             trial = study.ask(parameters)
-            allocation = Allocation((name, trial.params[name]) for name in names)
+            params = trial.params  # a copy of them all, every time
+            allocation = Allocation((name, params[name]) for name in names)
             running.append((trial, submit(number, allocation)))
         while running:
             told_one()
