@@ -116,7 +116,8 @@ class _Probe:
 
         def look_at_clip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next(tensors_in((args, kwargs)))
-            before = self._before(module, 0, x)
+            before = self._before(module, len(calls[module]), x)
+            calls[module].append(None)
             if _is_close(x, before):
                 return
             shapes = ((n, *[1] * (x.ndim - 2)), (n,)) if x.ndim > 1 else ()

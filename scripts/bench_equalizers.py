@@ -78,7 +78,7 @@ def networks() -> dict[str, Build]:
     inputs = {name: ("clip_search",) for name in SCHEMES if "a" in name.split()[0]}
     return {
         "efficientnet_lite0": (
-            efficientnet_lite0,
+            lambda: efficientnet_lite0().to(memory_format=torch.channels_last),  # type: ignore[call-overload]
             lambda: ImageNetSample(str(data / "imagenet_sample"), n_calibration=100, n_search=28, n_confirm=372),
             {"w4": ALL, "w8 per tensor": ALL[:1], "w6 per tensor": ALL[1:2]}
             | {name: ("clip_search",) for name in ("w8a8 static", "w8a6 static")},

@@ -62,7 +62,7 @@ def test_a_run_of_an_equalized_network(tmp_path):
 
     # What was recorded counts, not what would be found again.
     double = Equalization("CrossLayer", {n: t * 2 if n.endswith("inputs") else t / 2 for n, t in found.tensors.items()})
-    weight = engine_elsewhere(settings, build, sha256, double).model.block1.conv2.weight
+    weight = engine_elsewhere(settings, build, sha256, folder, double).model.block1.conv2.weight
     assert torch.equal(weight, 2 * prepared.model.block1.conv2.weight)
     with pytest.raises(InputError, match="it has another equalizer"):
         RunFolder(folder).identify(prepare(settings, build, double).identity(settings))

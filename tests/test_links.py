@@ -171,6 +171,9 @@ def test_a_relu6_is_a_bound_that_is_scaled_too(inplace):
 def test_a_relu6_in_several_places_has_one_bound():
     model = Net(lambda n, x: n.c(n.act(8 * n.b(n.act(8 * n.a(x))))), a=linear(), b=linear(), c=linear(), act=nn.ReLU6())
     assert found(model, *VECTORS) == []
+    # Which does not keep what lies elsewhere from being scaled.
+    model = Net(lambda n, x: n.act(3 * n.c(n.b(n.act(8 * n.a(x))))), a=linear(), b=linear(6, 4), c=linear(4), act=nn.ReLU6())
+    assert [link.producer for link in found(model, *VECTORS)] == ["b"]
 
 
 def links_of(model, x):

@@ -84,8 +84,12 @@ class Equalizer(ABC):
         Raises `InputError` where no channels can be scaled, or the outputs on the calibration `batches` would change by more
         than `fold.TOLERANCE` of the largest (rounding makes 1e-6); the model is then left scaled.
         """
-        probed = first_samples(batches[0][0], N_PROBED)
-        network = Network(model, task, find_links(model, task.forward, probed), batches, schemes)
+        inputs = batches[0][0]
+        try:
+            links = find_links(model, task.forward, first_samples(inputs, N_PROBED))
+        except Exception:  # made for batches of one size
+            links = find_links(model, task.forward, inputs)
+        network = Network(model, task, links, batches, schemes)
         network = Network(model, task, self.usable(network), batches, schemes)
         name = type(self).__name__
         if not network.links:

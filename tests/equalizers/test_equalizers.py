@@ -105,6 +105,15 @@ def test_it_finds_nothing_to_scale(equalizer, tiny):
         equalizer.equalize(model, task, task.batches("calibration"), SCHEMES)
 
 
+def test_a_network_for_batches_of_one_size(tiny):
+    task, model = tiny.task(n=32), net()
+    forward = model.forward
+    model.forward = lambda x: forward(x.view(16, 2, 6, 6))
+    before = outputs(model, task)
+    assert CrossLayer().equalize(model, task, task.batches("calibration"), {}).tensors
+    torch.testing.assert_close(outputs(model, task), before)
+
+
 class Changing(nn.Module):
     """Does with large images what it does not do with small ones."""
 
