@@ -378,6 +378,27 @@ class TestRun:
         assert door("search", "run=reports/a").code == 0
         assert [door.last.settings[key] for key in ("n_trials", "max_seconds", "device", "seed")] == [9, 2.5, "cuda", 3]
 
+    def test_another_executor_has_none_of_the_old_ones_arguments(self, run: Path, door: Door) -> None:
+        first = "mpsearch.executors.in_process.InProcess"
+        assert door.last.settings["executor"] == {"_target_": first, "threads": None}
+        for words, target, given in (
+            (["executor=local", "executor.workers=3"], "local.Local", {"workers": 3, "threads": 1}),
+            (["executor.workers=4"], "local.Local", {"workers": 4, "threads": 1}),
+            (
+                ["executor.threads=2", "executor=dask", "executor.address=tcp://a:1"],
+                "dask.Dask",
+                {"address": "tcp://a:1", "threads": 2},
+            ),
+            ([], "dask.Dask", {"address": "tcp://a:1", "threads": 2}),
+            (["executor=in_process"], "in_process.InProcess", {"threads": None}),
+        ):
+            assert door("search", "run=reports/a", *words).code == 0
+            assert door.last.settings["executor"] == {"_target_": f"mpsearch.executors.{target}", **given}
+            assert saved(run)["executor"] == door.last.settings["executor"]
+        assert "There is no executor 'locl'" in door("search", "run=reports/a", "executor=locl").err
+        assert "executor.address must be given" in door("search", "run=reports/a", "executor=dask").err
+        assert "There is no key 'executor.workers'" in door("search", "run=reports/a", "executor.workers=2").err
+
     def test_what_may_not_differ(self, run: Path, door: Door) -> None:
         for word in ("seed=4", "model=resnet20", "equalizer=awq", "quantizer_of.w2=clip_search", "+x=1"):
             ended = door("search", "run=reports/a", word)
