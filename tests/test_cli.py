@@ -249,6 +249,22 @@ def test_multirun_goes_on_after_a_mistake(door: Door) -> None:
     assert folders[0].parent.name.startswith("search-multirun-")
 
 
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_mistake_in_a_process_of_a_launcher_is_told(launcher: str, tmp_path: Path) -> None:
+    package = f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher"
+    pytest.importorskip(package, reason=f"the launcher {launcher} is not installed")
+    words = ["-m", "mpsearch", "search", "--multirun", f"hydra/launcher={launcher}", "seed=1,-1"]
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    ended = subprocess.run(
+        [sys.executable, *words, "n_trials=3", "n_seeds=0"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert ended.returncode == 2
+    assert "mpsearch: seed must be a whole number, 0 or more; '-1' came." in ended.stderr
+    (folder,) = (tmp_path / "reports").iterdir()
+    assert (folder / "0" / "report.md").exists()
+    assert not (folder / "1").exists()
+
+
 def test_quantizer_of_names_become_nodes(door: Door) -> None:
     for words in (
         ["quantizer_of.w2=percentile", "quantizer_of.w3=round_to_nearest"],
