@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Sequence
@@ -35,14 +36,11 @@ class Mirror:
         free = {group: choices for group, choices in zip(space.names, space.choices, strict=True) if len(choices) > 1}
         self._distributions = distributions(list(free), list(free.values()))
         try:
-            self._storage = optuna.storages.RDBStorage(url)
-            self._study = optuna.create_study(
-                storage=self._storage, study_name=name, directions=["minimize"] * (1 + len(columns)), load_if_exists=True
-            )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                self._study.set_metric_names(["log10 loss", *columns])
-            self._known = [trial.user_attrs.get("allocation") for trial in self._study.get_trials(deepcopy=False)]
+            try:
+                self._open(columns)
+            except Exception:  # of two runs that make the tables at once, one is refused
+                time.sleep(1)
+                self._open(columns)
         except Exception as error:  # of whichever database it is
             raise InputError(
                 f"study.mirror={url} cannot be opened ({_told(error)}). Give the address of a database, as "
@@ -53,6 +51,16 @@ class Mirror:
         self._error: Exception | None = None
         self._warned = False
         self._writer = threading.Thread(target=self._write, daemon=True)  # a database that hangs keeps no process alive
+
+    def _open(self, columns: Sequence[str]) -> None:
+        self._storage = optuna.storages.RDBStorage(self.url)
+        self._study = optuna.create_study(
+            storage=self._storage, study_name=self.name, directions=["minimize"] * (1 + len(columns)), load_if_exists=True
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.set_metric_names(["log10 loss", *columns])
+        self._known = [trial.user_attrs.get("allocation") for trial in self._study.get_trials(deepcopy=False)]
 
     def __enter__(self) -> Mirror:
         self._writer.start()
