@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Sequence
@@ -26,24 +27,23 @@ class Mirror:
     """The study `name` in the storage at `url` ("sqlite:///trials.db", "postgresql://..."); `InputError` where none answers.
 
     It is called with each trial that is told, in their order, in a `with` block; those that a former process wrote are left as
-    they are. Groups with one choice are no parameters. What a storage refuses is tried again with the next trial, and when the
-    run goes on.
+    they are, and must be the same: `InputError`. Groups with one choice are no parameters. What a storage refuses is tried again
+    with the next trial, at the end, and when the run goes on.
     """
 
     def __init__(self, url: str, name: str, space: SearchSpace, columns: Sequence[str]) -> None:
-        self.space = space
+        self.url, self.name, self.space = url, name, space
         free = {group: choices for group, choices in zip(space.names, space.choices, strict=True) if len(choices) > 1}
         self._distributions = distributions(list(free), list(free.values()))
         try:
-            self._storage = optuna.storages.RDBStorage(url)
-            self._study = optuna.create_study(
-                storage=self._storage, study_name=name, directions=["minimize"] * (1 + len(columns)), load_if_exists=True
-            )
-            self._study.set_metric_names(["log10 loss", *columns])
-            self._written = len(self._study.get_trials(deepcopy=False))
+            try:
+                self._open(columns)
+            except Exception:  # of two runs that make the tables at once, one is refused
+                time.sleep(1)
+                self._open(columns)
         except Exception as error:  # of whichever database it is
             raise InputError(
-                f"study.mirror={url} cannot be opened ({_told(error.__cause__ or error)}). Give the address of a database, as "
+                f"study.mirror={url} cannot be opened ({_told(error)}). Give the address of a database, as "
                 "sqlite:///trials.db, or null."
             ) from error
         self._seen = 0
@@ -51,6 +51,16 @@ class Mirror:
         self._error: Exception | None = None
         self._warned = False
         self._writer = threading.Thread(target=self._write, daemon=True)  # a database that hangs keeps no process alive
+
+    def _open(self, columns: Sequence[str]) -> None:
+        self._storage = optuna.storages.RDBStorage(self.url)
+        self._study = optuna.create_study(
+            storage=self._storage, study_name=self.name, directions=["minimize"] * (1 + len(columns)), load_if_exists=True
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.set_metric_names(["log10 loss", *columns])
+        self._known = [trial.user_attrs.get("allocation") for trial in self._study.get_trials(deepcopy=False)]
 
     def __enter__(self) -> Mirror:
         self._writer.start()
@@ -61,15 +71,22 @@ class Mirror:
         self._writer.join(PATIENCE)
         self._storage.engine.dispose()  # closes its connections
         if self._error or self._writer.is_alive():
-            warnings.warn("Not all trials are in the mirror; the rest are written when the run goes on.", stacklevel=2)
+            why = _told(self._error) if self._error else "it is slow"
+            warnings.warn(f"Not all trials are in the mirror ({why}); the rest are written when the run goes on.", stacklevel=2)
 
     def __call__(self, trial: optuna.trial.FrozenTrial, evaluation: Evaluation) -> None:
         """Have it written; a storage that fails on the way is named once, and the search goes on."""
+        code = self.space.encode(evaluation.allocation)
         self._seen += 1
-        if self._seen <= self._written:
+        if self._seen <= len(self._known):
+            if code != self._known[self._seen - 1]:
+                raise InputError(
+                    f"The study '{self.name}' in study.mirror={self.url} is of another run. Delete it there, or go on with "
+                    "run= and another database, or with study.mirror=null."
+                )
             return
         attributes = {
-            "allocation": self.space.encode(evaluation.allocation),
+            "allocation": code,
             "origin": evaluation.origin,
             "quality": evaluation.quality,
             "average_bits": evaluation.average_bits,
@@ -110,4 +127,5 @@ class Mirror:
 
 
 def _told(error: BaseException) -> str:
+    error = error.__cause__ or error  # the database's own words, where Optuna has others round them
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

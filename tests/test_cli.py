@@ -249,6 +249,22 @@ def test_multirun_goes_on_after_a_mistake(door: Door) -> None:
     assert folders[0].parent.name.startswith("search-multirun-")
 
 
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_mistake_in_a_process_of_a_launcher_is_told(launcher: str, tmp_path: Path) -> None:
+    package = f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher"
+    pytest.importorskip(package, reason=f"the launcher {launcher} is not installed")
+    words = ["-m", "mpsearch", "search", "--multirun", f"hydra/launcher={launcher}", "seed=1,-1"]
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    ended = subprocess.run(
+        [sys.executable, *words, "n_trials=3", "n_seeds=0"], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert ended.returncode == 2
+    assert "mpsearch: seed must be a whole number, 0 or more; '-1' came." in ended.stderr
+    (folder,) = (tmp_path / "reports").iterdir()
+    assert (folder / "0" / "report.md").exists()
+    assert not (folder / "1").exists()
+
+
 def test_quantizer_of_names_become_nodes(door: Door) -> None:
     for words in (
         ["quantizer_of.w2=percentile", "quantizer_of.w3=round_to_nearest"],
@@ -377,6 +393,27 @@ class TestRun:
         assert door("search", "run=reports/a", "n_trials=9", "max_seconds=2.5", "device=cuda").code == 0
         assert door("search", "run=reports/a").code == 0
         assert [door.last.settings[key] for key in ("n_trials", "max_seconds", "device", "seed")] == [9, 2.5, "cuda", 3]
+
+    def test_another_executor_has_none_of_the_old_ones_arguments(self, run: Path, door: Door) -> None:
+        first = "mpsearch.executors.in_process.InProcess"
+        assert door.last.settings["executor"] == {"_target_": first, "threads": None}
+        for words, target, given in (
+            (["executor=local", "executor.workers=3"], "local.Local", {"workers": 3, "threads": 1}),
+            (["executor.workers=4"], "local.Local", {"workers": 4, "threads": 1}),
+            (
+                ["executor.threads=2", "executor=dask", "executor.address=tcp://a:1"],
+                "dask.Dask",
+                {"address": "tcp://a:1", "threads": 2},
+            ),
+            ([], "dask.Dask", {"address": "tcp://a:1", "threads": 2}),
+            (["executor=in_process"], "in_process.InProcess", {"threads": None}),
+        ):
+            assert door("search", "run=reports/a", *words).code == 0
+            assert door.last.settings["executor"] == {"_target_": f"mpsearch.executors.{target}", **given}
+            assert saved(run)["executor"] == door.last.settings["executor"]
+        assert "There is no executor 'locl'" in door("search", "run=reports/a", "executor=locl").err
+        assert "executor.address must be given" in door("search", "run=reports/a", "executor=dask").err
+        assert "There is no key 'executor.workers'" in door("search", "run=reports/a", "executor.workers=2").err
 
     def test_what_may_not_differ(self, run: Path, door: Door) -> None:
         for word in ("seed=4", "model=resnet20", "equalizer=awq", "quantizer_of.w2=clip_search", "+x=1"):

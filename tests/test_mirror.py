@@ -111,8 +111,8 @@ def test_a_database_that_goes_away_costs_a_warning_and_no_trial(sqlite, engine, 
 
     with pytest.warns(UserWarning, match="mirror") as warned, mirror:
         first = searched(engine, goes_away, 12)
-    assert ["no route to host" in str(w.message) for w in warned] == [True, False]
-    assert "written when the run goes on" in str(warned[1].message)
+    assert ["the search goes on" in str(w.message) for w in warned] == [True, False]
+    assert "in the mirror (OSError: no route to host); the rest are written when the run goes on" in str(warned[1].message)
 
     mirror = Mirror(sqlite, "run", engine.space, ["size_bytes"])
     monkeypatch.setattr(mirror._study, "add_trial", gone)
@@ -127,6 +127,14 @@ def test_a_database_that_goes_away_costs_a_warning_and_no_trial(sqlite, engine, 
     with pytest.warns(UserWarning, match="the search goes on"), mirror:
         more = searched(engine, comes_back, 16, first)
     assert_mirrors(sqlite, more, engine.space)
+
+
+def test_a_study_of_another_run_is_not_written_to(sqlite, engine):
+    with Mirror(sqlite, "run", engine.space, ["size_bytes"]) as mirror:
+        first = searched(engine, mirror, 12)
+    with Mirror(sqlite, "run", engine.space, ["size_bytes"]) as mirror, pytest.raises(InputError, match=r"'run' .* of another run"):
+        searched(engine, lambda trial, evaluation: mirror(trial, first[-1]), 12)
+    assert_mirrors(sqlite, first, engine.space)
 
 
 def test_what_cannot_be_opened_is_a_sentence(engine, tmp_path):

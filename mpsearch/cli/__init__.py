@@ -11,7 +11,7 @@ import functools
 import os
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +60,7 @@ class Job:
     started: bool = False
     failed: bool = False
     folder: Path | None = None
+    process: int = field(default_factory=os.getpid)
 
 
 def main() -> None:
@@ -152,6 +153,8 @@ def _run(job: Job, config: DictConfig) -> None:
         if is_new and {path.name for path in folder.iterdir()} <= {"config.yaml"}:
             (folder / "config.yaml").unlink(missing_ok=True)
             folder.rmdir()
+        if os.getpid() != job.process:  # of a launcher, which hands it to where `main` is
+            raise
 
 
 def _version() -> str:

@@ -75,14 +75,19 @@ def prepare(command: str, words: list[str]) -> tuple[list[str], bool]:
     if "n_trials" not in config:
         raise InputError(f"'{run}' is no run of mpsearch search, so there is nothing to go on with.")
     for key in keys:
-        if key not in ("run", *RESUMABLE) and not key.startswith("hydra"):
+        if key not in ("run", *RESUMABLE) and not key.startswith(("hydra", "executor.")):
             raise InputError(
                 f"'{key}' cannot change when a run goes on; {', '.join(RESUMABLE)} can. Start a new run without run=."
             )
+    if "executor" in keys:  # another one, with none of the old one's arguments
+        del config["executor"]
     # The saved config takes the place of search.yaml, which is why --cfg job shows it too.
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="saved", node=config)
     hydra = ["hydra.job.name=search", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
     folder = [_run_option(run), _run_option(run, "hydra.run.dir")]
-    return [*folder, *hydra, *overrides, *flags, "--config-dir", str(run), "--config-name", "config"], True
+    return [*folder, *hydra, *overrides, *flags, "--config-name", "saved"], True
 
 
 def saved(run: Path) -> dict[str, Any]:

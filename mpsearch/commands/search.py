@@ -97,7 +97,8 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         known_sensitivity = run.read_sensitivity(space, metric.name)
         known = run.read_evaluations(space, quality, identity["costs"])
 
-        mirror = Mirror(url, folder.name, space, identity["objectives"]) if (url := settings["study"]["mirror"]) else None
+        url, name = settings["study"]["mirror"], "/".join(folder.parts[-2:])  # the runs of a sweep are 0, 1, 2
+        mirror = Mirror(url, name, space, identity["objectives"]) if url else None
         sensitivity = measured_sensitivity(engine, metric, run, known_sensitivity, executor)
 
         def record(evaluation: Evaluation) -> None:
