@@ -162,16 +162,22 @@ def confirmed(engine: QuantEngine, allocation: Allocation) -> Score:
         return engine.score_of(model, "confirm")
 
 
-SHORT = Training(epochs=6, batches=50)
-TARGETS = Training(epochs=6, batches=50, loss="cross_entropy")
+SHORT = Training(epochs=4, batches=40)
+TARGETS = Training(epochs=4, batches=40, loss="cross_entropy")
 Case = tuple[Callable[[], QuantEngine], str, Callable[[QuantEngine], Allocation], Training, Callable[..., Found]]
 # The model, how it is called, what is trained, how, and by what.
 CASES: dict[str, Case] = {
-    "w2": (resnet20, "ResNet-20, w2 in all layers", uniform("w2"), Training(epochs=12), ours),
-    "pick": (resnet20, "ResNet-20, the exhibit's pick of at most 2.5 bits", picked, Training(epochs=8, batches=100), ours),
-    "w4a4": (resnet20, "ResNet-20, w4a4, input scales learned", uniform("w4a4 static"), Training(epochs=8, batches=100), ours),
-    "w4a4 token": (resnet20, "ResNet-20, w4a4, an input scale a token", uniform("w4a4"), Training(epochs=8, batches=100), ours),
-    "stories": (llama, "stories260K, w3 in all layers", uniform("w3"), Training(epochs=40, batch_size=16), ours),
+    "w2": (resnet20, "ResNet-20, w2 in all layers", uniform("w2"), Training(epochs=6, batches=100), ours),
+    "pick": (resnet20, "ResNet-20, the exhibit's pick of at most 2.5 bits", picked, Training(epochs=3, batches=100), ours),
+    "w4a4": (resnet20, "ResNet-20, w4a4, input scales learned", uniform("w4a4 static"), Training(epochs=6, batches=100), ours),
+    "w4a4 token": (resnet20, "ResNet-20, w4a4, an input scale a token", uniform("w4a4"), Training(epochs=6, batches=100), ours),
+    "stories": (
+        llama,
+        "stories260K, w3 in all layers",
+        uniform("w3"),
+        Training(epochs=6, batch_size=16, learning_rate=3e-3),
+        ours,
+    ),
     "LSQ, KL": (resnet20, "learned scales, distillation (ours)", uniform("w2"), SHORT, ours),
     "STE, KL": (resnet20, "fixed scales, distillation", uniform("w2"), SHORT, fixed_scales),
     "LSQ, CE": (resnet20, "learned scales, cross-entropy", uniform("w2"), TARGETS, ours),

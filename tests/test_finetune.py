@@ -68,6 +68,29 @@ def test_training_lowers_the_loss_and_leaves_the_model_and_its_bank_alone(traine
         assert found.engine.score_of(model, "search").loss == pytest.approx(score.loss, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Codebook("ternary"),
+        Codebook("nf4", 64, "e8m0"),
+        Integer(4, input=IntegerInput(3, "static", symmetric=False, range="minmax")),
+    ],
+    ids=["ternary", "nf4", "static input"],
+)
+def test_tables_and_static_inputs_learn_too(tiny, tmp_path, scheme):
+    engine = tiny.digits({"it": scheme})
+    allocation = engine.space.uniform("it")
+    found = finetune(engine, allocation, Training(epochs=2, batches=25, batch_size=50, learning_rate=0.01), tmp_path)
+    assert min(found.losses) < 0.6 * found.losses[0]
+    assert found.engine.score(allocation).loss == min(found.losses)
+    name = engine.space.layers[-1].name
+    before, after = engine.quantized(name, "it"), found.engine.quantized(name, "it")
+    assert after.nbytes == before.nbytes
+    assert {key for key in before.tensors if not torch.equal(before.tensors[key], after.tensors[key])} >= {"codes"} | set(
+        before.of_input
+    ) - {"input_zero_point"}
+
+
 SCHEMES = {
     "w1": Integer(1),
     "w2z": Integer(2, group_size=5, symmetric=False),
