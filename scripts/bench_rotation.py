@@ -1,7 +1,8 @@
 """What rotating the input of Linear layers buys, and what it costs; to `reports/bench_rotation*/`.
 
-    python scripts/bench_rotation.py quality    stories260K and MiniLM-L6 with and without, by three quantizers
-    python scripts/bench_rotation.py speed      the kernel beside PyTorch, and packed layers with and without
+    python scripts/bench_rotation.py stories260k    perplexity with and without, by three quantizers
+    python scripts/bench_rotation.py minilm         likewise the rank correlation of MiniLM-L6, and one layer's input
+    python scripts/bench_rotation.py speed          the kernel beside PyTorch, and packed layers with and without
 
 All Linear layers in one scheme, embeddings (and the head that is tied to one) in float32. Calibrated on data of their own,
 measured on the confirm split. The data are found in `$MPSEARCH_DATA` (default `../shared/data`); MiniLM's weights come with
@@ -61,14 +62,12 @@ PLAIN: dict[str, Integer] = {
 SCHEMES: dict[str, QuantScheme] = {**PLAIN, **{f"{name}r": Rotated(scheme) for name, scheme in PLAIN.items()}}
 
 
-def networks() -> dict[str, tuple[nn.Module, Task]]:
+def network_of(name: str) -> tuple[nn.Module, Task]:
+    if name == "minilm":
+        return minilm().eval(), STSBenchmark(str(DATA.parent / "stsb"), n_calibration=200, n_search=50, n_confirm=500)
     folder = DATA.parent / "stories260k"
-    stories = Stories(str(folder), n_calibration=64, n_search=1, n_confirm=64, window=256, seed=0)
-    sentences = STSBenchmark(str(DATA.parent / "stsb"), n_calibration=200, n_search=50, n_confirm=500)
-    return {
-        "stories260K": (stories260k(folder / "model.safetensors").eval(), stories),
-        "MiniLM-L6": (minilm().eval(), sentences),
-    }
+    task = Stories(str(folder), n_calibration=64, n_search=1, n_confirm=64, window=256, seed=0)
+    return stories260k(folder / "model.safetensors").eval(), task
 
 
 def engines_of(model: nn.Module, task: Task) -> dict[str, QuantEngine]:
@@ -84,30 +83,27 @@ def engines_of(model: nn.Module, task: Task) -> dict[str, QuantEngine]:
     return engines
 
 
-def quality() -> list[Row]:
+def quality(network: str) -> list[Row]:
     """KL and quality of each scheme with and without rotation; the interval of the paired difference."""
-    rows: list[Row] = []
-    for network, (model, task) in networks().items():
-        engines = engines_of(model, task)
-        base = next(iter(engines.values())).score(FLOAT, "confirm")
-        rows.append({"what": network, "case": "float32", "value": base.quality, "unit": task.quality_name})
+    model, task = network_of(network)
+    engines = engines_of(model, task)
+    base = next(iter(engines.values())).score(FLOAT, "confirm")
+    rows: list[Row] = [{"what": network, "case": "float32", "value": base.quality, "unit": task.quality_name}]
+    for quantizer, engine in engines.items():
         for name in PLAIN:
-            for quantizer, engine in engines.items():
-                found = []
-                for scheme in (name, f"{name}r"):
-                    with engine.applied(engine.space.uniform(scheme)) as applied:
-                        found.append(engine.score_of(applied, "confirm"))
-                plain, rotated = found
-                low, high = paired_interval(rotated.qualities - plain.qualities)
-                row: Row = {"what": network, "case": name, "quantizer": quantizer, "unit": task.quality_name}
-                row |= {"value": rotated.quality, "low": rotated.quality_low, "high": rotated.quality_high, "kl": rotated.loss}
-                row |= {"rival": "not rotated", "rival_value": plain.quality, "rival_kl": plain.loss}
-                row |= {"rival_low": plain.quality_low, "rival_high": plain.quality_high}
-                rows.append(row | {"ratio": plain.loss / rotated.loss, "difference_low": low, "difference_high": high})
-                print(f"{network} {name} {quantizer}: KL {plain.loss:.4f} -> {rotated.loss:.4f}", flush=True)
-        if network == "MiniLM-L6":
-            rows += draw(model, task, REPORTS / "bench_rotation")
-    return rows
+            found = []
+            for scheme in (name, f"{name}r"):
+                with engine.applied(engine.space.uniform(scheme)) as applied:
+                    found.append(engine.score_of(applied, "confirm"))
+            plain, rotated = found
+            low, high = paired_interval(rotated.qualities - plain.qualities)
+            row: Row = {"what": network, "case": name, "quantizer": quantizer, "unit": task.quality_name}
+            row |= {"value": rotated.quality, "low": rotated.quality_low, "high": rotated.quality_high, "kl": rotated.loss}
+            row |= {"rival": "not rotated", "rival_value": plain.quality, "rival_kl": plain.loss}
+            row |= {"rival_low": plain.quality_low, "rival_high": plain.quality_high}
+            rows.append(row | {"ratio": plain.loss / rotated.loss, "difference_low": low, "difference_high": high})
+            print(f"{network} {name} {quantizer}: KL {plain.loss:.4f} -> {rotated.loss:.4f}", flush=True)
+    return rows + (draw(model, task, REPORTS / "bench_rotation_minilm") if network == "minilm" else [])
 
 
 def draw(model: nn.Module, task: Task, folder: Path) -> list[Row]:
@@ -223,14 +219,14 @@ def table(rows: list[Row]) -> list[str]:
 def main() -> None:
     """Measure, print the table, and write it to the report folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["quality", "speed"])
+    parser.add_argument("what", choices=["stories260k", "minilm", "speed"])
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [*(quality() if arguments.what == "quality" else speed()), _machine()]
-    if arguments.what == "quality":
-        floats = ", ".join(f"{row['what']} {row['value']:.4g} ({row['unit']})" for row in rows if row["case"] == "float32")
-        lines = [*table(rows), "", f"Float32: {floats}.", "", "![inputs before and after](inputs.png)", ""]
+    rows = [*(speed() if arguments.what == "speed" else quality(arguments.what)), _machine()]
+    if arguments.what != "speed":
+        lines = [*table(rows), "", f"Float32: {rows[0]['unit']} {rows[0]['value']:.4g}.", ""]
+        lines += ["![inputs before and after](inputs.png)", ""] if arguments.what == "minilm" else []
         lines += [
             f"{row['what']}, {row['case']}: kurtosis {row['kurtosis']:.1f}, a token's largest value {row['peak']:.1f} times its "
             f"root mean square (median), {row['value']:.1f} dB signal to noise at 4 bits a token.\n"
@@ -254,7 +250,7 @@ def main() -> None:
         ]
     text = "\n".join([f"# bench_rotation {arguments.what}", "", *lines, "", str(rows[-1]["case"])]) + "\n"
     print(text)
-    folder = REPORTS / ("bench_rotation" if arguments.what == "quality" else "bench_rotation_speed")
+    folder = REPORTS / f"bench_rotation_{arguments.what}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text)
     for file in filter(None, (arguments.json, folder / "rows.json")):
