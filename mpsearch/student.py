@@ -76,7 +76,7 @@ class Weight:
         if isinstance(scheme, Codebook):
             of_tensor = tensors.get("tensor_scale")
             scales = scales.cpu() if of_tensor is None else scales.cpu() / of_tensor
-            return scheme.stored(scheme.table.encode(steps).cpu(), scales, of_tensor, shape)
+            return scheme.stored(scheme.table.encode(steps).cpu(), scales, of_tensor, self.stored.of_input, shape)
         assert isinstance(scheme, Integer)
         codes, scales = self.grid.nearest(steps).to(torch.uint8).cpu(), scales.to(SCALE_DTYPES[scheme.scale_dtype]).cpu()
         zero_points = None if scheme.symmetric else zeros.to(torch.uint8).cpu()

@@ -6,7 +6,8 @@ about as much as the product of the bits; a 32-bit integer addition takes 0.1 pJ
 bit at the least. A multiply-accumulate of b_w-bit weights and b_x-bit inputs therefore takes
 
     0.2 pJ x b_w b_x / 64 + 0.1 pJ    where both are integers,
-    3.7 pJ + 0.9 pJ                   where the input is float, as the codes of the weight are converted first;
+    3.7 pJ + 0.9 pJ                   where the input is float, as the codes of the weight are converted first; also where it
+                                      is a small float, of which there is no number: more than these take;
 
 a rotation of the input takes 0.9 pJ for each of its additions; and every weight is read from DRAM once a forward pass, as
 stored. Not in it: activations, caches, what does no multiplication, and what the machine takes while it idles. Newer processes

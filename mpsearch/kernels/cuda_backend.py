@@ -26,10 +26,12 @@ _SIGNATURES = {  # api.h: p an address, q int64, i int, f float
     "unpack": "ppqip",
     "dequantize": "pppp" + "qqq" + "ii" + "p",
     "dequantize_stream": "ppi" + "qqq" + "ii" + "p",
+    "rotate": "ppp" + "qq" + "ii" + "p",
     "linear": "ii" + "ppppp" + "f" + "qqqq" + "iii" + "p",
 }
 _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+MOST_ROTATED_COLUMNS = 2**14 - 1  # its largest block in shared memory that every kernel has
 MOST_STREAMED_COLUMNS = 256  # of tensor cores' fragments; beyond it dequantizing once and cuBLAS are faster
 
 
@@ -156,6 +158,12 @@ def dequantize(packed: Tensor, scales: Tensor, zero_points: Tensor | None, weigh
         bits,
         scales.dtype == torch.float16,
     )
+
+
+def rotate(x: Tensor, factors: Tensor, y: Tensor, back: bool) -> None:
+    """Fill `y`; x is contiguous, not empty, of up to `MOST_ROTATED_COLUMNS`."""
+    columns = x.shape[-1]
+    _used().call("rotate", x, *_addresses(x, factors, y), x.numel() // columns, columns, _DTYPES[x.dtype], back)
 
 
 def linear(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import InputError
-from mpsearch.kernels import reference_rotation
+from mpsearch.kernels import cuda_backend, reference_rotation
 from mpsearch.kernels.backends import backend_index, backend_of, compiled, is_plain
 from mpsearch.kernels.operators import register
 from mpsearch.kernels.reference_rotation import blocks_of
@@ -30,12 +30,15 @@ def _rotate(x: Tensor, back: bool) -> Tensor:
     _check(x)
     if x.numel() == 0:
         return x.clone()
-    backend = backend_of(x, on_cuda=False)
-    if backend == "reference" or x.dtype != torch.float32:
+    columns = x.shape[-1]
+    backend = backend_of(x, on_cuda=columns <= cuda_backend.MOST_ROTATED_COLUMNS)
+    if backend == "reference" or (backend != "cuda" and x.dtype != torch.float32):
         return reference_rotation.rotate(x.detach().float(), back).to(x.dtype)
     x = x.detach().contiguous()
     y = torch.empty_like(x)
-    columns = x.shape[-1]
+    if backend == "cuda":
+        cuda_backend.rotate(x, reference_rotation.factors_of(columns, x.device), y, back)
+        return y
     compiled.rotate(
         backend_index(backend),
         x.data_ptr(),

@@ -11,6 +11,7 @@ from mpsearch.layer import LayerSpec
 from mpsearch.runtimes.base import Runtime, whole_groups
 from mpsearch.schemes.base import QuantScheme
 from mpsearch.schemes.floating import Float
+from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
 
 
@@ -31,7 +32,8 @@ class ONNXRuntime(Runtime):
             return False
         if scheme.input is not None:
             weight = scheme.bits == 8 and scheme.symmetric and scheme.group_size in ("channel", "tensor")
-            of_input = (scheme.input.bits, scheme.input.scale, scheme.input.symmetric) == (8, "static", True)
+            of = scheme.input
+            of_input = isinstance(of, IntegerInput) and (of.bits, of.scale, of.symmetric) == (8, "static", True)
             return weight and of_input and layer.kind in ("linear", "conv1d", "conv2d")
         size = scheme.group_size
         block = isinstance(size, int) and size >= 16 and size & (size - 1) == 0 and whole_groups(layer, size)

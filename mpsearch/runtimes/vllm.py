@@ -3,7 +3,8 @@
 Weights alone, 4 or 8 bits: `CompressedTensorsWNA16` (`WNA16_SUPPORTED_BITS`), a scale a row or for 32, 64 or 128 weights of a
 row (`MARLIN_SUPPORTED_GROUP_SIZES`); releases that name more widths exist, which kernels run them is not known. Inputs of 8
 bits: `CompressedTensorsW8A8Int8`, symmetric 8-bit weights with a scale a row or a tensor. Floats, weights alone:
-`CompressedTensorsW8A16Fp8`, E4M3 with a float32 scale a row or a tensor, and `CompressedTensorsW4A16Mxfp4`. NVFP4
+`CompressedTensorsW8A16Fp8`, E4M3 with a float32 scale a row or a tensor, and `CompressedTensorsW4A16Mxfp4`; with inputs in E4M3,
+a scale a token or a static one: `CompressedTensorsW8A8Fp8`. NVFP4
 (`CompressedTensorsW4A16Fp4`) is left out: layers that it fuses must have one scale of the tensor, which nothing here makes
 them share. It runs q, k and v as one matrix,
 gate and up as another, and the experts of a block in one kernel: fused layers in different schemes do not load
@@ -17,7 +18,9 @@ from mpsearch.runtimes.base import Runtime, whole_groups
 from mpsearch.schemes.base import QuantScheme
 from mpsearch.schemes.codebook import MXFP4, Codebook
 from mpsearch.schemes.floating import Float
+from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.level_input import LevelInput
 
 
 class VLLM(Runtime):
@@ -26,7 +29,7 @@ class VLLM(Runtime):
     name = "vllm"
     what = (
         "Linear layers at 4 or 8 bits, symmetric with a scale a row or in whole groups of 32, 64 or 128, "
-        "at 8 bits with 8-bit inputs, in E4M3 with a float32 scale a row or a tensor, or in MXFP4"
+        "at 8 bits with 8-bit inputs, in E4M3 with a float32 scale a row or a tensor, also with E4M3 inputs, or in MXFP4"
     )
     shared = ("*.q_proj|*.k_proj|*.v_proj", "*.gate_proj|*.up_proj", "*.experts.**")
 
@@ -36,12 +39,14 @@ class VLLM(Runtime):
             return True
         if isinstance(scheme, Codebook) and layer.kind == "linear":
             fp8 = (scheme.levels, scheme.scale) == ("e4m3", "float32") and scheme.group_size in ("channel", "tensor")
+            fp8 = fp8 and scheme.input in (None, LevelInput("e4m3", "token"), LevelInput("e4m3", "static"))
             return fp8 or (scheme == MXFP4 and whole_groups(layer, 32))
         if not isinstance(scheme, Integer) or layer.kind != "linear":
             return False
         if scheme.input is not None:
             weight = scheme.bits == 8 and scheme.symmetric and scheme.group_size in ("channel", "tensor")
-            return weight and scheme.input.bits == 8 and scheme.input.symmetric and scheme.input.scale != "tensor"
+            of = scheme.input
+            return weight and isinstance(of, IntegerInput) and of.bits == 8 and of.symmetric and of.scale != "tensor"
         if scheme.group_size == "channel":
             return scheme.bits in (4, 8) and scheme.symmetric
         return scheme.bits in (4, 8) and scheme.group_size in (32, 64, 128) and whole_groups(layer, int(scheme.group_size))

@@ -20,16 +20,19 @@ from mpsearch.errors import InputError, did_you_mean
 from mpsearch.schemes.base import FindCodes, QuantizedTensor, QuantScheme
 from mpsearch.schemes.grid import GroupSize, check_group_size, each_of, grid_of, importance_of
 from mpsearch.schemes.histogram import Histogram
+from mpsearch.schemes.input import InputFormat
+from mpsearch.schemes.level_input import input_from
 from mpsearch.schemes.levels import LEVELS, Levels
+from mpsearch.schemes.scales import E8M0_BIAS, SCALE_BITS, nearest_scale, scale_for
 
-SCALE_BITS = {"float16": 16, "float32": 32, "e8m0": 8, "e4m3": 8}
-E8M0_BIAS = 127
 TRITS = 5  # in a byte
 
 
 @dataclass(frozen=True)
 class Codebook(QuantScheme):
     """One of the `levels` (a name in `LEVELS`) times the scale, stored as `scale`, of each `group_size` weights of a row.
+
+    `input` says how the layer's input is quantized, if it is (an embedding's, which is indices, never is).
 
     Example: weight `[64, 3, 3, 3]`, `levels="e2m1"`, `group_size=32`, `scale="e8m0"` is MXFP4: 64 rows of 27 columns, one ragged
     block a row; 864 bytes of codes and 64 of scales.
@@ -38,8 +41,10 @@ class Codebook(QuantScheme):
     levels: str
     group_size: GroupSize = "channel"
     scale: Literal["float16", "float32", "e8m0", "e4m3"] = "float16"
+    input: InputFormat | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "input", input_from(self.input))
         if self.levels not in LEVELS:
             raise InputError(f"There are no levels {self.levels!r}.{did_you_mean(str(self.levels), LEVELS)}")
         check_group_size(self.group_size)
@@ -57,6 +62,11 @@ class Codebook(QuantScheme):
         return True
 
     @property
+    def input_format(self) -> InputFormat | None:
+        """`input`."""
+        return self.input
+
+    @property
     def weight_bits(self) -> int:
         """The table's bits; 2 for ternary."""
         return self.table.bits
@@ -66,34 +76,24 @@ class Codebook(QuantScheme):
         return grid_of(shape, self.group_size)
 
     def storage_bits(self, shape: tuple[int, ...]) -> int:
-        """Dense codes padded to a byte (ternary: five in a byte) + a scale for each group + with E4M3 scales the tensor's."""
+        """Dense codes padded to a byte (ternary: five in a byte) + a scale for each group + with E4M3 scales the tensor's + what
+        is stored of the input.
+        """
         rows, columns, group_size = self.grid(shape)
         n_bytes = (
             math.ceil(rows * columns / TRITS) if self.levels == "ternary" else math.ceil(rows * columns * self.weight_bits / 8)
         )
         n_groups = rows * math.ceil(columns / group_size)
-        return 8 * n_bytes + n_groups * SCALE_BITS[self.scale] + (32 if self.scale == "e4m3" else 0)
+        of_input = 0 if self.input is None else self.input.storage_bits
+        return 8 * n_bytes + n_groups * SCALE_BITS[self.scale] + (32 if self.scale == "e4m3" else 0) + of_input
 
     def scale_for(self, largest: Tensor) -> Tensor:
-        """The scale with which magnitudes up to `largest` (float32, any shape) fit, as it is stored: float32, not negative.
-
-        E8M0: 2^(floor(log2(largest)) - emax), so that up to half an octave saturates (MX v1.0, section 6.3).
-        """
-        if self.scale == "e8m0":
-            exponent = torch.frexp(largest).exponent - 1 - self.table.exponent
-            exponent = torch.where(largest > 0, exponent, -E8M0_BIAS).clamp(-E8M0_BIAS, E8M0_BIAS)
-            return torch.ldexp(torch.ones_like(largest), exponent)
-        return self.nearest_scale(largest / self.table.largest)
+        """The scale with which magnitudes up to `largest` (float32, any shape) fit, as it is stored: float32, not negative."""
+        return scale_for(largest, self.table, self.scale)
 
     def nearest_scale(self, scales: Tensor) -> Tensor:
         """`scales` (float32, not negative) as they are stored; of powers of two the nearest in octaves."""
-        if self.scale == "e8m0":
-            exponent = torch.where(scales > 0, scales.log2().round(), -E8M0_BIAS).clamp(-E8M0_BIAS, E8M0_BIAS)
-            return torch.ldexp(torch.ones_like(scales), exponent.int())
-        if self.scale == "e4m3":
-            e4m3 = LEVELS["e4m3"]
-            return e4m3.decode(e4m3.encode(scales))
-        return scales.half().float() if self.scale == "float16" else scales
+        return nearest_scale(scales, self.scale)
 
     def quantize(
         self, weight: Tensor, codes: FindCodes, importance: Tensor | None, seen: Histogram | None = None
@@ -108,13 +108,16 @@ class Codebook(QuantScheme):
             tensor_scale = torch.where(tensor_scale >= torch.finfo(torch.float32).smallest_normal, tensor_scale, 1.0)
             matrix, tensors = matrix / tensor_scale, {"tensor_scale": tensor_scale.reshape(1)}
         found, scales, _ = codes(matrix, self, group_size, importance_of(importance, shape, self.group_size))
-        return self.stored(found, scales, tensors.get("tensor_scale"), shape)
+        of_input = {} if self.input is None else self.input.stored(seen)
+        return self.stored(found, scales, tensors.get("tensor_scale"), of_input, shape)
 
-    def stored(self, codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, shape: tuple[int, ...]) -> QuantizedTensor:
+    def stored(
+        self, codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, of_input: Mapping[str, Tensor], shape: tuple[int, ...]
+    ) -> QuantizedTensor:
         """A weight of `shape` from its codes (uint8, one each) and `nearest_scale`s, over the tensor's where there is one."""
         packed = _pack_trits(codes) if self.levels == "ternary" else kernels.pack(codes, self.weight_bits)
         of_tensor = {} if tensor_scale is None else {"tensor_scale": tensor_scale}
-        return QuantizedTensor(self, shape, {"codes": packed, "scales": self._stored(scales), **of_tensor})
+        return QuantizedTensor(self, shape, {"codes": packed, "scales": self._stored(scales), **of_tensor, **of_input})
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """`value * scale`, float32; where there is a tensor's scale, `scale` is its product with the group's."""
@@ -147,7 +150,8 @@ class Codebook(QuantScheme):
     def describe(self) -> str:
         """For example "e2m1 levels, an e8m0 scale for 32 weights"."""
         scale = f"{'an' if self.scale.startswith('e') else 'a'} {self.scale} scale {each_of(self.group_size)}"
-        return f"{self.levels} levels, {scale}{', a float32 scale a tensor' if self.scale == 'e4m3' else ''}"
+        weight = f"{self.levels} levels, {scale}{', a float32 scale a tensor' if self.scale == 'e4m3' else ''}"
+        return weight if self.input is None else f"{weight}; {self.input.describe()}"
 
 
 MXFP4 = Codebook("e2m1", 32, "e8m0")

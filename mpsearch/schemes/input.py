@@ -135,11 +135,7 @@ class IntegerInput(InputFormat):
         """
         if not self.has_static_scale:
             return {}
-        if seen is not None and seen.low == seen.high:
-            raise InputError(
-                "its input is 0 in all of the calibration data, so that no static range can be found. Use input.scale=token, "
-                "give other calibration data, or pin the layer to another scheme."
-            )
+        check_seen(seen)
         low, high = (-1.0, 1.0) if seen is None else _static_range(self, seen)
         scale, zero = self.grid(*(torch.tensor([end], dtype=torch.float32) for end in (low, high)))
         tensors = {"input_scale": scale.clamp_(min=SMALLEST_NORMAL)}
@@ -196,6 +192,15 @@ class IntegerInput(InputFormat):
         """For example "8-bit input, a scale a token"."""
         of = {"token": "a scale a token", "tensor": "a scale a tensor", "static": f"a static scale ({self.range})"}[self.scale]
         return f"{self.bits}-bit {'' if self.symmetric else 'asymmetric '}input, {of}"
+
+
+def check_seen(seen: Histogram | None) -> None:
+    """`InputError` where calibration saw nothing but 0."""
+    if seen is not None and seen.low == seen.high:
+        raise InputError(
+            "its input is 0 in all of the calibration data, so that no static range can be found. Use input.scale=token, "
+            "give other calibration data, or pin the layer to another scheme."
+        )
 
 
 @functools.lru_cache(maxsize=1024)

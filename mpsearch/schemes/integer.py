@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,7 +19,8 @@ from mpsearch.errors import InputError
 from mpsearch.schemes.base import FindCodes, QuantizedTensor, QuantScheme
 from mpsearch.schemes.grid import GroupSize, check_group_size, each_of, grid_of, importance_of
 from mpsearch.schemes.histogram import Histogram
-from mpsearch.schemes.input import InputFormat, IntegerInput
+from mpsearch.schemes.input import InputFormat
+from mpsearch.schemes.level_input import input_from
 
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -38,16 +39,10 @@ class Integer(QuantScheme):
     group_size: GroupSize = "channel"
     symmetric: bool = True
     scale_dtype: Literal["float16", "float32"] = "float16"
-    input: IntegerInput | None = None
+    input: InputFormat | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.input, Mapping):  # from a config, or from what `fields` gave
-            known = [field.name for field in fields(IntegerInput)]
-            if unknown := set(self.input) - set(known):
-                raise InputError(f"input takes {', '.join(known)}; {', '.join(sorted(unknown))} came.")
-            object.__setattr__(self, "input", IntegerInput(**self.input))
-        elif self.input is not None and not isinstance(self.input, IntegerInput):
-            raise InputError(f"input is null, or bits and scale: {{bits: 8, scale: token}}; {self.input!r} came.")
+        object.__setattr__(self, "input", input_from(self.input))
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 8:
             raise InputError(f"An integer scheme has 1 to 8 bits; bits={self.bits} came. For more, use fp16, bf16 or fp32.")
         check_group_size(self.group_size)

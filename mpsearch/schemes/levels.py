@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ class Levels:
     `values` float32 `[2**bits]` are the codes' (NaN for a code that is no finite number). `encode` looks among `ascending`, the
     values from the least to the largest, whose codes are `codes`; where `sign_bit` these are the magnitudes, and the topmost bit
     of a code is the sign. A value at or below `bounds[i]` and above `bounds[i - 1]` is nearest to `ascending[i]`.
+    Floats say their `mantissa_bits`.
     """
 
     bits: int
@@ -32,6 +33,7 @@ class Levels:
     codes: Tensor
     bounds: Tensor
     sign_bit: bool
+    mantissa_bits: int | None = None
 
     @property
     def largest(self) -> float:
@@ -48,6 +50,16 @@ class Levels:
         index = torch.bucketize(x.abs() if self.sign_bit else x, self.bounds.to(x.device), out_int32=True)
         codes = self.codes.to(x.device)[index]
         return codes | (torch.signbit(x).to(torch.uint8) << (self.bits - 1)) if self.sign_bit else codes
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """float32, shaped like x (float32, finite): the nearest value, as `decode(encode(x))`; of floats by arithmetic."""
+        if self.mantissa_bits is None:
+            return self.decode(self.encode(x))
+        magnitude = x.abs().clamp_(max=self.largest)
+        octave = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32)
+        octave.clamp_(min=float(self.ascending[1]) * 2**self.mantissa_bits)  # of the subnormal numbers
+        shift = octave.mul_(2.0 ** (23 - self.mantissa_bits))  # a sum with it has no bits left beyond the mantissa
+        return torch.copysign(magnitude.add_(shift).sub_(shift), x)
 
     def decode(self, codes: Tensor) -> Tensor:
         """float32, shaped like `codes` (uint8)."""
@@ -80,7 +92,8 @@ def _floats(exponent_bits: int, mantissa_bits: int, bias: int, largest: float) -
         value = math.ldexp(normal + mantissa / 2**mantissa_bits, max(exponent, 1) - bias)
         pairs.append((exponent * 2**mantissa_bits + mantissa, value))
     finite = [pair for pair in pairs if pair[1] <= largest]
-    return _levels(1 + exponent_bits + mantissa_bits, finite, sign_bit=True, ties_to_even=True)
+    levels = _levels(1 + exponent_bits + mantissa_bits, finite, sign_bit=True, ties_to_even=True)
+    return replace(levels, mantissa_bits=mantissa_bits)
 
 
 # The values as the paper prints them; those of bitsandbytes' kernels are the same in float32.

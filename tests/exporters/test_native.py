@@ -15,8 +15,10 @@ from mpsearch.errors import InputError
 from mpsearch.exporters.base import Exporter, Picked
 from mpsearch.exporters.native import load_allocation
 from mpsearch.layer import weights_sha256
+from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.rotated import Rotated
 from mpsearch.search import Evaluator
 
 ROOT = Path(__file__).parents[2]
@@ -87,6 +89,29 @@ def test_static_ranges_are_said_and_applied(tiny, tmp_path):
     assert sum(layer["size_bytes"] for layer in json.loads(path.read_text())["layers"].values()) == sum(
         engine.space.schemes[s].storage_bits(engine.model.get_submodule(la).weight.shape) // 8 for la, s in allocation.items()
     )
+    inputs, _ = engine.batches("search")[0]
+    with torch.no_grad(), engine.applied(allocation) as model:
+        expected = model(inputs)
+    exported = load_allocation(path)
+    with torch.no_grad():
+        assert torch.equal(exported.apply(tiny.net())(inputs), expected)
+        assert torch.allclose(exported.pack(tiny.net())(inputs), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_small_floats_and_rotations_are_said_and_applied(tiny, tmp_path):
+    schemes = {
+        "fp8a8": Codebook("e4m3", "channel", "float32", {"levels": "e4m3", "scale": "static"}),
+        "w4a8r": Rotated(Integer(4, input={"bits": 8})),
+    }
+    engine = tiny.engine(tiny.net(), tiny.task(), schemes)
+    allocation = Allocation({"first": "fp8a8", "second": "fp8a8", "last": "w4a8r"})
+    e = Evaluator(engine, [])(allocation, "sampler", trial=0)
+    picked = Picked(e, {"search": e}, {}, "accuracy", weights_sha256(engine.model), ())
+    path = instantiate(OmegaConf.load(ROOT / "conf" / "exporter" / "native.yaml")).export(picked, engine, tmp_path)
+    said = json.loads(path.read_text())["layers"]
+    assert said["first"]["scheme"]["input"] == {"levels": "e4m3", "scale": "static"}
+    assert said["first"]["input_scale"] == engine.quantized("first", "fp8a8").of_input["input_scale"].item()
+    assert said["last"]["scheme"] == {"name": "w4a8r", **schemes["w4a8r"].fields()}
     inputs, _ = engine.batches("search")[0]
     with torch.no_grad(), engine.applied(allocation) as model:
         expected = model(inputs)

@@ -274,7 +274,18 @@ def check_shapes_and_strides(device: str) -> None:
         assert torch.equal(product(x, PackedWeight(shifted, 21, 64, 3, 32, True, False)), y)
 
 
+def check_rotation(device: str) -> None:
+    torch.manual_seed(0)
+    for columns, back in itertools.product((1, 2, 7, 8, 33, 64, 172, 384, 4100), (False, True)):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            x = torch.randn(3, columns).to(dtype)
+            with kernels.use_backend("reference"):
+                wanted = kernels.rotate(x, back=back)
+            assert torch.equal(kernels.rotate(x.to(device), back=back).cpu(), wanted), (columns, back, dtype)
+
+
 CHECKS = {
+    "rotation": check_rotation,
     "min-max": check_min_max,
     "clip search": check_clip_search,
     "refusals": check_refusals,

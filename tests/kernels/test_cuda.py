@@ -57,6 +57,7 @@ def test_nothing_is_read_or_written_behind_the_end(emulated: cuda_backend.Librar
                 cuda_backend.pack(codes, packed, bits)
                 cuda_backend.unpack(packed, written[0], bits)
                 cuda_backend.dequantize(packed, scales, zero_points, out, bits, group_size)
+                cuda_backend.rotate(weight, ends(torch.randn(columns)), out, back=False)
                 data = ends(kernels.pack_weight(codes, scales, zero_points, bits=bits, group_size=group_size).data)
                 how = (columns, group_size, bits, True)
                 for dtype, n_tokens in ((torch.float16, 1), (torch.bfloat16, 17), (torch.float32, 2), (torch.float32, 300)):

@@ -17,7 +17,9 @@ from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.level_input import LevelInput
 from mpsearch.schemes.outliers import Outliers
+from mpsearch.schemes.rotated import Rotated
 
 CONF = Path(__file__).parents[2] / "conf" / "runtime"
 SCHEMES = {
@@ -39,6 +41,11 @@ SCHEMES = {
     "w8a16s": Integer(8, input=IntegerInput(16, "static")),
     "nf4": Codebook("nf4", 64),
     "fp8": Codebook("e4m3", "channel", "float32"),
+    "fp8a8": Codebook("e4m3", "channel", "float32", LevelInput()),
+    "fp8a8s": Codebook("e4m3", "tensor", "float32", LevelInput("e4m3", "static")),
+    "fp8a8mx": Codebook("e4m3", "channel", "float32", LevelInput("e4m3", "mx")),
+    "w8afp8": Integer(8, input=LevelInput("e4m3", "static")),
+    "w4g32r": Rotated(Integer(4, 32)),
     "fp8h": Codebook("e4m3", "channel", "float16"),
     "e5m2": Codebook("e5m2", "channel", "float32"),
     "mxfp4": Codebook("e2m1", 32, "e8m0"),
@@ -52,7 +59,7 @@ FLOATS = {"fp16", "fp32"}
 RUNS = {  # a Linear layer of 192 columns, a convolution, an embedding
     "mpsearch": (set(SCHEMES), set(SCHEMES), set(SCHEMES)),
     "torchao": ({"w3", "w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8a8"} | FLOATS, FLOATS, FLOATS),
-    "vllm": ({"w4", "w4g32", "w4g32f", "w4g64", "w8a8", "w8a8s", "fp8", "mxfp4"} | FLOATS, FLOATS, FLOATS),
+    "vllm": ({"w4", "w4g32", "w4g32f", "w4g64", "w8a8", "w8a8s", "fp8", "fp8a8", "fp8a8s", "mxfp4"} | FLOATS, FLOATS, FLOATS),
     "llama_cpp": ({"w4g32", "mxfp4"} | FLOATS, FLOATS, {"w4g32", "mxfp4"} | FLOATS),
     "onnxruntime": ({"w4g32", "w4g32f", "w4g64", "w8a8s", "fp32"}, {"w8a8s", "fp32"}, {"fp32"}),
 }
@@ -85,10 +92,10 @@ def test_rows_of_broken_groups_are_not_known_to_run(name):
 def test_the_space_is_pruned_and_read_back():
     space = SearchSpace.build([LINEAR, CONV], SCHEMES, ["fc:>=8"], 8, VLLM())
     assert dict(zip(space.names, space.choices, strict=True)) == {
-        "fc": ("w8a8", "w8a8s", "fp8", "fp16", "fp32"),
+        "fc": ("w8a8", "w8a8s", "fp8", "fp8a8", "fp8a8s", "fp16", "fp32"),
         "conv": ("fp16", "fp32"),
     }
-    assert list(space.schemes) == ["w8a8", "w8a8s", "fp8", "fp16", "fp32"]
+    assert list(space.schemes) == ["w8a8", "w8a8s", "fp8", "fp8a8", "fp8a8s", "fp16", "fp32"]
     assert read_space(space.to_dict()) == space
     assert read_space(space.to_dict(), SCHEMES) == space
 

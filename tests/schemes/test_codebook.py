@@ -104,6 +104,10 @@ def test_the_nearest_level_is_taken(name):
     x = awkward(table)[::7].double()
     least = (x[:, None] - finite.double()).abs().amin(1)
     assert torch.equal((x - table.decode(table.encode(x.float())).double()).abs(), least)
+    x = torch.cat([awkward(table), torch.tensor([1e30, -1e30, 3e38])])
+    found, expected = table.nearest(x), table.decode(table.encode(x))
+    assert torch.equal(found, expected)
+    assert torch.equal(found.signbit(), expected.signbit())
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2"])
@@ -170,6 +174,10 @@ BITS = {  # of a weight [64, 128], by hand: codes, scales, the tensor's scale
     "mxfp8_e5m2": (8, 8 / 32, 0),
     "mxint8": (8, 8 / 32, 0),
     "nvfp4": (4, 8 / 16, 32),
+    "fp8a8": (8, 32 / 128, 0),
+    "mxfp8a8": (8, 8 / 32, 0),
+    "mxfp4a8": (4, 8 / 32, 0),
+    "nvfp4a4": (4, 8 / 16, 64),
     "ternary": (8 * math.ceil(64 * 128 / 5) / (64 * 128), 16 / 128, 0),
 }
 

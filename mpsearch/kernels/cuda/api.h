@@ -60,6 +60,16 @@ MPSEARCH_API int mpsearch_dequantize_stream(const uint8_t* packed,
                                             int half_scales,
                                             uintptr_t stream);
 
+// Each row times a Hadamard matrix of signs, or its inverse; blocks of up to 8192 columns.
+MPSEARCH_API int mpsearch_rotate(const void* x,         // [rows, columns] of `dtype`
+                                 const float* factors,  // [columns]
+                                 void* y,               // [rows, columns] of `dtype`
+                                 int64_t rows,
+                                 int64_t columns,
+                                 int dtype,
+                                 int back,
+                                 uintptr_t stream);
+
 // y = x W^T + bias. `scratch` holds `mpsearch_linear_scratch` bytes, from an address that is a multiple of 16.
 MPSEARCH_API int64_t mpsearch_linear_scratch(
     int int8_input, int dtype, int64_t n_tokens, int64_t rows, int64_t columns, int64_t group_size, int n_processors);

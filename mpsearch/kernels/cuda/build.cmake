@@ -56,7 +56,7 @@ foreach(bits RANGE 1 8)
   add_object(product_float${bits} product_float.cu -DMPSEARCH_BITS=${bits})
   add_object(product_int8${bits} product_int8.cu -DMPSEARCH_BITS=${bits})
 endforeach()
-foreach(name quantize pack dequantize stage linear device)
+foreach(name quantize pack dequantize stage linear rotate device)
   add_object(${name} ${name}.cu)
 endforeach()
 
