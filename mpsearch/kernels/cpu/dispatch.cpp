@@ -7,13 +7,14 @@
 #include <sys/auxv.h>
 #endif
 
-#define MPSEARCH_BACKEND(isa)                                                                                      \
-    Backend {                                                                                                      \
-        #isa, Kernels {                                                                                            \
-            isa::quantize, isa::dequantize, isa::pack, isa::unpack, isa::pack_weight, isa::unpack_weight,          \
-                isa::tokens_per_block, isa::stage, isa::stage_int8, isa::linear, isa::linear_a8, isa::embed,       \
-                isa::round_with_feedback, isa::half_quadratic, isa::rotate, &isa::conv_float, &isa::conv_int8, &isa::conv_lanes \
-        }                                                                                                          \
+#define MPSEARCH_BACKEND(isa)                                                                                  \
+    Backend {                                                                                                  \
+        #isa, Kernels {                                                                                        \
+            isa::quantize, isa::dequantize, isa::pack, isa::unpack, isa::pack_weight, isa::unpack_weight,      \
+                isa::tokens_per_block, isa::stage, isa::stage_int8, isa::linear, isa::linear_a8, isa::embed,   \
+                isa::round_with_feedback, isa::half_quadratic, isa::rotate, &isa::conv_float, &isa::conv_int8, \
+                &isa::conv_lanes                                                                               \
+        }                                                                                                      \
     }
 
 #if defined(MPSEARCH_HAS_baseline)
