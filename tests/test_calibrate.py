@@ -227,7 +227,7 @@ def test_hessians_of_convolutions(name, monkeypatch):
     columns = patches(conv, x).double()
     expected = torch.einsum("ngc,ngd->gcd", columns, columns) / len(columns)
     for limit in (2**26, 2**14):  # a batch at once, or few samples
-        monkeypatch.setattr("mpsearch.calibrate.PATCH_BYTES", limit)
+        monkeypatch.setattr("mpsearch.products.PATCH_BYTES", limit)
         found = hessians_of(nn.Sequential(conv), task)["0"]
         assert found.shape == (conv.groups, columns.shape[2], columns.shape[2])
         assert torch.allclose(found.double(), expected, atol=1e-5)
@@ -247,6 +247,52 @@ def test_hessians_of_linear_layers_and_what_has_none():
     assert torch.allclose(found[0], x.reshape(-1, 7).T @ x.reshape(-1, 7) / 30, atol=1e-5)
     task, _ = task_of((4, 5, 5))
     assert hessians_of(nn.Sequential(nn.ConvTranspose2d(4, 2, 3)), task) == {}
+
+
+class PadsItself(nn.Conv2d):
+    """As TensorFlow pads at stride 2: one more on the right and at the bottom."""
+
+    def forward(self, input):
+        return F.conv2d(F.pad(input, (0, 1, 0, 1)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, input):
+        return F.conv2d(input, self.weight / self.weight.std(), self.bias, self.stride)
+
+
+class AddsItsBias(nn.Linear):
+    """The mean of its output does not shift as that of its product."""
+
+    def forward(self, input):
+        return 3 * F.linear(input, self.weight) + self.bias
+
+
+def test_a_module_with_a_forward_of_its_own_is_calibrated_by_its_product(tiny):
+    task, x = task_of((4, 9, 9))
+    own = PadsItself(4, 6, 3, stride=2, groups=2)
+    plain = nn.Conv2d(4, 6, 3, stride=2, groups=2)
+    plain.load_state_dict(own.state_dict())
+    padded = F.pad(x, (0, 1, 0, 1))
+    split = (padded, torch.zeros(len(padded), dtype=torch.long))
+    theirs = Classification(split, split, split, n_classes=2, batch_size=4)
+    a, b = moments_of(nn.Sequential(own), task)["0"], moments_of(nn.Sequential(plain), theirs)["0"]
+    assert torch.allclose(a.mean, b.mean, atol=1e-6)
+    assert torch.allclose(a.second_moment, b.second_moment, atol=1e-6)
+    assert (a.histogram.low, a.histogram.high) == (x.min().item(), x.max().item())
+    assert torch.equal(hessians_of(nn.Sequential(own), task)["0"], hessians_of(nn.Sequential(plain), theirs)["0"])
+    engine = tiny.engine(nn.Sequential(own), task, {"w2": Integer(2)}, quantizer=CoordinateDescent())
+    with torch.no_grad():
+        before = own(x).mean((0, 2, 3))
+        with engine.applied(engine.space.uniform("w2")):
+            assert (own(x).mean((0, 2, 3)) - before).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("module", [lambda: Standardized(4, 6, 3), lambda: nn.Sequential(nn.Flatten(), AddsItsBias(324, 3))])
+def test_what_is_no_product_of_weight_and_bias_is_left_out(module):
+    task, _ = task_of((4, 9, 9))
+    assert moments_of(nn.Sequential(module()), task) == {}
+    assert hessians_of(nn.Sequential(module()), task) == {}
 
 
 def test_inputs_that_are_not_finite_are_named():
