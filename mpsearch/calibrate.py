@@ -1,5 +1,5 @@
 """Run the calibration data and keep what quantizers, bias correction and static ranges need of every layer's product: moments
-and a histogram of its input, and on demand the second moments of whole rows of it.
+and a histogram of its input, and on demand second moments of whole rows of its input and of the gradient at its output.
 
 The mean and the second moment of each input value that meets a column of the weight matrix. For a convolution that is each
 (channel, kernel offset), padding counted as the zeros it is; both are linear in the (squared) input, so that the batch can be
@@ -9,12 +9,14 @@ averaged first and no patch matrix is ever made.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch import kernels
@@ -120,6 +122,58 @@ def hessians(model: nn.Module, task: Task, modules: Sequence[str], batches: Batc
     return {name: total.cpu() for name, total in sums.items()}
 
 
+def output_fishers(model: nn.Module, task: Task, modules: Sequence[str], batches: Batches) -> dict[str, Tensor]:
+    """Module name -> E[g g^T] of the gradient g at its output, float32 `[groups, rows, rows]` on the CPU, rows of a group.
+
+    The mean over output positions, of the modules of which a product is seen and reaches the loss: `drawn_loss`, by one backward
+    pass a batch. Beside the result, what is held is a batch's outputs and gradients.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
+    seen: list[tuple[str, Product, Tensor]] = []
+    generator = torch.Generator().manual_seed(0)
+
+    def see(name: str, product: Product, output: Tensor) -> Tensor:
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        seen.append((name, product, output))
+        return output.clone()  # what follows may work in place
+
+    with phase("output fishers", len(batches)) as advance:
+        for inputs, _ in batches:
+            with torch.enable_grad(), watched(model, modules, see):
+                logits = task.forward(model, inputs)
+            outputs = [output for *_, output in seen]
+            gradients = _gradients(logits, outputs, generator)
+            for (name, product, _), gradient in zip(seen, gradients, strict=True):
+                if gradient is not None:
+                    rows = gradient.reshape(product.output.shape).movedim(1 if product.kernel else -1, -1)
+                    grouped = rows.reshape(-1, product.groups, product.rows // product.groups).transpose(0, 1)
+                    found = grouped.transpose(1, 2) @ grouped
+                    sums[name] = sums[name].add_(found) if name in sums else found
+                    counts[name] += grouped.shape[1]
+            seen.clear()
+            advance("")
+    return {name: total.div_(counts[name]).cpu() for name, total in sums.items()}
+
+
+def _gradients(logits: Tensor, outputs: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor | None]:
+    """Of the drawn loss; none, and a warning, where the model gives none."""
+    try:
+        return torch.autograd.grad(drawn_loss(logits, generator), outputs, allow_unused=True)
+    except RuntimeError as error:
+        warnings.warn(f"No gradient can be had of the model, so that layers are quantized without: {error}", stacklevel=3)
+        return [None] * len(outputs)
+
+
+def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The summed negative log-likelihood of labels drawn from the prediction itself, `[n, classes]`; no label is used.
+
+    The second moment of its gradient is the true Fisher information and not the empirical one (Kunstner et al. 2019).
+    """
+    labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
 def _not_finite(layer: str) -> InputError:
     return InputError(f"The calibration data make NaN or infinite inputs of layer '{layer}'. Check the data and the model.")
 
@@ -128,3 +182,9 @@ def hessian_bytes(module: Any) -> int:
     """What `hessians` holds for a module."""
     columns = math.prod(rows_shape(module)[1:])
     return 4 * getattr(module, "groups", 1) * columns**2
+
+
+def fisher_bytes(module: Any) -> int:
+    """What `output_fishers` holds for a module."""
+    groups = getattr(module, "groups", 1)
+    return 4 * groups * (rows_shape(module)[0] // groups) ** 2

@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from mpsearch.allocation import SearchSpace
-from mpsearch.calibrate import calibrate, hessian_bytes, hessians
+from mpsearch.calibrate import calibrate, fisher_bytes, hessian_bytes, hessians, output_fishers
 from mpsearch.engine import QuantEngine, load_batches
 from mpsearch.errors import InputError
 from mpsearch.layer import weight_rows
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.quantizers.gptq import GPTQ
+from mpsearch.quantizers.kronecker_descent import KroneckerDescent
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.classification import Classification
@@ -373,3 +374,39 @@ def test_a_layer_that_the_calibration_data_do_not_reach_falls_back_and_is_named(
     expected = ClipSearch().quantize(model.rare.weight.detach(), Integer(3))
     assert torch.equal(found.dequantize(), expected.dequantize())
     assert not torch.equal(engine.quantized("usual", "w3").dequantize(), expected.dequantize())
+
+
+@pytest.mark.parametrize("conv", [lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2)])
+def test_the_fisher_information_of_outputs_is_that_of_their_gradients(conv, monkeypatch):
+    """Where the labels drawn are known, and the next layer works in place on what came before."""
+    task, x = task_of((4, 6, 6))
+    model = nn.Sequential(conv(), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(3))
+    model(x)
+    model.eval()
+    monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: torch.ones(len(p), 1, dtype=torch.long))
+    outputs = [model[0](x).detach().requires_grad_()]
+    outputs.append(model[3](outputs[0].relu().flatten(1)))
+    gradients = torch.autograd.grad(F.cross_entropy(outputs[1], torch.ones(10).long(), reduction="sum"), outputs)
+    found = output_fishers(model, task, ["0", "3"], load_batches(task, "calibration", "cpu"))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for name, gradient, k in (("0", gradients[0], model[0].groups), ("3", gradients[1], 1)):
+        rows = gradient.flatten(2).transpose(1, 2).flatten(0, 1) if gradient.ndim == 4 else gradient
+        rows = rows.reshape(len(rows), k, -1).transpose(0, 1)
+        assert torch.allclose(found[name], rows.transpose(1, 2) @ rows / rows.shape[1], atol=1e-7)
+        assert fisher_bytes(model.get_submodule(name)) == found[name].nbytes
+
+
+def test_a_model_without_gradients_is_quantized_without(tiny):
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.layer(x).detach()
+
+    engine = tiny.engine(Detached().eval(), task_of((6,))[0], {"w2": Integer(2)}, quantizer=KroneckerDescent())
+    plain = tiny.engine(engine.model, engine.task, {"w2": Integer(2)}, quantizer=CoordinateDescent())
+    with pytest.warns(UserWarning, match="No gradient can be had of the model"):
+        found = engine.quantized("layer", "w2").dequantize()
+    assert torch.equal(found, plain.quantized("layer", "w2").dequantize())
