@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from mpsearch.errors import InputError
+from mpsearch.quantizers.adaround import AdaRound
 from mpsearch.quantizers.base import InputMoments, Quantizer, clip_ratios
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.quantizers.coordinate_descent import CoordinateDescent
@@ -299,6 +300,7 @@ def test_ratios():
         (lambda: Entropy(n_bins=1), "80, 0.1 and 1 came"),
         (lambda: GPTQ(damping=0), "damping is above 0 and at most 1"),
         (lambda: CoordinateDescent(n_sweeps=0), "n_sweeps is 1 or more; 0 came"),
+        (lambda: AdaRound(warmup=1), "0 <= warmup < 1 and pull > 0; 300, 0.1, 1 and 100 came"),
         (lambda: KroneckerDescent(n_passes=0), "n_passes is 1 or more and output_damping above 0; 0 and 0.1 came"),
         (lambda: HQQ(n_steps=0), "n_steps >= 1, beta > 0 and growth >= 1; 0, 50 and 1.01 came"),
         (lambda: HQQ(beta=-1), "20, -1 and 1.01 came"),
@@ -339,6 +341,19 @@ def test_feedback_beats_the_clip_search_and_descent_beats_feedback(group_size, s
             )
             assert gptq < 0.7 * clip
             assert descent < gptq * (1.001 if group_size == "tensor" else 1)  # of the damped error it is never more
+
+
+@pytest.mark.parametrize("group_size", ["tensor", "channel", 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_learnt_rounding_beats_the_clip_search_and_is_up_or_down_only(group_size, symmetric):
+    weight = weights((12, 4, 3, 3))
+    for k, bits in ((1, 2), (3, 4)):
+        (given, x), scheme = correlated(36, k), Integer(bits, group_size, symmetric, "float32")
+        clip, learnt = (quantizer.quantize(weight, scheme, given) for quantizer in (ClipSearch(), AdaRound()))
+        assert output_error(learnt, weight, x) < 0.75 * output_error(clip, weight, x)
+        codes, nearest = (scheme.unpacked(of.tensors, of.shape)[0].int() for of in (learnt, clip))
+        assert torch.equal(learnt.tensors["scales"], clip.tensors["scales"])
+        assert (codes - nearest).abs().max() == 1
 
 
 def test_without_correlations_feedback_is_the_clip_search():
