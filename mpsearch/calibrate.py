@@ -1,5 +1,5 @@
-"""Run the calibration data once and keep what quantizers, bias correction and static ranges need of every layer's input: its
-moments and its histogram.
+"""Run the calibration data and keep what quantizers, bias correction and static ranges need of every layer's product: moments
+and a histogram of its input, and on demand second moments of whole rows of its input and of the gradient at its output.
 
 The mean and the second moment of each input value that meets a column of the weight matrix. For a convolution that is each
 (channel, kernel offset), padding counted as the zeros it is; both are linear in the (squared) input, so that the batch can be
@@ -8,10 +8,10 @@ averaged first and no patch matrix is ever made.
 
 from __future__ import annotations
 
-import itertools
 import math
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,70 +21,70 @@ from torch import Tensor, nn
 
 from mpsearch import kernels
 from mpsearch.errors import InputError
-from mpsearch.layer import LayerSpec, check_finite, rows_shape, runs_as_usual
+from mpsearch.layer import LayerSpec, check_finite, rows_shape
+from mpsearch.products import Product, watched
 from mpsearch.progress import phase
 from mpsearch.quantizers.base import InputMoments
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.tasks.base import Task
 from mpsearch.trace import tensors_in
 
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-PATCH_BYTES = 2**26
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+Batches = Sequence[tuple[Any, Tensor]]
 
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module,
-    task: Task,
-    layers: Sequence[LayerSpec],
-    batches: Sequence[tuple[Any, Tensor]],
-    *,
-    rotated: bool = False,
+    model: nn.Module, task: Task, layers: Sequence[LayerSpec], batches: Batches, *, rotated: bool = False
 ) -> dict[str, InputMoments]:
     """Module name -> moments of its input, float32 on the CPU; `InputError` where one is NaN or infinite.
 
     With `rotated` also those of the rotated inputs of Linear layers, which rotated schemes ask for.
 
-    Left out are embeddings, whose input is indices, and modules that run a `forward` of their own (a convolution that
-    standardizes its weight, say): their output is not what weight and input alone say.
+    Left out are modules of which no product is seen (`mpsearch.products`): embeddings, whose input is indices, and modules that
+    change their weight first (a convolution that standardizes it, say), whose output is not what weight and input alone say.
     """
     sums: dict[str, InputMoments] = {}
-    hooks = []
+    inputs_of: dict[str, Histogram] = {}
+    names = [name for layer in layers for name in layer.modules]
 
-    def hook_for(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def called(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = next(tensors_in((args, kwargs))).detach()
-            count = output.numel() // rows_shape(module)[0]
             if not torch.isfinite(x).all():
                 raise _not_finite(name)
-            found = _moments(module, x, count)
-            if rotated and isinstance(module, nn.Linear):
-                found = replace(found, rotated=_moments(module, kernels.rotate(x), count))
-            sums[name] = InputMoments.pooled([sums[name], found]) if name in sums else found
+            found = Histogram.of(x)
+            inputs_of[name] = Histogram.merged([inputs_of[name], found]) if name in inputs_of else found
 
         return hook
 
-    for name in (name for layer in layers for name in layer.modules):
+    def see(name: str, product: Product, output: Tensor) -> None:
+        found = _moments(product, product.input)
+        if rotated and not product.kernel:
+            turned = kernels.rotate(product.input)
+            found = replace(found, rotated=replace(_moments(product, turned), histogram=Histogram.of(turned)))
+        sums[name] = InputMoments.pooled([sums[name], found]) if name in sums else found
+
+    hooks = []
+    for name in names:
         module: Any = model.get_submodule(name)
         check_finite(name, module.weight.detach())  # else the next layer's input would be to blame
-        if not isinstance(module, nn.Embedding) and runs_as_usual(module):
-            hooks.append(module.register_forward_hook(hook_for(name), with_kwargs=True))
+        if not isinstance(module, nn.Embedding):
+            hooks.append(module.register_forward_pre_hook(called(name), with_kwargs=True))
     try:
-        with phase("calibrate", len(batches)) as advance:
+        with watched(model, names, see), phase("calibrate", len(batches)) as advance:
             for inputs, _ in batches:
                 task.forward(model, inputs)
                 advance("")
     finally:
         for handle in hooks:
             handle.remove()
-    return {name: _single(moments) for name, moments in sums.items()}
+    return {name: replace(_single(moments), histogram=inputs_of[name]) for name, moments in sums.items()}
 
 
-def _moments(module: nn.Module, x: Tensor, count: int) -> InputMoments:
-    """Of one input, float64."""
-    mean, second = (_column_means(module, y).double().cpu() for y in (x, x.square()))
-    return InputMoments(mean, second, count, Histogram.of(x))
+def _moments(product: Product, x: Tensor) -> InputMoments:
+    """Of x in the place of the product's input, float64."""
+    mean, second = (product.column_means(y).double().cpu() for y in (x, x.square()))
+    return InputMoments(mean, second, product.count)
 
 
 def _single(moments: InputMoments) -> InputMoments:
@@ -94,43 +94,84 @@ def _single(moments: InputMoments) -> InputMoments:
 
 
 @torch.no_grad()
-def hessians(model: nn.Module, task: Task, modules: Sequence[str], batches: Sequence[tuple[Any, Tensor]]) -> dict[str, Tensor]:
+def hessians(model: nn.Module, task: Task, modules: Sequence[str], batches: Batches) -> dict[str, Tensor]:
     """Module name -> E[x x^T] of what meets the columns of its weight, float32 `[groups, columns, columns]` on the CPU.
 
-    Half the Hessian of the mean squared error of a row's output (Frantar et al. 2023, section 3.1), for the modules that are
-    reached and whose input meets the weight as rows of patches (no embedding, no transposed convolution, no `forward` of its
-    own). Patches are made of a few samples at a time; beside the result, what is held is at most `PATCH_BYTES` and a batch.
+    Half the Hessian of the mean squared error of a row's output (Frantar et al. 2023, section 3.1), for the modules of which a
+    product is seen and whose input meets the weight as rows of patches (no transposed convolution). Patches are made of a few
+    samples at a time; beside the result, what is held is at most `products.PATCH_BYTES` and a batch.
 
     Raises `InputError` where a layer's input is NaN or infinite.
     """
     sums: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()
 
-    def hook_for(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            x = next(tensors_in((args, kwargs))).detach()
-            for patches in _patches(module, x):
-                product = patches.transpose(1, 2) @ patches
-                sums[name] = sums[name].add_(product) if name in sums else product
-                counts[name] += patches.shape[1]
+    def see(name: str, product: Product, output: Tensor) -> None:
+        for patches in product.patches():
+            found = patches.transpose(1, 2) @ patches
+            sums[name] = sums[name].add_(found) if name in sums else found
+            counts[name] += patches.shape[1]
 
-        return hook
-
-    found = {name: model.get_submodule(name) for name in modules}
-    usual = {name: module for name, module in found.items() if isinstance(module, (*CONVS, nn.Linear)) and runs_as_usual(module)}
-    hooks = [module.register_forward_hook(hook_for(name), with_kwargs=True) for name, module in usual.items()]
-    try:
-        with phase("hessians", len(batches)) as advance:
-            for inputs, _ in batches:
-                task.forward(model, inputs)
-                advance("")
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with watched(model, modules, see), phase("hessians", len(batches)) as advance:
+        for inputs, _ in batches:
+            task.forward(model, inputs)
+            advance("")
     for name, total in sums.items():
         if not torch.isfinite(total.div_(counts[name])).all():
             raise _not_finite(name)
     return {name: total.cpu() for name, total in sums.items()}
+
+
+def output_fishers(model: nn.Module, task: Task, modules: Sequence[str], batches: Batches) -> dict[str, Tensor]:
+    """Module name -> E[g g^T] of the gradient g at its output, float32 `[groups, rows, rows]` on the CPU, rows of a group.
+
+    The mean over output positions, of the modules of which a product is seen and reaches the loss: `drawn_loss`, by one backward
+    pass a batch. Beside the result, what is held is a batch's outputs and gradients.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
+    seen: list[tuple[str, Product, Tensor]] = []
+    generator = torch.Generator().manual_seed(0)
+
+    def see(name: str, product: Product, output: Tensor) -> Tensor:
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        seen.append((name, product, output))
+        return output.clone()  # what follows may work in place
+
+    with phase("output fishers", len(batches)) as advance:
+        for inputs, _ in batches:
+            with torch.enable_grad(), watched(model, modules, see):
+                logits = task.forward(model, inputs)
+            outputs = [output for *_, output in seen]
+            gradients = _gradients(logits, outputs, generator)
+            for (name, product, _), gradient in zip(seen, gradients, strict=True):
+                if gradient is not None:
+                    rows = gradient.reshape(product.output.shape).movedim(1 if product.kernel else -1, -1)
+                    grouped = rows.reshape(-1, product.groups, product.rows // product.groups).transpose(0, 1)
+                    found = grouped.transpose(1, 2) @ grouped
+                    sums[name] = sums[name].add_(found) if name in sums else found
+                    counts[name] += grouped.shape[1]
+            seen.clear()
+            advance("")
+    return {name: total.div_(counts[name]).cpu() for name, total in sums.items()}
+
+
+def _gradients(logits: Tensor, outputs: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor | None]:
+    """Of the drawn loss; none, and a warning, where the model gives none."""
+    try:
+        return torch.autograd.grad(drawn_loss(logits, generator), outputs, allow_unused=True)
+    except RuntimeError as error:
+        warnings.warn(f"No gradient can be had of the model, so that layers are quantized without: {error}", stacklevel=3)
+        return [None] * len(outputs)
+
+
+def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """The summed negative log-likelihood of labels drawn from the prediction itself, `[n, classes]`; no label is used.
+
+    The second moment of its gradient is the true Fisher information and not the empirical one (Kunstner et al. 2019).
+    """
+    labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 def _not_finite(layer: str) -> InputError:
@@ -143,58 +184,7 @@ def hessian_bytes(module: Any) -> int:
     return 4 * getattr(module, "groups", 1) * columns**2
 
 
-def _patches(module: Any, x: Tensor) -> Iterator[Tensor]:
-    """float32 `[groups, positions, columns]`, a few samples at a time: what meets each column of the weight."""
-    if isinstance(module, nn.Linear):
-        rows = x.reshape(-1, x.shape[-1]).float()
-        yield from (part[None] for part in rows.split(max(PATCH_BYTES // (4 * rows.shape[1]), 1)))
-        return
-    ndim = len(module.kernel_size)
-    x = x.float() if x.ndim == ndim + 2 else x[None].float()
-    one = 4 * x[0].numel() * math.prod(module.kernel_size)
-    for part in x.split(max(PATCH_BYTES // one, 1)):
-        columns = torch.stack(
-            [window.flatten(2) for window in _windows(module, part)], dim=2
-        )  # [n, channels, offsets, positions]
-        n, channels, offsets, positions = columns.shape
-        grouped = columns.reshape(n, module.groups, channels // module.groups * offsets, positions)
-        yield grouped.permute(1, 0, 3, 2).reshape(module.groups, n * positions, -1)
-
-
-def _column_means(module: nn.Module, x: Tensor) -> Tensor:
-    """float32 `[groups, columns]`: the mean over batch and output positions of what meets each column of the weight."""
-    if isinstance(module, nn.Linear):
-        return x.reshape(-1, x.shape[-1]).mean(0, keepdim=True)
-    assert isinstance(module, CONVS + TRANSPOSED), module
-    x = x.mean(0, keepdim=True)  # [1, channels, *space]
-    if isinstance(module, TRANSPOSED):
-        return _transposed_means(module, x[0])
-    return torch.stack([window.flatten(2).mean((0, 2)) for window in _windows(module, x)], dim=1).reshape(module.groups, -1)
-
-
-def _windows(module: Any, x: Tensor) -> Iterator[Tensor]:
-    """For each kernel offset of a convolution what meets it at every output position: `[n, channels, *out]`."""
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    kernel = module.kernel_size
-    x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    spans = [range(0, d * k, d) for k, d in zip(kernel, module.dilation, strict=True)]
-    lengths = [n - (k - 1) * d for n, k, d in zip(x.shape[2:], kernel, module.dilation, strict=True)]
-    for offsets in itertools.product(*spans):
-        window = tuple(slice(o, o + n, s) for o, n, s in zip(offsets, lengths, module.stride, strict=True))
-        yield x[(slice(None), slice(None), *window)]
-
-
-def _transposed_means(module: Any, x: Tensor) -> Tensor:
-    """Input position n reaches output position n * stride + offset * dilation - padding, where that is not cropped."""
-    places = list(
-        zip(x.shape[1:], module.stride, module.padding, module.dilation, module.kernel_size, module.output_padding, strict=True)
-    )
-    out = [(n - 1) * s - 2 * p + d * (k - 1) + o + 1 for n, s, p, d, k, o in places]
-    columns = []
-    for offsets in itertools.product(*map(range, module.kernel_size)):
-        part = x
-        for axis, ((n, s, p, d, _, _), offset, size) in enumerate(zip(places, offsets, out, strict=True), start=1):
-            lands = torch.arange(n, device=x.device) * s + offset * d - p
-            part = part.index_select(axis, ((lands >= 0) & (lands < size)).nonzero()[:, 0])
-        columns.append(part.flatten(1).sum(1) / math.prod(out))
-    return torch.stack(columns, dim=1).reshape(module.groups, -1)
+def fisher_bytes(module: Any) -> int:
+    """What `output_fishers` holds for a module."""
+    groups = getattr(module, "groups", 1)
+    return 4 * groups * (rows_shape(module)[0] // groups) ** 2

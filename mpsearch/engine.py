@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.bank import Bank
-from mpsearch.calibrate import hessian_bytes, hessians
+from mpsearch.calibrate import fisher_bytes, hessian_bytes, hessians, output_fishers
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score, Stop
 from mpsearch.layer import LayerSpec, check_finite, from_rows, weight_rows
@@ -75,6 +75,8 @@ class QuantEngine:
         self._dense: OrderedDict[tuple[str, str], list[tuple[Tensor, Tensor]]] = OrderedDict()
         self._dense_bytes = 0
         self._hessians: dict[str, Tensor | None] = {}
+        self._fishers: dict[str, Tensor] = {}
+        self._needs_fisher = any(quantizer.needs_fisher for quantizer in quantizers.values())
         self._batches: dict[str, list[tuple[Any, Tensor]]] = {}
         self._float_logits: dict[str, Tensor] = {}
         self._scores: dict[tuple[Allocation, str, tuple[int, ...]], Score] = {}
@@ -115,29 +117,36 @@ class QuantEngine:
     def _with_hessian(self, layer: str) -> InputMoments | None:
         """The layer's moments with the Hessian, where it has one: of x - E[x] where the mean error is taken off its bias.
 
-        Hessians are found with one pass over the calibration data for as many layers, in forward order, as `hessian_max_bytes`
-        holds (at least one), and kept until another layer is asked for.
+        Hessians (and the outputs' Fisher information, where a quantizer needs that) are found with one pass over the calibration
+        data for as many layers, in forward order, as `hessian_max_bytes` holds (at least one), and kept until another layer is
+        asked for.
         """
         names = self._layers[layer].modules
         if not all(name in self._hessians for name in names):
-            self._hessians = {}
-            wanted, size = list(names), sum(hessian_bytes(module) for module in self._modules[layer])
-            later = list(self._layers)[list(self._layers).index(layer) + 1 :]
-            for other in later:
-                size += sum(hessian_bytes(module) for module in self._modules[other])
+            self._hessians, self._fishers = {}, {}  # what was held goes first
+            wanted, size = list(names), self._held(layer)
+            for other in list(self._layers)[list(self._layers).index(layer) + 1 :]:
+                size += self._held(other)
                 if size > self.hessian_max_bytes:
                     break
                 wanted += self._layers[other].modules
             self._hessians = dict.fromkeys(wanted) | hessians(self.model, self.task, wanted, self.batches("calibration"))
+            if self._needs_fisher:
+                small = [name for name in wanted if fisher_bytes(self.model.get_submodule(name)) <= self.hessian_max_bytes]
+                self._fishers = output_fishers(self.model, self.task, small, self.batches("calibration"))
         found = []
         for name, module in zip(names, self._modules[layer], strict=True):
             if name in self.moments:
-                moments = replace(self.moments[name], hessian=self._hessians[name])
+                moments = replace(self.moments[name], hessian=self._hessians[name], fisher=self._fishers.get(name))
                 corrected = self.bias_correction and getattr(module, "bias", None) is not None
                 found.append(moments.centred() if corrected else moments)
         if self._layers[layer].kind != "embedding" and not any(moments.hessian is not None for moments in found):
             warnings.warn(f"Layer '{layer}' is quantized without a Hessian: none can be had of its input.", stacklevel=3)
         return InputMoments.pooled(found) if found else None
+
+    def _held(self, layer: str) -> int:
+        """Bytes of the matrices of the layer's modules."""
+        return sum(hessian_bytes(module) + (fisher_bytes(module) if self._needs_fisher else 0) for module in self._modules[layer])
 
     def _check_input(self, layer: str, scheme: str, moments: InputMoments | None) -> None:
         wanted = self.space.schemes[scheme].input_format

@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from mpsearch.allocation import SearchSpace
-from mpsearch.calibrate import calibrate, hessian_bytes, hessians
+from mpsearch.calibrate import calibrate, fisher_bytes, hessian_bytes, hessians, output_fishers
 from mpsearch.engine import QuantEngine, load_batches
 from mpsearch.errors import InputError
 from mpsearch.layer import weight_rows
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.quantizers.gptq import GPTQ
+from mpsearch.quantizers.kronecker_descent import KroneckerDescent
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.classification import Classification
@@ -227,7 +228,7 @@ def test_hessians_of_convolutions(name, monkeypatch):
     columns = patches(conv, x).double()
     expected = torch.einsum("ngc,ngd->gcd", columns, columns) / len(columns)
     for limit in (2**26, 2**14):  # a batch at once, or few samples
-        monkeypatch.setattr("mpsearch.calibrate.PATCH_BYTES", limit)
+        monkeypatch.setattr("mpsearch.products.PATCH_BYTES", limit)
         found = hessians_of(nn.Sequential(conv), task)["0"]
         assert found.shape == (conv.groups, columns.shape[2], columns.shape[2])
         assert torch.allclose(found.double(), expected, atol=1e-5)
@@ -247,6 +248,52 @@ def test_hessians_of_linear_layers_and_what_has_none():
     assert torch.allclose(found[0], x.reshape(-1, 7).T @ x.reshape(-1, 7) / 30, atol=1e-5)
     task, _ = task_of((4, 5, 5))
     assert hessians_of(nn.Sequential(nn.ConvTranspose2d(4, 2, 3)), task) == {}
+
+
+class PadsItself(nn.Conv2d):
+    """As TensorFlow pads at stride 2: one more on the right and at the bottom."""
+
+    def forward(self, input):
+        return F.conv2d(F.pad(input, (0, 1, 0, 1)), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, input):
+        return F.conv2d(input, self.weight / self.weight.std(), self.bias, self.stride)
+
+
+class AddsItsBias(nn.Linear):
+    """The mean of its output does not shift as that of its product."""
+
+    def forward(self, input):
+        return 3 * F.linear(input, self.weight) + self.bias
+
+
+def test_a_module_with_a_forward_of_its_own_is_calibrated_by_its_product(tiny):
+    task, x = task_of((4, 9, 9))
+    own = PadsItself(4, 6, 3, stride=2, groups=2)
+    plain = nn.Conv2d(4, 6, 3, stride=2, groups=2)
+    plain.load_state_dict(own.state_dict())
+    padded = F.pad(x, (0, 1, 0, 1))
+    split = (padded, torch.zeros(len(padded), dtype=torch.long))
+    theirs = Classification(split, split, split, n_classes=2, batch_size=4)
+    a, b = moments_of(nn.Sequential(own), task)["0"], moments_of(nn.Sequential(plain), theirs)["0"]
+    assert torch.allclose(a.mean, b.mean, atol=1e-6)
+    assert torch.allclose(a.second_moment, b.second_moment, atol=1e-6)
+    assert (a.histogram.low, a.histogram.high) == (x.min().item(), x.max().item())
+    assert torch.equal(hessians_of(nn.Sequential(own), task)["0"], hessians_of(nn.Sequential(plain), theirs)["0"])
+    engine = tiny.engine(nn.Sequential(own), task, {"w2": Integer(2)}, quantizer=CoordinateDescent())
+    with torch.no_grad():
+        before = own(x).mean((0, 2, 3))
+        with engine.applied(engine.space.uniform("w2")):
+            assert (own(x).mean((0, 2, 3)) - before).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("module", [lambda: Standardized(4, 6, 3), lambda: nn.Sequential(nn.Flatten(), AddsItsBias(324, 3))])
+def test_what_is_no_product_of_weight_and_bias_is_left_out(module):
+    task, _ = task_of((4, 9, 9))
+    assert moments_of(nn.Sequential(module()), task) == {}
+    assert hessians_of(nn.Sequential(module()), task) == {}
 
 
 def test_inputs_that_are_not_finite_are_named():
@@ -327,3 +374,39 @@ def test_a_layer_that_the_calibration_data_do_not_reach_falls_back_and_is_named(
     expected = ClipSearch().quantize(model.rare.weight.detach(), Integer(3))
     assert torch.equal(found.dequantize(), expected.dequantize())
     assert not torch.equal(engine.quantized("usual", "w3").dequantize(), expected.dequantize())
+
+
+@pytest.mark.parametrize("conv", [lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2)])
+def test_the_fisher_information_of_outputs_is_that_of_their_gradients(conv, monkeypatch):
+    """Where the labels drawn are known, and the next layer works in place on what came before."""
+    task, x = task_of((4, 6, 6))
+    model = nn.Sequential(conv(), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(3))
+    model(x)
+    model.eval()
+    monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: torch.ones(len(p), 1, dtype=torch.long))
+    outputs = [model[0](x).detach().requires_grad_()]
+    outputs.append(model[3](outputs[0].relu().flatten(1)))
+    gradients = torch.autograd.grad(F.cross_entropy(outputs[1], torch.ones(10).long(), reduction="sum"), outputs)
+    found = output_fishers(model, task, ["0", "3"], load_batches(task, "calibration", "cpu"))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for name, gradient, k in (("0", gradients[0], model[0].groups), ("3", gradients[1], 1)):
+        rows = gradient.flatten(2).transpose(1, 2).flatten(0, 1) if gradient.ndim == 4 else gradient
+        rows = rows.reshape(len(rows), k, -1).transpose(0, 1)
+        assert torch.allclose(found[name], rows.transpose(1, 2) @ rows / rows.shape[1], atol=1e-7)
+        assert fisher_bytes(model.get_submodule(name)) == found[name].nbytes
+
+
+def test_a_model_without_gradients_is_quantized_without(tiny):
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.layer(x).detach()
+
+    engine = tiny.engine(Detached().eval(), task_of((6,))[0], {"w2": Integer(2)}, quantizer=KroneckerDescent())
+    plain = tiny.engine(engine.model, engine.task, {"w2": Integer(2)}, quantizer=CoordinateDescent())
+    with pytest.warns(UserWarning, match="No gradient can be had of the model"):
+        found = engine.quantized("layer", "w2").dequantize()
+    assert torch.equal(found, plain.quantized("layer", "w2").dequantize())

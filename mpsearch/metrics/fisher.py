@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpsearch.calibrate import drawn_loss
 from mpsearch.engine import QuantEngine
 from mpsearch.metrics.base import Pair, SensitivityMetric
 
@@ -73,8 +73,7 @@ def _calls_with_gradients(engine: QuantEngine, inputs: Any, generator: torch.Gen
     try:
         with torch.enable_grad():
             logits = engine.task.forward(engine.model, inputs)
-            labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
-            loss = F.cross_entropy(logits, labels, reduction="sum")
+            loss = drawn_loss(logits, generator)
             gradients = torch.autograd.grad(loss, [call.output for _, call in calls], allow_unused=True)
     finally:
         for handle in hooks:

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from mpsearch.calibrate import drawn_loss
 from mpsearch.engine import QuantEngine
 from mpsearch.layer import weight_rows
 from mpsearch.metrics.base import Pair, SensitivityMetric
@@ -49,8 +49,7 @@ class HAWQ(SensitivityMetric):
         for inputs, targets in engine.batches("calibration"):
             with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
                 logits = engine.task.forward(engine.model, inputs)
-                labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
-                loss = F.cross_entropy(logits, labels, reduction="sum")
+                loss = drawn_loss(logits, generator)
                 slopes = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
                 # One layer at a time: the blocks between layers would drown the trace of a layer that minds little.
                 for i, (weight, slope) in enumerate(zip(weights, slopes, strict=True)):

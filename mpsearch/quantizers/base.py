@@ -27,7 +27,9 @@ class InputMoments:
     matrix, and of its square, over the `count` output positions of the calibration data (padding counted as the zeros it is).
     `histogram` is of all input values, for static input ranges. `hessian` float32 `[k, columns, columns]` is the mean of x x^T,
     whose diagonal is `second_moment`; it is there for quantizers that say `needs_hessian`, where the layer allows it.
-    `rotated` are the moments of the rotated input of a Linear layer, without a Hessian, where they were asked for.
+    So is `fisher` float32 `[k, rows / k, rows / k]` for those that say `needs_fisher`: the mean of g g^T, g being the gradient of
+    the loss at the layer's output. `rotated` are the moments of the rotated input of a Linear layer, without these two, where
+    they were asked for.
     """
 
     mean: Tensor
@@ -36,6 +38,7 @@ class InputMoments:
     histogram: Histogram | None = None
     hessian: Tensor | None = None
     rotated: InputMoments | None = None
+    fisher: Tensor | None = None
 
     def met_by(self, scheme: QuantScheme) -> InputMoments:
         """Those of what meets the columns of the weight as `scheme` stores it: of a rotated one, of the rotated input."""
@@ -44,10 +47,11 @@ class InputMoments:
         # Q^T E[x x^T] Q, which is symmetric.
         hessian = None if self.hessian is None else kernels.rotate(kernels.rotate(self.hessian).transpose(1, 2))
         if self.rotated is not None:
-            return replace(self.rotated, hessian=hessian)
+            return replace(self.rotated, hessian=hessian, fisher=self.fisher)
         if hessian is None or self.histogram is not None:
             raise InputError("The moments of its rotated input are not known. Calibrate with rotated=True.")
-        return InputMoments(kernels.rotate(self.mean), hessian.diagonal(dim1=1, dim2=2).contiguous(), self.count, hessian=hessian)
+        second = hessian.diagonal(dim1=1, dim2=2).contiguous()
+        return InputMoments(kernels.rotate(self.mean), second, self.count, hessian=hessian, fisher=self.fisher)
 
     @classmethod
     def pooled(cls, found: Sequence[InputMoments]) -> InputMoments:
@@ -56,16 +60,25 @@ class InputMoments:
             return found[0]
         count = sum(moments.count for moments in found)
         shares = [moments.count / count for moments in found]
-        mean = sum((share * moments.mean for share, moments in zip(shares, found, strict=True)), torch.tensor(0.0))
-        second = sum((share * moments.second_moment for share, moments in zip(shares, found, strict=True)), torch.tensor(0.0))
-        hessian: Tensor | None = None
-        if all(moments.hessian is not None for moments in found):
-            parts = zip(shares, (moments.hessian for moments in found if moments.hessian is not None), strict=True)
-            hessian = torch.stack([share * part for share, part in parts]).sum(0)
+
+        def mean(of: Sequence[Tensor]) -> Tensor:
+            return torch.stack([share * each for share, each in zip(shares, of, strict=True)]).sum(0)
+
+        def mean_where_all(of: Sequence[Tensor | None]) -> Tensor | None:
+            known = [each for each in of if each is not None]
+            return mean(known) if len(known) == len(found) else None
+
         histograms = [moments.histogram for moments in found if moments.histogram is not None]
         turned = [moments.rotated for moments in found if moments.rotated is not None]
-        rotated = cls.pooled(turned) if len(turned) == len(found) else None
-        return cls(mean, second, count, Histogram.merged(histograms) if histograms else None, hessian, rotated)
+        return cls(
+            mean([moments.mean for moments in found]),
+            mean([moments.second_moment for moments in found]),
+            count,
+            Histogram.merged(histograms) if histograms else None,
+            mean_where_all([moments.hessian for moments in found]),
+            cls.pooled(turned) if len(turned) == len(found) else None,
+            mean_where_all([moments.fisher for moments in found]),
+        )
 
     def centred(self) -> InputMoments:
         """The moments of x - E[x]: what weighs an error whose mean is taken off the layer's bias."""
@@ -79,6 +92,7 @@ class Quantizer(ABC):
     """Finds codes, scales and zero points; a frozen dataclass whose fields are its settings."""
 
     needs_hessian: ClassVar[bool] = False
+    needs_fisher: ClassVar[bool] = False
 
     @abstractmethod
     def codes(

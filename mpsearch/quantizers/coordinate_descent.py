@@ -68,18 +68,18 @@ def fitted_scales(
     weight: Tensor, hessian: Tensor, codes: Tensor, scales: Tensor, grid: Grid, groups: Tensor, shared: bool
 ) -> Tensor:
     """The scale of each group in turn, or of all rows where `shared`, that is best for the codes as they are; 0 stays 0."""
-    k, columns = len(hessian), len(groups)
-    step = grid.values(codes, groups).double().reshape(k, -1, columns)
-    found = scales.double()
-    left = weight.double().reshape(step.shape) - step * found[:, groups].reshape(step.shape)
+    k, columns, size = len(hessian), len(groups), int((groups == 0).sum())
+    step = grid.values(codes, groups).to(hessian.dtype).reshape(k, -1, columns)
+    found = scales.to(hessian.dtype)
+    left = weight.to(hessian.dtype).reshape(step.shape) - step * found[:, groups].reshape(step.shape)
     for group in range(scales.shape[1]):
-        inside = groups == group
+        inside = slice(group * size, (group + 1) * size)  # a view: of one row, copies would cost more than the products
         part = step[..., inside]
         gain = (part * (left @ hessian[:, :, inside])).sum(-1).flatten()
-        weighs = (part * (part @ hessian[:, inside][:, :, inside])).sum(-1).flatten()
+        weighs = (part * (part @ hessian[:, inside, inside])).sum(-1).flatten()
         if shared:
             gain, weighs = gain.sum(), weighs.sum()
-        moved = grid.storable(found[:, group] + torch.where(weighs > 0, gain / weighs, 0.0)).double()
+        moved = grid.storable(found[:, group] + torch.where(weighs > 0, gain / weighs, 0.0)).to(found.dtype)
         moved = torch.where(found[:, group] == 0, 0.0, moved)
         left[..., inside] -= part * (moved - found[:, group]).reshape(k, -1, 1)
         found[:, group] = moved

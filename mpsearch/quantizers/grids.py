@@ -25,7 +25,7 @@ class Grid(Protocol):
         """The codes of `kernels.round_with_feedback`, which gives the arguments."""
 
     def storable(self, scales: Tensor) -> Tensor:
-        """Float64 scales as they can be stored, in the dtype that they came in first."""
+        """Floating-point scales as they can be stored, in the dtype that they came in first."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,12 +10,14 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from mpsearch.errors import InputError
+from mpsearch.quantizers.adaround import AdaRound
 from mpsearch.quantizers.base import InputMoments, Quantizer, clip_ratios
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.quantizers.entropy import Entropy
 from mpsearch.quantizers.gptq import GPTQ
 from mpsearch.quantizers.hqq import HQQ
+from mpsearch.quantizers.kronecker_descent import KroneckerDescent
 from mpsearch.quantizers.percentile import Percentile
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.floating import Float
@@ -298,6 +300,8 @@ def test_ratios():
         (lambda: Entropy(n_bins=1), "80, 0.1 and 1 came"),
         (lambda: GPTQ(damping=0), "damping is above 0 and at most 1"),
         (lambda: CoordinateDescent(n_sweeps=0), "n_sweeps is 1 or more; 0 came"),
+        (lambda: AdaRound(warmup=1), "0 <= warmup < 1 and pull > 0; 300, 0.1, 1 and 100 came"),
+        (lambda: KroneckerDescent(n_passes=0), "n_passes is 1 or more and output_damping above 0; 0 and 0.1 came"),
         (lambda: HQQ(n_steps=0), "n_steps >= 1, beta > 0 and growth >= 1; 0, 50 and 1.01 came"),
         (lambda: HQQ(beta=-1), "20, -1 and 1.01 came"),
         (lambda: Percentile(50), "above 50 and at most 100; 50 came"),
@@ -339,6 +343,19 @@ def test_feedback_beats_the_clip_search_and_descent_beats_feedback(group_size, s
             assert descent < gptq * (1.001 if group_size == "tensor" else 1)  # of the damped error it is never more
 
 
+@pytest.mark.parametrize("group_size", ["tensor", "channel", 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_learnt_rounding_beats_the_clip_search_and_is_up_or_down_only(group_size, symmetric):
+    weight = weights((12, 4, 3, 3))
+    for k, bits in ((1, 2), (3, 4)):
+        (given, x), scheme = correlated(36, k), Integer(bits, group_size, symmetric, "float32")
+        clip, learnt = (quantizer.quantize(weight, scheme, given) for quantizer in (ClipSearch(), AdaRound()))
+        assert output_error(learnt, weight, x) < 0.75 * output_error(clip, weight, x)
+        codes, nearest = (scheme.unpacked(of.tensors, of.shape)[0].int() for of in (learnt, clip))
+        assert torch.equal(learnt.tensors["scales"], clip.tensors["scales"])
+        assert (codes - nearest).abs().max() == 1
+
+
 def test_without_correlations_feedback_is_the_clip_search():
     weight, given = weights(), moments(27)
     diagonal = replace(given, hessian=torch.diag_embed(given.second_moment))
@@ -367,6 +384,49 @@ def test_descent_ends_where_no_single_code_helps():
             other = codes.clone()
             other[:, column] = code
             assert (error(other) >= least * (1 - 1e-5)).all()
+
+
+def informed(given, rows, seed=4):
+    """The moments with the Fisher information `[k, rows / k, rows / k]` of outputs that the loss minds together."""
+    k = len(given.mean)
+    torch.manual_seed(seed)
+    gradients = torch.randn(k, 300, rows // k) @ (torch.eye(rows // k) + 0.5)
+    return replace(given, fisher=gradients.transpose(1, 2) @ gradients / 300)
+
+
+def kronecker_error(quantized, weight, given, damping=0.1):
+    """tr(G E H E^T) of both, damped."""
+    change = (quantized.dequantize() - weight).double().reshape(len(given.fisher), -1, given.hessian.shape[-1])
+    fisher = given.fisher.double()
+    diagonal = fisher.diagonal(dim1=1, dim2=2)
+    fisher = fisher + torch.diag_embed((damping * diagonal.mean(1, keepdim=True)).expand_as(diagonal))
+    return (fisher * (change @ GPTQ()._damped(given.hessian) @ change.transpose(1, 2))).sum().item()
+
+
+@pytest.mark.parametrize("group_size", ["tensor", "channel", 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rows_make_up_for_one_another_where_the_loss_minds_them_together(group_size, symmetric):
+    weight = weights((12, 4, 3, 3))
+    ratios = []
+    for k, bits in itertools.product((1, 3), (2, 3, 4)):
+        given, scheme = informed(correlated(36, k)[0], 12), Integer(bits, group_size, symmetric)
+        alone, together = (q.quantize(weight, scheme, given) for q in (CoordinateDescent(), KroneckerDescent()))
+        ratios.append(kronecker_error(together, weight, given) / kronecker_error(alone, weight, given))
+    assert max(ratios) <= 1
+    assert sum(ratios) / len(ratios) < 0.96
+
+
+def test_rows_that_the_loss_minds_apart_are_left_to_coordinate_descent():
+    weight, (given, _) = weights((12, 20)), correlated(20)
+    apart = replace(given, fisher=torch.eye(12)[None])
+    found = KroneckerDescent(n_sweeps=100).quantize(weight, Integer(3, scale_dtype="float32"), apart).dequantize()
+    expected = CoordinateDescent(n_sweeps=100).quantize(weight, Integer(3, scale_dtype="float32"), given).dequantize()
+    assert torch.allclose(found, expected, atol=1e-5)
+    for missing in (replace(given, fisher=None), replace(informed(given, 12), hessian=None)):
+        found, expected = (
+            q.quantize(weight, Integer(3), missing).dequantize() for q in (KroneckerDescent(), CoordinateDescent())
+        )
+        assert torch.equal(found, expected)
 
 
 def test_few_samples_and_constant_inputs_are_damped():
