@@ -9,9 +9,7 @@ to reports/bench_executors/.
 from __future__ import annotations
 
 import argparse
-import datetime
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -21,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from pages import Row, machine, write
 
 from mpsearch.allocation import Allocation
 from mpsearch.evaluation import Score, Stop
@@ -29,7 +28,6 @@ from mpsearch.executors.dask import Dask
 from mpsearch.executors.local import Local
 from mpsearch.executors.ray import Ray
 
-REPORTS = Path(__file__).parent.parent / "reports" / "bench_executors"
 SECONDS = 0.1
 
 
@@ -70,7 +68,7 @@ def main() -> None:
     address = next(line.split()[-1] for line in scheduler.stderr if "Scheduler at:" in line)
     command = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--nworkers", "8"]
     workers = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=path)
-    rows = []
+    rows: list[Row] = []
     try:
         from distributed import Client
 
@@ -87,16 +85,11 @@ def main() -> None:
     finally:
         for process in (workers, scheduler):
             process.terminate()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    machine = f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, commit {commit}, {datetime.date.today()}"
+    rows.append(machine())
     table = ["| executor | share of the ideal | bar |", "| --- | ---: | ---: |"]
-    table += [f"| {row['case']} | {row['value']:.3f} | {row['bar']} |" for row in rows]
-    REPORTS.mkdir(parents=True, exist_ok=True)
-    page = ["# bench_executors: evaluations that sleep 0.1 s", "", *table, "", machine, ""]
-    (REPORTS / "table.md").write_text("\n".join(page))
-    for file in (REPORTS / "rows.json", arguments.json):
-        if file is not None:
-            file.write_text(json.dumps([*rows, {"what": "machine", "case": machine}], indent=1) + "\n")
+    table += [f"| {row['case']} | {row['value']:.3f} | {row['bar']} |" for row in rows[:-1]]
+    page = ["# bench_executors: evaluations that sleep 0.1 s", "", *table, "", str(rows[-1]["case"])]
+    write("bench_executors", page, rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ signal to noise ratio, the KL divergence to the float model, and the accuracy or
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 
 import torch
-from bench_resnet20 import DATA, REPORTS, Row, _machine
+from bench_resnet20 import DATA
+from pages import Row, machine, write
 from torch import nn
 
 from mpsearch.allocation import SearchSpace
@@ -167,7 +167,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = measure("resnet20", resnet20())
     stories = measure("stories260k", llama())
-    rows = [*found, *stories, _machine()]
+    rows = [*found, *stories, machine()]
     notes = [
         "Every layer in one scheme. Each cell: round-to-nearest / clip search / coordinate descent. Bits count scales, zero",
         "points, outliers and padding; rows are short (27 to 576 columns), so that groups of 64 and blocks of 32 end ragged.",
@@ -186,13 +186,7 @@ def main() -> None:
     ]
     lines += [f"stories260K on {N_WINDOWS} windows of 256 tokens, its tied embedding and head among the layers:", ""]
     lines += [*table(stories, "perplexity", False), ""]
-    text = "\n".join([*lines, *notes]) + "\n"
-    print(text)
-    folder = REPORTS / "bench_formats"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(text)
-    for file in filter(None, (arguments.json, folder / "rows.json")):
-        file.write_text(json.dumps(rows, indent=1, default=float) + "\n")
+    write("bench_formats", [*lines, *notes], rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ the same. The data are found in `$MPSEARCH_DATA/cifar10` (default `../shared/dat
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from bench_resnet20 import REPORTS, Row, _machine, build_engine
+from bench_resnet20 import build_engine
+from pages import Row, machine, write
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.calibrate import calibrate
@@ -131,7 +131,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows = measure("digits", build_digits, 3 * arguments.repeats) + measure("ResNet-20", build_engine, arguments.repeats)
-    rows.append(_machine())
+    rows.append(machine())
     lines = [
         "| what | case | with reuse | unit | whole passes | share | each repeat |",
         "| --- | --- | ---: | --- | ---: | ---: | --- |",
@@ -147,13 +147,7 @@ def main() -> None:
         "One thread. Each allocation is scored with reuse and without in turns; scores were equal bit for bit. Finding and",
         "checking the places to start from is counted in. Seconds are medians of the repeats, share is with reuse over without.",
     ]
-    text = "\n".join(["# bench_prefix", "", *lines, "", *notes]) + "\n"
-    print(text)
-    folder = REPORTS / "bench_prefix"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(text)
-    for file in filter(None, (arguments.json, folder / "rows.json")):
-        file.write_text(json.dumps(rows, indent=1, default=float) + "\n")
+    write("bench_prefix", ["# bench_prefix", "", *lines, "", *notes], rows, arguments.json)
 
 
 if __name__ == "__main__":

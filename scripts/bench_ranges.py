@@ -10,12 +10,12 @@ images. The data are found in `$MPSEARCH_DATA/cifar10` (default `../shared/data/
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from bench_quantizers import _row
-from bench_resnet20 import REPORTS, Row, _machine, build_engine
+from bench_resnet20 import build_engine
+from pages import Row, machine, write
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.engine import FLOAT, QuantEngine
@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [*accuracy(), _machine()]
+    rows = [*accuracy(), machine()]
     by_case = {str(row["case"]): row for row in rows}
     lines = [
         "| input | range | symmetric: accuracy % | 95 % interval | KL | asymmetric: accuracy % | 95 % interval | KL |",
@@ -79,13 +79,7 @@ def main() -> None:
         "training images. The interval is that of the quantized network on these images: the float accuracy plus the paired",
         f"bootstrap of the difference. {rows[-1]['case']}.",
     ]
-    text = "\n".join(["# bench_ranges", "", *lines, "", *notes]) + "\n"
-    print(text)
-    folder = REPORTS / "bench_ranges"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(text)
-    for file in filter(None, (arguments.json, folder / "rows.json")):
-        file.write_text(json.dumps(rows, indent=1, default=float) + "\n")
+    write("bench_ranges", ["# bench_ranges", "", *lines, "", *notes], rows, arguments.json)
 
 
 if __name__ == "__main__":

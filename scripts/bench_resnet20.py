@@ -10,11 +10,7 @@ The data are found in `$MPSEARCH_DATA/cifar10` (default `../shared/data/cifar10`
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +22,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optuna
 import torch
+from pages import REPORTS, Row, write
+from pages import machine as _machine
 from scipy.stats import kendalltau
 
 from mpsearch.allocation import Allocation, SearchSpace
@@ -48,8 +46,6 @@ from mpsearch.trace import trace_layers
 
 BITS = (2, 3, 4, 5, 6, 8)
 DATA = Path(os.environ.get("MPSEARCH_DATA", "../shared/data")) / "cifar10"
-REPORTS = Path(__file__).parent.parent / "reports"
-Row = dict[str, object]
 
 
 def build_engine(seed: int = 0, n_search: int = 1000, batch_size: int = 250) -> QuantEngine:
@@ -206,15 +202,6 @@ def _timed(call: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
     return call(), time.perf_counter() - start
 
 
-def _machine() -> Row:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    model = cpu[0].split(":")[1].strip() if cpu else platform.machine()
-    date = datetime.date.today().isoformat()
-    case = f"{model}, {os.cpu_count()} cores, torch {torch.__version__}, commit {commit}, {date}"
-    return {"what": "machine", "case": case, "value": os.cpu_count(), "unit": "cores"}
-
-
 def main() -> None:
     """Measure, print the table, and write it to the report folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -229,13 +216,8 @@ def main() -> None:
         rival = f"{row['rival']}: {row['rival_value']:.4g}" if "rival" in row else ""
         ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
         lines.append(f"| {row['what']} | {row['case']} | {value} | {row['unit']} | {rival} | {ratio} |")
-    text = "\n".join([f"# bench_resnet20 {arguments.what}", "", *lines, "", *notes]) + "\n"
-    print(text)
-    folder = REPORTS / f"bench_resnet20_{arguments.what}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(text)
-    for file in filter(None, (arguments.json, folder / "rows.json")):
-        file.write_text(json.dumps(rows, indent=1, default=float) + "\n")
+    page = [f"# bench_resnet20 {arguments.what}", "", *lines, "", *notes]
+    write(f"bench_resnet20_{arguments.what}", page, rows, arguments.json)
 
 
 if __name__ == "__main__":

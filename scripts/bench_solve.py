@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
-import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -23,6 +20,7 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from pages import Row, machine, write
 from search_problems import Network, Synthetic, digits_problem
 
 from mpsearch.budget import read_budgets
@@ -101,15 +99,14 @@ def seconds() -> dict[str, float]:
     return result
 
 
-def page(rows: list[dict[str, Any]], spent: dict[str, float], folder: Path) -> None:
+def page(rows: list[dict[str, Any]], spent: dict[str, float]) -> None:
     """table.md and rows.json."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
     lines = ["# bench_solve: solving a finished run for another budget", ""]
     lines += ["Written by `scripts/bench_solve.py`. " + " ".join((__doc__ or "").split("\n\n")[2].split()), ""]
     head = ["recorded trials", "runs", "additive solution", "best measured or additive", "predicted alone", "`solve`"]
     lines += ["Loss over the least possible: the median of the budgets, and how many hit the optimum itself.", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + " ---: |" * len(head)]
-    out: list[dict[str, Any]] = []
+    out: list[Row] = []
     for n in TRIALS:
         mine = [row for row in rows if row["trials"] == n]
         cells = [str(n), str(len({row["seed"] for row in mine}))]
@@ -122,12 +119,8 @@ def page(rows: list[dict[str, Any]], spent: dict[str, float], folder: Path) -> N
     lines += ["", "| `prediction`, after 200 evaluations | seconds |", "| --- | ---: |"]
     lines += [f"| {what} | {value:.2f} |" for what, value in spent.items()]
     out += [{"what": "seconds of a prediction", "case": what, "value": value} for what, value in spent.items()]
-    machine = f"{platform.machine()}, 1 thread, torch {torch.__version__}, commit {commit}, {time.strftime('%Y-%m-%d')}"
-    lines += ["", machine, ""]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text("\n".join(lines))
-    (folder / "rows.json").write_text(json.dumps([*out, {"what": "machine", "case": machine}], indent=1) + "\n")
-    print("\n".join(lines))
+    out.append(machine())
+    write("bench_solve", [*lines, "", str(out[-1]["case"])], out)
 
 
 def main() -> None:
@@ -138,7 +131,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as cache:
         rows = [row for seed in range(arguments.seeds) for row in compare(Path(cache), seed)]
-    page(rows, seconds(), ROOT / "reports" / "bench_solve")
+    page(rows, seconds())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ range a channel and for 64 weights. The data are found in `$MPSEARCH_DATA/cifar1
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
 import matplotlib as mpl
@@ -20,7 +19,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from bench_formats import decibels
-from bench_resnet20 import DATA, REPORTS, Row, _machine
+from bench_resnet20 import DATA
+from pages import REPORTS, Row, machine, write
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -214,7 +214,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     draw(layers, rows, folder / "outliers.png")
     rows += scored()
-    rows.append(_machine())
+    rows.append(machine())
     lines = ["# plot_outliers", "", "![what each method does](outliers.png)", ""]
     lines += ["| what | layer | method | bits | value | KL, nats |", "| --- | --- | --- | ---: | ---: | ---: |"]
     for row in rows[:-1]:
@@ -229,10 +229,7 @@ def main() -> None:
         "",
         str(rows[-1]["case"]),
     ]
-    text = "\n".join([*lines, "", *notes]) + "\n"
-    print(text)
-    (folder / "table.md").write_text(text)
-    (folder / "rows.json").write_text(json.dumps(rows, indent=1, default=float) + "\n")
+    write("plot_outliers", [*lines, "", *notes], rows)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,10 @@ from mpsearch.confirm import confirm
 from mpsearch.costs.size import AverageBits, Bytes, Fraction
 from mpsearch.errors import InputError
 from mpsearch.metrics.kl import KL
+from mpsearch.page import run_hypervolume, summary_rows
 from mpsearch.pareto import hypervolume
 from mpsearch.pick import pick
-from mpsearch.report import MAX_LAYER_ROWS, run_hypervolume, summary_rows, write_report
+from mpsearch.report import MAX_LAYER_ROWS, write_report
 from mpsearch.result import SENSITIVITY_COLUMNS, RunFolder, SearchResult, evaluation_row
 from mpsearch.search import Evaluator, search
 from mpsearch.sensitivity import measure_sensitivity

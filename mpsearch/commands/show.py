@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mpsearch.evaluation import Evaluation
-from mpsearch.report import summary_header, summary_rows
+from mpsearch.page import summary_header, summary_rows
 from mpsearch.result import SearchResult
 
 FILE_WIDTH = 120

@@ -1,0 +1,243 @@
+"""The page of a run, in Markdown: what was found, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mpsearch.evaluation import Evaluation
+from mpsearch.packed_layer import kernel_for
+from mpsearch.pareto import hypervolume
+from mpsearch.quality import Quality
+from mpsearch.result import SearchResult
+
+INPUTS_ALONE = (
+    "Inputs are rounded just before a layer's product; its output, and all that lies between layers (activations, pooling, "
+    "residual additions), is float32: no two operations pass integers on."
+)
+
+
+def page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | None) -> str:
+    """`report.md`; `confirmed` is the table of `confirm.csv`, where there is one."""
+    q, space, identity = result.quality_name, result.space, result.identity
+    tried = result.on("search")
+    n_trials = sum(e.trial is not None for e in result.evaluations)
+    n_stopped = sum(e.stopped for e in result.evaluations)
+    early = f" whole and {n_stopped} in part" if n_stopped else ""
+    front = result.front
+    lines = [
+        f"# {identity.get('model_name', 'Model')} on {identity.get('task_name', 'its task')}",
+        "",
+        f"{len(space.groups)} layers or groups, {len(space.schemes)} schemes: 10^{space.log10_combinations:.1f} allocations. "
+        f"{n_trials} trials measured {len(tried)} different ones{early}; {len(front)} of them make the front.",
+        *[f"{split.capitalize()} data: {what}." for split, what in identity.get("data", {}).items()],
+        *([f"Channels were equalized beforehand: {_equalizer(identity)}."] if identity.get("equalizer") else []),
+        "The splits are disjoint: the front was chosen on the search split alone, and is only reported on the confirm split.",
+        "",
+        "![Pareto front](pareto.png)",
+        "",
+        "## What was found",
+        "",
+        *_findings(result, picked, confirmed),
+        "",
+        _markdown_table(summary_header(result.quality), summary_rows(result, picked)),
+        "",
+        "Intervals are 95 % bootstrap intervals of the difference to the float model on the same samples. One without width "
+        f"means that no sample's {q} changed{_resolution(result)}. {_how_it_ran(result)}",
+        "",
+        "## The schemes",
+        "",
+        *[f"- `{name}`: {scheme.describe()}" for name, scheme in space.schemes.items()],
+        "",
+        *([INPUTS_ALONE, ""] if any(scheme.input_format is not None for scheme in space.schemes.values()) else []),
+        "## Which layer got how many bits",
+        "",
+        "![Bits of each layer](layers.png)",
+        "",
+        "## How much each layer minds",
+        "",
+        "![Sensitivity](sensitivity.png)",
+        "",
+        "## The front",
+        "",
+        _front_markdown(result, confirmed, picked),
+        "",
+        *_trained(result),
+        "Tables: `front.csv`, `uniform.csv`, `confirm.csv`, `evaluations.csv`, `sensitivity.csv`; the space: `space.json`; "
+        "the settings: `config.yaml`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | None) -> list[str]:
+    q, quality = result.quality_name, result.quality
+    said = [
+        f"- The picked point has {picked.average_bits:.2f} bits a weight on average and {picked.size_bytes:,} bytes, "
+        f"{100 * picked.fraction:.1f} % of the float32 model."
+    ]
+    for scheme, uniform in result.uniform:
+        better = [e.loss for e in result.front if e.no_dearer(uniform, result.objectives) and e.loss < uniform.loss]
+        if better:
+            said.append(
+                f"- Uniform {scheme} is dominated: at no more {_unit(result)} the front has a loss of {min(better):.3g} "
+                f"instead of {uniform.loss:.3g}."
+            )
+    volume = run_hypervolume(result)
+    if volume is not None:
+        said.append(
+            f"- Hypervolume (average bits x log10 KL, against the largest and the smallest uniform allocation): {volume:.3f}."
+        )
+    if confirmed is not None and len(confirmed):
+        ours = confirmed[confirmed.scheme == ""]
+        same = ours[~ours.significant]
+        if len(same):
+            least = same.iloc[0]
+            said.append(
+                f"- The smallest point of the front without a significant {quality.drop_word} in {q} on the confirm split has "
+                f"{least.average_bits:.2f} bits ({quality.drop_label}: {quality.difference(least['drop'])}, 95 % interval "
+                f"{quality.difference(least.drop_low)} to {quality.difference(least.drop_high)})."
+            )
+        overtaken = ours[ours.overtaken_by_bytes.notna()]
+        surely = int(overtaken.overtaken_surely.sum())
+        said.append(
+            f"- On the confirm split {len(overtaken)} of {len(ours)} points of the front are overtaken in loss by one that "
+            f"costs no more; for {surely} of them that one's {q} is better by more than chance."
+        )
+    return said
+
+
+def summary_rows(result: SearchResult, picked: Evaluation) -> list[tuple[str, ...]]:
+    """Of float, uniform and pick: what, bits, bytes; loss and quality on the search split; quality and drop on confirm."""
+    confirmed, q = result.on("confirm"), result.quality
+    rows: list[tuple[str, ...]] = []
+    named = [("float", result.baseline()), *((f"uniform {s}", e) for s, e in result.uniform), ("picked", picked)]
+    for what, e in named:
+        if e is None:
+            continue
+        c = result.baseline("confirm") if e.origin == "float" else confirmed.get(e.allocation)
+        quality = drop = "not measured"
+        milliseconds = ""
+        if c is not None:
+            quality = q.text(c.quality)
+            milliseconds = "" if c.measured_ms is None else f"{c.measured_ms:.3g}"
+            base = result.baseline("confirm")
+            drop = _drop(q, *c.drop_from(base, q)) if base and e.origin != "float" else ""
+        on_search = (f"{e.average_bits:.2f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", q.text(e.quality))
+        rows.append((what, *on_search, quality, drop, milliseconds))
+    return rows
+
+
+def summary_header(quality: Quality) -> tuple[str, ...]:
+    """The columns of `summary_rows`."""
+    q = quality.label
+    return ("", "bits", "bytes", "KL search", f"{q} search", f"{q} confirm", f"{quality.drop_label} (95 %)", "ms")
+
+
+def _front_markdown(result: SearchResult, confirmed: pd.DataFrame | None, picked: Evaluation) -> str:
+    q, quality = result.quality_name, result.quality
+    marks: dict[str, Any] = {}
+    if confirmed is not None:
+        marks = {row.allocation: row for row in confirmed[confirmed.scheme == ""].itertuples()}
+    rows = []
+    for e in result.front:
+        mark = marks.get(e.allocation.to_json())
+        notes = ["picked"] if e.allocation == picked.allocation else []
+        drop = ""
+        if mark is not None:
+            drop = _drop(quality, mark.drop, mark.drop_low, mark.drop_high)
+            notes += [] if mark.significant else [f"no significant {quality.drop_word}"]
+            if not pd.isna(mark.overtaken_by_bytes):
+                notes.append(
+                    f"overtaken by {int(mark.overtaken_by_bytes):,} bytes"
+                    + (f", whose {q} is surely better" if mark.overtaken_surely else "")
+                )
+        rows.append(
+            (f"{e.average_bits:.3f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", quality.text(e.quality), drop, "; ".join(notes))
+        )
+    return _markdown_table(
+        ["bits", "bytes", "KL search", f"{quality.label} search", f"{quality.drop_label}, on confirm (95 %)", ""], rows
+    )
+
+
+def _trained(result: SearchResult) -> list[str]:
+    """The section on the points that were trained, smallest first; nothing where none was."""
+    quality, found = result.quality, result.finetuned("confirm")
+    baseline, before, on_search = result.baseline("confirm"), result.on("confirm"), result.finetuned("search")
+    if not found or baseline is None:
+        return []
+    rows = []
+    for allocation, after in sorted(found.items(), key=lambda pair: pair[1].size_bytes):
+        was, searched = before[allocation], on_search[allocation]
+        losses = f"{was.loss:.4g}", f"{after.loss:.4g}"
+        qualities = quality.text(was.quality), quality.text(after.quality)
+        drops = (_drop(quality, *e.drop_from(baseline, quality)) for e in (was, after))
+        sizes = f"{after.average_bits:.3f}", f"{after.size_bytes:,}"
+        rows.append((*sizes, *losses, *qualities, *drops, f"{searched.seconds:.0f}"))
+    header = ["bits", "bytes", "KL before", "KL after", f"{quality.label} before", f"{quality.label} after"]
+    header += [f"{quality.drop_label}, before (95 %)", f"{quality.drop_label}, after (95 %)", "seconds of training"]
+    return [
+        "## After training",
+        "",
+        "Trained as they are stored (`mpsearch finetune`, or `confirm.finetune_steps`); scored on the confirm split, the epoch "
+        "chosen on the search split.",
+        "",
+        _markdown_table(header, rows),
+        "",
+    ]
+
+
+def _how_it_ran(result: SearchResult) -> str:
+    """What simulated and packed means, and which layers no kernel runs."""
+    said = "On the search split scores are simulated: dequantized weights, float32 arithmetic, inputs rounded as the scheme says."
+    confirmed = result.on("confirm").values()
+    if not any(e.packed for e in confirmed):
+        return said
+    said += " On the confirm split the models ran on packed weights, and a forward pass of them was timed."
+    used = {(layer, e.allocation[g.name]) for e in confirmed for g in result.space.groups for layer in g.layers}
+    without = {(la.kind, name) for la, name in used if kernel_for(la.kind, la.shape, result.space.schemes[name]) is None}
+    if without:
+        pairs = ", ".join(f"{kind} in `{name}`" for kind, name in sorted(without))
+        said += f" No kernel runs {pairs}: such layers are dequantized at every call, which is slow."
+    return said
+
+
+def _equalizer(identity: Mapping[str, Any]) -> str:
+    """The equalizer in the words of its config: "CrossLayer (tolerance=0.001, max_sweeps=100)"."""
+    fields = {key: value for key, value in identity["equalizer"].items() if key not in ("_target_", "sha256")}
+    name = identity["equalizer"]["_target_"].rpartition(".")[2]
+    return name + (f" ({', '.join(f'{key}={value}' for key, value in fields.items())})" if fields else "")
+
+
+def run_hypervolume(result: SearchResult) -> float | None:
+    """Hypervolume (`pareto.hypervolume`) of a front of sizes; `None` where fewer than two uniform allocations were measured."""
+    uniform = result.uniform
+    if len(uniform) < 2 or not result.front or not np.isfinite(uniform[0][1].loss) or list(result.objectives) != ["size_bytes"]:
+        return None
+    reference_bits, reference_kl = uniform[-1][1].average_bits, uniform[0][1].loss
+    front = result.front
+    return hypervolume(np.array([e.average_bits for e in front]), np.array([e.loss for e in front]), reference_bits, reference_kl)
+
+
+def _resolution(result: SearchResult) -> str:
+    """The rule of three: n samples without a change leave room for 3 / n of them, at 95 % confidence."""
+    baseline = result.baseline("confirm")
+    if baseline is None or baseline.n_samples == 0 or result.quality.kind != "share":
+        return ""
+    return f": {baseline.n_samples:,} samples cannot tell a change below {300 / baseline.n_samples:.2g} points from none"
+
+
+def _drop(quality: Quality, drop: float, low: float, high: float) -> str:
+    return f"{quality.difference(drop)} ({quality.difference(low)} to {quality.difference(high)})"
+
+
+def _unit(result: SearchResult) -> str:
+    known = {"size_bytes": "bytes", "latency_ms": "milliseconds (predicted)"}
+    return " and ".join(known.get(column, column.replace("_", " ")) for column in result.objectives)
+
+
+def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
