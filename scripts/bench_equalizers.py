@@ -90,7 +90,7 @@ def networks() -> dict[str, Build]:
         ),
         "minilm": (
             minilm,
-            lambda: STSBenchmark(str(data / "stsb"), n_calibration=100, n_search=50, n_confirm=500),
+            lambda: STSBenchmark(str(data / "stsb"), n_calibration=100, n_search=50, n_confirm=300),
             {"w3": (ALL[0], ALL[2]), "w4": (ALL[0], ALL[2])} | inputs,
         ),
     }
