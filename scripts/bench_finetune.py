@@ -192,7 +192,7 @@ def run(case: str) -> None:
     engine = make()
     allocation = allocate(engine)
     quality = engine.quality
-    before, baseline = confirmed(engine, allocation), engine.score(FLOAT, "confirm")
+    baseline, before = engine.score(FLOAT, "confirm"), confirmed(engine, allocation)
     after, losses, seconds = train(engine, allocation, training)
     low, high = paired_interval(quality.sign * (after.qualities - before.qualities))
     n = training.batches or sum(1 for _ in training.batches_of(engine.task, 1))
@@ -272,7 +272,7 @@ def page() -> str:
     for case, row in found.items():
         losses = row["losses"]
         x = [row["steps"] * i / (len(losses) - 1) for i in range(len(losses))]
-        axes[case in ABLATION].plot(x, losses, "o-", ms=3, lw=1.2, label=row["case"])
+        axes[int(case in ABLATION)].plot(x, losses, "o-", ms=3, lw=1.2, label=row["case"])
     for ax, title in zip(axes, ("Trained points", "What does the work (w2)"), strict=True):
         ax.set(yscale="log", xlabel="steps", ylabel="KL on the search split (nats)", title=title)
         ax.grid(alpha=0.25)
