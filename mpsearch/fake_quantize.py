@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpsearch import kernels
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.levels import Levels
 
@@ -130,6 +131,21 @@ def fake_quantize(matrix: Tensor, scales: Tensor, zeros: Tensor, groups: Tensor,
     """
     group_size = matrix.shape[1] / max(scales.shape[1], 1)
     return _FakeQuantize.apply(matrix, scales, zeros, groups, grid, 1 / math.sqrt(group_size * grid.largest))
+
+
+class _RotateBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, matrix):  # type: ignore[no-untyped-def]
+        return kernels.rotate(matrix, back=True)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        return kernels.rotate(gradient)
+
+
+def rotate_back(matrix: Tensor) -> Tensor:
+    """`kernels.rotate(matrix, back=True)` with its gradient, which is the rotation itself."""
+    return _RotateBack.apply(matrix)
 
 
 class _FakeQuantizeInput(torch.autograd.Function):

@@ -228,7 +228,7 @@ def _differs(backend: str, bits: int, symmetric: bool) -> bool:
             dense = kernels.dequantize(
                 kernels.pack(codes, bits), scales, zero_points, bits=bits, rows=37, columns=150, group_size=64
             )
-            found.append((codes, scales, dense, kernels.linear_a8(x, packed), kernels.linear(x, packed)))
+            found.append((codes, scales, dense, kernels.rotate(x), kernels.linear_a8(x, packed), kernels.linear(x, packed)))
     *exact, ours = zip(*found, strict=True)
     bound = 158 * 2**-24 * (x.abs() @ found[0][2].abs().T)
     return not all(torch.equal(a, b) for a, b in exact) or bool(((ours[0] - ours[1]).abs() > bound).any())

@@ -15,25 +15,28 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mpsearch import kernels
 from mpsearch.allocation import Allocation
 from mpsearch.engine import QuantEngine, quantize_input
-from mpsearch.fake_quantize import Grid, Table, Whole, fake_quantize, fake_quantize_input, groups_of, steps_of
+from mpsearch.fake_quantize import Grid, Table, Whole, fake_quantize, fake_quantize_input, groups_of, rotate_back, steps_of
 from mpsearch.layer import LayerSpec, from_rows, weight_rows
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import SCALE_DTYPES, Integer
+from mpsearch.schemes.rotated import Rotated
 
 INSIDE = 0.25  # of a step: no latent weight starts farther from its code, or the first steps would undo the quantizer's choice
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A layer's stored weight that learns: its scheme's grid, and the group of each column."""
+    """A layer's stored weight that learns: its scheme's grid, the group of each column, and whether it is that of a rotation."""
 
-    stored: QuantizedTensor
+    stored: QuantizedTensor  # of a rotated scheme, what that stores densely
     grid: Grid
     groups: Tensor
+    rotated: bool
 
     @classmethod
     def of(cls, stored: QuantizedTensor, device: str) -> Weight | None:
@@ -41,9 +44,13 @@ class Weight:
         scheme: Any = stored.scheme
         if not learns(scheme):
             return None
+        rotated = isinstance(scheme, Rotated)
+        if rotated:
+            scheme = scheme.dense
+            stored = replace(stored, scheme=scheme)
         _, columns, size = scheme.grid(stored.shape)
         grid = Whole(scheme.bits) if isinstance(scheme, Integer) else Table(scheme.table)
-        return cls(stored, grid, groups_of(columns, size).to(device))
+        return cls(stored, grid, groups_of(columns, size).to(device), rotated)
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """float32: the grid's values `[rows, columns]`, scales and zero points `[rows, n_groups]`."""
@@ -122,7 +129,8 @@ class Student:
         """Latent weights are the float ones, moved no further than their stored code needs."""
         values, scales, zeros = (part.to(self.base.device) for part in weight.parts())
         module: Any = self.base.model.get_submodule(layer.name)
-        matrix = weight_rows(module).float().reshape(values.shape)
+        matrix = weight_rows(module).float()
+        matrix = (kernels.rotate(matrix) if weight.rotated else matrix).reshape(values.shape)
         below, above = weight.grid.gaps(values)
         steps = steps_of(matrix, scales, zeros, weight.groups).clamp(values - INSIDE * below, values + INSIDE * above)
         scale = scales[:, weight.groups]
@@ -156,6 +164,7 @@ class Student:
                 if layer.name in self._weights:
                     weight = self._weights[layer.name]
                     rows = fake_quantize(*self._parts(layer.name), weight.groups, weight.grid).reshape(stored.shape)
+                    rows = rotate_back(rows) if weight.rotated else rows
                 else:
                     rows = stored.dequantize().to(self.base.device)
                 weight_of_modules = from_rows(modules[0], rows)
@@ -194,7 +203,8 @@ class Student:
         for layer, scheme in self.layers:
             stored = self._stored[layer.name, scheme]
             if layer.name in self._weights:
-                stored = self._weights[layer.name].packed(*self._parts(layer.name))
+                learned_weight = self._weights[layer.name].packed(*self._parts(layer.name))
+                stored = replace(learned_weight, scheme=stored.scheme)
             if f"{layer.name}.input_scale" in self.latents:
                 learned = {"input_scale": self.value(f"{layer.name}.input_scale").cpu()}
                 stored = replace(stored, tensors={**stored.tensors, **learned})
@@ -212,8 +222,8 @@ class Student:
 
 
 def learns(scheme: QuantScheme) -> bool:
-    """Whether weights in the scheme learn: integers and codebooks; those with outliers beside, and floats, do not."""
-    return isinstance(scheme, Integer | Codebook)
+    """Whether weights in the scheme learn: integers and codebooks, rotated too; with outliers beside, and floats, do not."""
+    return isinstance(scheme, Integer | Codebook | Rotated)
 
 
 def _input_learns(scheme: QuantScheme) -> bool:

@@ -8,10 +8,12 @@ import torch
 from safetensors import safe_open
 
 from mpsearch import finetune as module
+from mpsearch import kernels
 from mpsearch.allocation import Allocation
 from mpsearch.cli import main
 from mpsearch.errors import InputError
 from mpsearch.exporters.native import load_allocation
+from mpsearch.fake_quantize import rotate_back
 from mpsearch.finetune import Training, checkpoint_name, finetune
 from mpsearch.models.digits import digits
 from mpsearch.packed import packed
@@ -21,6 +23,7 @@ from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.rotated import Rotated
 from mpsearch.search import Evaluator
 from mpsearch.student import Student
 from mpsearch.tasks.digits import Digits
@@ -89,6 +92,29 @@ def test_tables_and_static_inputs_learn_too(tiny, tmp_path, scheme):
     assert {key for key in before.tensors if not torch.equal(before.tensors[key], after.tensors[key])} >= {"codes"} | set(
         before.of_input
     ) - {"input_zero_point"}
+
+
+@pytest.mark.parametrize("dense", [Integer(3, 5, symmetric=False, input=IntegerInput(4)), Codebook("e2m1", 16, "e4m3")], ids=str)
+def test_rotated_weights_learn_as_they_are_stored(tiny, dense):
+    """The student is the stored point before the first step, and its latents' gradients are those of a plain layer's weight."""
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(24, 12), torch.nn.ReLU(), torch.nn.Linear(12, 5)).eval()
+    engine = tiny.engine(net, tiny.task(shape=(24,)), {"r": Rotated(dense)})
+    allocation = engine.space.uniform("r")
+    student = Student(engine, allocation)
+    assert_same_tensors(stored(student.engine(), allocation), stored(engine, allocation) | stored_biases(engine, allocation))
+    assert student.engine().quantized("1", "r").scheme == Rotated(dense)
+    inputs, _ = engine.batches("search")[0]
+    with engine.applied(allocation) as model:
+        wanted = model(inputs)
+    with student.installed():
+        found = net(inputs)
+    assert torch.equal(found, wanted)
+    gradients = torch.autograd.grad(found.square().sum(), list(student.latents.values()))
+    assert all(gradient.any() for gradient in gradients)
+    matrix = torch.randn(3, 24, requires_grad=True)
+    x = torch.randn(3, 24)
+    (gradient,) = torch.autograd.grad((rotate_back(matrix) * x).sum(), matrix)
+    assert torch.equal(gradient, kernels.rotate(x))
 
 
 SCHEMES = {

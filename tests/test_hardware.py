@@ -16,8 +16,11 @@ from mpsearch.allocation import SearchSpace
 from mpsearch.costs.latency import FLOAT, REST, read_latency
 from mpsearch.hardware import facts, measure_latency, model_latency, self_test
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
+from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.level_input import LevelInput
+from mpsearch.schemes.rotated import Rotated
 from mpsearch.trace import trace_layers
 
 
@@ -96,6 +99,32 @@ def test_the_latency_of_each_layer_and_of_the_rest(tiny):
     whole = model_latency({"float": net}, forward, inputs, 0.3)["float"]
     predicted = sum(row.milliseconds for row in rows if row.scheme in (FLOAT, REST))
     assert predicted == pytest.approx(whole, rel=0.25)
+
+
+def test_rotations_and_inputs_are_timed_too(monkeypatch):
+    calls = {"rotate": 0, "input": 0}
+    rotate, fake_quantize = kernels.rotate, LevelInput.fake_quantize
+
+    def counted_rotate(x, **how):
+        calls["rotate"] += 1
+        return rotate(x, **how)
+
+    def counted_input(self, *how):
+        calls["input"] += 1
+        return fake_quantize(self, *how)
+
+    monkeypatch.setattr(kernels, "rotate", counted_rotate)
+    monkeypatch.setattr(LevelInput, "fake_quantize", counted_input)
+    net, inputs = nn.Sequential(nn.Linear(8, 5)).eval(), torch.randn(3, 8)
+    schemes = {"w4r": Rotated(Integer(4)), "w4a8r": Rotated(Integer(4, input={"bits": 8})), "fp8a8": Codebook("e4m3", input=FP8)}
+    space = SearchSpace.build(trace_layers(net, nn.Module.__call__, inputs), schemes)
+    rows = measure_latency(net, nn.Module.__call__, space, dict.fromkeys(schemes, RoundToNearest()), inputs, seconds=0.05)
+    assert [row.op for row in rows if row.layer == "0"] == ["linear", "linear", "linear_a8", "dequantize"]
+    assert calls["rotate"] > 2 * 2 * hardware.LEAST_ROUNDS, "of two layers and two networks, beside the two weights"
+    assert calls["input"] > 2 * hardware.LEAST_ROUNDS
+
+
+FP8 = {"levels": "e4m3"}
 
 
 def test_the_command_and_a_search_under_its_table(tmp_path):
