@@ -91,7 +91,7 @@ class Proposer(BaseSampler):
         seed: int,
     ) -> None:
         self.space, self.seed = space, seed
-        self.losses = sensitivity.losses()
+        self.losses, self.exact = sensitivity.losses(), sensitivity.exact
         self.size = np.where(space.allowed, costs[0].values, 0.0)
         self.tables = [np.where(space.allowed, budget.table.values, 0.0) for budget in budgets]
         self.rooms = [budget.room for budget in budgets]
