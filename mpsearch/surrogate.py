@@ -46,9 +46,9 @@ class _Seen(NamedTuple):
     """What the kernel sees of `n` allocations."""
 
     level: Floats  # [n] ln A
-    choices: Choices  # [n, n_groups]
     group: NDArray[np.float32]  # [n, n_groups] sqrt(a_g / A)
     scheme: NDArray[np.float32]  # [n, n_groups * n_choices] the same, where the group takes the scheme
+    squared: NDArray[np.float32]  # [n, n_groups * n_choices] its squares
 
 
 class Surrogate:
@@ -131,14 +131,13 @@ class Surrogate:
         _, level, linear, square = self.variances
         rows, shape = np.arange(len(self.amplitude)), self.amplitude.shape
         near, inner, pairs = self._parts(seen, self._known)[:, 0]
-        pull = self._weights * linear
-        cross = 2 * self._weights * square * near
+        cross = (2 * self._weights * square * near).astype(np.float32)
+        pull = (self._weights * linear + cross * inner).astype(np.float32)
+        of_group, of_scheme = pull @ self._known.group, (pull @ self._known.scheme).reshape(shape)
         # A group's own part of an inner product is none of its interactions.
-        own = self._known.group * seen.group * np.where(self._known.choices == choice, 1.0, SHARED)
-        of_group = ((pull + cross * inner) @ self._known.group) - (cross @ (own * self._known.group))
-        of_scheme = ((pull + cross * inner) @ self._known.scheme).reshape(shape)
-        at = (rows * shape[1] + self._known.choices).ravel()
-        of_scheme -= np.bincount(at, (cross[:, None] * own * self._known.group).ravel(), self.amplitude.size).reshape(shape)
+        own, phi = (cross @ self._known.squared).reshape(shape), seen.group[0]
+        of_group -= phi * (SHARED * own.sum(1) + (1 - SHARED) * own[rows, choice])
+        of_scheme -= phi[:, None] * own * np.where(np.arange(shape[1]) == choice[:, None], 1.0, SHARED)
         slope = SHARED * of_group[:, None] + (1 - SHARED) * of_scheme
         share = self.amplitude / np.sqrt(total)
         away = self._known.level - seen.level[0]
@@ -155,7 +154,8 @@ class Surrogate:
         group = (amplitude / np.sqrt(total)[:, None]).astype(np.float32)
         scheme = np.zeros((len(choices), *self.amplitude.shape), dtype=np.float32)
         scheme[np.arange(len(choices))[:, None], rows, choices] = group
-        return _Seen(np.log(total), choices, group, scheme.reshape(len(choices), self.amplitude.size))
+        scheme = scheme.reshape(len(choices), self.amplitude.size)
+        return _Seen(np.log(total), group, scheme, scheme**2)
 
     def _mean(self, choices: Choices, ceiling: float) -> Floats:
         additive = self.additive(choices)
@@ -171,7 +171,7 @@ class Surrogate:
         level = np.exp(-0.5 * np.square((a.level[:, None] - b.level) / LEVEL_WIDTH))
         inner = self._inner(a, b)
         # What is left of the square without the products of a group with itself.
-        own = SHARED**2 * (a.group**2 @ (b.group**2).T) + (1 - SHARED**2) * (a.scheme**2 @ (b.scheme**2).T)
+        own = SHARED**2 * (a.group**2 @ (b.group**2).T) + (1 - SHARED**2) * (a.squared @ b.squared.T)
         parts = np.stack([level, inner, level * (inner**2 - own)])
         if a is b:
             parts[:, np.arange(len(inner)), np.arange(len(inner))] += NUGGET
