@@ -98,6 +98,11 @@ class SensitivityTable:
     values: np.ndarray
     space: SearchSpace
 
+    @property
+    def exact(self) -> bool:
+        """Whether the values are what a search measures of its trials, the loss, of one group alone."""
+        return self.metric == "kl"
+
     def losses(self) -> np.ndarray:
         """`values`, infinite where a group may not take a scheme.
 

@@ -8,13 +8,16 @@ sum (LeCun et al. 1990, "Optimal Brain Damage"; Deng et al. 2023, "CLADO", https
 so an allocation is seen as the unit vector of its amplitudes, phi_gs(x) = sqrt(a_gs / A) where g takes s, else 0; A = sum_g a_g.
 In logarithms,
 
-    ln L(x) = ln C (1 - exp(-A / C)) + b + l(ln A) + sum_gs w_gs phi_gs + sum_gs,ht rho_gs,ht phi_gs phi_ht + noise.
+    ln L(x) = ln C (1 - exp(-A / C)) + sum_gs,ht rho_gs,ht(ln A) phi_gs phi_ht + noise,      g != h
+              [+ b + l(ln A) + sum_gs w_gs phi_gs].
 
-The first term is what the sensitivities say, with a link that saturates at the largest loss C that was measured; l is a smooth
-function of the level, for a network that is more (or less) than additive when it is damaged much; w and rho are regularized
-towards none. All are Gaussian, so this is a Gaussian process (Rasmussen and Williams 2006, chapter 2) whose kernel needs inner
-products of the phi only: no matrix over pairs is ever formed, its rank is at most the number of evaluations. How much there is
-of each term is chosen by the evidence (chapter 5), so that interactions are taken up where the measurements ask for them.
+The first term is what the sensitivities say, with a link that saturates at the largest loss C that was measured; the rho are
+smooth functions of the level, for a network that is damaged much has other interactions. A group alone has none: its loss was
+measured, it *is* the sensitivity. Only where the sensitivities are no losses, but a metric of another kind, there are also b for
+its unit, l for its curve and w for what it misjudges; they would be learned from mixed allocations, and wrong for any others.
+All are Gaussian and regularized towards none, so this is a Gaussian process (Rasmussen and Williams 2006, chapter 2) whose kernel
+needs inner products of the phi only: no matrix over pairs is ever formed, its rank is at most the number of evaluations. How much
+there is of each term is chosen by the evidence (chapter 5): interactions are taken up where the measurements ask for them.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from scipy.optimize import minimize
 Floats = NDArray[np.float64]
 Choices = NDArray[np.intp]
 
-LEVEL_WIDTH = 2.0  # nats of ln A over which l changes its course
+LEVEL_WIDTH = 2.0  # nats of ln A over which l and rho change their course
 SHARED = 0.5  # the part of a group's coefficients that all its schemes have in common
 OFFSET = 10.0  # prior variance of b: a metric in another unit than the loss
 START = np.log([3e-3, 0.05, 0.2, 0.2])  # variances of the noise, of l, w and rho
@@ -45,6 +48,7 @@ class _Seen(NamedTuple):
     level: Floats  # [n] ln A
     group: NDArray[np.float32]  # [n, n_groups] sqrt(a_g / A)
     scheme: NDArray[np.float32]  # [n, n_groups * n_choices] the same, where the group takes the scheme
+    squared: NDArray[np.float32]  # [n, n_groups * n_choices] its squares
 
 
 class Surrogate:
@@ -52,13 +56,16 @@ class Surrogate:
 
     Args:
         losses: float64 [n_groups, n_choices], the sensitivities, in any unit that adds up; infinite where not allowed.
+        exact: they are what is predicted, measured of each group alone.
     """
 
-    def __init__(self, losses: Floats) -> None:
+    def __init__(self, losses: Floats, exact: bool = True) -> None:
         allowed = np.isfinite(losses)
         top = float(losses[allowed].max(initial=0.0)) or 1.0
         self.amplitude = np.sqrt(np.where(allowed, np.maximum(losses, SMALLEST * top), top))
-        self.variances = np.exp(START)
+        self._free = np.array([0, 3] if exact else [0, 1, 2, 3])  # the variances that there are
+        self.variances = np.where(np.isin(np.arange(4), self._free), np.exp(START), 0.0)
+        self._offset = 0.0 if exact else OFFSET
         self._forget()
 
     def _forget(self) -> None:
@@ -72,22 +79,24 @@ class Surrogate:
     def choose_variances(self, choices: Choices, log_losses: Floats) -> None:
         """Set the variances by the evidence of these measurements (arguments as `fit`); a few hundred are plenty."""
         seen, residual = self._see(choices), log_losses - self._mean(choices, float(np.exp(log_losses.max())))
-        parts = self._parts(seen, seen)
+        free = self._free
+        parts = self._parts(seen, seen)[free[1:] - 1]
 
         def objective(logs: Floats) -> tuple[float, Floats]:
-            kernel = OFFSET + np.tensordot(np.exp(logs[1:]), parts, 1)
+            kernel = self._offset + np.tensordot(np.exp(logs[1:]), parts, 1)
             kernel[np.diag_indices(len(kernel))] += np.exp(logs[0])
             factor = cholesky(kernel, lower=True)
             weights = cho_solve((factor, True), residual)
             inverse = cho_solve((factor, True), np.eye(len(kernel)))
-            off = logs - START
+            off = logs - START[free]
             value = 0.5 * residual @ weights + np.log(np.diag(factor)).sum() + WEIGHT * off @ off
             outer = inverse - np.outer(weights, weights)
             slopes = np.append(np.trace(outer), (parts * outer).sum((1, 2)))
             return value, 0.5 * np.exp(logs) * slopes + 2 * WEIGHT * off
 
-        found = minimize(objective, START, jac=True, method="L-BFGS-B", bounds=BOUNDS, options={"maxiter": 30})
-        self.variances = np.exp(found.x)
+        bounds = [BOUNDS[i] for i in free]
+        found = minimize(objective, START[free], jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 30})
+        self.variances[free] = np.exp(found.x)
 
     def fit(self, choices: Choices, log_losses: Floats) -> None:
         """Condition on measurements: `choices` intp [n, n_groups], `log_losses` float64 [n], ln of the losses, finite."""
@@ -105,11 +114,12 @@ class Surrogate:
         """(mean, standard deviation) [n] of ln loss of `choices` [n, n_groups], the noise of a measurement included."""
         seen = self._see(choices)
         kernel = self._kernel(seen, self._known)
-        own = OFFSET + self.variances.sum()  # phi has length 1
+        noise, level, linear, square = self.variances
+        own = self._offset + noise + level + linear + square * (1 - np.power(seen.group, 4).sum(1))  # phi has length 1
         explained = (
             np.square(solve_triangular(self._factor, kernel.T, lower=True)).sum(0) if kernel.size else np.zeros(len(choices))
         )
-        return self._mean(choices, self.ceiling) + kernel @ self._weights, np.sqrt(np.maximum(own - explained, self.variances[0]))
+        return self._mean(choices, self.ceiling) + kernel @ self._weights, np.sqrt(np.maximum(own - explained, noise))
 
     def table(self, choice: Choices) -> Floats:
         """[n_groups, n_choices]: what each choice adds to ln loss near the allocation `choice` [n_groups], to first order.
@@ -119,17 +129,23 @@ class Surrogate:
         seen = self._see(choice[None])
         total = np.exp(seen.level[0])
         _, level, linear, square = self.variances
-        shape = self.amplitude.shape
-        cross = self._inner(seen, self._known)[0]
-        pull = (self._weights * (linear + 2 * square * cross)).astype(np.float32)
-        slope = SHARED * (pull @ self._known.group)[:, None] + (1 - SHARED) * (pull @ self._known.scheme).reshape(shape)
+        rows, shape = np.arange(len(self.amplitude)), self.amplitude.shape
+        near, inner, pairs = self._parts(seen, self._known)[:, 0]
+        cross = (2 * self._weights * square * near).astype(np.float32)
+        pull = (self._weights * linear + cross * inner).astype(np.float32)
+        of_group, of_scheme = pull @ self._known.group, (pull @ self._known.scheme).reshape(shape)
+        # A group's own part of an inner product is none of its interactions.
+        own, phi = (cross @ self._known.squared).reshape(shape), seen.group[0]
+        of_group -= phi * (SHARED * own.sum(1) + (1 - SHARED) * own[rows, choice])
+        of_scheme -= phi[:, None] * own * np.where(np.arange(shape[1]) == choice[:, None], 1.0, SHARED)
+        slope = SHARED * of_group[:, None] + (1 - SHARED) * of_scheme
         share = self.amplitude / np.sqrt(total)
         away = self._known.level - seen.level[0]
-        steeper = level * float(self._weights @ (np.exp(-0.5 * np.square(away / LEVEL_WIDTH)) * away)) / LEVEL_WIDTH**2
-        along = float(slope[np.arange(len(slope)), choice] @ share[np.arange(len(slope)), choice])
-        # Raising a_g also turns phi away from all the others, hence the half.
+        steeper = float(self._weights @ ((level * near + square * pairs) * away)) / LEVEL_WIDTH**2
+        # Raising a_g also turns phi away from all the others: w by half as much as rho.
+        turned = 0.5 * float(self._weights @ (linear * inner)) + float(self._weights @ (square * pairs))
         link = (total / self.ceiling) / np.expm1(min(total / self.ceiling, 50.0)) if np.isfinite(self.ceiling) else 1.0
-        return max(link + steeper - 0.5 * along, 0.1) * share**2 + slope * share
+        return max(link + steeper - turned, 0.1) * share**2 + slope * share
 
     def _see(self, choices: Choices) -> _Seen:
         rows = np.arange(len(self.amplitude))
@@ -138,7 +154,8 @@ class Surrogate:
         group = (amplitude / np.sqrt(total)[:, None]).astype(np.float32)
         scheme = np.zeros((len(choices), *self.amplitude.shape), dtype=np.float32)
         scheme[np.arange(len(choices))[:, None], rows, choices] = group
-        return _Seen(np.log(total), group, scheme.reshape(len(choices), self.amplitude.size))
+        scheme = scheme.reshape(len(choices), self.amplitude.size)
+        return _Seen(np.log(total), group, scheme, scheme**2)
 
     def _mean(self, choices: Choices, ceiling: float) -> Floats:
         additive = self.additive(choices)
@@ -153,10 +170,12 @@ class Surrogate:
         """[3, n, m]: the kernels of l, w and rho; among the same allocations with the nugget that float32 asks for."""
         level = np.exp(-0.5 * np.square((a.level[:, None] - b.level) / LEVEL_WIDTH))
         inner = self._inner(a, b)
-        parts = np.stack([level, inner, inner**2])
+        # What is left of the square without the products of a group with itself.
+        own = SHARED**2 * (a.group**2 @ (b.group**2).T) + (1 - SHARED**2) * (a.squared @ b.squared.T)
+        parts = np.stack([level, inner, level * (inner**2 - own)])
         if a is b:
             parts[:, np.arange(len(inner)), np.arange(len(inner))] += NUGGET
         return parts
 
     def _kernel(self, a: _Seen, b: _Seen) -> Floats:
-        return OFFSET + np.tensordot(self.variances[1:], self._parts(a, b), 1)
+        return self._offset + np.tensordot(self.variances[1:], self._parts(a, b), 1)

@@ -1,7 +1,8 @@
 """The search's own sampler against its rivals: same problems, same quantized weights, same evaluations, counted alike.
 
     python scripts/bench_search.py run digits        every sampler on one problem; goes on where it was stopped
-    python scripts/bench_search.py check digits      the surrogate on held-out allocations; our front on data that no search saw
+    python scripts/bench_search.py check digits      the surrogate on held-out allocations; the loss at equal bytes
+    python scripts/bench_search.py confirm digits    ours and the additive optimum on data that no search saw
     python scripts/bench_search.py cost              what a proposal costs at 200 and at 10,000 groups
     python scripts/bench_search.py page              tables, figures and the page, from whatever was run: reports/bench_search/
 
@@ -27,10 +28,12 @@ from search_page import write_page
 from search_problems import Network, Problem, Synthetic, digits_problem, enumerate_digits, resnet20_problem, stories_problem
 
 from mpsearch import knapsack
-from mpsearch.budget import read_budgets
+from mpsearch.allocation import Allocation
+from mpsearch.budget import Budget, read_budgets
 from mpsearch.costs.size import AverageBits, Bytes
 from mpsearch.engine import paired_interval
 from mpsearch.evaluation import Evaluation, Score, SensitivityTable
+from mpsearch.fidelity import LOSS_FLOOR
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.metrics.fisher import Fisher
 from mpsearch.metrics.hawq import HAWQ
@@ -42,6 +45,7 @@ from mpsearch.samplers.front import Front
 from mpsearch.samplers.proposer import History
 from mpsearch.search import Evaluator, search
 from mpsearch.sensitivity import measure_sensitivity
+from mpsearch.solve import prediction
 from mpsearch.surrogate import Surrogate
 
 ROOT = Path(__file__).parent.parent
@@ -49,14 +53,16 @@ METRICS: dict[str, Callable[[], SensitivityMetric]] = {"kl": KL, "fisher": Fishe
 PROBLEMS: dict[str, Callable[[Path], Problem]] = {
     "digits": digits_problem,
     "resnet20": resnet20_problem,
+    "resnet20_1000": lambda cache: resnet20_problem(cache, 1000),
     "stories260k": stories_problem,
     "synthetic1000": lambda cache: Synthetic(1000),
     "synthetic10000": lambda cache: Synthetic(10_000),
 }
+DOUBTS = "- To be written."
 OURS = "front (ours)"
 LONG = "NSGA-II, seeded, long"
 ON = "front (ours), going on"
-AT_3_BITS = "front (ours), budget.bits=3"
+AT_BITS = {bits: f"front (ours), budget.bits={bits:g}" for bits in (2.25, 2.5, 3.0)}
 
 
 class Run(NamedTuple):
@@ -72,7 +78,7 @@ class Run(NamedTuple):
 RUNS = {
     OURS: Run("front", "kl", 20, 0),
     ON: Run("front", "kl", 20, 400),
-    AT_3_BITS: Run("front", "kl", 20, 0, 3.0),
+    **{name: Run("front", "kl", 20, 0, bits) for bits, name in AT_BITS.items()},
     "NSGA-II, seeded": Run("nsga2", "kl", 50, 400),
     "TPE, seeded": Run("tpe", "kl", 50, 400),
     "NSGA-II": Run("nsga2", None, 0, 400),
@@ -89,6 +95,7 @@ RUNS = {
     "greedy, AIMET's order": Run("greedy_accuracy", "kl", 0, 400),
     "greedy, gain per bit (exllamav3)": Run("greedy_gain", "kl", 0, 400),
     LONG: Run("nsga2", "kl", 50, 5000),
+    "EvoPress, long": Run("evopress", None, 0, 5000),
 }
 
 
@@ -101,12 +108,10 @@ def sensitivity(problem: Problem, metric: str, cache: Path) -> tuple[Sensitivity
     file = cache / f"{problem.name}-{metric}.json"
     if not file.exists():
         assert isinstance(problem, Network)
-        for layer in problem.space.layers:  # quantizing is no part of what a metric costs
-            for scheme in problem.space.schemes:
-                problem.engine.swaps(layer.name, scheme)
-        start = time.perf_counter()
-        values = measure_sensitivity(problem.engine, METRICS[metric]()).values
-        file.write_text(json.dumps({"values": values.tolist(), "seconds": time.perf_counter() - start}))
+        engine = problem.engine
+        start = time.process_time()
+        values = measure_sensitivity(engine, METRICS[metric]()).values
+        file.write_text(json.dumps({"values": values.tolist(), "seconds": time.process_time() - start}))
     found = json.loads(file.read_text())
     return SensitivityTable(metric, "", np.array(found["values"]), problem.space), 0, found["seconds"]
 
@@ -121,10 +126,10 @@ def run_one(problem: Problem, name: str, seed: int, total: int, cache: Path) -> 
     if run.metric is None:
         n_before, seconds = 0, 0.0
     rows: list[dict[str, float | str]] = []
-    start, evaluated, spent = time.perf_counter(), problem.seconds, problem.spent
+    start, evaluated, spent = time.process_time(), problem.seconds, problem.spent
 
     def record(evaluation: Evaluation) -> None:
-        own = time.perf_counter() - start - (problem.spent - spent)
+        own = time.process_time() - start - (problem.spent - spent)
         if evaluation.trial is not None:
             code = "" if isinstance(problem, Synthetic) else problem.encode(evaluation.allocation)
             now = seconds + own + problem.seconds - evaluated
@@ -169,73 +174,138 @@ def near_front(table: SensitivityTable, n: int, seed: int = 99) -> list[np.ndarr
 
 
 def check(problem: Network, cache: Path) -> None:
-    """Held-out allocations, the tightest third of budgets, and 3 bits on the confirm split; `<problem>-check.json`."""
+    """Held-out allocations and the loss at equal bytes: `<problem>-check.json`."""
     space = problem.space
     table, n_before, _ = sensitivity(problem, "kl", cache)
     bits = space.storage_bits / space.numel
     rows = np.arange(len(bits))
-    runs = [json.loads(file.read_text()) for file in sorted(cache.glob(f"{problem.name}-*-?.json"))]
+    runs = runs_of(problem, cache)
     everything = np.array([(t["bits"], t["loss"]) for run in runs for t in run["trials"]])
     front = everything[non_dominated(everything)]
-    ours = next(run for run in runs if run["run"] == OURS and run["seed"] == 0)["trials"][
-        : 220 - n_before if n_before < 180 else 100
-    ]
-    trained = np.array([[int(c, 36) for c in t["code"]] for t in ours])
-    surrogate = Surrogate(table.losses())
-    log_losses = np.log(np.maximum([t["loss"] for t in ours], 1e-9))
-    surrogate.choose_variances(trained, log_losses)
-    surrogate.fit(trained, log_losses)
+    ours = [run["trials"][: 220 - n_before] for run in runs if run["run"] == OURS]
+    trained = [np.array([[int(c, 36) for c in t["code"]] for t in trials]) for trials in ours]
 
-    held = {c.tobytes(): c for c in near_front(table, 400)}
-    for choice in trained:
+    held = {c.tobytes(): c for c in near_front(table, 500)}
+    for choice in np.concatenate(trained):
         held.pop(choice.tobytes(), None)
     held_out = np.array(list(held.values()))
     losses = np.array([problem.score(space.allocation(c)).loss for c in held_out])
     least = np.array([front[front[:, 1] <= loss, 0].min(initial=np.inf) for loss in losses])
     keep = bits[rows, held_out].sum(1) <= least + 1
     held_out, losses = held_out[keep], losses[keep]
-    halves = np.array([split_half(problem, c) for c in held_out[: 40 if problem.name == "resnet20" else 200]])
+    surrogates = []
+    for choices, trials in zip(trained, ours, strict=True):
+        surrogate = Surrogate(table.losses(), table.exact)
+        log_losses = np.log([max(t["loss"], LOSS_FLOOR) for t in trials])
+        surrogate.choose_variances(choices, log_losses)
+        surrogate.fit(choices, log_losses)
+        mean, deviation = surrogate.predict(held_out)
+        surrogates.append({"predicted": mean.tolist(), "deviation": deviation.tolist()})
 
-    limits = np.linspace(bits.min(1).sum(), bits.max(1).sum(), 31)[1:]
-    budgets = []
-    for limit in limits:
-        additive = problem.score(space.allocation(knapsack.solve(table.losses(), bits, limit * (1 + 1e-12)))).loss
-        budgets.append((limit, min(t["loss"] for t in ours if t["bits"] <= limit * (1 + 1e-12)), additive))
-    theirs = confirm_score(problem, knapsack.solve(table.losses(), bits, 3.0))
-    confirmed, quality = [], problem.engine.quality
-    for run in runs:
-        if run["run"] in (OURS, AT_3_BITS) and run["seed"] == 0:
-            best = min((t for t in run["trials"] if t["bits"] <= 3.0), key=lambda t: t["loss"])
-            mine = confirm_score(problem, np.array([int(c, 36) for c in best["code"]]))
-            ends = paired_interval(mine.qualities - theirs.qualities)
-            low, high = (quality.score(theirs.qualities.mean() + end) - theirs.quality for end in ends)
-            values = {"bits": best["bits"], "quality": mine.quality, "loss": mine.loss, "low": low, "high": high}
-            confirmed.append({"run": run["run"], "search_loss": best["loss"], **values})
+    limits = np.linspace(bits.min(1).sum(), bits.max(1).sum(), 31)[1:] * (1 + 1e-12)
+    additive = [problem.score(space.allocation(knapsack.solve(table.losses(), bits, limit))).loss for limit in limits]
+    true = np.full(len(limits), np.nan)
+    if problem.name == "digits":
+        known_losses = np.array([found[0] for code, found in problem.known.items() if "-" not in code])
+        every = np.array([[int(c, 36) for c in code] for code in problem.known if "-" not in code])
+        sizes = bits[rows, every].sum(1)
+        true = np.array([known_losses[sizes <= limit].min() for limit in limits])
+    found, solved = [], []
+    for trials, known in zip(ours, solvable(problem, runs, n_before), strict=True):
+        found.append([min((t["loss"] for t in trials if t["bits"] <= limit), default=np.inf) for limit in limits])
+        predicted = [prediction(table, known, [Budget(AverageBits().table(space), limit)]) for limit in limits]  # type: ignore[arg-type]
+        losses_there = [problem.score(allocation).loss for allocation in predicted]
+        solved.append(np.minimum(losses_there, np.minimum(found[-1], additive)).tolist())
+
     result = {
-        "trained_on": n_before + len(ours),
-        "variances": surrogate.variances.tolist(),
+        "trained_on": n_before + len(ours[0]),
         "measured": np.log(losses).tolist(),
         "additive": surrogate.additive(held_out).tolist(),
-        "predicted": surrogate.predict(held_out)[0].tolist(),
-        "deviation": surrogate.predict(held_out)[1].tolist(),
-        "halves": halves.tolist(),
-        "budgets": budgets,
-        "confirm": {
-            "quality": quality.name,
-            "kind": quality.kind,
-            "n": theirs.n_samples,
-            "additive": theirs.quality,
-            "additive_loss": theirs.loss,
-            "ours": confirmed,
-        },
+        "surrogates": surrogates,
+        "halves": [split_half(problem, choice) for choice in held_out[:200]],
+        "limits": limits.tolist(),
+        "loss_additive": additive,
+        "loss_ours": found,
+        "loss_solved": solved,
+        "loss_true": true.tolist(),
     }
     (cache / f"{problem.name}-check.json").write_text(json.dumps(result))
-    print(f"{problem.name}: {len(losses)} held out, confirm {result['confirm']}", flush=True)
+    print(f"{problem.name}: {len(losses)} held out", flush=True)
 
 
-def confirm_score(problem: Network, choice: np.ndarray) -> Score:
+def runs_of(problem: Problem, cache: Path) -> list[dict[str, Any]]:
+    """All that was run on it."""
+    return [json.loads(file.read_text()) for file in sorted(cache.glob(f"{problem.name}-*-?.json"))]
+
+
+class Solved(NamedTuple):
+    """What `prediction` reads of an evaluation."""
+
+    allocation: Allocation
+    loss: float
+
+
+def solvable(problem: Problem, runs: list[dict[str, Any]], n_before: int) -> list[list[Solved]]:
+    """What each of our searches measured, up to 220 evaluations."""
+    ours = [run["trials"][: 220 - n_before] for run in runs if run["run"] == OURS]
+    return [[Solved(allocation_of(problem, trial["code"]), trial["loss"]) for trial in trials] for trials in ours]
+
+
+def allocation_of(problem: Problem, code: str) -> Allocation:
+    """The allocation that `Problem.encode` wrote."""
+    return problem.space.allocation(np.array([int(c, 36) for c in code]))
+
+
+def confirm(problem: Network, cache: Path) -> None:
+    """At each size the additive optimum beside ours on the confirm split, by the paired interval: `<problem>-confirm.json`."""
+    space, quality, engine = problem.space, problem.engine.quality, problem.engine
+    table, n_before, _ = sensitivity(problem, "kl", cache)
+    runs = runs_of(problem, cache)
+    bits = space.storage_bits / space.numel
+    rows: list[dict[str, Any]] = []
+    of_float = engine.score_of(None, "confirm")
+    for limit, name in AT_BITS.items():
+        additive = space.allocation(knapsack.solve(table.losses(), bits, limit))
+        theirs = confirm_score(problem, additive)
+        budget = Budget(AverageBits().table(space), limit)
+        ways: dict[str, list[Allocation]] = {name: [], "front (ours), then solve": []}
+        for run in runs:
+            if run["run"] == name:
+                best = min((t for t in run["trials"] if t["bits"] <= limit), key=lambda t: t["loss"])
+                ways[name].append(allocation_of(problem, best["code"]))
+        for known in solvable(problem, runs, n_before):
+            found = [additive, prediction(table, known, [budget])]  # type: ignore[arg-type]
+            found += [e.allocation for e in known if budget.allows(space.choice(e.allocation))]
+            ways["front (ours), then solve"].append(min(found, key=lambda allocation: problem.score(allocation).loss))
+        rows.append({"bits": limit, "way": "additive", **_confirmed(problem, [additive], theirs)})
+        rows += [{"bits": limit, "way": way, **_confirmed(problem, found, theirs)} for way, found in ways.items() if found]
+    result = {"quality": quality.name, "kind": quality.kind, "n": of_float.n_samples, "float": of_float.quality, "rows": rows}
+    (cache / f"{problem.name}-confirm.json").write_text(json.dumps(result))
+    print(f"{problem.name}: {result}", flush=True)
+
+
+def _confirmed(problem: Network, allocations: list[Allocation], theirs: Score) -> dict[str, Any]:
+    """The mean of the seeds' samples beside `theirs`; positive differences are for the better."""
+    quality = problem.engine.quality
+    scores = [confirm_score(problem, allocation) for allocation in allocations]
+    mean = np.mean([score.qualities for score in scores], axis=0, dtype=np.float64)
+    each = [float(quality.sign * (score.quality - theirs.quality)) for score in scores]
+    base = float(theirs.qualities.mean(dtype=np.float64))
+    ends = [quality.sign * (quality.score(base + end) - quality.score(base)) for end in paired_interval(mean - theirs.qualities)]
+    return {
+        "quality": quality.score(float(mean.mean())),
+        "loss": float(np.mean([score.loss for score in scores])),
+        "search_loss": float(np.mean([problem.score(allocation).loss for allocation in allocations])),
+        "each": each,
+        "difference": quality.sign * (quality.score(float(mean.mean())) - quality.score(base)),
+        "low": min(ends),
+        "high": max(ends),
+    }
+
+
+def confirm_score(problem: Network, allocation: Allocation) -> Score:
     """On the confirm split, with the quality of each sample."""
-    with problem.engine.applied(problem.space.allocation(choice)) as model:
+    with problem.engine.applied(allocation) as model:
         return problem.engine.score_of(model, "confirm")
 
 
@@ -276,17 +346,17 @@ def cost(n_groups: int) -> dict[str, float]:
 def main() -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["run", "check", "cost", "page"])
+    parser.add_argument("what", choices=["run", "check", "confirm", "cost", "page"])
     parser.add_argument("problem", nargs="?", choices=PROBLEMS)
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "bench_search")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--runs", nargs="*", default=list(RUNS))
     parser.add_argument("--total", type=int, help="evaluations, in place of what a run's own line says")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     cache = arguments.cache
     if arguments.what == "page":
-        write_page(cache, ROOT / "reports" / "bench_search", PROBLEMS, reference)
+        write_page(cache, ROOT / "reports" / "bench_search", PROBLEMS, reference, DOUBTS)
         return
     if arguments.what == "cost":
         (cache / "cost.json").write_text(json.dumps([cost(n) for n in (200, 10_000)]))
@@ -294,13 +364,13 @@ def main() -> None:
     problem = PROBLEMS[arguments.problem](cache)
     if arguments.problem == "digits" and sum("-" not in code for code in problem.known) < 3**10:
         enumerate_digits(problem)  # type: ignore[arg-type]
-    if arguments.what == "check":
-        check(problem, cache)  # type: ignore[arg-type]
+    if arguments.what in ("check", "confirm"):
+        {"check": check, "confirm": confirm}[arguments.what](problem, cache)  # type: ignore[arg-type]
         return
     n_pairs = int(problem.space.allowed.sum())
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for name in arguments.runs:
-            own = max(150, n_pairs + 100) if name in (OURS, AT_3_BITS) else RUNS[name].total
+            own = max(150, n_pairs + 100) if name in (OURS, *AT_BITS.values()) else RUNS[name].total
             run_one(problem, name, seed, arguments.total or own, cache)
 
 

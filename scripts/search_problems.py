@@ -1,7 +1,8 @@
 """The problems of `bench_search.py`: networks small enough to be scored many thousand times, and made-up ones of any size.
 
 Every problem has what the search asks of an engine (`space`, `score`), and keeps what was scored in a file that all samplers
-share: `<cache>/<name>.csv`, one row an allocation, appended before the next is scored. A score is paid once, whoever asks for it.
+share, also those that run beside each other: `<cache>/<name>.csv`, one row an allocation, appended before the next is scored. A
+score is paid once, whoever asks for it. Seconds are processor seconds of one thread, whatever else the machine does.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.calibrate import calibrate
-from mpsearch.engine import QuantEngine, load_batches, other_bits
+from mpsearch.engine import QuantEngine, _divergence, load_batches, other_bits
 from mpsearch.evaluation import Score, Stop
 from mpsearch.fold import fold_batch_norms
 from mpsearch.group import share
@@ -28,7 +29,7 @@ from mpsearch.layer import LayerGroup, LayerSpec
 from mpsearch.models.digits import digits
 from mpsearch.models.llama import stories260k
 from mpsearch.models.resnet import resnet
-from mpsearch.quantizers.clip_search import ClipSearch
+from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.base import Task
 from mpsearch.tasks.cifar10 import Cifar10
@@ -47,35 +48,42 @@ class Problem:
         self.name, self.space, self.file = name, space, cache / f"{name}.csv"
         cache.mkdir(parents=True, exist_ok=True)
         self.known: dict[str, tuple[float, float, float]] = {}
-        if self.file.exists():
-            text = self.file.read_text()
-            whole = text[: text.rfind("\n") + 1]
-            if whole != text:  # a row that a kill cut short is scored again
-                os.truncate(self.file, len(whole))
-            for row in whole.splitlines()[1:]:
-                code, *values = row.split(",")
-                self.known[code] = tuple(map(float, values))  # type: ignore[assignment]
-        else:
+        self._read = 0  # bytes of the file
+        if not self.file.exists():
             self.file.write_text(COLUMNS + "\n")
+        self.look_up()
         self.seconds = 0.0  # what all that was asked for so far took when it was measured
         self.spent = 0.0  # what was measured just now
+
+    def look_up(self) -> None:
+        """Read what has come to the file since, from whichever process; a row that a kill cut short is scored again."""
+        with open(self.file, "rb") as stream:
+            stream.seek(self._read)
+            new = stream.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for row in whole.decode().splitlines():
+            code, *values = row.split(",")
+            if row != COLUMNS and len(values) == 3:
+                self.known[code] = tuple(map(float, values))  # type: ignore[assignment]
 
     def batches(self, split: str) -> list[None]:
         """Scored whole: one."""
         return [None]
 
-    def measure(self, allocation: Allocation) -> tuple[float, float]:
-        """(loss, quality), really measured."""
+    def measure(self, allocation: Allocation) -> tuple[float, float, float]:
+        """(loss, quality, processor seconds), really measured."""
         raise NotImplementedError
 
     def score(self, allocation: Allocation, split: str = "search", stops: Sequence[Stop] = ()) -> Score:
         """As `QuantEngine.score`, on the search split; of the score the loss and the quality are filled in."""
         code = self.encode(allocation)
         if code not in self.known:
-            start = time.perf_counter()
-            loss, quality = self.measure(allocation)
-            self.remember(allocation, loss, quality, time.perf_counter() - start)
-            self.spent += time.perf_counter() - start
+            self.look_up()
+        if code not in self.known:
+            start = time.process_time()
+            self.remember(allocation, *self.measure(allocation))
+            self.spent += time.process_time() - start
         loss, quality, seconds = self.known[code]
         self.seconds += seconds
         return Score(loss, float("nan"), quality, quality, quality, float("nan"), 0, np.empty(0))
@@ -108,15 +116,29 @@ class Network(Problem):
 
     @cached_property
     def engine(self) -> QuantEngine:
-        """The real one."""
-        moments = calibrate(self.model, self.task, self.layers, load_batches(self.task, "calibration", "cpu"))
-        return QuantEngine(self.model, self.task, self.space, dict.fromkeys(self.space.schemes, ClipSearch()), moments)
+        """The real one, everything quantized (and kept in a file): that is no part of what an evaluation costs."""
+        bank = self.file.with_suffix(".bank")
+        quantizers = dict.fromkeys(self.space.schemes, CoordinateDescent())
+        if bank.exists():
+            weights, biases = torch.load(bank, weights_only=False)
+            engine = QuantEngine(self.model, self.task, self.space, quantizers, {}).holding(weights, biases)
+        else:
+            moments = calibrate(self.model, self.task, self.layers, load_batches(self.task, "calibration", "cpu"))
+            engine = QuantEngine(self.model, self.task, self.space, quantizers, moments)
+        for layer, scheme in itertools.product(self.space.layers, self.space.schemes):
+            engine.swaps(layer.name, scheme)
+        if not bank.exists():
+            torch.save((engine._packed, engine._biases), bank)
+        engine.float_logits("search")
+        return engine
 
-    def measure(self, allocation: Allocation) -> tuple[float, float]:
+    def measure(self, allocation: Allocation) -> tuple[float, float, float]:
         """By the engine."""
-        score = self.engine.score(allocation)
-        self.engine._scores.clear()  # the file remembers
-        return score.loss, score.quality
+        engine = self.engine
+        start = time.process_time()
+        score = engine.score(allocation)
+        engine._scores.clear()  # the file remembers
+        return score.loss, score.quality, time.process_time() - start
 
 
 def digits_problem(cache: Path) -> Network:
@@ -140,12 +162,17 @@ def enumerate_digits(problem: Network) -> None:
         lambda x: model.linear(x.mean((2, 3))),
     ]
     reference = engine.float_logits("search")
+    targets = torch.cat([target for _, target in engine.batches("search")])
+    start = time.process_time()
+    for scheme in problem.space.scheme_names:
+        engine.score(problem.space.uniform(scheme))
+    seconds = (time.process_time() - start) / len(problem.space.schemes)  # what a whole pass takes
 
     def descend(depth: int, outputs: list[Tensor], chosen: Allocation) -> None:
         if depth == len(parts):
-            start = time.perf_counter()
-            score = engine._compare(torch.cat(outputs), reference, "search")
-            problem.remember(chosen, score.loss, score.quality, time.perf_counter() - start)
+            logits = torch.cat(outputs)
+            quality = problem.task.quality(logits, targets).double().mean().item()
+            problem.remember(chosen, _divergence(logits, reference), quality, seconds)
             return
         for schemes in itertools.product(problem.space.scheme_names, repeat=len(parts[depth])):
             here = Allocation({names[i]: scheme for i, scheme in zip(parts[depth], schemes, strict=True)})
@@ -156,11 +183,12 @@ def enumerate_digits(problem: Network) -> None:
     descend(0, [x for x, _ in engine.batches("search")], Allocation())
 
 
-def resnet20_problem(cache: Path) -> Network:
-    """ResNet-20 on CIFAR-10, 20 layers at 2, 3, 4, 5, 6 or 8 bits; 250 search images from the training set."""
+def resnet20_problem(cache: Path, n_search: int = 250) -> Network:
+    """ResNet-20 on CIFAR-10, 20 layers at 2, 3, 4, 5, 6 or 8 bits; `n_search` search images from the training set."""
     folder = DATA / "cifar10"
-    task = Cifar10(str(folder), n_calibration=1000, n_search=250)
-    return Network("resnet20", resnet(20, folder / "resnet20.safetensors"), task, (2, 3, 4, 5, 6, 8), cache)
+    task = Cifar10(str(folder), n_calibration=1000, n_search=n_search, batch_size=50)
+    name = "resnet20" if n_search == 250 else f"resnet20_{n_search}"
+    return Network(name, resnet(20, folder / "resnet20.safetensors"), task, (2, 3, 4, 5, 6, 8), cache)
 
 
 def stories_problem(cache: Path) -> Network:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mpsearch.calibrate import CONVS, hessian_bytes, hessians
+from mpsearch.calibrate import hessian_bytes, hessians
 from mpsearch.equalization import by_groups, by_input
 from mpsearch.equalizers.base import Equalizer, Network, by_channel, rows_of
 from mpsearch.errors import InputError
+from mpsearch.layer import kind_of
 from mpsearch.links import Link
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.base import QuantScheme
@@ -38,7 +39,7 @@ class AWQ(Equalizer):
     def usable(self, network: Network) -> Sequence[Link]:
         """Those whose consumers all have a Hessian: no transposed convolutions."""
         of = network.model.get_submodule
-        return [link for link in network.links if all(isinstance(of(name), (nn.Linear, *CONVS)) for name in link.consumers)]
+        return [link for link in network.links if not any("transpose" in str(kind_of(of(name))) for name in link.consumers)]
 
     def scales(self, network: Network) -> Sequence[Tensor]:
         """The best of the grid for each link, the smallest alpha of equals; 1 where a channel is always 0."""

@@ -59,7 +59,7 @@ class Front(Levels):
         return found[0] if len(found) else self.smallest
 
     def _fitted(self, history: History) -> Surrogate:
-        surrogate = Surrogate(self.losses)
+        surrogate = Surrogate(self.losses, self.exact)
         measured = history.measured
         choices, log_losses, sizes = history.choices[measured], history.log_losses[measured], history.sizes[measured]
         when = 0

@@ -97,7 +97,7 @@ class Proposer(BaseSampler):
         seed: int,
     ) -> None:
         self.space, self.seed = space, seed
-        self.losses = sensitivity.losses()
+        self.losses, self.exact = sensitivity.losses(), sensitivity.exact
         if len(costs) > 1 and not self.many_costs:
             names = ", ".join(table.name for table in costs)
             raise InputError(

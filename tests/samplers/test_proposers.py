@@ -184,7 +184,7 @@ def test_broken_networks_are_no_obstacle(problem):
     values = np.where(np.arange(5) == 0, np.inf, table.values)
     asked = trials(run((broken, SensitivityTable("kl", "nats", values, engine.space)), "front", 50))
     assert len(asked) == 50
-    assert sum(np.isfinite(e.loss) for e in asked) > 30
+    assert sum(np.isfinite(e.loss) for e in asked) >= 30
 
 
 @pytest.mark.parametrize(("n_groups", "seconds"), [(200, 0.5), (10_000, 20)])
