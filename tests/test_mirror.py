@@ -132,7 +132,10 @@ def test_a_database_that_goes_away_costs_a_warning_and_no_trial(sqlite, engine, 
 def test_a_study_of_another_run_is_not_written_to(sqlite, engine):
     with Mirror(sqlite, "run", engine.space, ["size_bytes"]) as mirror:
         first = searched(engine, mirror, 12)
-    with Mirror(sqlite, "run", engine.space, ["size_bytes"]) as mirror, pytest.raises(InputError, match=r"'run' .* of another run"):
+    with (
+        Mirror(sqlite, "run", engine.space, ["size_bytes"]) as mirror,
+        pytest.raises(InputError, match=r"'run' .* of another run"),
+    ):
         searched(engine, lambda trial, evaluation: mirror(trial, first[-1]), 12)
     assert_mirrors(sqlite, first, engine.space)
 
