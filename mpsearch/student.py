@@ -1,7 +1,8 @@
-"""An allocation's layers as they learn: codes, scales, zero points and biases, and the scales of static inputs.
+"""An allocation's layers as they learn: codes, scales and biases, and the scales of static inputs.
 
-Codes learn as latent weights that are quantized at every step (`fake_quantize.py`). What the schemes store of all this is an
-engine's bank again: nothing is learned that would not be stored, to the byte.
+Codes learn as latent weights that are quantized at every step (`fake_quantize.py`). Zero points stay: they are whole numbers, and
+what they would learn in a training as short as these does not reach the next. What the schemes store of all this is an engine's
+bank again: nothing is learned that would not be stored, to the byte.
 """
 
 from __future__ import annotations
