@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -172,6 +172,29 @@ def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
     """
     labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
     return F.cross_entropy(logits, labels, reduction="sum")
+
+
+@torch.no_grad()
+def mean_shifts(
+    model: nn.Module, task: Task, modules: Sequence[str], batches: Batches, rounded: Callable[[str, Product], Tensor]
+) -> dict[str, Tensor]:
+    """Module name -> E[q(x)] - E[x] of what meets the columns of its weight, float64 `[groups, columns]` on the CPU.
+
+    `rounded(name, product)` is q(x), the product's quantized input.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
+
+    def see(name: str, product: Product, output: Tensor) -> None:
+        change = product.column_means(rounded(name, product) - product.input).double().cpu() * product.count
+        sums[name] = sums[name].add_(change) if name in sums else change
+        counts[name] += product.count
+
+    with watched(model, modules, see), phase("rounded inputs", len(batches)) as advance:
+        for inputs, _ in batches:
+            task.forward(model, inputs)
+            advance("")
+    return {name: total.div_(counts[name]) for name, total in sums.items()}
 
 
 def _not_finite(layer: str) -> InputError:

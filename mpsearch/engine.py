@@ -12,7 +12,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +23,16 @@ from torch.utils.hooks import RemovableHandle
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.bank import Bank
-from mpsearch.calibrate import fisher_bytes, hessian_bytes, hessians, output_fishers
+from mpsearch.calibrate import fisher_bytes, hessian_bytes, hessians, mean_shifts, output_fishers
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score, Stop
 from mpsearch.layer import LayerSpec, check_finite, from_rows, weight_rows
 from mpsearch.prefix import PrefixReuse
+from mpsearch.products import Product
 from mpsearch.quality import Quality
 from mpsearch.quantizers.base import InputMoments, Quantizer
 from mpsearch.schemes.base import QuantizedTensor
+from mpsearch.schemes.input import InputFormat
 from mpsearch.tasks.base import Task
 
 FLOAT = Allocation()
@@ -43,7 +45,8 @@ class QuantEngine:
 
     `quantizers` maps every scheme's name to its quantizer, `moments` the modules' names to what calibration found. With
     `bias_correction` a layer that has a bias gets the shift of its mean output, dW E[x], taken off that bias (Nagel et al. 2019,
-    section 4.2): it costs no byte. What was quantized is kept in the `bank`, too, where there is one.
+    section 4.2), and that of a quantized input, W' E[q(x) - x]: it costs no byte. What was quantized is kept in the `bank`, too,
+    where there is one.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class QuantEngine:
         self._hessians: dict[str, Tensor | None] = {}
         self._fishers: dict[str, Tensor] = {}
         self._needs_fisher = any(quantizer.needs_fisher for quantizer in quantizers.values())
+        self._shifts: dict[InputFormat, dict[str, Tensor]] = {}
         self._batches: dict[str, list[tuple[Any, Tensor]]] = {}
         self._float_logits: dict[str, Tensor] = {}
         self._scores: dict[tuple[Allocation, str, tuple[int, ...]], Score] = {}
@@ -171,10 +175,30 @@ class QuantEngine:
                 continue
             if change is None:
                 change = self.quantized(layer, scheme).dequantize() - weight_rows(module).float().cpu()
-            mean = self.moments[name].mean
-            shift = torch.einsum("krc,kc->kr", change.reshape(len(mean), -1, mean.shape[1]).double(), mean.double()).flatten()
+            mean = self.moments[name].mean.double()
+            shift = _mean_product(change, mean)
+            rounded = self._input_shifts(scheme).get(name)
+            if rounded is not None:  # (W + dW) E[q(x) - x]: what is never negative is not rounded down as often as up
+                shift += _mean_product(change + weight_rows(module).float().cpu(), rounded)
             corrected[name] = (module.bias.detach().cpu().double() - shift).float()
         return corrected
+
+    def _input_shifts(self, scheme: str) -> dict[str, Tensor]:
+        """Module name -> E[q(x)] - E[x] of its input in the scheme, by one pass over the calibration data for all layers."""
+        wanted = self.space.schemes[scheme].input_format
+        if wanted is None:
+            return {}
+        if wanted not in self._shifts:
+            stored: dict[str, dict[str, Tensor]] = {}
+            for name in (name for layer in self._layers.values() for name in layer.modules if name in self.moments):
+                with suppress(InputError):  # without a static range: said where the layer is quantized
+                    stored[name] = wanted.stored(self.moments[name].met_by(self.space.schemes[scheme]).histogram)
+
+            def rounded(name: str, product: Product) -> Tensor:
+                return wanted.fake_quantize(product.input.float(), len(product.kernel) + 1 if product.kernel else 1, stored[name])
+
+            self._shifts[wanted] = mean_shifts(self.model, self.task, list(stored), self.batches("calibration"), rounded)
+        return self._shifts[wanted]
 
     def holding(
         self, weights: Mapping[tuple[str, str], QuantizedTensor], biases: Mapping[tuple[str, str], Mapping[str, Tensor]]
@@ -327,6 +351,11 @@ class QuantEngine:
             n_samples=len(qualities),
             qualities=qualities.cpu().numpy(),
         )
+
+
+def _mean_product(weight: Tensor, mean: Tensor) -> Tensor:
+    """float64 `[rows]`: what rows, first dimension of `weight`, make of the mean `[k, columns]` of what meets their columns."""
+    return torch.einsum("krc,kc->kr", weight.double().reshape(len(mean), -1, mean.shape[1]), mean).flatten()
 
 
 def _divergence(logits: Tensor, reference: Tensor) -> float:

@@ -1,12 +1,13 @@
-"""What each quantizer makes of ResNet-20 (CIFAR-10), and what their inner loops cost; to `reports/bench_quantizers*/`.
+"""What each quantizer makes of four networks, and what their inner loops cost; to `reports/bench_quantizers*/`.
 
-    python scripts/bench_quantizers.py accuracy    uniform and mixed, on the test images
+    python scripts/bench_quantizers.py quality     uniform, and ResNet-20 mixed, on data that nothing else is done with
     python scripts/bench_quantizers.py speed       rounding with feedback beside loops in PyTorch
     python scripts/bench_quantizers.py hqq         half-quadratic fitting beside the authors' formulation in PyTorch
 
-Calibration and sensitivities use training images only. Mixed allocations are the exact additive solution (knapsack) of the
-diagonal Fisher sensitivities at each budget of average bits, scales counted; nothing is chosen on the test images. The data are
-found in `$MPSEARCH_DATA/cifar10` (default `../shared/data/cifar10`). `--json FILE` writes the rows as JSON too.
+Mixed allocations are the exact additive solution (knapsack) of the diagonal Fisher sensitivities at each budget of average bits,
+scales counted; nothing is chosen on the confirm data. `quality` takes networks, or network/quantizer (mixed/quantizer), and goes
+on where it was stopped: rows that are in the report are not measured again. The data are found in `$MPSEARCH_DATA` (default
+`../shared/data`). `--json FILE` writes the rows as JSON too.
 """
 
 from __future__ import annotations
@@ -14,74 +15,196 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from bench_resnet20 import REPORTS, Row, _machine, build_engine
-from torch import Tensor
+from bench_resnet20 import REPORTS, Row, _machine
+from search_problems import DATA
+from torch import Tensor, nn
 
 from mpsearch import kernels
-from mpsearch.engine import FLOAT, QuantEngine
+from mpsearch.allocation import Allocation, SearchSpace
+from mpsearch.calibrate import calibrate
+from mpsearch.engine import FLOAT, QuantEngine, load_batches, other_bits
+from mpsearch.fold import fold_batch_norms
 from mpsearch.knapsack import solve
 from mpsearch.metrics.fisher import Fisher
+from mpsearch.models.bert import minilm
+from mpsearch.models.efficientnet import efficientnet_lite0
+from mpsearch.models.llama import stories260k
+from mpsearch.models.resnet import resnet
+from mpsearch.quantizers.adaround import AdaRound
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.quantizers.gptq import GPTQ, triangular_feedback
 from mpsearch.quantizers.hqq import HQQ
+from mpsearch.quantizers.kronecker_descent import KroneckerDescent
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
+from mpsearch.schemes.integer import Integer
 from mpsearch.sensitivity import measure_sensitivity
+from mpsearch.tasks.base import Task
+from mpsearch.tasks.cifar10 import Cifar10
+from mpsearch.tasks.imagenet import ImageNetSample
+from mpsearch.tasks.language import Language, Stories, read_tokens
+from mpsearch.tasks.stsb import STSBenchmark
+from mpsearch.trace import trace_layers
 
 QUANTIZERS: dict[str, Quantizer] = {
     "round_to_nearest": RoundToNearest(),
     "hqq": HQQ(),
     "clip_search": ClipSearch(),
     "gptq": GPTQ(),
+    "adaround": AdaRound(),
     "coordinate_descent": CoordinateDescent(),
+    "kronecker_descent": KroneckerDescent(),
 }
 TARGETS = (3.0, 3.5, 4.0)
+MIXED = ("coordinate_descent", "kronecker_descent")
+N_CIFAR = 2000
+SCHEMES: dict[str, Integer] = {f"w{bits}": Integer(bits) for bits in (2, 3, 4)} | {"w3g64": Integer(3, 64, symmetric=False)}
+WIDTHS = (2, 3, 4, 5, 6, 8)
 
 
-def accuracy() -> list[Row]:
-    """Test accuracy with its paired interval, uniform and mixed, for each quantizer, and the seconds of quantizing."""
-    base = build_engine()
-    space = base.space
-    rows: list[Row] = [_row(base, FLOAT, "float", "accuracy")]
-    for name, quantizer in QUANTIZERS.items():
-        engine = QuantEngine(base.model, base.task, space, dict.fromkeys(space.schemes, quantizer), base.moments)
-        engine._batches, engine._float_logits = base._batches, base._float_logits  # loaded and computed once
+class FirstStories(Language):
+    """Confirmed on the first 64 windows of the tokens, calibrated on stories that begin after them."""
+
+    def __init__(self) -> None:
+        tokens = read_tokens(DATA / "stories260k" / "tokens_dev.npz")
+        n, window = 64, 256
+        stories = np.split(tokens, np.flatnonzero(tokens == Stories.BEGIN)[1:])
+        begins = np.cumsum([0, *map(len, stories)])[:-1]
+        later = [story for story, begin in zip(stories, begins, strict=True) if begin > n * window]
+        super().__init__(later, n, n, None, window=window)
+        x, y = (torch.from_numpy(tokens[i : i + n * window].astype(np.int64)).view(n, window) for i in (0, 1))
+        self._batches["confirm"] = [(a, b.flatten()) for a, b in zip(x.split(16), y.split(16), strict=True)]
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network of the table: how it is built and what on, and the schemes and quantizers that are tried on it."""
+
+    build: Callable[[], tuple[nn.Module, Task]]
+    on: str
+    schemes: tuple[str, ...]
+    quantizers: tuple[str, ...] = tuple(QUANTIZERS)
+
+
+NETS = {
+    "stories260k": Net(
+        lambda: (stories260k(DATA / "stories260k" / "model.safetensors"), FirstStories()),
+        "perplexity of the first 64 windows of 256 tokens, the embedding float; calibrated on 64 windows of other stories",
+        ("w2", "w3", "w3g64", "w4"),
+    ),
+    "minilm": Net(
+        lambda: (minilm(None), STSBenchmark(DATA / "stsb", n_confirm=300)),
+        "Spearman on the first 300 dev pairs of STS-B, embeddings float; calibrated on 200 training pairs",
+        ("w3",),
+        tuple(name for name in QUANTIZERS if name != "adaround"),
+    ),
+    "resnet20": Net(
+        lambda: (
+            resnet(20, DATA / "cifar10" / "resnet20.safetensors"),
+            Cifar10(DATA / "cifar10", n_calibration=1000, n_search=1000, n_confirm=N_CIFAR),
+        ),
+        f"top-1 of the first {N_CIFAR:,} CIFAR-10 test images; calibrated on 1,000 training images",
+        ("w2", "w3", "w4"),
+    ),
+    "efficientnet_lite0": Net(
+        lambda: (efficientnet_lite0(None), ImageNetSample(DATA / "imagenet_sample", n_confirm=200)),
+        "top-1 of 200 pictures; calibrated on 100 others",
+        ("w4",),
+        ("round_to_nearest", "clip_search", "coordinate_descent", "kronecker_descent"),
+    ),
+}
+
+
+def engine_of(net: Net, quantizer: Quantizer, widths: Sequence[int] = ()) -> QuantEngine:
+    """All layers but embeddings, in the net's schemes, or of so many bits a channel."""
+    model, task = net.build()
+    model.eval()
+    inputs = task.batches("calibration")[0][0]
+    fold_batch_norms(model, task.forward, inputs)
+    layers = [layer for layer in trace_layers(model, task.forward, inputs) if layer.kind != "embedding"]
+    schemes = {f"w{bits}": Integer(bits) for bits in widths} or {name: SCHEMES[name] for name in net.schemes}
+    space = SearchSpace.build(layers, schemes, other_bits=other_bits(model, layers))
+    moments = calibrate(model, task, layers, load_batches(task, "calibration", "cpu"))
+    return QuantEngine(model, task, space, dict.fromkeys(schemes, quantizer), moments)
+
+
+def quality(net: str, name: str) -> list[Row]:
+    """The rows of one network and quantizer: each scheme uniformly, and the float network beside the first quantizer."""
+    engine = engine_of(NETS[net], QUANTIZERS[name])
+    rows = [_row(engine, FLOAT, net, "float")] if name == next(iter(QUANTIZERS)) else []
+    for scheme in engine.space.schemes:
         start = time.perf_counter()
-        for layer in space.layers:
-            for scheme in space.schemes:
-                engine.quantized(layer.name, scheme)
-        seconds = time.perf_counter() - start
-        rows.append({"what": "seconds to quantize 20 layers x 6 widths", "case": name, "value": seconds, "unit": "s"})
-        for scheme in ("w2", "w3", "w4"):
-            rows.append(_row(engine, space.uniform(scheme), f"{name}, uniform {scheme}", "accuracy"))
-        sensitivity = measure_sensitivity(engine, Fisher()).values
-        for target in TARGETS:
-            chosen = solve(sensitivity, space.storage_bits, target * space.numel)
-            rows.append(_row(engine, space.allocation(chosen), f"{name}, mixed at {target:g} bits", "accuracy"))
-        print(*(f"{row['case']}: {row['value']:.2f}" for row in rows[-7:]), sep="\n", flush=True)
+        for layer in engine.space.layers:
+            engine.quantized(layer.name, scheme)
+        seconds = time.perf_counter() - start  # of the first scheme: with one pass for the Hessians
+        rows.append(_row(engine, engine.space.uniform(scheme), net, f"{name}, {scheme}") | {"seconds": seconds})
     return rows
 
 
-def _row(engine: QuantEngine, allocation, case: str, what: str) -> Row:
-    score = engine.score(allocation, "confirm")
-    space = engine.space
+def mixed(name: str) -> list[Row]:
+    """ResNet-20 at three budgets: the exact additive solution of the diagonal Fisher sensitivities."""
+    engine = engine_of(NETS["resnet20"], QUANTIZERS[name], WIDTHS)
+    space, sensitivity = engine.space, measure_sensitivity(engine, Fisher()).values
+    rows = []
+    for target in TARGETS:
+        chosen = solve(sensitivity, space.storage_bits, target * space.numel)
+        rows.append(_row(engine, space.allocation(chosen), "resnet20", f"{name}, mixed at {target:g} bits"))
+    return rows
+
+
+def _row(engine: QuantEngine, allocation: Allocation, net: str, case: str) -> Row:
+    score, space = engine.score(allocation, "confirm"), engine.space
     bits = 32.0
     if allocation:
         bits = float(space.storage_bits[np.arange(len(space.groups)), space.choice(allocation)].sum() / space.numel)
-    return {
-        "what": what,
-        "case": case,
-        "value": 100 * score.quality,
-        "unit": "%",
-        "low": 100 * score.quality_low,
-        "high": 100 * score.quality_high,
-        "bits": bits,
-    }
+    percent = 100 if engine.task.quality_kind == "share" else 1
+    low, high = sorted((percent * score.quality_low, percent * score.quality_high))
+    row: Row = {"what": net, "case": case, "value": percent * score.quality, "unit": engine.task.quality_name}
+    return row | {"low": low, "high": high, "kl": score.loss, "bits": bits}
+
+
+def table(wanted: Sequence[str]) -> list[Row]:
+    """All rows of `wanted` ("net" or "net/quantizer", also "mixed/quantizer"); what was measured before is not again."""
+    file = REPORTS / "bench_quantizers" / "rows.json"
+    rows: list[Row] = json.loads(file.read_text()) if file.exists() else []
+    pairs = [(net, name) for net, of in NETS.items() for name in of.quantizers]
+    for net, name in [*pairs, *(("mixed", name) for name in MIXED)]:
+        label = "resnet20" if net == "mixed" else net
+        start = f"{name}, mixed" if net == "mixed" else f"{name}, w"
+        known = any(row["what"] == label and str(row["case"]).startswith(start) for row in rows)
+        if known or (wanted and net not in wanted and f"{net}/{name}" not in wanted):
+            continue
+        found = mixed(name) if net == "mixed" else quality(net, name)
+        rows = [row for row in rows if row["what"] != "machine"] + found + [_machine()]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(rows, indent=1, default=float) + "\n")
+        print(*(f"{row['what']} {row['case']}: {row['value']:.4f}" for row in found), sep="\n", flush=True)
+    return rows
+
+
+def draw(rows: Sequence[Row], file: Path) -> None:
+    """KL to the float network of every quantizer at every width, a panel a network."""
+    figure, panels = plt.subplots(1, len(NETS), figsize=(3.4 * len(NETS), 3.6), layout="constrained")
+    for panel, (net, of) in zip(panels, NETS.items(), strict=True):
+        for i, name in enumerate(QUANTIZERS):
+            found = {str(row["case"]): row["kl"] for row in rows if row["what"] == net and "kl" in row}
+            places = [(j, found[f"{name}, {scheme}"]) for j, scheme in enumerate(of.schemes) if f"{name}, {scheme}" in found]
+            if places:
+                x, y = zip(*places, strict=True)
+                panel.plot(x, y, "o-" if len(x) > 1 else "o", color=f"C{i}", markersize=4, label=name.replace("_", " "))
+        panel.set(title=net, yscale="log", xticks=range(len(of.schemes)), xticklabels=of.schemes)
+        panel.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("KL to the float network, nats")
+    panels[0].legend(fontsize=7)
+    figure.savefig(file, dpi=130)
 
 
 def column_loop(weight: Tensor, feedback: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -185,32 +308,44 @@ def hqq(n: int = 4096, n_steps: int = 20) -> list[Row]:
 def main() -> None:
     """Measure, print the table, and write it to the report folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["accuracy", "speed", "hqq"])
+    parser.add_argument("what", choices=["quality", "speed", "hqq"])
+    parser.add_argument("wanted", nargs="*", help="quality: networks, or network/quantizer; all where none is named")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [*{"accuracy": accuracy, "speed": speed, "hqq": hqq}[arguments.what](), _machine()]
-    lines = [
-        "| what | case | value | 95 % interval (paired) | average bits | rival | ratio |",
-        "| --- | --- | ---: | --- | ---: | --- | ---: |",
-    ]
-    for row in rows:
-        value = f"{row['value']:.2f} {row['unit']}" if isinstance(row["value"], float) else f"{row['value']} {row['unit']}"
-        interval = f"{row['low']:.2f} to {row['high']:.2f}" if "low" in row else ""
-        bits = f"{row['bits']:.2f}" if "bits" in row else ""
-        rival = f"{row['rival']}: {row['rival_value']:.2f}" if "rival" in row else ""
-        ratio = f"{row['ratio']:.1f}" if "ratio" in row else ""
-        lines.append(f"| {row['what']} | {row['case']} | {value} | {interval} | {bits} | {rival} | {ratio} |")
-    accuracy_notes = [
-        "ResNet-20 on the 5,000 staged CIFAR-10 test images; calibrated on 1,000 training images, as is Fisher.",
-        "Average bits count the scales (float16, one a channel); the interval is of the quantized network on these images, as",
-        "the float accuracy plus the paired bootstrap of the difference.",
-    ]
-    notes = accuracy_notes if arguments.what == "accuracy" else []
+    folder = REPORTS / ("bench_quantizers" if arguments.what == "quality" else f"bench_quantizers_{arguments.what}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if arguments.what == "quality":
+        rows = table(arguments.wanted)
+        lines = [
+            "| network | case | quality | 95 % interval (paired) | KL to float | average bits | seconds to quantize |",
+            "| --- | --- | ---: | --- | ---: | ---: | ---: |",
+        ]
+        for row in (row for row in rows if row["what"] != "machine"):
+            numbers = f"{row['value']:.4g} | {row['low']:.4g} to {row['high']:.4g} | {row['kl']:.4f} | {row['bits']:.2f}"
+            seconds = f"{row['seconds']:.2f}" if "seconds" in row else ""
+            lines.append(f"| {row['what']} | {row['case']} | {numbers} | {seconds} |")
+        machine = next((str(row["case"]) for row in rows if row["what"] == "machine"), "")
+        notes = [
+            *(f"- {name}: {net.on}." for name, net in NETS.items()),
+            "",
+            "Quality is accuracy in %, perplexity (less is better) or Spearman's rho. The interval is of the quantized network",
+            "on these data: the float quality plus the interval of the paired difference. Average bits are those of the layers",
+            "quantized, scales counted. Seconds are of one scheme, those of a quantizer's first scheme with its Hessians; the",
+            f"machine was busy, so that they are upper bounds. {machine}.",
+        ]
+        draw(rows, folder / "quality.png")
+    else:
+        rows = [*{"speed": speed, "hqq": hqq}[arguments.what](), _machine()]
+        lines = ["| what | case | value | rival | ratio |", "| --- | --- | ---: | --- | ---: |"]
+        for row in rows:
+            value = f"{row['value']:.2f} {row['unit']}" if isinstance(row["value"], float) else f"{row['value']} {row['unit']}"
+            rival = f"{row['rival']}: {row['rival_value']:.2f}" if "rival" in row else ""
+            ratio = f"{row['ratio']:.1f}" if "ratio" in row else ""
+            lines.append(f"| {row['what']} | {row['case']} | {value} | {rival} | {ratio} |")
+        notes = []
     text = "\n".join([f"# bench_quantizers {arguments.what}", "", *lines, "", *notes]) + "\n"
     print(text)
-    folder = REPORTS / ("bench_quantizers" if arguments.what == "accuracy" else f"bench_quantizers_{arguments.what}")
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "table.md").write_text(text)
     for file in filter(None, (arguments.json, folder / "rows.json")):
         file.write_text(json.dumps(rows, indent=1, default=float) + "\n")

@@ -15,6 +15,7 @@ from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.quantizers.gptq import GPTQ
 from mpsearch.quantizers.kronecker_descent import KroneckerDescent
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
+from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.classification import Classification
 from mpsearch.trace import trace_layers
@@ -168,15 +169,17 @@ def test_the_model_and_its_hooks_are_left_as_they_were(tiny):
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in net.modules())
 
 
+@pytest.mark.parametrize("input", [None, IntegerInput(3, symmetric=False), IntegerInput(3, "static", range="mse")], ids=str)
 @pytest.mark.parametrize("name", [*CONVS, "linear", "transposed"])
-def test_bias_correction_keeps_the_mean_output(tiny, name):
-    """On the calibration data, for every output channel; without it the mean shifts by far more."""
+def test_bias_correction_keeps_the_mean_output(tiny, name, input):
+    """On the calibration data, for every output channel, of rounded inputs too; without it the mean shifts by far more."""
     makers = {**CONVS, "linear": lambda: nn.Linear(6, 8), "transposed": lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2)}
     layer = makers[name]()
     ndim = layer.weight.ndim - 2
     task, x = task_of((6,) if ndim == 0 else (4, *[9, 8, 7][:ndim]))
-    engine = tiny.engine(nn.Sequential(layer), task, {"w2": Integer(2)}, quantizer=RoundToNearest())
-    without = tiny.engine(nn.Sequential(layer), task, {"w2": Integer(2)}, quantizer=RoundToNearest(), bias_correction=False)
+    schemes = {"w2": Integer(2, input=input)}
+    engine = tiny.engine(nn.Sequential(layer), task, schemes, quantizer=RoundToNearest())
+    without = tiny.engine(nn.Sequential(layer), task, schemes, quantizer=RoundToNearest(), bias_correction=False)
     uniform = engine.space.uniform("w2")
 
     @torch.no_grad()
