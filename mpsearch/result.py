@@ -12,7 +12,7 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -81,6 +81,10 @@ class RunFolder:
             ) from None
         except ValueError as error:
             raise InputError(f"{file} is damaged ({error}). Restore it, or start a new run.") from None
+
+    def recorder(self, space: SearchSpace, quality_name: str, costs: Sequence[str]) -> Callable[[Evaluation], None]:
+        """What adds an evaluation to `evaluations.csv`."""
+        return lambda evaluation: self.append("evaluations", evaluation_row(evaluation, space, quality_name, costs))
 
     def append(self, table: str, row: Mapping[str, Any]) -> None:
         """Add one row to `<table>.csv`, in one write, and wait until it is on disk."""

@@ -19,7 +19,7 @@ from mpsearch.finetune import Finetuned, Training
 from mpsearch.finetune import finetune as run_finetune
 from mpsearch.pick import pick
 from mpsearch.report import write_report
-from mpsearch.result import SCORED, RunFolder, SearchResult, evaluation_row
+from mpsearch.result import SCORED, RunFolder, SearchResult
 from mpsearch.search import Evaluator
 
 
@@ -41,9 +41,7 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
         run.mend("evaluations")
         engine = prepared.engine(settings, folder)
 
-        def record(evaluation: Evaluation) -> None:
-            run.append("evaluations", evaluation_row(evaluation, space, quality, result.costs))
-
+        record = run.recorder(space, quality, result.costs)
         budgets = read_budgets(result.budgets, costs, space)
         evaluate = Evaluator(engine, budgets, record, result.evaluations, tables, batch_size)
         trained, confirmed, after = train_point(evaluate, allocation, training, folder)

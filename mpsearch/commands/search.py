@@ -20,7 +20,7 @@ from mpsearch.costs.latency import LatencyMs
 from mpsearch.costs.size import Bytes
 from mpsearch.equalization import recorded
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Evaluation, SensitivityTable
+from mpsearch.evaluation import SensitivityTable
 from mpsearch.executors.base import Executor, at_least_one
 from mpsearch.fidelity import rungs
 from mpsearch.finetune import Training, check_trainable
@@ -29,7 +29,7 @@ from mpsearch.mirror import Mirror
 from mpsearch.pick import pick
 from mpsearch.progress import phase, quiet
 from mpsearch.report import write_report
-from mpsearch.result import RunFolder, SearchResult, evaluation_row
+from mpsearch.result import RunFolder, SearchResult
 from mpsearch.samplers.base import complete
 from mpsearch.search import Evaluator, check_sampler
 from mpsearch.search import search as run_search
@@ -101,9 +101,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         mirror = Mirror(url, name, space, identity["objectives"]) if url else None
         sensitivity = measured_sensitivity(engine, metric, run, known_sensitivity, executor)
 
-        def record(evaluation: Evaluation) -> None:
-            run.append("evaluations", evaluation_row(evaluation, space, quality, identity["costs"]))
-
+        record = run.recorder(space, quality, identity["costs"])
         batch_size = latency.batch_size if isinstance(latency, LatencyMs) else 1
         evaluate = Evaluator(engine, budgets, record, known, beside_size, batch_size, executor)
         with mirror or contextlib.nullcontext():

@@ -15,9 +15,8 @@ from mpsearch.costs.activation_bytes import ActivationBytes
 from mpsearch.costs.size import Bytes
 from mpsearch.equalization import recorded
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Evaluation
 from mpsearch.report import write_report
-from mpsearch.result import RunFolder, SearchResult, evaluation_row
+from mpsearch.result import RunFolder, SearchResult
 from mpsearch.search import Evaluator
 from mpsearch.solve import best_within, cheapest_within, solution
 
@@ -54,9 +53,7 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
         run.identify(prepared.identity(settings))
         run.mend("evaluations")
 
-        def record(evaluation: Evaluation) -> None:
-            run.append("evaluations", evaluation_row(evaluation, space, quality, result.costs))
-
+        record = run.recorder(space, quality, result.costs)
         evaluate = Evaluator(prepared.engine(settings, folder), own, record, result.evaluations, tables, batch_size)
         if max_drop is None:
             picked = best_within(evaluate, result.sensitivity, budgets)
