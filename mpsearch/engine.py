@@ -26,6 +26,7 @@ from mpsearch.bank import Bank
 from mpsearch.calibrate import fisher_bytes, hessian_bytes, hessians, mean_shifts, output_fishers
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score, Stop
+from mpsearch.hardest import hardest_first
 from mpsearch.layer import LayerSpec, check_finite, from_rows, weight_rows
 from mpsearch.prefix import PrefixReuse
 from mpsearch.products import Product
@@ -38,6 +39,7 @@ from mpsearch.tasks.base import Task
 FLOAT = Allocation()
 N_RESAMPLES = 2000
 MANY_VALUES = 100
+BEGUN_MAX_BYTES = 2 * 10**8  # of logits of allocations that were left early, the latest: what goes on there runs the rest only
 
 
 class QuantEngine:
@@ -84,13 +86,20 @@ class QuantEngine:
         self._batches: dict[str, list[tuple[Any, Tensor]]] = {}
         self._float_logits: dict[str, Tensor] = {}
         self._scores: dict[tuple[Allocation, str, tuple[int, ...]], Score] = {}
+        self._begun: OrderedDict[tuple[Allocation, str], list[Tensor]] = OrderedDict()
         for layer in space.layers:
             check_finite(layer.name, self._modules[layer.name][0].weight)
 
     def batches(self, split: str) -> list[tuple[Any, Tensor]]:
-        """The split's (inputs, targets), on the engine's device; an `InputError` where it is empty."""
+        """The split's (inputs, targets), on the engine's device; an `InputError` where it is empty.
+
+        Those of the search split in the order of `hardest.py`: asked for first while nothing is swapped in.
+        """
         if split not in self._batches:
-            self._batches[split] = load_batches(self.task, split, self.device)
+            batches = load_batches(self.task, split, self.device)
+            if split == "search":
+                batches = hardest_first(batches, lambda inputs: self.task.forward(self.model, inputs))
+            self._batches[split] = batches
         return self._batches[split]
 
     def quantized(self, layer: str, scheme: str) -> QuantizedTensor:
@@ -206,7 +215,7 @@ class QuantEngine:
         """An engine on the same model and data whose bank holds these (layer, scheme) already, and quantizes the others."""
         other = copy.copy(self)
         other._packed, other._biases = dict(weights), {key: dict(found) for key, found in biases.items()}
-        other._dense, other._dense_bytes, other._scores = OrderedDict(), 0, {}
+        other._dense, other._dense_bytes, other._scores, other._begun = OrderedDict(), 0, {}, OrderedDict()
         other._prefix = PrefixReuse(self.model, self.task, self.space, self._prefix.max_bytes)  # of other weights
         return other
 
@@ -264,11 +273,13 @@ class QuantEngine:
     def score(self, allocation: Allocation, split: str = "search", stops: Sequence[Stop] = ()) -> Score:
         """The allocation's score on a split; measured whole once, then looked up.
 
-        After the n batches of each of `stops` (n rising, losses in nats) it is left there if its loss is above that stop's.
+        After the n batches of each of `stops` (n rising, losses in nats) it is left there if its loss is above that stop's. What
+        was left early goes on from the batches that were run, where their logits are still at hand.
         """
         key = (allocation, split, tuple(n for n, _ in stops))
-        if key in self._scores:
-            return self._scores[key]
+        known = self._scores.get(key)
+        if known is not None and all(loss <= most for loss, (_, most) in zip(known.rung_losses, stops, strict=False)):
+            return known
         start = time.perf_counter()
         reference = self.float_logits(split)
         with self.applied(allocation) as model:
@@ -295,20 +306,32 @@ class QuantEngine:
         reference = self.float_logits(split)
         if model is None:
             return self._compare(reference, reference, split)
-        found: list[Tensor] = []
+        key = (applied or FLOAT, split)
+        found = self._begun.pop(key, [])
+        total, seen = 0.0, 0
         rungs: list[float] = []
         limits = dict(stops)
         for n, (inputs, _) in enumerate(self.batches(split), start=1):
-            found.append(
-                self._prefix.forward(split, n - 1, inputs, applied) if applied is not None else self.task.forward(model, inputs)
-            )
+            if n > len(found) and applied is not None:
+                found.append(self._prefix.forward(split, n - 1, inputs, applied))
+            elif n > len(found):
+                found.append(self.task.forward(model, inputs))
+            logits = found[n - 1]
+            if limits:
+                total += _divergences(logits, reference[seen : seen + len(logits)]).sum().item()
+            seen += len(logits)
             if n in limits:
-                logits = torch.cat(found)
-                found = [logits]
-                rungs.append(_divergence(logits, reference[: len(logits)]))
+                rungs.append(max(total / seen, 0.0) if np.isfinite(total) else float("inf"))
                 if rungs[-1] > limits[n]:
-                    return replace(self._compare(logits, reference, split), rung_losses=tuple(rungs), stopped=True)
+                    if applied is not None:
+                        self._keep_begun(key, found)
+                    return replace(self._compare(torch.cat(found), reference, split), rung_losses=tuple(rungs), stopped=True)
         return replace(self._compare(torch.cat(found), reference, split), rung_losses=tuple(rungs))
+
+    def _keep_begun(self, key: tuple[Allocation, str], found: list[Tensor]) -> None:
+        self._begun[key] = found
+        while sum(logits.nbytes for those in self._begun.values() for logits in those) > BEGUN_MAX_BYTES:
+            self._begun.popitem(last=False)
 
     def float_logits(self, split: str) -> Tensor:
         """The float model's outputs on a split, float32 `[n, classes]`; computed once, while nothing else is swapped in."""
@@ -358,10 +381,15 @@ def _mean_product(weight: Tensor, mean: Tensor) -> Tensor:
     return torch.einsum("krc,kc->kr", weight.double().reshape(len(mean), -1, mean.shape[1]), mean).flatten()
 
 
+def _divergences(logits: Tensor, reference: Tensor) -> Tensor:
+    """float64 [n] KL(reference || logits) in nats of each row."""
+    log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).double()
+
+
 def _divergence(logits: Tensor, reference: Tensor) -> float:
     """Mean KL(reference || logits) in nats, infinite where it is not a number."""
-    log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
-    loss = (log_p.exp() * (log_p - log_q)).sum(-1).double().mean().item()
+    loss = _divergences(logits, reference).mean().item()
     return max(loss, 0.0) if np.isfinite(loss) else float("inf")
 
 

@@ -12,13 +12,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, Stop
 
+Floats = NDArray[np.float64]
+
 FEWEST = 8  # whole evaluations that an interval needs
 NEAREST = 24  # in loss, to the front's, that it is taken from
 WIDTH = 2.0  # standard deviations: one trial in forty is stopped that would have reached the front
+RIDGE = 1.0  # nats squared: prior sum of squares of the slope's pull to 1
+LEAST_SLOPE = 0.25
+UNKNOWN = 1.0  # nats: how well a first part says the whole, before trials have shown it
 LOSS_FLOOR = 1e-9  # nats: below it float rounding is all there is
 
 
@@ -30,18 +36,52 @@ def rungs(shares: Sequence[float], n_batches: int) -> list[int]:
     return sorted({max(1, round(share * n_batches)) for share in shares} - {n_batches})
 
 
-def stops(batches: Sequence[int], told: Sequence[Evaluation], costs: Mapping[str, float]) -> list[Stop]:
-    """What a trial of these `costs` (by column) may lose at most after each of `batches`, given the trials `told` so far."""
-    whole = [e for e in told if len(e.rung_losses) == len(batches) and not e.stopped and 0 < e.loss < np.inf]
+def whole_losses(at: Floats, first: Floats, whole: Floats) -> tuple[Floats, Floats]:
+    """(means, standard deviations) [k] of ln whole losses, where the first samples' ln losses are `at` [k].
+
+    `first` and `whole` [m] are those of trials that were measured whole. With fewer than `FEWEST` the deviations are `UNKNOWN`.
+    """
+    if len(first) < FEWEST:
+        return at + (np.mean(whole - first) if len(first) else 0.0), np.full(len(at), UNKNOWN)
+    means, deviations = np.empty(len(at)), np.empty(len(at))
+    for i, x in enumerate(at):
+        near = np.argsort(np.abs(first - x), kind="stable")[:NEAREST]
+        slope, intercept, deviations[i] = _line(first[near], whole[near])
+        means[i] = slope * x + intercept
+    return means, deviations
+
+
+def stops(
+    batches: Sequence[int], told: Sequence[Evaluation], costs: Mapping[str, float], seen: int = 0, revisits: bool = False
+) -> list[Stop]:
+    """What a trial of these `costs` (by column) may lose at most after each of `batches`, given the trials `told` so far.
+
+    The first `seen` rungs it has passed before. A sampler that `revisits` what was left early sees each at the first rung.
+    """
+    never = [(n, np.inf) for n in batches]
+    whole = [e for e in told if len(e.rung_losses) == len(batches) and not e.stopped and LOSS_FLOOR < e.loss < np.inf]
     no_dearer = (e for e in told if e.feasible and not e.stopped and all(e.cost(name) <= cost for name, cost in costs.items()))
     front = min((e.loss for e in no_dearer), default=np.inf)
-    if len(whole) < FEWEST or not np.isfinite(front) or front <= LOSS_FLOOR:
-        return [(n, np.inf) for n in batches]
+    if not batches or len(whole) < FEWEST or not np.isfinite(front) or front <= LOSS_FLOOR:
+        return never
+    if revisits and not seen:
+        return [(batches[0], -1.0), *never[1:]]
     level = np.log(front)
     near = sorted(whole, key=lambda e: abs(np.log(e.loss) - level))[:NEAREST]
-    found: list[Stop] = []
-    for i, n in enumerate(batches):
-        rest = np.log([e.loss / max(e.rung_losses[i], LOSS_FLOOR) for e in near])
-        wide = WIDTH * rest.std(ddof=1) * np.sqrt(1 + 1 / len(rest))
-        found.append((n, float(np.exp(level - rest.mean() + wide))))
+    losses = np.log([e.loss for e in near])
+    found = never[:seen]
+    for i, n in enumerate(batches[seen:], start=seen):
+        slope, intercept, deviation = _line(np.log([max(e.rung_losses[i], LOSS_FLOOR) for e in near]), losses)
+        found.append((n, float(np.exp((level + WIDTH * deviation - intercept) / slope))))
     return found
+
+
+def _line(first: Floats, whole: Floats) -> tuple[float, float, float]:
+    """(slope, intercept, standard deviation of a new value) of whole [m] over first [m]; a ridge pulls the slope to 1."""
+    x, rest = first - first.mean(), whole - first
+    x, rest, middle = x, rest - rest.mean(), rest.mean()
+    bend = float(x @ rest / (x @ x + RIDGE))
+    left = rest - bend * x
+    slope = max(1 + bend, LEAST_SLOPE)
+    deviation = np.sqrt(left @ left / (len(x) - 2) * (1 + 1 / len(x)))
+    return slope, float(middle + (1 - slope) * first.mean()), float(deviation)

@@ -25,7 +25,7 @@ def page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | Non
     q, space, identity = result.quality_name, result.space, result.identity
     tried = result.on("search")
     n_trials = sum(e.trial is not None for e in result.evaluations)
-    n_stopped = sum(e.stopped for e in result.evaluations)
+    n_stopped = len({e.allocation for e in result.evaluations if e.stopped} - tried.keys())
     early = f" whole and {n_stopped} in part" if n_stopped else ""
     front = result.front
     lines = [

@@ -7,6 +7,7 @@ again from the same seed, in order), with recorded allocations looked up instead
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import deque
@@ -107,7 +108,7 @@ class Evaluator:
     def submit(self, allocation: Allocation, origin: str, trial: int | None = None, stops: Sequence[Stop] = ()) -> Pending:
         """Have the allocation measured on the search split; ask `result` for it. A repeated trial still gets its row.
 
-        With `stops` it may be left early; without, what was left early before is measured whole.
+        With `stops` it may be left early. What was left early before goes on where they let it pass.
         """
         pending = Pending(allocation, origin, trial)
         if trial is not None and ("search", trial) in self._trials:
@@ -119,8 +120,10 @@ class Evaluator:
                 )
             return pending
         earlier = self._measured.get(("search", allocation))
+        if earlier is not None and trial is not None and earlier.trial is not None and earlier.trial > trial:
+            earlier = None  # a pool's rows come in any order: for this trial that one is still to come
         same = next((f for f, those in self._running.items() if those[0].allocation == allocation), None)
-        if earlier is not None and (stops or not earlier.stopped):
+        if earlier is not None and not _goes_on(earlier, stops):
             if trial is None:
                 pending.evaluation = earlier
             else:
@@ -246,13 +249,20 @@ def search(
     parameters = distributions(names, space.choices)
     seeds = list(origins)
     told: list[Evaluation] = []
+    left_early: dict[Allocation, Evaluation] = {}
+    revisits = isinstance(sampler, Proposer) and sampler.revisits
+    n_new = 0  # trials that did not go on with one that was left early
     running: deque[tuple[optuna.Trial | int, Pending]] = deque()  # a number: one that was recorded
 
     def submit(number: int, allocation: Allocation) -> Pending:
         if allocation in origins:
             return evaluate.submit(allocation, origins[allocation], number, [(n, np.inf) for n in batches])
         costs = _costs(evaluate.engine.space, allocation, objectives)
-        return evaluate.submit(allocation, "sampler", number, stops(batches, told, costs))
+        seen = len(left_early[allocation].rung_losses) if allocation in left_early else 0
+        return evaluate.submit(allocation, "sampler", number, stops(batches, told, costs, seen, revisits))
+
+    def room() -> int:
+        return in_flight if n_new < n_trials else 1  # what is left to go on with is known once all the others are told
 
     def tell() -> Evaluation:
         trial, pending = running.popleft()
@@ -261,15 +271,20 @@ def search(
         if isinstance(trial, optuna.Trial):
             trial.set_user_attr(RUNG_LOSSES, evaluation.rung_losses)
         if evaluation.stopped:
+            left_early[evaluation.allocation] = evaluation
             finished(study.tell(trial, state=optuna.trial.TrialState.PRUNED), evaluation)
         else:
+            left_early.pop(evaluation.allocation, None)
             finished(study.tell(trial, _values(evaluation, columns)), evaluation)
         return evaluation
 
     # What was recorded is added as it was; the last of it are still running as the next is asked for, as they were.
     recorded = evaluate.recorded() if isinstance(sampler, Proposer) else []
     for number, found in enumerate(recorded):
+        while len(running) >= room():
+            tell()
         pending = evaluate.submit(seeds[number] if number < len(seeds) else found.allocation, "sampler", number)
+        n_new += found.allocation not in left_early
         study.add_trial(
             optuna.create_trial(
                 state=optuna.trial.TrialState.RUNNING,
@@ -279,33 +294,43 @@ def search(
             )
         )
         running.append((number, pending))
-        if len(running) == in_flight and number + 1 < len(recorded):
-            tell()
     for allocation in seeds[len(recorded) :]:
         study.enqueue_trial(dict(allocation))
 
     start = time.monotonic()
-    with phase("search", n_trials, done=len(told)) as advance:
+    with phase("search", n_trials, done=n_new) as advance:
 
         def told_one() -> None:
+            new = running[0][1].allocation not in left_early
             evaluation = tell()
-            advance(f"{evaluation.average_bits:.2f} bits: KL {evaluation.loss:.3g}")
+            if new:
+                advance(f"{evaluation.average_bits:.2f} bits: KL {evaluation.loss:.3g}")
 
-        for number in range(len(recorded), n_trials):
-            if len(running) == in_flight:
+        for number in itertools.count(len(recorded)):
+            while len(running) >= room():
                 told_one()
             late = max_seconds is not None and time.monotonic() - start > max_seconds
-            if late or proposer.exhausted(study):
+            over = n_new >= n_trials or proposer.exhausted(study)
+            if late or (over and not (revisits and left_early)):
                 break
             trial = study.ask(parameters)
             params = trial.params  # a copy of them all, every time
             allocation = Allocation((name, params[name]) for name in names)
+            new = allocation not in left_early
+            if new and over:
+                break
+            n_new += new
             running.append((trial, submit(number, allocation)))
         while running:
             told_one()
     for pending in [evaluate.submit(allocation, "uniform") for allocation in uniform]:  # also those that no trial reached
         evaluate.result(pending)
     return evaluate.evaluations
+
+
+def _goes_on(earlier: Evaluation, stops: Sequence[Stop]) -> bool:
+    """Whether what was measured `earlier` was left early, and would not be left there with these stops."""
+    return earlier.stopped and (not stops or earlier.loss <= stops[len(earlier.rung_losses) - 1][1])
 
 
 def _costs(space: SearchSpace, allocation: Allocation, objectives: Sequence[CostTable]) -> dict[str, float]:

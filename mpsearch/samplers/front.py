@@ -9,14 +9,21 @@ the gain is a sum of expected improvements over the steps of the front), among
 - exchanges, which raise one group and lower another;
 - mixtures of two neighbours on the front;
 
-and, in a second round, the moves round the best of these. Additive allocation is where others stop (HAWQ-V3, ModelOpt, AIMET);
-measuring what was proposed and looking again is what EvoPress (Sieberling et al. 2024, https://arxiv.org/abs/2410.14649) and
-AMQ do with ten thousand evaluations. Here the prior, the sensitivities, makes do with a hundred.
+and, in a second round, the moves round the best of these.
+
+Where trials may stop early, each stops at the first rung, and one in three goes on: of all that were left so far, the one whose
+expected gain is largest given its first loss (successive halving without waiting: Li et al. 2020, "A System for Massively
+Parallel Hyperparameter Tuning").
+
+Additive allocation is where others stop (HAWQ-V3, ModelOpt, AIMET); measuring what was proposed and looking again is what
+EvoPress (Sieberling et al. 2024, https://arxiv.org/abs/2410.14649) and AMQ do with ten thousand evaluations. Here the prior, the
+sensitivities, makes do with a hundred.
 """
 
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from mpsearch import knapsack
@@ -32,6 +39,7 @@ POOL = 2e9  # multiplications that may be spent on predicting a pool of candidat
 MIN_CANDIDATES, MAX_CANDIDATES = 96, 400
 CENTERS = 6  # points of the front that moves start from
 TARGETS = 3  # sizes that the knapsack is solved for
+ONE_IN = 3  # of the trials that were left at the first rung goes on
 MAX_STATES = 5_000  # of its dynamic programme: a proposal need not be the exact optimum of a model
 
 
@@ -39,42 +47,60 @@ class Front(Levels):
     """See above. Pending trials (of other workers) count as measured, at what the surrogate expects of them."""
 
     many_costs = True
+    revisits = True
     _variances: tuple[int, Floats] | None = None
 
     def propose(self, history: History, rng: np.random.Generator) -> Choice:
-        """The candidate of largest expected gain."""
-        surrogate = self._fitted(history)
+        """The candidate of largest expected gain: one that was left early where its turn has come, else something new."""
+        surrogate, fitted = self._fitted(history)
         log_losses = history.log_losses.copy()
         if history.running.any():
             log_losses[history.running] = surrogate.predict(history.choices[history.running])[0]
-        usable = np.isfinite(log_losses) & ~history.stopped & self.within(history.choices)
-        front = _Staircase(history.choices[usable], history.sizes[usable], log_losses[usable], self._largest())
+        usable = np.isfinite(log_losses) & self.within(history.choices)
+        refined, deviations = surrogate.refined()
+        log_losses[fitted] = refined
+
+        def front_of(rows: NDArray[np.bool_]) -> _Staircase:
+            return _Staircase(history.choices[rows], history.sizes[rows], log_losses[rows], self._largest())
+
+        left = history.stopped[fitted] & ~history.resuming[fitted]
+        rows = fitted[left]
+        gains = front_of(usable & ~history.stopped).expected_gain(history.sizes[rows], log_losses[rows], deviations[left])
+        if len(gains) and ONE_IN * (history.n_resumed + 1) <= history.n_left:
+            return history.choices[rows[gains.argmax()]]
+
+        front = front_of(usable)  # what was left early counts too, at its estimate: another place has more to gain
         seen = {row.tobytes() for row in history.choices}
         n = int(np.clip(POOL / (self.losses.size * max(1, min(len(history.sizes), MAX_FITTED))), MIN_CANDIDATES, MAX_CANDIDATES))
-
         pool = self._candidates(front, surrogate, n, rng)
         best = self._best(pool, front, surrogate, seen, 4)
         around = [best, *(self._moves(center, surrogate.table(center), n // (2 * len(best)), rng) for center in best)]
         found = self._best(np.concatenate(around), front, surrogate, seen, 1)
-        return found[0] if len(found) else self.smallest
+        if len(found):
+            return found[0]
+        return history.choices[rows[gains.argmax()]] if len(gains) else self.smallest
 
-    def _fitted(self, history: History) -> Surrogate:
+    def _fitted(self, history: History) -> tuple[Surrogate, NDArray[np.intp]]:
+        """The surrogate, and the rows of the history that it was fitted to."""
         surrogate = Surrogate(self.losses, self.exact)
-        measured = history.measured
-        choices, log_losses, sizes = history.choices[measured], history.log_losses[measured], history.sizes[measured]
+        # Variances are chosen from what was measured whole: estimates change with what comes later, and a run that is gone on
+        # with must choose the same.
+        whole = np.flatnonzero(history.measured & ~history.stopped)
         when = 0
-        for number in _schedule(len(choices)):
+        for number in _schedule(len(whole)):
             when = number
         if when:
             if self._variances is None or self._variances[0] != when:
-                even = self.even[np.arange(choices.shape[1]), choices[:when]].sum(1)  # whichever mixture this proposal weighs
-                nearest = nearest_front(even, log_losses[:when], MAX_EVIDENCE)
-                surrogate.choose_variances(choices[nearest], log_losses[nearest])
+                first = whole[:when]
+                even = self.even[np.arange(len(self.even)), history.choices[first]].sum(1)  # whichever mixture this one weighs
+                first = first[nearest_front(even, history.log_losses[first], MAX_EVIDENCE)]
+                surrogate.choose_variances(history.choices[first], history.log_losses[first])
                 self._variances = when, surrogate.variances
             surrogate.variances = self._variances[1]
-        nearest = nearest_front(sizes, log_losses, MAX_FITTED)
-        surrogate.fit(choices[nearest], log_losses[nearest])
-        return surrogate
+        fitted = np.flatnonzero(history.measured)
+        fitted = fitted[nearest_front(history.sizes[fitted], history.log_losses[fitted], MAX_FITTED)]
+        surrogate.fit(history.choices[fitted], history.log_losses[fitted], history.variances[fitted])
+        return surrogate, fitted
 
     def _largest(self) -> float:
         """The size up to which a point's gain counts. Also under a budget: its best point serves whoever could afford more."""

@@ -25,6 +25,7 @@ from mpsearch.budget import Budget
 from mpsearch.costs.base import CostTable, mixed
 from mpsearch.errors import InputError
 from mpsearch.evaluation import SensitivityTable
+from mpsearch.fidelity import LOSS_FLOOR, whole_losses
 from mpsearch.samplers.base import distributions
 
 Choice = NDArray[np.intp]
@@ -40,7 +41,9 @@ class History:
     """The trials so far, by number: `choices` intp [n, n_groups] (scheme indices), `log_losses` float64 [n] (natural logarithm;
     NaN where a trial still runs or failed), `sizes` float64 [n], the first cost without its constant, `running` bool [n].
 
-    Of a trial that was `stopped` (bool [n]) early, the loss is what its first samples and the whole trials let expect.
+    Of a trial that was `stopped` (bool [n]) early, the loss is what its first samples and the whole trials let expect, with a
+    variance (float64 [n], 0 for the others); `resuming` (bool [n]) says that it is going on just now. Once it went on it stands
+    here as it is told then, and only so. `n_left` is how many were left early, `n_resumed` how often one of them went on.
     """
 
     choices: Choice
@@ -48,6 +51,10 @@ class History:
     sizes: Floats
     running: NDArray[np.bool_]
     stopped: NDArray[np.bool_]
+    variances: Floats
+    resuming: NDArray[np.bool_]
+    n_left: int = 0
+    n_resumed: int = 0
 
     @property
     def measured(self) -> NDArray[np.bool_]:
@@ -55,19 +62,19 @@ class History:
         return np.isfinite(self.log_losses)
 
 
-def _expected(rung_losses: Sequence[Sequence[float]], log_losses: Floats) -> Floats:
-    """[n] ln of the whole losses, from the last rung of each and what the others, measured whole, lost from there on."""
-    found = np.full(len(log_losses), np.nan)
-    for i, losses in enumerate(rung_losses):
-        if losses and losses[-1] > 0:
-            at = len(losses) - 1
-            rest = [
-                w - np.log(r[at])
-                for w, r in zip(log_losses, rung_losses, strict=True)
-                if np.isfinite(w) and len(r) > at and r[at] > 0
-            ]
-            found[i] = np.log(losses[-1]) + (np.mean(rest) if rest else 0.0)
-    return found
+def _expected(rung_losses: Sequence[Sequence[float]], log_losses: Floats) -> tuple[Floats, Floats]:
+    """[n] ln of the whole losses and their variances, from the last rung of each and the others that were measured whole."""
+    means, variances = np.full(len(log_losses), np.nan), np.zeros(len(log_losses))
+    rungs = np.full((len(log_losses), max(map(len, rung_losses), default=0)), np.nan)
+    for row, losses in zip(rungs, rung_losses, strict=True):
+        row[: len(losses)] = np.log(np.maximum(losses, LOSS_FLOOR))
+    whole = np.isfinite(log_losses)
+    last = np.array([len(losses) for losses in rung_losses]) - 1
+    for i in range(rungs.shape[1]):
+        here, known = ~whole & (last == i) & np.isfinite(rungs[:, i]), whole & np.isfinite(rungs[:, i])
+        means[here], deviations = whole_losses(rungs[here, i], rungs[known, i], log_losses[known])
+        variances[here] = np.square(deviations)
+    return means, variances
 
 
 class Proposer(BaseSampler):
@@ -87,6 +94,7 @@ class Proposer(BaseSampler):
     """
 
     many_costs = False
+    revisits = False  # whether it proposes again what was left early and promises enough: each is then left at the first rung
 
     def __init__(
         self,
@@ -157,7 +165,8 @@ class Proposer(BaseSampler):
             self.weigh(mixed(self.costs, _weights(len(self.costs), rng), self.space.allowed))
         history = self._history(study)
         choice = self.repair(self.propose(history, rng))
-        choice = self._new(choice, {row.tobytes() for row in history.choices}, rng)
+        left_early = history.stopped if self.revisits else np.zeros(len(history.sizes), dtype=bool)
+        choice = self._new(choice, {row.tobytes() for row in history.choices[~left_early]}, rng)
         return {name: self.space.scheme_names[i] for name, i in zip(self.space.names, choice, strict=True)}
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
@@ -173,11 +182,33 @@ class Proposer(BaseSampler):
         choices = self._asked(study)
         running = np.array([trial.state is TrialState.RUNNING for trial in trials], dtype=bool)
         stopped = np.array([trial.state is TrialState.PRUNED for trial in trials], dtype=bool)
+        variances = np.zeros(len(trials))
         if stopped.any():
             told = ~running
             seen = [trial.user_attrs.get(RUNG_LOSSES, ()) if is_told else () for trial, is_told in zip(trials, told, strict=True)]
-            log_losses[stopped] = _expected(seen, log_losses)[stopped]
-        return History(choices, log_losses, self.sizes(choices), running, stopped)
+            expected, noise = _expected(seen, log_losses)
+            log_losses[stopped], variances[stopped] = expected[stopped], noise[stopped]
+        latest = {row.tobytes(): i for i, row in enumerate(choices) if not running[i]}
+        left: set[bytes] = set()
+        again = np.zeros(len(trials), dtype=bool)
+        for i, row in enumerate(choices):
+            again[i] = row.tobytes() in left
+            if stopped[i]:
+                left.add(row.tobytes())
+        under_way = {row.tobytes() for row in choices[running & again]}
+        keep = np.array([running[i] or latest[row.tobytes()] == i for i, row in enumerate(choices)], dtype=bool)
+        resuming = np.array([row.tobytes() in under_way for row in choices], dtype=bool)
+        return History(
+            choices[keep],
+            log_losses[keep],
+            self.sizes(choices[keep]),
+            running[keep],
+            stopped[keep],
+            variances[keep],
+            resuming[keep],
+            n_left=len(left),
+            n_resumed=int(again.sum()),
+        )
 
     def _is_asked(self, trial: FrozenTrial) -> bool:
         return trial.state is not TrialState.WAITING and len(trial.params) == len(self.space.names)

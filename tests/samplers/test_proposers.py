@@ -196,7 +196,7 @@ def test_a_proposal_stays_cheap(n_groups, seconds):
     choices = np.clip(rng.normal(rng.uniform(1, 7, (300, 1)), 1.0, (300, n_groups)).round(), 0, 7).astype(np.intp)
     amplitude = np.sqrt(table.values[np.arange(n_groups), choices])
     losses = np.log(np.square(amplitude).sum(1) + 0.2 * (amplitude @ np.sin(np.arange(n_groups))) ** 2)
-    history = History(choices, losses, sampler.sizes(choices), *np.zeros((2, 300), dtype=bool))
+    history = History(choices, losses, sampler.sizes(choices), *np.zeros((4, 300), dtype=bool))
     sampler.propose(history, rng)
     start = time.process_time()
     for _ in range(2):
