@@ -33,6 +33,8 @@ def draw_curves(file: Path, name: str, curves: Mapping[str, list[tuple[dict[str,
         style: dict[str, Any] = {"color": "black" if ours else colors.get(run, "0.75"), "lw": 2.4 if ours else 1.4}
         if "going on" in run:
             style |= {"lw": 1.2, "ls": "--"}
+        elif "Fisher" in run and ours:
+            style |= {"color": "mediumvioletred"}
         label = run if ours or run in colors else ("others: see the table" if run == rivals[-1] else None)
         for ax, x in zip(axes, (evaluations, seconds), strict=True):
             ax.plot(x, np.median(missing, axis=0), label=label, zorder=3 if ours else 2 if run in colors else 1, **style)

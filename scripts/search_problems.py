@@ -183,11 +183,18 @@ def enumerate_digits(problem: Network) -> None:
     descend(0, [x for x, _ in engine.batches("search")], Allocation())
 
 
-def resnet20_problem(cache: Path, n_search: int = 250) -> Network:
-    """ResNet-20 on CIFAR-10, 20 layers at 2, 3, 4, 5, 6 or 8 bits; `n_search` search images from the training set."""
+def resnet20_problem(cache: Path, n_search: int = 250, unseen: bool = False) -> Network:
+    """ResNet-20 on CIFAR-10, 20 layers at 2, 3, 4, 5, 6 or 8 bits; `n_search` search images from the training set.
+
+    `unseen`: from the end of the test set, which the network was not trained on; the others of it confirm.
+    """
     folder = DATA / "cifar10"
     task = Cifar10(str(folder), n_calibration=1000, n_search=n_search, batch_size=50)
     name = "resnet20" if n_search == 250 else f"resnet20_{n_search}"
+    if unseen:
+        name += "_unseen"
+        batches = list(task.batches("confirm"))
+        task._batches |= {"search": batches[-n_search // 50 :], "confirm": batches[: -n_search // 50]}
     return Network(name, resnet(20, folder / "resnet20.safetensors"), task, (2, 3, 4, 5, 6, 8), cache)
 
 
