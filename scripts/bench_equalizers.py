@@ -90,8 +90,8 @@ def networks() -> dict[str, Build]:
         ),
         "minilm": (
             minilm,
-            lambda: STSBenchmark(str(data / "stsb"), n_calibration=100, n_search=50, n_confirm=300),
-            {"w3": (ALL[0], ALL[2]), "w4": (ALL[0], ALL[2])} | inputs,
+            lambda: STSBenchmark(str(data / "stsb"), n_calibration=50, n_search=50, n_confirm=100),
+            {"w3": ALL[:2], "w4": ALL[:2]} | {name: ("clip_search",) for name in ("w8a8 static", "w4a4 per token")},
         ),
     }
 
