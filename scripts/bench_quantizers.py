@@ -22,7 +22,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from bench_resnet20 import REPORTS, Row, _machine
+from pages import REPORTS, Row, machine, write
 from search_problems import DATA
 from torch import Tensor, nn
 
@@ -141,11 +141,11 @@ def quality(net: str, name: str) -> list[Row]:
     engine = engine_of(NETS[net], QUANTIZERS[name])
     rows = [_row(engine, FLOAT, net, "float")] if name == next(iter(QUANTIZERS)) else []
     for scheme in engine.space.schemes:
-        start = time.perf_counter()
+        start = time.process_time()
         for layer in engine.space.layers:
             engine.quantized(layer.name, scheme)
-        seconds = time.perf_counter() - start  # of the first scheme: with one pass for the Hessians
-        rows.append(_row(engine, engine.space.uniform(scheme), net, f"{name}, {scheme}") | {"seconds": seconds})
+        seconds = time.process_time() - start  # of the first scheme: with one pass for the Hessians
+        rows.append(_row(engine, engine.space.uniform(scheme), net, f"{name}, {scheme}") | {"cpu_seconds": seconds})
     return rows
 
 
@@ -183,7 +183,7 @@ def table(wanted: Sequence[str]) -> list[Row]:
         if known or (wanted and net not in wanted and f"{net}/{name}" not in wanted):
             continue
         found = mixed(name) if net == "mixed" else quality(net, name)
-        rows = [row for row in rows if row["what"] != "machine"] + found + [_machine()]
+        rows = [row for row in rows if row["what"] != "machine"] + found + [machine()]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(rows, indent=1, default=float) + "\n")
         print(*(f"{row['what']} {row['case']}: {row['value']:.4f}" for row in found), sep="\n", flush=True)
@@ -313,42 +313,37 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    folder = REPORTS / ("bench_quantizers" if arguments.what == "quality" else f"bench_quantizers_{arguments.what}")
-    folder.mkdir(parents=True, exist_ok=True)
+    name = "bench_quantizers" if arguments.what == "quality" else f"bench_quantizers_{arguments.what}"
+    lines = [f"# bench_quantizers {arguments.what}", ""]
     if arguments.what == "quality":
         rows = table(arguments.wanted)
-        lines = [
-            "| network | case | quality | 95 % interval (paired) | KL to float | average bits | seconds to quantize |",
+        lines += [
+            "| network | case | quality | 95 % interval (paired) | KL to float | average bits | CPU seconds to quantize |",
             "| --- | --- | ---: | --- | ---: | ---: | ---: |",
         ]
-        for row in (row for row in rows if row["what"] != "machine"):
+        for row in (row for net in NETS for row in rows if row["what"] == net):
             numbers = f"{row['value']:.4g} | {row['low']:.4g} to {row['high']:.4g} | {row['kl']:.4f} | {row['bits']:.2f}"
-            seconds = f"{row['seconds']:.2f}" if "seconds" in row else ""
+            seconds = f"{row['cpu_seconds']:.2f}" if "cpu_seconds" in row else ""
             lines.append(f"| {row['what']} | {row['case']} | {numbers} | {seconds} |")
-        machine = next((str(row["case"]) for row in rows if row["what"] == "machine"), "")
-        notes = [
-            *(f"- {name}: {net.on}." for name, net in NETS.items()),
+        lines += [
+            "",
+            *(f"- {net}: {of.on}." for net, of in NETS.items()),
             "",
             "Quality is accuracy in %, perplexity (less is better) or Spearman's rho. The interval is of the quantized network",
             "on these data: the float quality plus the interval of the paired difference. Average bits are those of the layers",
-            "quantized, scales counted. Seconds are of one scheme, those of a quantizer's first scheme with its Hessians; the",
-            f"machine was busy, so that they are upper bounds. {machine}.",
+            "quantized, scales counted. Seconds are of one scheme; those of a quantizer's first scheme include its Hessians.",
+            *(f"Machine: {row['case']}." for row in rows if row["what"] == "machine"),
         ]
-        draw(rows, folder / "quality.png")
+        draw(rows, REPORTS / name / "quality.png")
     else:
-        rows = [*{"speed": speed, "hqq": hqq}[arguments.what](), _machine()]
-        lines = ["| what | case | value | rival | ratio |", "| --- | --- | ---: | --- | ---: |"]
+        rows = [*{"speed": speed, "hqq": hqq}[arguments.what](), machine()]
+        lines += ["| what | case | value | rival | ratio |", "| --- | --- | ---: | --- | ---: |"]
         for row in rows:
             value = f"{row['value']:.2f} {row['unit']}" if isinstance(row["value"], float) else f"{row['value']} {row['unit']}"
             rival = f"{row['rival']}: {row['rival_value']:.2f}" if "rival" in row else ""
             ratio = f"{row['ratio']:.1f}" if "ratio" in row else ""
             lines.append(f"| {row['what']} | {row['case']} | {value} | {rival} | {ratio} |")
-        notes = []
-    text = "\n".join([f"# bench_quantizers {arguments.what}", "", *lines, "", *notes]) + "\n"
-    print(text)
-    (folder / "table.md").write_text(text)
-    for file in filter(None, (arguments.json, folder / "rows.json")):
-        file.write_text(json.dumps(rows, indent=1, default=float) + "\n")
+    write(name, lines, rows, arguments.json)
 
 
 if __name__ == "__main__":
