@@ -91,17 +91,16 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """What one group alone in a scheme does to the score: `values` float64 `[n_groups, n_schemes]`, higher is worse."""
+    """What one group alone in a scheme does to the score: `values` float64 `[n_groups, n_schemes]`, higher is worse.
+
+    `exact` says that they are what a search measures of its trials: the loss, on all of the search data.
+    """
 
     metric: str
     unit: str
     values: np.ndarray
     space: SearchSpace
-
-    @property
-    def exact(self) -> bool:
-        """Whether the values are what a search measures of its trials, the loss, of one group alone."""
-        return self.metric == "kl"
+    exact: bool = False
 
     def losses(self) -> np.ndarray:
         """`values`, infinite where a group may not take a scheme.

@@ -222,7 +222,7 @@ class SearchResult:
         values = np.array([[known.get((g, s), np.inf) for s in space.scheme_names] for g in space.names])
         costs, objectives = identity.get("costs", []), identity.get("objectives", ["size_bytes"])
         evaluations = run.read_evaluations(space, identity["quality_name"], costs)
-        table = SensitivityTable(metric, unit, values, space)
+        table = SensitivityTable(metric, unit, values, space, identity["metric"].get("exact", False))
         budgets = identity.get("budgets", {})
         return cls(space, identity["quality_name"], evaluations, table, budgets, identity, objectives, costs)
 

@@ -39,4 +39,4 @@ def measure_sensitivity(
             record(group, scheme, value)
             advance(f"{group} at {scheme}: {value:.3g} {metric.unit}")
     values = np.array([[known.get((name, scheme), np.inf) for scheme in space.scheme_names] for name in space.names])
-    return SensitivityTable(metric.name, metric.unit, values, space)
+    return SensitivityTable(metric.name, metric.unit, values, space, metric.exact)

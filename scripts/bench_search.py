@@ -382,7 +382,7 @@ def cost(n_groups: int) -> dict[str, float]:
     """Milliseconds of processor time that one proposal takes after 300 evaluations, and that Optuna takes to keep one trial."""
     problem = Synthetic(n_groups, bits=(1, 2, 3, 4, 5, 6, 7, 8))
     space, rng = problem.space, np.random.default_rng(0)
-    table = SensitivityTable("kl", "nats", np.square(problem.amplitudes), space)
+    table = SensitivityTable("kl", "nats", np.square(problem.amplitudes), space, exact=True)
     sampler = Front(space, table, [Bytes().table(space)], [], 0)
     choices = np.clip(rng.normal(rng.uniform(1, 7, (300, 1)), 1.0, (300, n_groups)).round(), 0, 7).astype(np.intp)
     log_losses = np.log([problem.score(space.allocation(choice)).loss for choice in choices])

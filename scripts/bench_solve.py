@@ -84,7 +84,7 @@ def seconds() -> dict[str, float]:
     for n, bits in ((20, (2, 3, 4, 5, 6, 8)), (200, tuple(range(1, 9)))):
         problem = Synthetic(n, bits=bits)
         space, rng = problem.space, np.random.default_rng(0)
-        table = SensitivityTable("kl", "nats", np.square(problem.amplitudes), space)
+        table = SensitivityTable("kl", "nats", np.square(problem.amplitudes), space, exact=True)
         evaluate = Evaluator(problem, ())  # type: ignore[arg-type]
         last = len(bits) - 1
         for choice in np.clip(rng.normal(rng.uniform(0, last, (200, 1)), 1.0, (200, n)).round(), 0, last).astype(np.intp):

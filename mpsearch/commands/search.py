@@ -83,7 +83,10 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         in_flight = in_flight or (2 * executor.workers if executor.workers > 1 else 1)
         identity = {
             **prepared.identity(settings),
-            "metric": {"name": metric.name, "unit": metric.unit, **(asdict(metric) if is_dataclass(metric) else {})},
+            "metric": {
+                **{"name": metric.name, "unit": metric.unit, "exact": metric.exact},
+                **(asdict(metric) if is_dataclass(metric) else {}),
+            },
             "trials": {"in_flight": in_flight, "rungs": list(rung_shares)},
             "budgets": {budget.table.name: budget.limit for budget in budgets},
             "objectives": [table.column for table in objectives],

@@ -26,7 +26,7 @@ def sensitivity(settings: Settings, build: Build, folder: Path) -> None:
     run = RunFolder(folder)
     with run.locked():
         prepared.record(folder)
-        run.identify({**prepared.identity(settings), "metric": {"name": metric.name, "unit": metric.unit}})
+        run.identify({**prepared.identity(settings), "metric": {"name": metric.name, "unit": metric.unit, "exact": metric.exact}})
         table = measured_sensitivity(prepared.engine(settings, folder), metric, run, {})
     draw_sensitivity(table, folder)
     space = prepared.space

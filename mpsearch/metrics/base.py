@@ -24,6 +24,11 @@ class SensitivityMetric(ABC):
     name: ClassVar[str]
     unit: ClassVar[str]
 
+    @property
+    def exact(self) -> bool:
+        """Whether it is what a search measures of its trials: the loss, on all of the search data."""
+        return False
+
     @abstractmethod
     def measure(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[float]:
         """One value for each (group, scheme) of `pairs`, in their order; each is yielded as soon as it is known."""

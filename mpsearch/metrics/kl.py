@@ -12,6 +12,11 @@ class KL(MeasuredMetric):
     name = "kl"
     unit = "nats"
 
+    @property
+    def exact(self) -> bool:
+        """Where it sees all of the search data."""
+        return self.share == 1
+
     def value(self, score: Score, baseline: Score) -> float:
         """The score's loss."""
         return score.loss
