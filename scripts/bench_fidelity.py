@@ -2,10 +2,11 @@
 
     python scripts/bench_fidelity.py [--seeds 3] [--trials 200] [--json FILE]
 
-The same search twice: every trial and every sensitivity on all search images; and with the rungs of conf/search.yaml and
-sensitivities on a sixteenth (`metric.share`). The sensitivities' images are counted, and of a trial that goes on, those that it
-had not seen. The hypervolume is that of what was measured whole. Losses are kept in build/fidelity/, batch by batch, so that
-nothing runs twice, whichever search asks for it. Written to reports/bench_fidelity/.
+The same search three times: every trial and every sensitivity on all search images; with the rungs of conf/search.yaml and
+sensitivities on a sixteenth (`metric.share`); and with the rungs and `metric=fisher` on 250 calibration images. The images of the
+sensitivities are counted (Fisher's three times for its backward pass, and once for each scheme), and of a trial that goes on those
+that it had not seen. The hypervolume is that of what was measured whole. Losses are kept in build/fidelity/, batch by batch, so
+that nothing runs twice, whichever search asks for it. Written to reports/bench_fidelity/.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from mpsearch.allocation import ALPHABET, Allocation
 from mpsearch.costs.size import Bytes
 from mpsearch.engine import QuantEngine
 from mpsearch.evaluation import Evaluation, Score, Stop
+from mpsearch.metrics.base import SensitivityMetric
+from mpsearch.metrics.fisher import Fisher
 from mpsearch.metrics.kl import KL
 from mpsearch.pareto import hypervolume
 from mpsearch.samplers.front import Front
@@ -38,7 +41,12 @@ from mpsearch.sensitivity import measure_sensitivity
 
 ROOT = Path(__file__).parent.parent
 REPORTS, KEPT = ROOT / "reports" / "bench_fidelity", ROOT / "build" / "fidelity" / "resnet20.csv"
-MODES = {"all on all images": ((), 1.0), "rungs, sensitivities on a sixteenth": ((0.125, 0.25, 0.5), 0.0625)}
+RUNGS = (0.125, 0.25, 0.5)
+MODES: dict[str, tuple[tuple[float, ...], SensitivityMetric]] = {
+    "all on all images": ((), KL()),
+    "rungs, sensitivities on a sixteenth": (RUNGS, KL(0.0625)),
+    "rungs, Fisher sensitivities": (RUNGS, Fisher()),
+}
 
 
 class Counted:
@@ -87,10 +95,17 @@ class Counted:
         return Score(found[end - 1], nan, nan, nan, nan, nan, self.sizes[end], np.empty(0), rungs, stopped)
 
 
-def run(engine: Counted, seed: int, rungs: Sequence[float], share: float, n_trials: int) -> tuple[list[tuple[int, float]], int]:
+def run(
+    engine: Counted, seed: int, rungs: Sequence[float], metric: SensitivityMetric, n_trials: int
+) -> tuple[list[tuple[int, float]], int]:
     """((images, hypervolume) after each trial, the number of allocations that were left for good)."""
     engine.restart()
-    table = measure_sensitivity(engine, KL(share))  # type: ignore[arg-type]
+    if isinstance(metric, Fisher):
+        engine.engine._batches["calibration"] = engine.engine.batches("calibration")[:1]
+        table = measure_sensitivity(engine.engine, metric)
+        engine.images = (3 + len(BITS)) * len(engine.engine.batches("calibration")[0][1])
+    else:
+        table = measure_sensitivity(engine, metric)  # type: ignore[arg-type]
     space, worst = engine.space, engine.losses(engine.space.uniform("w2"), len(engine.sizes) - 1)[-1]
     bits = (space.size_bits(space.choice(space.uniform("w8"))) - space.other_bits) / space.numel
     found: list[Evaluation] = []
@@ -129,8 +144,8 @@ def main() -> None:
     lines += ["| ---: | --- | ---: | ---: | ---: | ---: | ---: |"]
     for seed in range(arguments.seeds):
         got = {}
-        for mode, (rungs, share) in MODES.items():
-            curve, stopped = run(engine, seed, rungs, share, arguments.trials)
+        for mode, (rungs, metric) in MODES.items():
+            curve, stopped = run(engine, seed, rungs, metric, arguments.trials)
             got[mode] = curve, stopped
             curves[mode].append(curve)
         level = 0.995 * min(curve[-1][1] for curve, _ in got.values())
@@ -148,7 +163,7 @@ def main() -> None:
             rows.append({"what": "images until 99.5 %", "case": case, "value": until, "ratio": whole / until})
         print("\n".join(lines), flush=True)
     fig, axes = plt.subplots(figsize=(7, 4.2))
-    for color, (mode, those) in zip(("tab:gray", "tab:blue"), curves.items(), strict=True):
+    for color, (mode, those) in zip(("tab:gray", "tab:blue", "tab:orange"), curves.items(), strict=True):
         for i, curve in enumerate(those):
             axes.plot(*zip(*curve, strict=True), color=color, label=mode if i == 0 else None)
     axes.set(xlabel="images run through the network, sensitivities counted", ylabel="hypervolume", xscale="log")
