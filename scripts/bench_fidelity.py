@@ -2,7 +2,7 @@
 
     python scripts/bench_fidelity.py [--seeds 3] [--trials 200] [--json FILE]
 
-The same search twice: every trial and every sensitivity on all search images; and with the rungs of conf/search.yaml and
+The same search twice: every trial and every sensitivity on all search images; and with rungs and
 sensitivities on a sixteenth (`metric.share`). The sensitivities' images are counted, and of a trial that goes on, those that it
 had not seen. The hypervolume is that of what was measured whole. Losses are kept in build/fidelity/, batch by batch, so that
 nothing runs twice, whichever search asks for it. Written to reports/bench_fidelity/.
