@@ -2,11 +2,11 @@
 
     python scripts/bench_fidelity.py [--seeds 3] [--trials 200] [--json FILE]
 
-The same search three times: every trial and every sensitivity on all search images; with the rungs of conf/search.yaml and
-sensitivities on a sixteenth (`metric.share`); and with the rungs and `metric=fisher` on 250 calibration images. The images of the
-sensitivities are counted (Fisher's three times for its backward pass, and once for each scheme), and of a trial that goes on those
-that it had not seen. The hypervolume is that of what was measured whole. Losses are kept in build/fidelity/, batch by batch, so
-that nothing runs twice, whichever search asks for it. Written to reports/bench_fidelity/.
+The same search three times: every trial and every sensitivity on all search images; with rungs, and sensitivities on a sixteenth
+(`metric=kl_hardest`); and with rungs and `metric=fisher` on 250 calibration images. The images of the sensitivities are counted
+(Fisher's three times for its backward pass, and once for each scheme), and of a trial that goes on those that it had not seen.
+The hypervolume is that of what was measured whole. Losses are kept in build/fidelity/, batch by batch, so that nothing runs
+twice, whichever search asks for it. Written to reports/bench_fidelity/.
 """
 
 from __future__ import annotations
