@@ -28,6 +28,7 @@ from mpsearch.schemes.integer import SCALE_DTYPES, Integer
 from mpsearch.schemes.rotated import Rotated
 
 INSIDE = 0.25  # of a step: no latent weight starts farther from its code, or the first steps would undo the quantizer's choice
+PACE = 0.1  # of a scale to its weights: at two bits one that moves as fast as they do changes too many codes at once
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class Student:
         start = torch.where(scale == 0, matrix, (steps - zeros[:, weight.groups]) * scale)
         self._weights[layer.name], self._zeros[layer.name] = weight, zeros
         self._add(f"{layer.name}.weight", start, matrix.square().mean().sqrt())
-        self._add(f"{layer.name}.scales", scales, scales.abs())
+        self._add(f"{layer.name}.scales", scales, PACE * scales.abs())
 
     def _module_biases(self, layer: LayerSpec) -> list[tuple[str, Tensor]]:
         modules: list[tuple[str, Any]] = [(name, self.base.model.get_submodule(name)) for name in layer.modules]

@@ -84,14 +84,12 @@ def test_tables_and_static_inputs_learn_too(tiny, tmp_path, scheme):
     engine = tiny.digits({"it": scheme})
     allocation = engine.space.uniform("it")
     found = finetune(engine, allocation, Training(epochs=2, batches=25, batch_size=50, learning_rate=0.01), tmp_path)
-    assert min(found.losses) < 0.6 * found.losses[0]
+    assert min(found.losses) < 0.8 * found.losses[0]
     assert found.engine.score(allocation).loss == min(found.losses)
-    name = engine.space.layers[-1].name
-    before, after = engine.quantized(name, "it"), found.engine.quantized(name, "it")
-    assert after.nbytes == before.nbytes
-    assert {key for key in before.tensors if not torch.equal(before.tensors[key], after.tensors[key])} >= {"codes"} | set(
-        before.of_input
-    ) - {"input_zero_point"}
+    pairs = [(engine.quantized(la.name, "it"), found.engine.quantized(la.name, "it")) for la in engine.space.layers]
+    assert all(before.nbytes == after.nbytes for before, after in pairs)
+    for key in {"codes"} | set(pairs[0][0].of_input) - {"input_zero_point"}:
+        assert any(not torch.equal(before.tensors[key], after.tensors[key]) for before, after in pairs), key
 
 
 @pytest.mark.parametrize("dense", [Integer(3, 5, symmetric=False, input=IntegerInput(4)), Codebook("e2m1", 16, "e4m3")], ids=str)
