@@ -167,6 +167,8 @@ def main() -> None:
         for i, curve in enumerate(those):
             axes.plot(*zip(*curve, strict=True), color=color, label=mode if i == 0 else None)
     axes.set(xlabel="images run through the network, sensitivities counted", ylabel="hypervolume", xscale="log")
+    most = max(reached for those in curves.values() for curve in those for _, reached in curve)
+    axes.set(xlim=(8e3, None), ylim=(0.88 * most, 1.005 * most))
     axes.legend()
     axes.grid(alpha=0.3)
     REPORTS.mkdir(parents=True, exist_ok=True)

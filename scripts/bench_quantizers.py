@@ -65,7 +65,7 @@ QUANTIZERS: dict[str, Quantizer] = {
 }
 TARGETS = (3.0, 3.5, 4.0)
 MIXED = ("coordinate_descent", "kronecker_descent")
-N_CIFAR = 2000
+N_CIFAR = 5000
 SCHEMES: dict[str, Integer] = {f"w{bits}": Integer(bits) for bits in (2, 3, 4)} | {"w3g64": Integer(3, 64, symmetric=False)}
 WIDTHS = (2, 3, 4, 5, 6, 8)
 
@@ -101,8 +101,8 @@ NETS = {
         ("w2", "w3", "w3g64", "w4"),
     ),
     "minilm": Net(
-        lambda: (minilm(None), STSBenchmark(DATA / "stsb", n_confirm=300)),
-        "Spearman on the first 300 dev pairs of STS-B, embeddings float; calibrated on 200 training pairs",
+        lambda: (minilm(None), STSBenchmark(DATA / "stsb", n_confirm=None)),
+        "Spearman on the 1,500 dev pairs of STS-B, embeddings float; calibrated on 200 training pairs",
         ("w3",),
         tuple(name for name in QUANTIZERS if name != "adaround"),
     ),
@@ -115,8 +115,8 @@ NETS = {
         ("w2", "w3", "w4"),
     ),
     "efficientnet_lite0": Net(
-        lambda: (efficientnet_lite0(None), ImageNetSample(DATA / "imagenet_sample", n_confirm=200)),
-        "top-1 of 200 pictures; calibrated on 100 others",
+        lambda: (efficientnet_lite0(None), ImageNetSample(DATA / "imagenet_sample")),
+        "top-1 of 300 pictures; calibrated on 100 others",
         ("w4",),
         ("round_to_nearest", "clip_search", "coordinate_descent", "kronecker_descent"),
     ),
