@@ -23,7 +23,7 @@ INTRO = """
 Written by `scripts/bench_search.py`, sentences with numbers in them too. Every sampler is asked by the same loop
 (`mpsearch.search`), gets the same quantized weights (`coordinate_descent`, the package's default, one symmetric scale a channel,
 biases corrected) and the same evaluations: what one sampler had measured is looked up when another asks for it, and counts in
-full. Weights only, arithmetic simulated. All was measured at commit b76ae17.
+full. Weights only, arithmetic simulated. All was measured at commit b76ae17 or a few before it.
 
 | problem | what it is |
 | --- | --- |
