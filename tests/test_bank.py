@@ -92,7 +92,9 @@ def test_a_run_that_goes_on_and_its_export_quantize_nothing(tmp_path, monkeypatc
         cli.main()
         return len(called)
 
-    assert mpsearch("search", "scheme=[w2,w8]", "n_trials=6", "n_seeds=3", "hydra.run.dir=run") == 20
+    assert (
+        mpsearch("search", "scheme=[w2,w8]", "quantizer=coordinate_descent", "n_trials=6", "n_seeds=3", "hydra.run.dir=run") == 20
+    )
     assert mpsearch("search", "run=run", "n_trials=9") == 0
     assert mpsearch("solve", "run=run", "budget.bits=5") == 0
     assert mpsearch("export", "run=run") == 0
