@@ -159,7 +159,8 @@ def output_fishers(model: nn.Module, task: Task, modules: Sequence[str], batches
 def _gradients(logits: Tensor, outputs: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor | None]:
     """Of the drawn loss; none, and a warning, where the model gives none."""
     try:
-        return torch.autograd.grad(drawn_loss(logits, generator), outputs, allow_unused=True)
+        with torch.enable_grad():  # whoever asks for a quantized layer may be in no_grad
+            return torch.autograd.grad(drawn_loss(logits, generator), outputs, allow_unused=True)
     except RuntimeError as error:
         warnings.warn(f"No gradient can be had of the model, so that layers are quantized without: {error}", stacklevel=3)
         return [None] * len(outputs)
