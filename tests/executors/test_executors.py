@@ -85,7 +85,7 @@ def cluster():
 @pytest.fixture(scope="module")
 def ray_cluster():
     """The address of a Ray cluster of two nodes with a CPU each: processes on loopback, as on hosts of their own."""
-    pytest.importorskip("ray", reason="Ray is not installed")
+    pytest.importorskip("ray.cluster_utils", reason="Ray is not installed")
     from ray.cluster_utils import Cluster
 
     with pytest.MonkeyPatch.context() as patch:
@@ -249,7 +249,7 @@ def test_bad_settings_are_sentences():
 
 
 def test_a_ray_cluster_that_is_not_there_or_too_small_is_a_sentence(request):
-    pytest.importorskip("ray", reason="Ray is not installed")
+    pytest.importorskip("ray.cluster_utils", reason="Ray is not installed")
     with pytest.raises(InputError, match=r"No Ray cluster answers at '127\.0\.0\.1:1'"), Ray(2, "127.0.0.1:1") as executor:
         executor.start(None, None)
     address = request.getfixturevalue("ray_cluster")
