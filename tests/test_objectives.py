@@ -127,6 +127,7 @@ def test_from_the_front_door(tmp_path, monkeypatch, capsys):
     for words, sentence in (
         (["objective=[bytes,bits]"], "bytes and bits are the same cost in two units"),
         (["objective=[bytes,bit_operations,fraction]"], "or two in brackets"),
+        (["objective=null"], "or two in brackets"),
         (["objective=[bytes,latency_ms]"], "or two in brackets: bytes, bits, bit_operations; "),
         (["objective=[bytes,bit_operations]", "sampler=ilp"], "weighs one cost against the loss"),
     ):

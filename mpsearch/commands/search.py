@@ -42,7 +42,8 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     prepared = prepare(settings, build, recorded(folder))
     space = prepared.space
     costs = {name: build(f"cost.{name}") for name in settings["cost"]}
-    names = [asked] if isinstance(asked := settings["objective"], str) else list(dict.fromkeys(asked))
+    asked = settings["objective"]
+    names = list(dict.fromkeys(map(str, asked if isinstance(asked, list) else [asked])))
     if not 1 <= len(names) <= 2 or not set(names) <= set(costs):
         raise InputError(f"The objective is one of this run's costs, or two in brackets: {', '.join(costs)}; '{asked}' came.")
     latency = costs.get(LatencyMs.name)
