@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from bench_resnet20 import DATA, REPORTS, Row, _machine
+from bench_resnet20 import DATA
+from pages import REPORTS, Row, machine
 from torch import nn
 
 from mpsearch.allocation import SearchSpace
@@ -120,7 +121,7 @@ def measure(network: str) -> None:
     def record(row: Row) -> None:
         rows.append(row)
         FOLDER.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps([*rows, _machine()], indent=1, default=float) + "\n")
+        file.write_text(json.dumps([*rows, machine()], indent=1, default=float) + "\n")
         print(*(row.get(key, "") for key in ("case", "quantizer", "equalizer", "value", "kl")), flush=True)
 
     first = engine_of(fresh(), ClipSearch())  # the network as it came

@@ -12,10 +12,6 @@ twice, whichever search asks for it. Written to reports/bench_fidelity/.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import os
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from bench_resnet20 import BITS, DATA, build_engine
+from pages import REPORTS, Row, machine, write
 
 from mpsearch.allocation import ALPHABET, Allocation
 from mpsearch.costs.size import Bytes
@@ -40,7 +37,7 @@ from mpsearch.search import Evaluator, search
 from mpsearch.sensitivity import measure_sensitivity
 
 ROOT = Path(__file__).parent.parent
-REPORTS, KEPT = ROOT / "reports" / "bench_fidelity", ROOT / "build" / "fidelity" / "resnet20.csv"
+KEPT = ROOT / "build" / "fidelity" / "resnet20.csv"
 RUNGS = (0.125, 0.25, 0.5)
 MODES: dict[str, tuple[tuple[float, ...], SensitivityMetric]] = {
     "all on all images": ((), KL()),
@@ -139,7 +136,7 @@ def main() -> None:
     torch.set_num_threads(1)
     engine = Counted(build_engine(n_search=400, batch_size=25), KEPT)
     curves: dict[str, list[list[tuple[int, float]]]] = {mode: [] for mode in MODES}
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     lines = ["| seed | search | images | left for good | hypervolume | 99.5 % of the least final one after | saved |"]
     lines += ["| ---: | --- | ---: | ---: | ---: | ---: | ---: |"]
     for seed in range(arguments.seeds):
@@ -171,16 +168,21 @@ def main() -> None:
     axes.set(xlim=(8e3, None), ylim=(0.88 * most, 1.005 * most))
     axes.legend()
     axes.grid(alpha=0.3)
-    REPORTS.mkdir(parents=True, exist_ok=True)
-    fig.savefig(REPORTS / "hypervolume.png", dpi=130, bbox_inches="tight")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    about = f"ResNet-20, 400 search images in batches of 25, {len(BITS)} widths, clip search; {commit}, {datetime.date.today()}."
-    page = ["# bench_fidelity: trials that stop early", "", about, "", *lines, "", "![](hypervolume.png)", ""]
-    (REPORTS / "table.md").write_text("\n".join(page))
-    rows.append({"what": "machine", "case": f"{os.cpu_count()} cores, torch {torch.__version__}"})
-    for file in (REPORTS / "rows.json", arguments.json):
-        if file is not None:
-            file.write_text(json.dumps(rows, indent=1) + "\n")
+    rows.append(machine())
+    about = f"ResNet-20, 400 search images in batches of 25, {len(BITS)} widths, clip search."
+    page = [
+        "# bench_fidelity: trials that stop early",
+        "",
+        about,
+        "",
+        *lines,
+        "",
+        "![](hypervolume.png)",
+        "",
+        str(rows[-1]["case"]),
+    ]
+    write("bench_fidelity", page, rows, arguments.json)
+    fig.savefig(REPORTS / "bench_fidelity" / "hypervolume.png", dpi=130, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from bench_resnet20 import DATA, REPORTS, Row, _machine
+from bench_resnet20 import DATA
+from pages import REPORTS, Row, machine
 from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantize, MovingAveragePerChannelMinMaxObserver
 
@@ -215,7 +216,7 @@ def run(case: str) -> None:
         "batch_size": training.batch_size,
         "seconds": seconds,
         "losses": losses,
-        "machine": _machine()["case"],
+        "machine": machine()["case"],
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / f"{case}.json").write_text(json.dumps(row, indent=1) + "\n")
@@ -228,7 +229,7 @@ ABLATION = ("LSQ, KL", "slow", "STE, KL", "LSQ, CE", "STE, CE", "torch.ao")
 def page() -> str:
     """The tables of what has been run, and the figure of how the losses fell."""
     found = {case: json.loads(file.read_text()) for case in CASES if (file := FOLDER / f"{case}.json").exists()}
-    rows = [*found.values(), _machine()]
+    rows = [*found.values(), machine()]
     folder = REPORTS / "bench_finetune"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "rows.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -10,12 +10,11 @@ measured on the confirm split. Data as in `bench_rotation.py`. `--json FILE` wri
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
-from bench_resnet20 import REPORTS, Row, _machine
 from bench_rotation import network_of
+from pages import Row, machine, write
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.calibrate import calibrate
@@ -79,7 +78,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [*measure(arguments.network), _machine()]
+    rows = [*measure(arguments.network), machine()]
     lines = [
         f"| scheme | bits a weight | bits a value of the input | KL, nats | {rows[0]['unit']} (95 %) |",
         "| --- | ---: | ---: | ---: | ---: |",
@@ -88,13 +87,8 @@ def main() -> None:
         quality = f"{row['value']:.4g} ({row['low']:.4g} to {row['high']:.4g})"
         lines.append(f"| {row['case']} | {row['bits']:.2f} | {row['input_bits']} | {row['kl']:.3g} | {quality} |")
     notes = ["", "Scales of weights are counted, those of inputs are not. Intervals are paired with the float model.", ""]
-    text = "\n".join([f"# bench_inputs {arguments.network}", "", *lines, *notes, str(rows[-1]["case"])]) + "\n"
-    print(text)
-    folder = REPORTS / f"bench_inputs_{arguments.network}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(text)
-    for file in filter(None, (arguments.json, folder / "rows.json")):
-        file.write_text(json.dumps(rows, indent=1, default=float) + "\n")
+    page = [f"# bench_inputs {arguments.network}", "", *lines, *notes, str(rows[-1]["case"])]
+    write(f"bench_inputs_{arguments.network}", page, rows, arguments.json)
 
 
 if __name__ == "__main__":

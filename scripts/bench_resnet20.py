@@ -22,8 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optuna
 import torch
-from pages import REPORTS, Row, write
-from pages import machine as _machine
+from pages import REPORTS, Row, machine, write
 from scipy.stats import kendalltau
 
 from mpsearch.allocation import Allocation, SearchSpace
@@ -209,7 +208,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     rows, notes = {"overhead": overhead, "metrics": metrics, "search": search_benchmark}[arguments.what]()
-    rows.append(_machine())
+    rows.append(machine())
     lines = ["| what | case | value | unit | rival | ratio |", "| --- | --- | ---: | --- | --- | ---: |"]
     for row in rows:
         value = f"{row['value']:.4g}" if isinstance(row["value"], float) else row["value"]

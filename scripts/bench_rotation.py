@@ -12,7 +12,6 @@ measured on the confirm split. The data are found in `$MPSEARCH_DATA` (default `
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +23,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from bench_resnet20 import DATA, REPORTS, Row, _machine
+from bench_resnet20 import DATA
+from pages import REPORTS, Row, machine, write
 from torch import Tensor, nn
 
 from mpsearch import kernels
@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [*(speed() if arguments.what == "speed" else quality(arguments.what)), _machine()]
+    rows = [*(speed() if arguments.what == "speed" else quality(arguments.what)), machine()]
     if arguments.what != "speed":
         lines = [*table(rows), "", f"Float32: {rows[0]['unit']} {rows[0]['value']:.4g}.", ""]
         lines += ["![inputs before and after](inputs.png)", ""] if arguments.what == "minilm" else []
@@ -267,13 +267,8 @@ def main() -> None:
             "One thread, its time on the core, the best of 40 interleaved calls. Of packed layers the rival is the same one",
             "without rotation.",
         ]
-    text = "\n".join([f"# bench_rotation {arguments.what}", "", *lines, "", str(rows[-1]["case"])]) + "\n"
-    print(text)
-    folder = REPORTS / f"bench_rotation_{arguments.what}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "table.md").write_text(text)
-    for file in filter(None, (arguments.json, folder / "rows.json")):
-        file.write_text(json.dumps(rows, indent=1, default=float) + "\n")
+    page = [f"# bench_rotation {arguments.what}", "", *lines, "", str(rows[-1]["case"])]
+    write(f"bench_rotation_{arguments.what}", page, rows, arguments.json)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 
 import torch
-from bench_resnet20 import REPORTS, Row, _machine
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from pages import REPORTS, Row, machine
 
 from mpsearch.commands.prepare import prepare
 from mpsearch.engine import QuantEngine, paired_interval
@@ -84,7 +84,7 @@ def compared() -> list[Row]:
 def main() -> None:
     """Measure, print the table, and write it beside the run."""
     torch.set_num_threads(1)
-    rows = [*compared(), _machine()]
+    rows = [*compared(), machine()]
     lines = [
         "| uniform | giga bit-operations | accuracy % | KL | searched: giga bit-operations | accuracy % | KL "
         "| difference in accuracy, points (95 %, paired) |",
