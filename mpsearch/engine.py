@@ -106,14 +106,14 @@ class QuantEngine:
         """The layer's weight in the scheme, from the bank; quantized at the first call."""
         key = (layer, scheme)
         if key not in self._packed:
-            weight = weight_rows(self._modules[layer][0]).float().cpu()
-            found = self.bank and self.bank.read(layer, scheme, self.space.schemes[scheme], tuple(weight.shape))
-            self._packed[key] = found or self._quantize(layer, scheme, weight)
+            found = self.bank and self.bank.read(layer, scheme, self.space.schemes[scheme], self._layers[layer].shape)
+            self._packed[key] = found or self._quantize(layer, scheme)
         return self._packed[key]
 
-    def _quantize(self, layer: str, scheme: str, weight: Tensor) -> QuantizedTensor:
+    def _quantize(self, layer: str, scheme: str) -> QuantizedTensor:
         """By the scheme's quantizer, with what calibration found."""
         try:
+            weight = weight_rows(self._modules[layer][0]).float().cpu()
             found = [self.moments[name] for name in self._layers[layer].modules if name in self.moments]
             moments = InputMoments.pooled(found) if found else None
             self._check_input(layer, scheme, moments)
