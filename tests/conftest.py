@@ -1,6 +1,7 @@
 """What all tests share: where the real models and data sets are, and networks small enough to quantize a thousand times."""
 
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mpsearch import cli
 from mpsearch.allocation import SearchSpace
 from mpsearch.calibrate import calibrate
 from mpsearch.engine import QuantEngine, load_batches, other_bits
@@ -115,3 +117,21 @@ def tiny():
 def trained():
     """One engine of the trained digits network for all tests that only ask it for scores."""
     return digits_engine({f"w{bits}": Integer(bits) for bits in (2, 3, 4, 8)})
+
+
+@pytest.fixture
+def mpsearch(tmp_path, monkeypatch, capsys):
+    """`mpsearch("search", "n_trials=5")` in this process, in a folder of its own: (exit code, what went to stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["mpsearch", *words])
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code
+        return code or 0, capsys.readouterr().err
+
+    return run

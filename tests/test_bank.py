@@ -1,12 +1,10 @@
 """What was quantized is found again, to the last bit, and never where it does not belong."""
 
 import copy
-import sys
 
 import pytest
 import torch
 
-from mpsearch import cli
 from mpsearch.bank import Bank
 from mpsearch.calibrate import calibrate
 from mpsearch.engine import QuantEngine, load_batches
@@ -79,22 +77,18 @@ def test_a_folder_that_cannot_be_written_is_said_once(tiny, tmp_path):
     engine.quantized(layer, "w4a8")  # a second warning would be an error
 
 
-def test_a_run_that_goes_on_and_its_export_quantize_nothing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
+def test_a_run_that_goes_on_and_its_export_quantize_nothing(mpsearch, monkeypatch):
     called = []
     quantize = copy.copy(CoordinateDescent.quantize)
     monkeypatch.setattr(CoordinateDescent, "quantize", lambda *a, **k: (called.append(1), quantize(*a, **k))[1])
 
-    def mpsearch(*words):
+    def quantized(*words):
         called.clear()
-        monkeypatch.setattr(sys, "argv", ["mpsearch", *words])
-        cli.main()
+        assert mpsearch(*words)[0] == 0
         return len(called)
 
-    assert (
-        mpsearch("search", "scheme=[w2,w8]", "quantizer=coordinate_descent", "n_trials=6", "n_seeds=3", "hydra.run.dir=run") == 20
-    )
-    assert mpsearch("search", "run=run", "n_trials=9") == 0
-    assert mpsearch("solve", "run=run", "budget.bits=5") == 0
-    assert mpsearch("export", "run=run") == 0
+    first = ["scheme=[w2,w8]", "quantizer=coordinate_descent", "n_seeds=3", "hydra.run.dir=run"]
+    assert quantized("search", *first, "n_trials=6") == 20
+    assert quantized("search", "run=run", "n_trials=9") == 0
+    assert quantized("solve", "run=run", "budget.bits=5") == 0
+    assert quantized("export", "run=run") == 0

@@ -1,7 +1,6 @@
 """Fronts of two costs and the loss: the search covers them, goes on as if nothing was, and what cannot be is said at the door."""
 
 import dataclasses
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +8,6 @@ import optuna
 import pandas as pd
 import pytest
 
-from mpsearch import cli
 from mpsearch.allocation import SearchSpace
 from mpsearch.costs.base import CostTable, mixed
 from mpsearch.costs.size import Bytes
@@ -101,20 +99,8 @@ def test_a_mixture_is_in_shares_of_each_costs_range():
     assert np.abs(found).max() < 1e-12
 
 
-def test_from_the_front_door(tmp_path, monkeypatch, capsys):
+def test_from_the_front_door(mpsearch):
     """A run, gone on with, drawn, solved and exported; and what makes no sense is refused."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-
-    def mpsearch(*words):
-        monkeypatch.setattr(sys, "argv", ["mpsearch", *words])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code or 0, capsys.readouterr().err
-
     costs = ["scheme=[w2a8,w8,w8a8]", "cost=[bytes,bits,bit_operations]"]
     first = [*costs, "objective=[bytes,bit_operations]", "n_seeds=6", "hydra.run.dir=run"]
     assert mpsearch("search", *first, "n_trials=12")[0] == 0

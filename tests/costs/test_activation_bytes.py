@@ -1,6 +1,5 @@
 """The peak of the activations: its table, and budgets on it in every sampler, alone and beside one on bytes."""
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,6 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from mpsearch import cli
 from mpsearch.allocation import SearchSpace
 from mpsearch.budget import narrowed, read_budgets
 from mpsearch.costs.activation_bytes import ActivationBytes
@@ -135,20 +133,8 @@ def test_solve_finds_the_best_within(limits):
     assert best_within(evaluate, TABLE, budgets).loss == pytest.approx(least**1.3)
 
 
-def test_from_the_front_door(tmp_path, monkeypatch, capsys):
+def test_from_the_front_door(mpsearch):
     """A run under a limit, gone on with, and solved for another limit; and as an objective it is refused."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-
-    def mpsearch(*words):
-        monkeypatch.setattr(sys, "argv", ["mpsearch", *words])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code
-        return code or 0, capsys.readouterr().err
-
     first = ["scheme=[w2,w4,w4a8]", "cost=[bytes,activation_bytes]", "n_seeds=3", "hydra.run.dir=run"]
     assert mpsearch("search", *first, "n_trials=5", "budget.activation_bytes=12kB")[0] == 0
     assert mpsearch("search", "run=run", "n_trials=8")[0] == 0
