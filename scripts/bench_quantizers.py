@@ -203,7 +203,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         panel.set(title=net, yscale="log", xticks=range(len(of.schemes)), xticklabels=of.schemes)
         panel.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("KL to the float network, nats")
-    panels[0].legend(fontsize=7)
+    max(panels, key=lambda panel: len(panel.lines)).legend(fontsize=7)  # the one that shows them all
     figure.savefig(file, dpi=130)
 
 
