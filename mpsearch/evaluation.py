@@ -93,7 +93,9 @@ class Evaluation:
 class SensitivityTable:
     """What one group alone in a scheme does to the score: `values` float64 `[n_groups, n_schemes]`, higher is worse.
 
-    `exact` says that they are what a search measures of its trials: the loss, on all of the search data.
+    `exact` says that they are what a search measures of its trials: the loss, on all of the search data. `effects`, float32
+    `[n, n_groups, n_schemes]`, are there where the metric knows what groups do together: their loss is half the squared sum of
+    their effects, and what is left of each one's own value.
     """
 
     metric: str
@@ -101,6 +103,7 @@ class SensitivityTable:
     values: np.ndarray
     space: SearchSpace
     exact: bool = False
+    effects: np.ndarray | None = None
 
     def losses(self) -> np.ndarray:
         """`values`, infinite where a group may not take a scheme.

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.errors import InputError
@@ -138,6 +139,28 @@ class RunFolder:
             known[row["group"], row["scheme"]] = _number(file, number, row["value"])
         return known
 
+    def write_effects(self, effects: NDArray[np.float32]) -> None:
+        """`effects.npy`: `SensitivityTable.effects`."""
+        content = io.BytesIO()
+        np.save(content, effects, allow_pickle=False)
+        write_atomically(self.path / "effects.npy", content.getvalue())
+
+    def read_effects(self, space: SearchSpace) -> NDArray[np.float32] | None:
+        """What `write_effects` wrote; `None` where there are none."""
+        file = self.path / "effects.npy"
+        if not file.exists():
+            return None
+        try:
+            effects: NDArray[np.float32] = np.load(file, allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
+            raise InputError(f"{file} is damaged ({error}). Delete it, and it is measured again.") from None
+        if effects.dtype != np.float32 or effects.shape[1:] != space.allowed.shape or not np.isfinite(effects).all():
+            raise InputError(
+                f"{file} is of another run: {effects.dtype} {list(effects.shape)} for {len(space.names)} groups and "
+                f"{len(space.scheme_names)} schemes. Delete it, and it is measured again."
+            )
+        return effects
+
     def read_evaluations(self, space: SearchSpace, quality_name: str, costs: Sequence[str] = ()) -> list[Evaluation]:
         """All evaluations so far, in the order in which they were made; `costs` are the columns beside the size."""
         file = self.path / "evaluations.csv"
@@ -222,7 +245,7 @@ class SearchResult:
         values = np.array([[known.get((g, s), np.inf) for s in space.scheme_names] for g in space.names])
         costs, objectives = identity.get("costs", []), identity.get("objectives", ["size_bytes"])
         evaluations = run.read_evaluations(space, identity["quality_name"], costs)
-        table = SensitivityTable(metric, unit, values, space, identity["metric"].get("exact", False))
+        table = SensitivityTable(metric, unit, values, space, identity["metric"].get("exact", False), run.read_effects(space))
         budgets = identity.get("budgets", {})
         return cls(space, identity["quality_name"], evaluations, table, budgets, identity, objectives, costs)
 
@@ -302,11 +325,11 @@ def _read_layer(data: dict[str, Any]) -> LayerSpec:
     )
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Replace `file` in one step: a reader sees the old text or the new, never half."""
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Replace `file` in one step: a reader sees the old content or the new, never half."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(text)
+    with open(temporary, "wb") as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, file)

@@ -56,7 +56,7 @@ def prediction(sensitivity: SensitivityTable, measured: Sequence[Evaluation], bu
     log_losses = np.log(np.maximum([e.loss for e in known.values()], LOSS_FLOOR))
     sizes = space.storage_bits[np.arange(choices.shape[1]), choices].sum(1)
     # Whatever is known teaches, also what the budgets forbid: the table is that of the whole space.
-    surrogate = Surrogate(sensitivity.losses(), sensitivity.exact)
+    surrogate = Surrogate(sensitivity.losses(), sensitivity.exact, sensitivity.effects)
     nearest = nearest_front(sizes, log_losses, MAX_EVIDENCE)
     surrogate.choose_variances(choices[nearest], log_losses[nearest])
     nearest = nearest_front(sizes, log_losses, MAX_FITTED)

@@ -8,10 +8,11 @@ sum (LeCun et al. 1990, "Optimal Brain Damage"; Deng et al. 2023, "CLADO", https
 so an allocation is seen as the unit vector of its amplitudes, phi_gs(x) = sqrt(a_gs / A) where g takes s, else 0; A = sum_g a_g.
 In logarithms,
 
-    ln L(x) = ln C (1 - exp(-A / C)) + sum_gs,ht rho_gs,ht(ln A) phi_gs phi_ht + noise,      g != h
+    ln L(x) = ln C (1 - exp(-J / C)) + sum_gs,ht rho_gs,ht(ln A) phi_gs phi_ht + noise,      g != h
               [+ b + l(ln A) + sum_gs w_gs phi_gs].
 
-The first term is what the sensitivities say, with a link that saturates at the largest loss C that was measured; the rho are
+The first term is what the sensitivities say, with a link that saturates at the largest loss C that was measured: J = A, or
+|sum_g e_g|^2 / 2 where the metric gave the e_g too (`metrics/gauss_newton.py`), so that the rho are what these miss. They are
 smooth functions of the level, for a network that is damaged much has other interactions. A group alone has none: its loss was
 measured, it *is* the sensitivity. Only where the sensitivities are no losses, but a metric of another kind, there are also b for
 its unit, l for its curve and w for what it misjudges; they would be learned from mixed allocations, and wrong for any others.
@@ -40,6 +41,7 @@ WEIGHT = 0.05  # of the log-normal prior on these variances round START; a facto
 BOUNDS = [(-12.0, 3.0)] + [(-12.0, 5.0)] * 3
 NUGGET = 1e-5
 SMALLEST = 1e-7  # of the largest sensitivity: what counts as none
+CANCELLED = 0.01  # of the summed sensitivities: the least that is believed to be left where effects cancel
 
 
 class _Seen(NamedTuple):
@@ -57,12 +59,15 @@ class Surrogate:
     Args:
         losses: float64 [n_groups, n_choices], the sensitivities, in any unit that adds up; infinite where not allowed.
         exact: they are what is predicted, measured of each group alone.
+        effects: float32 [n, n_groups, n_choices], e: of the sensitivities |e|^2 / 2, what adds up with signs.
     """
 
-    def __init__(self, losses: Floats, exact: bool = True) -> None:
+    def __init__(self, losses: Floats, exact: bool = True, effects: NDArray[np.float32] | None = None) -> None:
         allowed = np.isfinite(losses)
         top = float(losses[allowed].max(initial=0.0)) or 1.0
         self.amplitude = np.sqrt(np.where(allowed, np.maximum(losses, SMALLEST * top), top))
+        self._effects = np.zeros((0, *losses.shape), dtype=np.float32) if effects is None else effects
+        self._own = np.square(self.amplitude) - 0.5 * np.square(self._effects).sum(0)
         self._free = np.array([0, 3] if exact else [0, 1, 2, 3])  # the variances that there are
         self.variances = np.where(np.isin(np.arange(4), self._free), np.exp(START), 0.0)
         self._offset = 0.0 if exact else OFFSET
@@ -76,6 +81,17 @@ class Surrogate:
     def additive(self, choices: Choices) -> Floats:
         """[n] ln of the summed sensitivities of `choices` [n, n_groups]: what a model without measurements would say."""
         return np.log(np.square(self.amplitude[np.arange(len(self.amplitude)), choices]).sum(1))
+
+    def _together(self, choices: Choices) -> Floats:
+        """[n] the J of `choices` [n, n_groups]."""
+        rows, (groups, n_choices) = np.arange(len(self.amplitude)), self.amplitude.shape
+        own = self._own[rows, choices].sum(1)
+        if not len(self._effects):
+            return own
+        taken = np.zeros((len(choices), groups * n_choices), dtype=np.float32)
+        np.put_along_axis(taken, rows * n_choices + choices, 1.0, axis=1)
+        joint = own + 0.5 * np.square(taken @ self._effects.reshape(len(self._effects), -1).T).sum(1)
+        return np.maximum(joint, CANCELLED * np.square(self.amplitude[rows, choices]).sum(1))
 
     def choose_variances(self, choices: Choices, log_losses: Floats) -> None:
         """Set the variances by the evidence of these measurements (arguments as `fit`); a few hundred are plenty."""
@@ -157,8 +173,12 @@ class Surrogate:
         steeper = float(self._weights @ ((level * near + square * pairs) * away)) / LEVEL_WIDTH**2
         # Raising a_g also turns phi away from all the others: w by half as much as rho.
         turned = 0.5 * float(self._weights @ (linear * inner)) + float(self._weights @ (square * pairs))
-        link = (total / self.ceiling) / np.expm1(min(total / self.ceiling, 50.0)) if np.isfinite(self.ceiling) else 1.0
-        return max(link + steeper - turned, 0.1) * share**2 + slope * share
+        joint = float(self._together(choice[None])[0])
+        link = (joint / self.ceiling) / np.expm1(min(joint / self.ceiling, 50.0)) if np.isfinite(self.ceiling) else 1.0
+        now = self._effects[:, rows, choice]
+        moved = self._effects - now[:, :, None]
+        added = self._own + np.tensordot(now.sum(1), moved, 1) + 0.5 * np.square(moved).sum(0)
+        return max(link + steeper - turned, 0.1) * added / joint + slope * share
 
     def _see(self, choices: Choices) -> _Seen:
         rows = np.arange(len(self.amplitude))
@@ -171,10 +191,10 @@ class Surrogate:
         return _Seen(np.log(total), group, scheme, scheme**2)
 
     def _mean(self, choices: Choices, ceiling: float) -> Floats:
-        additive = self.additive(choices)
+        expected = np.log(self._together(choices))
         if not np.isfinite(ceiling):
-            return additive
-        return np.log(ceiling) + np.log(-np.expm1(-np.exp(additive - np.log(ceiling))))
+            return expected
+        return np.log(ceiling) + np.log(-np.expm1(-np.exp(expected - np.log(ceiling))))
 
     def _inner(self, a: _Seen, b: _Seen) -> Floats:
         return (SHARED * (a.group @ b.group.T) + (1 - SHARED) * (a.scheme @ b.scheme.T)).astype(np.float64)

@@ -81,6 +81,23 @@ def test_sensitivities_come_back_exactly(run):
     assert known['b, quoted "c"', "bf16"] == 2 / 9
 
 
+def test_effects_come_back_exactly_and_what_is_damaged_is_refused(run):
+    assert run.read_effects(SPACE) is None
+    effects = np.arange(18, dtype=np.float32).reshape(2, 3, 3)
+    run.write_effects(effects)
+    assert np.array_equal(run.read_effects(SPACE), effects)
+    assert np.array_equal(SearchResult.load(run.path).sensitivity.effects, effects)
+    run.write_effects(effects[:, :2])
+    with pytest.raises(InputError, match=r"effects.npy is of another run: float32 \[2, 2, 3\] for 3 groups and 3 schemes"):
+        run.read_effects(SPACE)
+    (run.path / "effects.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(InputError, match=r"effects.npy is damaged .* Delete it, and it is measured again"):
+        run.read_effects(SPACE)
+    np.save(run.path / "effects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match=r"damaged"):
+        run.read_effects(SPACE)
+
+
 def test_a_run_is_loaded_from_its_folder_alone(run):
     result = SearchResult.load(run.path)
     assert result.space == SPACE

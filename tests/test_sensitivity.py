@@ -70,3 +70,40 @@ def test_losses_forbid_what_may_not_be_taken_even_where_it_was_measured(engine):
     table, _ = run(engine, known)
     assert table.values[1, 1] == 0.5
     assert table.losses()[1, 1] == np.inf
+
+
+class Joint(Numbered):
+    """Knows effects too: of the n-th pair, n and 2 n."""
+
+    def measure_joint(self, engine, pairs):
+        self.log.append(("joint",))
+        numbers = np.arange(len(pairs), dtype=np.float64)
+        return numbers, np.stack([numbers, 2 * numbers]).astype(np.float32)
+
+
+def joint(engine, known=None, effects=None):
+    log = []
+    keep = lambda found: log.append(("kept", found.shape))  # noqa: E731
+    record = lambda *row: log.append(("recorded", *row))  # noqa: E731
+    return measure_sensitivity(engine, Joint(log), known, record, effects=effects, keep=keep), log
+
+
+def test_effects_come_with_the_values_and_are_kept_first(engine):
+    table, log = joint(engine)
+    assert table.values.tolist() == [[0, 1, 2], [3, np.inf, 4], [5, 6, 7]]
+    assert table.effects[0].tolist() == [[0, 1, 2], [3, 0, 4], [5, 6, 7]]
+    assert table.effects[1].tolist() == [[0, 2, 4], [6, 0, 8], [10, 12, 14]]
+    assert [row[0] for row in log] == ["joint", "kept"] + ["recorded"] * 8
+
+
+def test_an_interrupted_run_measures_effects_again_but_keeps_its_values(engine):
+    whole, _ = joint(engine)
+    again, log = joint(engine, {("first", "w2"): 9.0}, whole.effects)
+    assert [row[0] for row in log] == ["joint", "kept"] + ["recorded"] * 7
+    assert again.values[0].tolist() == [9, 1, 2]
+    done = {(g, s): whole.values[i, j] for i, g in enumerate(engine.space.names) for j, s in enumerate(("w2", "w4", "w8"))}
+    table, log = joint(engine, done, whole.effects)
+    assert not log
+    assert table.effects is whole.effects
+    table, log = joint(engine, done)  # their file was lost
+    assert [row[0] for row in log] == ["joint", "kept"]

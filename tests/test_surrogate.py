@@ -151,3 +151,56 @@ def test_sensitivities_of_zero_do_no_harm():
     surrogate = Surrogate(np.zeros((4, 2)))
     surrogate.fit(np.array([[0, 0, 0, 0], [1, 0, 1, 0]]), np.array([-3.0, -4.0]))
     assert np.isfinite(surrogate.predict(np.array([[1, 1, 1, 1]]))[0]).all()
+
+
+def with_effects(n=40, seed=0):
+    """(losses, effects, loss of choices): what groups do adds up as vectors of `n` features."""
+    rng = np.random.default_rng(seed)
+    directions = rng.normal(size=(n, N_GROUPS, 1)) + rng.normal(size=(n, 1, 1))
+    effects = (directions / np.linalg.norm(directions, axis=0) * np.sqrt(made_up()[0])).astype(np.float32)
+
+    def loss(choices):
+        return 0.5 * np.square(effects[:, np.arange(N_GROUPS), choices].astype(np.float64).sum(2)).sum(0)
+
+    return 0.5 * np.square(effects.astype(np.float64)).sum(0), effects, loss
+
+
+def test_with_effects_it_knows_what_groups_do_together():
+    losses, effects, truth = with_effects()
+    choices = choices_of(50, 3)
+    plain, knowing = Surrogate(losses, exact=False), Surrogate(losses, False, effects)
+    assert rms(plain.predict(choices)[0] - np.log(truth(choices))) > 0.5
+    assert knowing.predict(choices)[0] == pytest.approx(np.log(truth(choices)), abs=1e-4)
+    own = losses * 1.5  # what the effects leave out is each group's own
+    expected = truth(choices) + 0.5 * losses[np.arange(N_GROUPS), choices].sum(1)
+    assert Surrogate(own, False, effects).predict(choices)[0] == pytest.approx(np.log(expected), abs=1e-4)
+
+
+def test_effects_are_in_the_table_and_a_move_is_predicted_exactly():
+    losses, effects, truth = with_effects()
+    surrogate, choice = Surrogate(losses, False, effects), choices_of(1, 4)[0]
+    table = surrogate.table(choice)
+    now = truth(choice[None])[0]
+    for group, to in ((0, 0), (3, 4), (17, 2)):
+        moved = choice.copy()
+        moved[group] = to
+        change = table[group, to] - table[group, choice[group]]
+        assert change == pytest.approx((truth(moved[None])[0] - now) / now, abs=1e-5)
+
+
+def test_effects_that_cancel_altogether_are_not_believed():
+    losses = np.full((2, 1), 0.5)
+    effects = np.array([[[1.0], [-1.0]]], dtype=np.float32)
+    mean, _ = Surrogate(losses, False, effects).predict(np.zeros((1, 2), dtype=np.intp))
+    assert mean == pytest.approx(np.log(0.01))
+
+
+def test_effects_that_fit_badly_are_learned_away():
+    losses, effects, _ = with_effects()
+    _, _, truth = with_effects(seed=1)
+    blind, taught = Surrogate(losses, False, effects), Surrogate(losses, False, effects)
+    choices, held = choices_of(300, 1), choices_of(300, 2)
+    taught.choose_variances(choices, np.log(truth(choices)))
+    taught.fit(choices, np.log(truth(choices)))
+    before, after = (rms(s.predict(held)[0] - np.log(truth(held))) for s in (blind, taught))
+    assert after < 0.5 * before

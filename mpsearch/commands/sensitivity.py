@@ -54,4 +54,5 @@ def measured_sensitivity(
         row = {"group": group, "scheme": scheme, "metric": metric.name, "value": value, "size_bits": bits[group, scheme]}
         run.append("sensitivity", row)
 
-    return measure_sensitivity(engine, metric, known, record, executor)
+    effects = run.read_effects(space)
+    return measure_sensitivity(engine, metric, known, record, executor, effects, run.write_effects)

@@ -8,6 +8,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from mpsearch.allocation import Allocation
 from mpsearch.engine import QuantEngine
 from mpsearch.errors import InputError
@@ -32,6 +35,10 @@ class SensitivityMetric(ABC):
     @abstractmethod
     def measure(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[float]:
         """One value for each (group, scheme) of `pairs`, in their order; each is yielded as soon as it is known."""
+
+    def measure_joint(self, engine: QuantEngine, pairs: Sequence[Pair]) -> tuple[NDArray[np.float64], NDArray[np.float32]] | None:
+        """The values of `pairs` and their effects `[n, n_pairs]` (`SensitivityTable.effects`); `None`: it knows no effects."""
+        return None
 
     def measure_on(self, executor: Executor, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, float]]:
         """The same by pair, in the order in which they are done; here in this process, whatever the executor."""

@@ -13,7 +13,8 @@ Fisher and not the empirical one (Kunstner et al. 2019). Runs on the calibration
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from mpsearch.calibrate import drawn_loss
 from mpsearch.engine import QuantEngine
+from mpsearch.errors import InputError
 from mpsearch.metrics.base import Pair, SensitivityMetric
 
 
@@ -37,60 +39,67 @@ class Fisher(SensitivityMetric):
         sums = dict.fromkeys(sorted(wanted), 0.0)
         generator = torch.Generator().manual_seed(0)
         n_samples = 0
+        of_module = {name: layer.name for layer in engine.space.layers for name in layer.modules}
         for inputs, targets in engine.batches("calibration"):
             n_samples += len(targets)
-            for name, calls in _calls_with_gradients(engine, inputs, generator).items():
-                module = engine.model.get_submodule(name)
-                layer = next(layer for layer in engine.space.layers if name in layer.modules)
-                for scheme in [s for other, s in sums if other == layer.name]:
-                    sums[layer.name, scheme] += sum(_half_square(engine, module, layer.name, scheme, call) for call in calls)
+            with seen_calls(engine, list(of_module), inputs) as (logits, calls):
+                gradients = gradients_at(calls, drawn_loss(logits, generator))
+            for (name, call), gradient in zip(calls, gradients, strict=True):
+                if gradient is None:  # what came out reached no logit
+                    continue
+                for scheme in [s for layer, s in sums if layer == of_module[name]]:
+                    change = changed(engine, name, of_module[name], scheme, call)
+                    sums[of_module[name], scheme] += 0.5 * (change * gradient).double().square().sum().item()
         for group, scheme in pairs:
             yield sum(sums[layer.name, scheme] for layer in layers[group]) / n_samples
 
 
 @dataclass(frozen=True)
-class _Call:
-    """What a module was called with, what came out, and the gradient of the summed negative log-likelihood there."""
+class Call:
+    """What a module was called with, and what came out."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
-    gradient: Tensor | None = None
 
 
-def _calls_with_gradients(engine: QuantEngine, inputs: Any, generator: torch.Generator) -> dict[str, list[_Call]]:
-    """Module name -> its calls."""
-    calls: list[tuple[str, _Call]] = []
+@contextmanager
+def seen_calls(engine: QuantEngine, modules: Sequence[str], inputs: Any) -> Iterator[tuple[Tensor, list[tuple[str, Call]]]]:
+    """(logits, (module name, call) in their order) of the float model on one batch; gradients reach every output."""
+    calls: list[tuple[str, Call]] = []
     hooks = []
-    for name in (name for layer in engine.space.layers for name in layer.modules):
+    for name in modules:
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> Tensor:
             output = output if output.requires_grad else output.detach().requires_grad_()
-            calls.append((name, _Call(args, kwargs, output)))
+            calls.append((name, Call(args, kwargs, output)))
             return output.clone()  # what follows may work in place
 
         hooks.append(engine.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
     try:
         with torch.enable_grad():
             logits = engine.task.forward(engine.model, inputs)
-            loss = drawn_loss(logits, generator)
-            gradients = torch.autograd.grad(loss, [call.output for _, call in calls], allow_unused=True)
     finally:
         for handle in hooks:
             handle.remove()
-    found: dict[str, list[_Call]] = {}
-    for (name, call), gradient in zip(calls, gradients, strict=True):
-        found.setdefault(name, []).append(replace(call, gradient=gradient))
-    return found
+    yield logits, calls
+
+
+def gradients_at(calls: Sequence[tuple[str, Call]], loss: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradient of `loss` at each call's output; `None` where it reaches none. May be asked for again."""
+    if not loss.requires_grad:
+        raise InputError(
+            "The model's output does not depend on its layers by gradients (torch.no_grad in its forward?), which this metric "
+            "needs. Take metric=kl, which needs none."
+        )
+    return torch.autograd.grad(loss, [call.output for _, call in calls], retain_graph=True, allow_unused=True)
 
 
 @torch.no_grad()
-def _half_square(engine: QuantEngine, module: nn.Module, layer: str, scheme: str, call: _Call) -> float:
-    """1/2 sum (g * dy)^2 over a batch, dy from running the module with quantized weight and input and corrected bias."""
-    if call.gradient is None:  # what came out reached no logit
-        return 0.0
-    own = dict(module.named_parameters(recurse=False))
+def changed(engine: QuantEngine, module: str, layer: str, scheme: str, call: Call) -> Tensor:
+    """The change of a call's output where the module runs on the layer's quantized weight and input and its corrected bias."""
+    of_module = engine.model.get_submodule(module)
+    own = dict(of_module.named_parameters(recurse=False))
     swapped = {name: value for parameter, value in engine.swaps(layer, scheme) for name, p in own.items() if p is parameter}
     with engine.input_quantized(layer, scheme):
-        delta = torch.func.functional_call(module, swapped, call.args, call.kwargs) - call.output
-    return 0.5 * (delta * call.gradient).double().square().sum().item()
+        return torch.func.functional_call(of_module, swapped, call.args, call.kwargs) - call.output

@@ -7,7 +7,7 @@ from mpsearch.metrics.base import MeasuredMetric
 
 
 class KL(MeasuredMetric):
-    """Mean KL(float || quantized) in nats; needs no labels, and hardly any noise: the default."""
+    """Mean KL(float || quantized) in nats; needs neither labels nor gradients."""
 
     name = "kl"
     unit = "nats"

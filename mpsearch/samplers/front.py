@@ -17,7 +17,7 @@ Parallel Hyperparameter Tuning").
 
 Additive allocation is where others stop (HAWQ-V3, ModelOpt, AIMET); measuring what was proposed and looking again is what
 EvoPress (Sieberling et al. 2024, https://arxiv.org/abs/2410.14649) and AMQ do with ten thousand evaluations. Here the prior, the
-sensitivities, makes do with a hundred.
+sensitivities and what groups do together, makes do with fifty.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Front(Levels):
 
     def _fitted(self, history: History) -> tuple[Surrogate, NDArray[np.intp]]:
         """The surrogate, and the rows of the history that it was fitted to."""
-        surrogate = Surrogate(self.losses, self.exact)
+        surrogate = Surrogate(self.losses, self.exact, self.effects)
         # Variances are chosen from what was measured whole: estimates change with what comes later, and a run that is gone on
         # with must choose the same.
         whole = np.flatnonzero(history.measured & ~history.stopped)

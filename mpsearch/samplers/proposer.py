@@ -105,7 +105,7 @@ class Proposer(BaseSampler):
         seed: int,
     ) -> None:
         self.space, self.seed = space, seed
-        self.losses, self.exact = sensitivity.losses(), sensitivity.exact
+        self.losses, self.exact, self.effects = sensitivity.losses(), sensitivity.exact, sensitivity.effects
         if len(costs) > 1 and not self.many_costs:
             names = ", ".join(table.name for table in costs)
             raise InputError(

@@ -13,8 +13,10 @@ from torch import nn
 
 from mpsearch.allocation import Allocation
 from mpsearch.engine import FLOAT
+from mpsearch.errors import InputError
 from mpsearch.metrics.base import MeasuredMetric, SensitivityMetric
 from mpsearch.metrics.fisher import Fisher
+from mpsearch.metrics.gauss_newton import GaussNewton, _by_row
 from mpsearch.metrics.hawq import HAWQ
 from mpsearch.metrics.kl import KL
 from mpsearch.metrics.sqnr import SQNR
@@ -98,6 +100,9 @@ def test_a_group_of_layers_counts_all_of_them(metric, tiny):
     (value,) = metric.measure(together, [("both", "w2")])
     if isinstance(metric, Fisher | HAWQ | WeightMSE):
         assert value == pytest.approx(sum(metric.measure(engine, [("first", "w2"), ("second", "w2")])))
+    elif isinstance(metric, GaussNewton):
+        _, effects = metric.measure_joint(engine, [("first", "w2"), ("second", "w2")])
+        assert value == pytest.approx(0.5 * np.square(effects.sum(1)).sum(), rel=1e-4)
     else:
         score = engine.score(Allocation({"first": "w2", "second": "w2"}))
         assert value == metric.value(score, engine.score(FLOAT))
@@ -209,3 +214,98 @@ def test_hawq_finds_the_trace_of_the_hessian(tiny):
     error = (engine.quantized("last", "w2").dequantize() - engine.model.last.weight.detach()).double().square().sum().item()
     (value,) = HAWQ().measure(engine, [("last", "w2")])
     assert value == pytest.approx(0.5 * expected / 30 * error, rel=0.5)
+
+
+def second_order(engine, allocation):
+    """dz^T (diag(p) - p p^T) dz / 2, the mean over the search split, dz the first-order change of the logits."""
+    model, total, n = engine.model, 0.0, 0
+    names = list(allocation)
+    for x, _ in engine.batches("search"):
+        changes = []
+        handles = []
+        for name in names:
+            layer = model.get_submodule(name)
+
+            def hook(module, args, output, name=name, changes=changes):
+                changes.append((args[0].detach().clone(), output.detach().clone(), name))
+
+            handles.append(layer.register_forward_hook(hook))
+        z = model(x).detach()
+        for handle in handles:
+            handle.remove()
+        deltas = {}
+        for seen, before, name in changes:
+            with engine.applied(Allocation({name: allocation[name]})):
+                deltas[name] = model.get_submodule(name)(seen).detach() - before
+
+        def moved(step, deltas=deltas, x=x):
+            handles = [
+                model.get_submodule(name).register_forward_hook(lambda m, a, out, d=delta: out + step * d)
+                for name, delta in deltas.items()
+            ]
+            found = model(x)
+            for handle in handles:
+                handle.remove()
+            return found
+
+        _, dz = torch.autograd.functional.jvp(moved, torch.zeros(()), torch.ones(()))
+        p = z.softmax(-1)
+        total += 0.5 * ((p * dz**2).sum() - ((p * dz).sum(-1) ** 2).sum()).item()
+        n += len(x)
+    return total / n
+
+
+def test_gauss_newton_is_the_second_order_loss_of_groups_alone_and_together(tiny, monkeypatch):
+    monkeypatch.setattr("mpsearch.metrics.gauss_newton.MOST_PROBES", 1500)
+    monkeypatch.setattr("mpsearch.metrics.gauss_newton.FEWEST_FEATURES", 10**6)
+    engine = tiny.engine(tiny.net(), tiny.task(n=20, batch_size=8))
+    pairs = all_pairs(engine)
+    values, effects = GaussNewton().measure_joint(engine, pairs)
+    assert list(GaussNewton().measure(engine, pairs)) == pytest.approx(values.tolist())
+    assert 0.5 * np.square(effects).sum(0) == pytest.approx(values, rel=1e-4)
+    for group, scheme in pairs:
+        assert values[pairs.index((group, scheme))] == pytest.approx(second_order(engine, {group: scheme}), rel=0.1)
+    sums = []
+    for schemes in itertools.product(("w2", "w4"), repeat=3):
+        allocation = dict(zip(engine.space.names, schemes, strict=True))
+        together = 0.5 * np.square(effects[:, [pairs.index(pair) for pair in allocation.items()]].sum(1)).sum()
+        sums.append([sum(values[pairs.index(pair)] for pair in allocation.items()), together, second_order(engine, allocation)])
+        assert together == pytest.approx(sums[-1][2], rel=0.05)
+    alone, _, true = np.array(sums).T
+    assert np.abs(np.log(alone / true)).max() > 0.1  # so that the test above says something
+
+
+def test_gauss_newton_keeps_what_few_dimensions_leave_out(trained, monkeypatch):
+    pairs = all_pairs(trained)
+    values, whole = GaussNewton().measure_joint(trained, pairs)
+    monkeypatch.setattr("mpsearch.metrics.gauss_newton.MOST_DIMENSIONS", 5)
+    same, few = GaussNewton().measure_joint(trained, pairs)
+    assert same.tolist() == values.tolist()
+    assert few.shape == (5, len(pairs))
+    assert (0.5 * np.square(few).sum(0) <= values * (1 + 1e-5)).all()
+    assert np.abs(few.T @ few - whole.T @ whole).max() < 0.1 * np.abs(whole.T @ whole).max()
+    monkeypatch.setattr("mpsearch.metrics.gauss_newton.MOST_PAIRS", 5)
+    same, none = GaussNewton().measure_joint(trained, pairs)
+    assert same == pytest.approx(values)
+    assert none.shape == (0, len(pairs))
+
+
+def test_gauss_newton_shares_tokens_out_among_rows_and_counts_what_it_cannot_as_independent(tiny):
+    layer = tiny.engine(tiny.net(), tiny.task()).space.layers
+    linear, conv = next(x for x in layer if x.kind == "linear"), next(x for x in layer if x.kind == "conv2d")
+    product = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0))
+    assert _by_row(product, linear, 24) == pytest.approx(product.sum(2).flatten().numpy(), rel=1e-5)
+    assert _by_row(product, linear, 6) == pytest.approx(product.sum((1, 2)).numpy(), rel=1e-5)
+    assert _by_row(product, conv, 30) == pytest.approx(product.sum(1).flatten().numpy(), rel=1e-5)
+    shared = _by_row(product, linear, 48)
+    assert np.abs(shared[:24]) == pytest.approx(product.sum(2).flatten().abs().numpy(), rel=1e-5)
+    assert not shared[24:].any()
+
+
+@pytest.mark.parametrize("made", [Fisher, GaussNewton])
+def test_a_model_without_gradients_is_refused_with_what_to_do(made, tiny):
+    net = tiny.net()
+    net.forward = torch.no_grad()(net.forward)
+    engine = tiny.engine(net, tiny.task())
+    with pytest.raises(InputError, match=r"by gradients .* Take metric=kl"):
+        list(made().measure(engine, all_pairs(engine)))

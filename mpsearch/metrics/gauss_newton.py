@@ -1,0 +1,114 @@
+"""What groups do to the predictions together: the loss to second order, from a few backward passes for all groups and schemes.
+
+A layer's quantization changes its output by dy, and the logits by dz = J dy to first order. The KL divergence from the float
+model's predictions p is then dz^T F dz / 2, F = diag(p) - p p^T (the Gauss-Newton form; Martens 2020, "New Insights and
+Perspectives on the Natural Gradient Method", section 8), and F = B B^T with B = diag(sqrt p) - p sqrt(p)^T. For random signs v
+the gradient g of the probe (B v)^T z at the layer's output has E[(g . dy)^2] = dz^T F dz (Martens, Sutskever and Swersky 2012,
+"Estimating the Hessian by Back-propagating Curvature"), so that with e = g . dy, a feature a row of logits and probe,
+
+    L(x) = E (sum_g e_g(x_g))^2 / 2 = |sum_g e_g(x_g)|^2 / 2:
+
+a group's own sensitivity is |e_g|^2 / 2, and the inner products say which groups reinforce or cancel one another (CLADO, Deng et
+al. 2023, https://arxiv.org/abs/2307.05657, measures these pair by pair). Diagonal Fisher information (`fisher.py`) drops the
+products within a layer too. Runs on the search split, as what is searched is measured there; no label is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.linalg import eigh
+from torch import Tensor
+
+from mpsearch.engine import QuantEngine
+from mpsearch.layer import LayerSpec
+from mpsearch.metrics.base import Pair, SensitivityMetric
+from mpsearch.metrics.fisher import changed, gradients_at, seen_calls
+from mpsearch.progress import phase
+
+FEWEST_FEATURES, MOST_PROBES = 2000, 8
+MOST_PAIRS = 4096  # whose inner products are kept, float64; beyond, the sensitivities alone are
+MOST_DIMENSIONS = 128  # of the effects; what they leave out of a group's sensitivity counts as its own
+HELD = 2**28  # bytes of gradients at once
+
+
+class GaussNewton(SensitivityMetric):
+    """Half the squared first-order change of the predictions, in nats, in the metric of the KL divergence."""
+
+    name = "gauss_newton"
+    unit = "nats"
+
+    def measure(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[float]:
+        """All pairs at once, then yielded one by one."""
+        total = np.zeros(len(pairs))
+        for found in self._features(engine, pairs):
+            total += 0.5 * np.square(found).sum(0)
+        yield from total.tolist()
+
+    def measure_joint(self, engine: QuantEngine, pairs: Sequence[Pair]) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """The values, and effects in at most `MOST_DIMENSIONS`: those that make up most; none where there are too many pairs."""
+        n = len(pairs)
+        if n > MOST_PAIRS:
+            return np.array(list(self.measure(engine, pairs))), np.zeros((0, n), dtype=np.float32)
+        products = np.zeros((n, n))
+        for found in self._features(engine, pairs):
+            products += found.T @ found
+        sizes, directions = eigh(products, subset_by_index=(max(0, n - MOST_DIMENSIONS), n - 1))
+        return 0.5 * products.diagonal(), (np.sqrt(np.maximum(sizes, 0.0)) * directions).T.astype(np.float32)
+
+    def _features(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[NDArray[np.float64]]:
+        """`[rows of logits, n_pairs]` of a batch and probe after the other; the sum of all squares is twice the loss."""
+        columns: dict[str, dict[tuple[LayerSpec, str], list[int]]] = {}  # module -> (its layer, scheme) -> columns
+        layers = {group.name: group.layers for group in engine.space.groups}
+        for column, (group, scheme) in enumerate(pairs):
+            for layer in layers[group]:
+                for module in layer.modules:
+                    columns.setdefault(module, {}).setdefault((layer, scheme), []).append(column)
+        batches, n_rows = engine.batches("search"), len(engine.float_logits("search"))
+        n_probes = min(MOST_PROBES, math.ceil(FEWEST_FEATURES / n_rows))
+        generator = torch.Generator().manual_seed(0)
+        with phase("joint effects", len(batches)) as advance:
+            for inputs, _ in batches:
+                with seen_calls(engine, list(columns), inputs) as (logits, calls):
+                    held = sum(call.output.numel() * call.output.element_size() for _, call in calls)
+                    at_once = max(1, HELD // max(held, 1))
+                    for start in range(0, n_probes, at_once):
+                        probes = [_probe(logits, generator) for _ in range(start, min(start + at_once, n_probes))]
+                        gradients = [gradients_at(calls, probe) for probe in probes]
+                        features = np.zeros((len(probes), len(logits), len(pairs)))
+                        for (module, call), *here in zip(calls, *gradients, strict=True):
+                            if here[0] is None:  # what came out reached no logit
+                                continue
+                            for (layer, scheme), where in columns[module].items():
+                                change = changed(engine, module, layer.name, scheme, call)
+                                for feature, gradient in zip(features, here, strict=True):
+                                    feature[:, where] += _by_row(change * gradient, layer, len(logits))[:, None]
+                        yield from features / math.sqrt(n_rows * n_probes)
+                advance("")
+
+
+def _probe(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """(B v)^T z of the module's docstring, summed over the rows."""
+    p = logits.detach().float().softmax(-1)
+    signs = (torch.randint(0, 2, p.shape, generator=generator) * 2 - 1).to(p)
+    root = p.sqrt() * signs
+    return (logits * (root - p * root.sum(-1, keepdim=True))).sum()
+
+
+def _by_row(product: Tensor, layer: LayerSpec, n_rows: int) -> NDArray[np.float64]:
+    """[n_rows] sums of g * dy: what belongs to a row of logits, a sample's or a token's, in one.
+
+    Where positions cannot be shared out among the rows (the tokens that an expert got), they count as independent: each is added
+    to one row, with a sign of its own.
+    """
+    if layer.kind.startswith("conv"):
+        product = product.movedim(1, -1)
+    of_positions = product.double().flatten(0, -2).sum(-1).cpu().numpy()
+    if len(of_positions) % n_rows == 0:
+        return of_positions.reshape(n_rows, -1).sum(1)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], len(of_positions))
+    return np.bincount(np.arange(len(of_positions)) % n_rows, of_positions * signs, n_rows).astype(np.float64)
