@@ -174,6 +174,21 @@ def sensitivity(values: pd.DataFrame, unit: str, metric: str, folder: Path) -> N
     _save(figure, folder, "sensitivity")
 
 
+def interactions(values: pd.DataFrame, folder: Path) -> None:
+    """`interactions.png`: a row and a column a group, from -1 (what the two do to the predictions cancels) to 1 (it adds up)."""
+    n = len(values)
+    side = min(4 + 0.22 * n, 30)
+    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    shown = np.where(np.eye(n, dtype=bool), np.nan, values.to_numpy(dtype=float))
+    largest = float(np.nanmax(np.abs(shown), initial=0.05))
+    image = axes.imshow(shown, cmap="RdBu_r", vmin=-largest, vmax=largest)
+    figure.colorbar(image, ax=axes, label="correlation of their effects", pad=0.01)
+    axes.set_xticks(range(n), values.columns, rotation=90, fontsize=7)
+    axes.set_yticks(range(n), values.index, fontsize=7)
+    axes.set(title="Layers that reinforce (red) or cancel (blue) one another at the picked point")
+    _save(figure, folder, "interactions")
+
+
 def latency(values: pd.DataFrame, about: str, folder: Path) -> None:
     """`latency.png`: a row a layer, a column a scheme, milliseconds; a line for each scheme, "float" dashed."""
     figure, axes = plt.subplots(figsize=(min(4 + 0.34 * len(values), 40), 5), layout="constrained")

@@ -61,6 +61,7 @@ def page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | Non
         "",
         "![Sensitivity](sensitivity.png)",
         "",
+        *(["![Interactions](interactions.png)", ""] if result.sensitivity.effects is not None else []),
         "## The front",
         "",
         _front_markdown(result, confirmed, picked),

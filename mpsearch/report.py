@@ -32,6 +32,7 @@ def write_report(result: SearchResult, folder: Path, picked: Evaluation, confirm
     if confirmed is not None:
         _write_csv(confirm_table(result, confirmed), folder / "confirm.csv")
     draw_sensitivity(result.sensitivity, folder)
+    draw_interactions(result.sensitivity, picked, folder)
     charts.pareto(
         front,
         uniform,
@@ -60,6 +61,16 @@ def draw_sensitivity(table: SensitivityTable, folder: Path) -> None:
     """`sensitivity.png` from the table."""
     values = pd.DataFrame(table.values.T, index=list(table.space.scheme_names), columns=list(table.space.names))
     charts.sensitivity(values, table.unit, table.metric, folder)
+
+
+def draw_interactions(table: SensitivityTable, picked: Evaluation, folder: Path) -> None:
+    """`interactions.png`: how the effects of the groups in the picked allocation correlate; nothing where there are none."""
+    if table.effects is None:
+        return
+    names = list(table.space.names)
+    effects = table.effects[:, np.arange(len(names)), table.space.choice(picked.allocation)].astype(float)
+    effects /= np.maximum(np.linalg.norm(effects, axis=0), 1e-300)
+    charts.interactions(pd.DataFrame(effects.T @ effects, index=names, columns=names), folder)
 
 
 def draw_latency(rows: Sequence[Latency], space: SearchSpace, folder: Path) -> None:

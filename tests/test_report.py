@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
@@ -11,6 +12,7 @@ import optuna
 import pandas as pd
 import pytest
 
+from mpsearch import charts
 from mpsearch.allocation import Allocation
 from mpsearch.budget import read_budgets
 from mpsearch.confirm import confirm
@@ -82,6 +84,24 @@ def reported(tiny, tmp_path_factory):
     page = write_report(result, folder, pick(result), confirmed)
     assert page == folder / "report.md"
     return result, folder
+
+
+def test_what_layers_do_together_is_drawn_where_the_metric_knows_it(reported, tmp_path, monkeypatch):
+    result, folder = reported
+    assert not (folder / "interactions.png").exists()
+    assert "interactions.png" not in (folder / "report.md").read_text()
+    effects = np.zeros((2, 3, 3), dtype=np.float32)
+    effects[:, 0], effects[:, 1], effects[:, 2] = [[1] * 3, [0] * 3], [[-3] * 3, [0] * 3], [[1] * 3, [1] * 3]
+    drawn = []
+    monkeypatch.setattr(charts, "interactions", lambda values, folder: drawn.append(values))
+    knowing = replace(result, sensitivity=replace(result.sensitivity, effects=effects))
+    write_report(knowing, tmp_path, pick(result))
+    assert drawn[0].loc["first", "second"] == pytest.approx(-1)
+    assert drawn[0].loc["last", "first"] == pytest.approx(0.5**0.5)
+    assert "![Interactions](interactions.png)" in (tmp_path / "report.md").read_text()
+    monkeypatch.undo()
+    write_report(knowing, tmp_path, pick(result))
+    assert (tmp_path / "interactions.png").stat().st_size > 5_000
 
 
 def test_front_table_has_its_columns_and_two_rows_a_point(reported):

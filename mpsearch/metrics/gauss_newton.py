@@ -49,11 +49,11 @@ class GaussNewton(SensitivityMetric):
             total += 0.5 * np.square(found).sum(0)
         yield from total.tolist()
 
-    def measure_joint(self, engine: QuantEngine, pairs: Sequence[Pair]) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-        """The values, and effects in at most `MOST_DIMENSIONS`: those that make up most; none where there are too many pairs."""
+    def measure_joint(self, engine: QuantEngine, pairs: Sequence[Pair]) -> tuple[NDArray[np.float64], NDArray[np.float32]] | None:
+        """The values, and effects in at most `MOST_DIMENSIONS`: those that weigh most; `None` of too many pairs."""
         n = len(pairs)
         if n > MOST_PAIRS:
-            return np.array(list(self.measure(engine, pairs))), np.zeros((0, n), dtype=np.float32)
+            return None
         products = np.zeros((n, n))
         for found in self._features(engine, pairs):
             products += found.T @ found
