@@ -2,9 +2,10 @@
 
     python scripts/bench_fidelity.py [--seeds 3] [--trials 200] [--json FILE]
 
-The same search three times: every trial and every sensitivity on all search images; with rungs, and sensitivities on a sixteenth
-(`metric=kl_hardest`); and with rungs and `metric=fisher` on 250 calibration images. The images of the sensitivities are counted
-(Fisher's three times for its backward pass, and once for each scheme), and of a trial that goes on those that it had not seen.
+The same search four times: every trial and every sensitivity (`metric=kl`) on all search images; with rungs, and sensitivities
+on a sixteenth (`metric=kl_hardest`); with `metric=gauss_newton`, every trial on all images; and with that and rungs. The images
+of the sensitivities are counted (those of gauss_newton once forward, twice for each backward pass, and once for each scheme, for
+which every layer runs again), and of a trial that goes on those that it had not seen.
 The hypervolume is that of what was measured whole. Losses are kept in build/fidelity/, batch by batch, so that nothing runs
 twice, whichever search asks for it. Written to reports/bench_fidelity/.
 """
@@ -12,6 +13,7 @@ twice, whichever search asks for it. Written to reports/bench_fidelity/.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +31,7 @@ from mpsearch.costs.size import Bytes
 from mpsearch.engine import QuantEngine
 from mpsearch.evaluation import Evaluation, Score, Stop
 from mpsearch.metrics.base import SensitivityMetric
-from mpsearch.metrics.fisher import Fisher
+from mpsearch.metrics.gauss_newton import FEWEST_FEATURES, GaussNewton
 from mpsearch.metrics.kl import KL
 from mpsearch.pareto import hypervolume
 from mpsearch.samplers.front import Front
@@ -42,7 +44,8 @@ RUNGS = (0.125, 0.25, 0.5)
 MODES: dict[str, tuple[tuple[float, ...], SensitivityMetric]] = {
     "all on all images": ((), KL()),
     "rungs, sensitivities on a sixteenth": (RUNGS, KL(0.0625)),
-    "rungs, Fisher sensitivities": (RUNGS, Fisher()),
+    "gauss_newton": ((), GaussNewton()),
+    "gauss_newton, rungs": (RUNGS, GaussNewton()),
 }
 
 
@@ -97,10 +100,10 @@ def run(
 ) -> tuple[list[tuple[int, float]], int]:
     """((images, hypervolume) after each trial, the number of allocations that were left for good)."""
     engine.restart()
-    if isinstance(metric, Fisher):
-        engine.engine._batches["calibration"] = engine.engine.batches("calibration")[:1]
+    if isinstance(metric, GaussNewton):
         table = measure_sensitivity(engine.engine, metric)
-        engine.images = (3 + len(BITS)) * len(engine.engine.batches("calibration")[0][1])
+        n_images = engine.sizes[-1]
+        engine.images = (1 + 2 * math.ceil(FEWEST_FEATURES / n_images) + len(BITS)) * n_images
     else:
         table = measure_sensitivity(engine, metric)  # type: ignore[arg-type]
     space, worst = engine.space, engine.losses(engine.space.uniform("w2"), len(engine.sizes) - 1)[-1]
@@ -160,7 +163,7 @@ def main() -> None:
             rows.append({"what": "images until 99.5 %", "case": case, "value": until, "ratio": whole / until})
         print("\n".join(lines), flush=True)
     fig, axes = plt.subplots(figsize=(7, 4.2))
-    for color, (mode, those) in zip(("tab:gray", "tab:blue", "tab:orange"), curves.items(), strict=True):
+    for color, (mode, those) in zip(("tab:gray", "tab:blue", "tab:green", "tab:orange"), curves.items(), strict=True):
         for i, curve in enumerate(those):
             axes.plot(*zip(*curve, strict=True), color=color, label=mode if i == 0 else None)
     axes.set(xlabel="images run through the network, sensitivities counted", ylabel="hypervolume", xscale="log")
