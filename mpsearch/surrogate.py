@@ -176,8 +176,7 @@ class Surrogate:
         joint = float(self._together(choice[None])[0])
         link = (joint / self.ceiling) / np.expm1(min(joint / self.ceiling, 50.0)) if np.isfinite(self.ceiling) else 1.0
         now = self._effects[:, rows, choice]
-        moved = self._effects - now[:, :, None]
-        added = self._own + np.tensordot(now.sum(1), moved, 1) + 0.5 * np.square(moved).sum(0)
+        added = self.amplitude**2 + np.einsum("ng,ngs->gs", now.sum(1, keepdims=True) - now, self._effects)  # but for constants
         return max(link + steeper - turned, 0.1) * added / joint + slope * share
 
     def _see(self, choices: Choices) -> _Seen:
