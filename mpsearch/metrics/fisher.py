@@ -87,12 +87,16 @@ def seen_calls(engine: QuantEngine, modules: Sequence[str], inputs: Any) -> Iter
 
 def gradients_at(calls: Sequence[tuple[str, Call]], loss: Tensor) -> tuple[Tensor | None, ...]:
     """The gradient of `loss` at each call's output; `None` where it reaches none. May be asked for again."""
-    if not loss.requires_grad:
+    outputs = [call.output for _, call in calls]
+    try:
+        return torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
         raise InputError(
-            "The model's output does not depend on its layers by gradients (torch.no_grad in its forward?), which this metric "
-            "needs. Take metric=kl, which needs none."
-        )
-    return torch.autograd.grad(loss, [call.output for _, call in calls], retain_graph=True, allow_unused=True)
+            f"The model has no gradients, which this metric needs ({str(error).splitlines()[0]}; torch.no_grad in its forward?). "
+            "Take metric=kl, which needs none."
+        ) from None
 
 
 @torch.no_grad()

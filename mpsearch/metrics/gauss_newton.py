@@ -47,7 +47,7 @@ class GaussNewton(SensitivityMetric):
         total = np.zeros(len(pairs))
         for found in self._features(engine, pairs):
             total += 0.5 * np.square(found).sum(0)
-        yield from total.tolist()
+        yield from np.where(np.isfinite(total), total, np.inf).tolist()
 
     def measure_joint(self, engine: QuantEngine, pairs: Sequence[Pair]) -> tuple[NDArray[np.float64], NDArray[np.float32]] | None:
         """The values, and effects in at most `MOST_DIMENSIONS`: those that weigh most; `None` of too many pairs."""
@@ -57,8 +57,11 @@ class GaussNewton(SensitivityMetric):
         products = np.zeros((n, n))
         for found in self._features(engine, pairs):
             products += found.T @ found
+        values = np.where(np.isfinite(products.diagonal()), 0.5 * products.diagonal(), np.inf)
+        broken = np.isinf(values)
+        products[broken], products[:, broken] = 0.0, 0.0
         sizes, directions = eigh(products, subset_by_index=(max(0, n - MOST_DIMENSIONS), n - 1))
-        return 0.5 * products.diagonal(), (np.sqrt(np.maximum(sizes, 0.0)) * directions).T.astype(np.float32)
+        return values, (np.sqrt(np.maximum(sizes, 0.0)) * directions).T.astype(np.float32)
 
     def _features(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[NDArray[np.float64]]:
         """`[rows of logits, n_pairs]` of a batch and probe after the other; the sum of all squares is twice the loss."""
@@ -79,7 +82,7 @@ class GaussNewton(SensitivityMetric):
                     for start in range(0, n_probes, at_once):
                         probes = [_probe(logits, generator) for _ in range(start, min(start + at_once, n_probes))]
                         gradients = [gradients_at(calls, probe) for probe in probes]
-                        features = np.zeros((len(probes), len(logits), len(pairs)))
+                        features = np.zeros((len(probes), len(logits), len(pairs)))  # the change is run once for all of them
                         for (module, call), *here in zip(calls, *gradients, strict=True):
                             if here[0] is None:  # what came out reached no logit
                                 continue

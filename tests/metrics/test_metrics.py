@@ -15,7 +15,7 @@ from mpsearch.allocation import Allocation
 from mpsearch.engine import FLOAT
 from mpsearch.errors import InputError
 from mpsearch.metrics.base import MeasuredMetric, SensitivityMetric
-from mpsearch.metrics.fisher import Fisher
+from mpsearch.metrics.fisher import Fisher, changed
 from mpsearch.metrics.gauss_newton import GaussNewton, _by_row
 from mpsearch.metrics.hawq import HAWQ
 from mpsearch.metrics.kl import KL
@@ -306,5 +306,21 @@ def test_a_model_without_gradients_is_refused_with_what_to_do(made, tiny):
     net = tiny.net()
     net.forward = torch.no_grad()(net.forward)
     engine = tiny.engine(net, tiny.task())
-    with pytest.raises(InputError, match=r"by gradients .* Take metric=kl"):
+    with pytest.raises(InputError, match=r"has no gradients, .*does not require grad.* Take metric=kl"):
         list(made().measure(engine, all_pairs(engine)))
+
+
+def test_a_scheme_that_breaks_the_model_has_an_infinite_value_and_no_effects(trained, monkeypatch):
+    pairs = all_pairs(trained)
+    monkeypatch.setattr(
+        "mpsearch.metrics.gauss_newton.changed",
+        lambda engine, module, layer, scheme, call: (
+            changed(engine, module, layer, scheme, call) * (np.nan if scheme == "w2" else 1)
+        ),
+    )
+    values, effects = GaussNewton().measure_joint(trained, pairs)
+    broken = np.array([scheme == "w2" for _, scheme in pairs])
+    assert np.array_equal(np.isinf(values), broken)
+    assert np.abs(effects[:, broken]).max() < 1e-6 * np.abs(effects).max()
+    assert 0.5 * np.square(effects).sum(0)[~broken] == pytest.approx(values[~broken], rel=1e-4)
+    assert list(GaussNewton().measure(trained, pairs)) == pytest.approx(values.tolist())
