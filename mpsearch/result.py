@@ -313,7 +313,9 @@ def read_space(
             )
             for g in data["groups"]
         )
-        return SearchSpace(groups, schemes, tuple(tuple(g["choices"]) for g in data["groups"]), data["other_bits"])
+        index = {group.name: i for i, group in enumerate(groups)}
+        chains = tuple(tuple(index[name] for name in chain) for chain in data.get("monotone", ()))
+        return SearchSpace(groups, schemes, tuple(tuple(g["choices"]) for g in data["groups"]), data["other_bits"], chains)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is damaged ({type(error).__name__}: {error}). Restore it, or start a new run.") from None
 

@@ -19,7 +19,7 @@ import numpy as np
 import optuna
 
 from mpsearch.allocation import Allocation, SearchSpace
-from mpsearch.budget import Budget, narrowed
+from mpsearch.budget import Budget, feasible, narrowed
 from mpsearch.costs.base import CostTable, mixed
 from mpsearch.costs.size import Bytes
 from mpsearch.engine import FLOAT, QuantEngine
@@ -30,6 +30,7 @@ from mpsearch.executors.in_process import InProcess
 from mpsearch.fidelity import LOSS_FLOOR, rungs, stops
 from mpsearch.hardware import model_latency
 from mpsearch.knapsack import front, repair
+from mpsearch.monotone import Monotone
 from mpsearch.packed import packed
 from mpsearch.progress import phase
 from mpsearch.samplers.base import distributions
@@ -174,7 +175,7 @@ class Evaluator:
             size_bytes=(bits + 7) // 8,
             average_bits=(bits - space.other_bits) / space.numel,
             fraction=bits / space.size_bits(),
-            feasible=choice is None or all(budget.allows(choice) for budget in self.budgets),
+            feasible=choice is None or feasible(space, self.budgets, choice),
             n_samples=score.n_samples,
             seconds=score.seconds if isinstance(score, Score) else 0.0,
             packed=confirmed and choice is not None,
@@ -216,9 +217,9 @@ def search(
     """Measure the float model and the uniform allocations, then run `n_trials` trials; returns all evaluations.
 
     `objectives` are the one or two costs that the study weighs against the loss, the size where there is none. The study begins
-    with the uniform allocations within the budgets and `n_seeds` exact knapsack solutions along the front (where there are two
-    costs: of each, and of both in equal parts); then `sampler` goes on from there (one of Optuna's is wrapped so that its
-    proposals stay within the budgets).
+    with the uniform allocations that are in order and within the budgets, and `n_seeds` exact knapsack solutions along the front
+    (where there are two costs: of each, and of both in equal parts); then `sampler` goes on from there (one of Optuna's is
+    wrapped so that its proposals stay in order and within the budgets).
 
     `in_flight` trials are proposed before the first of them is told, and they are told in the order proposed, whatever the order
     in which they are done: the trials depend on this number, but not on how many workers there are. After `rung_shares` of the
@@ -231,7 +232,7 @@ def search(
     batches = rungs(rung_shares, len(evaluate.engine.batches("search"))) if rung_shares else []
     evaluate(FLOAT, "float")
     uniform = list(dict.fromkeys(space.uniform(scheme) for scheme in space.scheme_names))
-    within = [a for a in uniform if all(budget.allows(space.choice(a)) for budget in budgets)]
+    within = [a for a in uniform if feasible(space, budgets, space.choice(a))]
     for pending in [evaluate.submit(allocation, "uniform") for allocation in uniform if allocation not in within]:
         evaluate.result(pending)
 
@@ -355,7 +356,9 @@ def _within_budgets(
     sampler: optuna.samplers.BaseSampler, space: SearchSpace, losses: np.ndarray, budgets: Sequence[Budget]
 ) -> Repaired:
     tables = [compact(space, budget.table.values) for budget in budgets]
-    return Repaired(sampler, space.names, space.choices, compact(space, losses), tables, [budget.room for budget in budgets])
+    rooms = [budget.room for budget in budgets]
+    order = Monotone(space.monotone, compact(space, np.where(space.allowed, space.storage_bits.sum(0), np.inf)))
+    return Repaired(sampler, space.names, space.choices, compact(space, losses), tables, rooms, order)
 
 
 def compact(space: SearchSpace, table: np.ndarray) -> np.ndarray:
@@ -384,7 +387,7 @@ def knapsack_seeds(
         scale = budget.table.values.sum() / values.sum()  # not entry by entry: what costs nothing is 0 in both
         if np.allclose(budget.table.values, scale * values, atol=0):
             limit = min(limit, budget.room / scale)
-    found = front(losses, values, n, limit)
+    found = front(losses, values, n, limit, space.order)
     tables, rooms = [budget.table.values for budget in budgets], [budget.room for budget in budgets]
     spread = sorted(range(len(found)), key=lambda i: f"{i:b}"[::-1])
-    return list(dict.fromkeys(space.allocation(repair(found[i], losses, tables, rooms)) for i in spread))
+    return list(dict.fromkeys(space.allocation(repair(found[i], losses, tables, rooms, space.order)) for i in spread))

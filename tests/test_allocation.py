@@ -1,5 +1,7 @@
 """Allocations, and the space of all there are: pins, uniform allocations, one character a group."""
 
+import itertools
+
 import pytest
 
 from mpsearch.allocation import ALPHABET, Allocation, SearchSpace
@@ -52,6 +54,7 @@ def test_a_pin_narrows_what_it_matches():
     assert choices(["stem:w8"]) == {**dict.fromkeys((la.name for la in LAYERS), W), "stem": ("w8",)}
     assert choices(["layer?.conv1:w4|w8"])["layer2.conv1"] == ("w4", "w8")
     assert choices(["layer1.*:w8|w2"])["layer1.conv2"] == ("w2", "w8"), "in the order of the schemes"
+    assert choices(["stem|*.conv2:w8"]) == {**choices(["stem:w8"]), "layer1.conv2": ("w8",)}
     assert choices([]) == dict.fromkeys((la.name for la in LAYERS), W)
 
 
@@ -139,3 +142,95 @@ def test_a_space_is_the_same_when_read_back():
     assert again.to_dict() == space.to_dict()
     assert (again.storage_bits == space.storage_bits).all()
     assert (again.allowed == space.allowed).all()
+
+
+def monotone(*lines, pin=(), layers=LAYERS, schemes=SCHEMES):
+    return SearchSpace.build(layers, schemes, pin, monotone=lines)
+
+
+def test_monotone_orders_the_groups_that_match():
+    assert monotone("layer*:rising").monotone == ((1, 2, 3),)
+    assert monotone("*:falling").monotone == ((4, 3, 2, 1, 0),)
+    assert monotone("layer1.*:falling", "stem|layer2.*|head:rising").monotone == ((2, 1), (0, 3, 4))
+    tied = [layer("q", "qkv"), layer("o"), layer("k", "qkv"), layer("embed", modules=("embed", "head"))]
+    assert monotone("k|head:rising", layers=tied).monotone == ((0, 2),), "a layer's group, an owner of a tied weight"
+    assert monotone().monotone == ()
+    assert not monotone().order
+
+
+def test_bits_are_a_schemes_average_over_all_weights():
+    """So that a uniform allocation is monotone, though the scales of short rows weigh more."""
+    schemes = {
+        "w8": Integer(8),
+        "fp16": Float("float16"),
+        "w4g64": Integer(4, 64, symmetric=False),
+        "w4": Integer(4),
+        "w4b": Integer(4),
+    }
+    space = monotone("*:rising", layers=[layer(f"l{i}", shape=(64, 1024 // 4**i)) for i in range(4)], schemes=schemes)
+    for name in schemes:
+        assert space.order.holds(space.choice(space.uniform(name)))
+    ascending = ["w4", "w4g64", "w8", "fp16"]
+    for one, two in itertools.pairwise(ascending):
+        rising = {f"l{j}": two if j == 3 else one for j in range(4)}
+        assert space.order.holds(space.choice(rising)), (one, two)
+        assert not space.order.holds(space.choice(dict(zip(rising, list(rising.values())[::-1], strict=True))))
+    assert space.order.holds(space.choice({"l0": "w4", "l1": "w4b", "l2": "w4", "l3": "w4b"})), "equal bits are in order"
+
+
+def test_monotone_narrows_what_pins_leave():
+    space = monotone("*:rising", pin=["layer1.conv1:w4", "layer2.conv1:w2|w8", "head:>=4"])
+    assert space.choices == (("w2", "w4"), ("w4",), ("w4", "w8"), ("w8",), ("w8",))
+    falling = monotone("layer*:falling", pin=["layer1.conv1:w4"])
+    assert falling.choices == (W, ("w4",), ("w2", "w4"), ("w2", "w4"), W)
+    assert 10**space.log10_combinations == pytest.approx(4)
+    assert 10**falling.log10_combinations == pytest.approx(3 * 3 * 3)
+    unused = monotone("*:rising", pin=["stem:>=4"])
+    assert list(unused.schemes) == ["w4", "w8"], "what no layer may take is not searched"
+
+
+def test_a_uniform_allocation_may_be_out_of_order_where_pinned():
+    space = SearchSpace.build(LAYERS, {**SCHEMES, "w5": Integer(5)}, ["stem:w2|w8", "head:w4|w8"], monotone=["*:rising"])
+    assert space.order.holds(space.choice(space.uniform("w4")))
+    assert list(space.uniform("w5").values()) == ["w2", "w5", "w5", "w5", "w4"]
+    assert not space.order.holds(space.choice(space.uniform("w5")))
+
+
+@pytest.mark.parametrize(
+    ("lines", "pin", "sentence"),
+    [
+        (["layer3.*:rising"], (), r"monotone 'layer3.\*:rising' matches no layer. (Did you mean|There is: head, layer1.conv1)"),
+        (["hed:rising"], (), r"matches no layer. Did you mean 'head'"),
+        (["head:rising"], (), r"monotone 'head:rising' matches 'head' alone; it takes two to be in order"),
+        (["*"], (), r"A line of monotone reads 'pattern:rising' or 'pattern:falling'; '\*' came"),
+        ([":rising"], (), r"reads 'pattern:rising' or 'pattern:falling'; ':rising' came"),
+        (["*:raising"], (), r"reads 'pattern:rising' or 'pattern:falling'; '\*:raising' came"),
+        (
+            ["layer1.*:rising", "*.conv1:falling"],
+            (),
+            r"'layer1.conv1' is in two lines of monotone, 'layer1.\*:rising' and '\*.conv1:f",
+        ),
+        (
+            ["*:rising"],
+            ["stem:w8", "head:w4"],
+            r"No bits are left for 'stem': monotone orders the 5 layers from 'stem' to 'head'",
+        ),
+        (
+            ["layer*:falling"],
+            ["layer1.conv1:w2", "layer1.conv2:w4"],
+            r"No bits are left for 'layer1.conv1': monotone orders the 3",
+        ),
+    ],
+)
+def test_a_wrong_line_of_monotone_is_said(lines, pin, sentence):
+    with pytest.raises(InputError, match=sentence):
+        monotone(*lines, pin=pin)
+
+
+def test_a_monotone_space_is_the_same_when_read_back():
+    space = monotone("layer*:falling", "stem|head:rising", pin=["layer1.conv1:w4"])
+    again = read_space(space.to_dict())
+    assert again == space
+    assert again.to_dict() == space.to_dict()
+    assert space.to_dict()["monotone"] == [["layer2.conv1", "layer1.conv2", "layer1.conv1"], ["stem", "head"]]
+    assert "monotone" not in monotone().to_dict(), "runs of before are gone on with"

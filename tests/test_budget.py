@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mpsearch.allocation import SearchSpace
-from mpsearch.budget import read_budgets
+from mpsearch.budget import Budget, feasible, narrowed, read_budgets
+from mpsearch.costs.base import CostTable
 from mpsearch.costs.size import AverageBits, Bytes, Fraction
 from mpsearch.errors import InputError
 from mpsearch.layer import LayerSpec
@@ -15,8 +16,8 @@ COSTS = {"bytes": Bytes(), "bits": AverageBits(), "fraction": Fraction()}
 LAYERS = [LayerSpec(name, "linear", (1000, 1000), 10**6, name, (name,)) for name in ("one", "two", "three")]
 
 
-def space(pin=(), other_bits=8 * 4000):
-    return SearchSpace.build(LAYERS, {"w2": Integer(2), "w4": Integer(4)}, pin, other_bits)
+def space(pin=(), other_bits=8 * 4000, monotone=()):
+    return SearchSpace.build(LAYERS, {"w2": Integer(2), "w4": Integer(4)}, pin, other_bits, monotone=monotone)
 
 
 def test_without_a_limit_there_is_no_budget():
@@ -64,3 +65,36 @@ def test_a_wrong_limit_is_said_with_numbers(limits, pin, sentences):
         read_budgets(limits, COSTS, space(pin))
     for sentence in sentences:
         assert sentence in str(caught.value)
+
+
+def test_the_least_there_is_keeps_the_order():
+    """The cheapest by a cost that is not the bits: 4 bits in the first layer, 2 in the others, which is out of order."""
+    rising, free = space(monotone=["*:rising"]), space()
+    cheap = CostTable("ms", "ms", np.array([[9.0, 1.0], [2.0, 5.0], [2.0, 5.0]]), 0.0)
+
+    class Milliseconds(Bytes):
+        def table(self, space):
+            return cheap
+
+        def parse(self, text):
+            return float(text)
+
+    costs = {"ms": Milliseconds()}
+    assert read_budgets({"ms": 5}, costs, free)
+    assert read_budgets({"ms": 11}, costs, rising)
+    with pytest.raises(InputError, match=r"below the least there is, 11: every layer at w4.*loosen a pin or monotone"):
+        read_budgets({"ms": 10}, costs, rising)
+
+
+def test_a_budget_on_a_peak_and_an_order_narrow_together():
+    rising = space(monotone=["*:rising"])
+    peak = CostTable("peak", "peak", np.array([[1.0, 1.0], [1.0, 9.0], [1.0, 1.0]]), 0.0, peak=True)
+    inside, left = narrowed(rising, [Budget(peak, 5.0)])
+    assert inside.choices == (("w2",), ("w2",), ("w2", "w4"))
+    assert left == ()
+    assert feasible(rising, [Budget(peak, 5.0)], np.array([0, 0, 1]))
+    assert not feasible(rising, [Budget(peak, 5.0)], np.array([0, 1, 1])), "over the budget"
+    assert not feasible(rising, [Budget(peak, 5.0)], np.array([1, 0, 1])), "out of order"
+    peak = CostTable("peak", "peak", np.array([[9.0, 1.0], [1.0, 9.0], [1.0, 1.0]]), 0.0, peak=True)
+    with pytest.raises(InputError, match="No bits are left for 'one'"):
+        narrowed(rising, [Budget(peak, 5.0)])

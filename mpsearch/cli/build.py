@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 COUNTS = ("n_trials", "n_seeds", "seed")
+LINES = ("pin", "share", "monotone")
 SWITCHES = ("fold_batch_norms", "bias_correction")
 
 
@@ -47,6 +48,10 @@ def check(settings: dict[str, Any]) -> None:
     for name in SWITCHES:
         if not isinstance(settings.get(name, True), bool):
             raise InputError(f"{name} must be true or false; '{settings[name]}' came.")
+    for name in LINES:
+        value = settings.get(name) or []
+        if not isinstance(value, list) or not all(isinstance(line, str) for line in value):
+            raise InputError(f"{name} is a list of lines, '{name}=[\"…\",\"…\"]'; '{value}' came.")
     seconds = settings.get("max_seconds")
     if seconds is not None and (type(seconds) not in (int, float) or not seconds > 0):
         raise InputError(f"max_seconds must be a number above 0, or null for no limit; '{seconds}' came.")

@@ -27,8 +27,8 @@ class EvoPress(Levels):
         child = parent.copy()
         for _ in range(min(rng.integers(1, 4, 2))):
             child = self.step(child, rng, up=True)
-        while self.sizes(child[None])[0] > limit:
-            child = self.step(child, rng, up=False)
+        while self.sizes(child[None])[0] > limit and (child != (lower := self.step(child, rng, up=False))).any():
+            child = lower
         for _ in range(len(child)):  # the room that is left
             fuller = self.step(child, rng, up=True)
             if self.sizes(fuller[None])[0] <= limit:

@@ -40,7 +40,7 @@ MIN_CANDIDATES, MAX_CANDIDATES = 96, 400
 CENTERS = 6  # points of the front that moves start from
 TARGETS = 3  # sizes that the knapsack is solved for
 ONE_IN = 3  # of the trials that were left at the first rung goes on
-MAX_STATES = 5_000  # of its dynamic programme: a proposal need not be the exact optimum of a model
+MAX_STATES = 5_000  # of its dynamic programme: a proposal need not be the exact optimum of a model (in order: none at all)
 
 
 class Front(Levels):
@@ -118,7 +118,7 @@ class Front(Levels):
 
     def _candidates(self, front: _Staircase, surrogate: Surrogate, n: int, rng: np.random.Generator) -> Choice:
         if not len(front.choices):
-            return self.repair(self.losses.argmin(1))[None]
+            return self.repair(self.order.argmin(self.losses))[None]
         tables: dict[int, Floats] = {}
 
         def table(i: int) -> Floats:
@@ -132,15 +132,16 @@ class Front(Levels):
             found.append(self._moves(front.choices[i], table(i), n // (2 * CENTERS), rng))
             j = min(i + 1, len(front.choices) - 1)
             mask = rng.random((n // (4 * CENTERS), len(self.losses))) < rng.random((n // (4 * CENTERS), 1))
-            found.append(np.where(mask, front.choices[i], front.choices[j]))
-        cheapest = float(np.where(self.space.allowed, self.size, np.inf).min(1).sum())
+            found.append(self.order.nearest(np.where(mask, front.choices[i], front.choices[j])))
+        cheapest = knapsack.total(self.size, self.order.argmin(self.size))
+        n_states = 0 if self.order else MAX_STATES
         for i in rng.choice(len(front.choices), TARGETS, p=front.weights):
             low, high = front.sizes[i], np.append(front.sizes, front.end)[i + 1]
             limit = max(cheapest, rng.uniform(low, max(high, low)))
             choice = front.choices[i]
             for _ in range(2):
                 here = table(i) if choice is front.choices[i] else surrogate.table(choice)
-                choice = knapsack.solve(np.where(self.space.allowed, here, np.inf), self.size, limit, MAX_STATES)
+                choice = knapsack.solve(np.where(self.space.allowed, here, np.inf), self.size, limit, n_states, self.order)
                 found.append(choice[None])
             found.append(self._moves(choice, surrogate.table(choice), n // (4 * TARGETS), rng))
         return np.unique(np.concatenate(found), axis=0)
@@ -148,21 +149,21 @@ class Front(Levels):
     def _moves(self, center: Choice, table: Floats, n: int, rng: np.random.Generator) -> Choice:
         """`n` allocations near `center` [n_groups]: moves of a level and exchanges, those that `table` likes most often."""
         found = np.repeat(center[None], n, axis=0)
+        lost, grown_by = self.order.pushing(center, np.stack([table, self.size]))
         kinds = rng.integers(0, 4, n)  # up, down, exchange, exchange of up to two for two
         for step, without in zip(self.neighbours, (1, 0), strict=True):
             to = step[np.arange(len(center)), center]
-            there = np.flatnonzero(to != center)
+            there = np.flatnonzero((to != center) & np.isfinite(lost[np.arange(len(center)), to]))
             if not len(there):
                 continue
             to = to[there]
-            added = table[there, to] - table[there, center[there]]
-            grown = self.size[there, to] - self.size[there, center[there]]
+            added, grown = lost[there, to], grown_by[there, to]
             order = np.argsort(added / np.maximum(np.abs(grown), 1e-300), kind="stable")
             ranks = np.minimum(rng.exponential(max(2.0, len(order) / 6), (2, n)).astype(np.intp), len(order) - 1)
             for rank, rows in zip(ranks, (kinds != without, (kinds == 3) & (rng.random(n) < 0.7)), strict=True):
                 at = order[rank[rows]]
                 found[np.flatnonzero(rows), there[at]] = to[at]
-        return found
+        return self.order.nearest(found, center)
 
 
 class _Staircase:

@@ -115,10 +115,11 @@ class Proposer(BaseSampler):
         self.costs = [np.where(space.allowed, table.values, 0.0) for table in costs]
         self.even = self.costs[0] if len(costs) == 1 else mixed(self.costs, [1.0] * len(costs), space.allowed)
         self.weigh(self.even)
+        self.order = space.order.preferring(self.losses)
         self.tables = [np.where(space.allowed, budget.table.values, 0.0) for budget in budgets]
         self.rooms = [budget.room for budget in budgets]
         self.distributions = distributions(space.names, space.choices)
-        self.smallest = self.repair(np.where(space.allowed, self.size, np.inf).argmin(1))
+        self.smallest = self.repair(self.order.argmin(self.size))
         self._index = {name: i for i, name in enumerate(space.scheme_names)}
         self._choices: dict[int, Choice] = {}  # of each trial; they never change
         self._n_within = self._count() if space.log10_combinations <= math.log10(MAX_LISTED) else None
@@ -129,16 +130,16 @@ class Proposer(BaseSampler):
 
     @abstractmethod
     def propose(self, history: History, rng: np.random.Generator) -> Choice:
-        """Scheme indices [n_groups]; brought within the budgets, and changed at random where they were measured already."""
+        """Scheme indices [n_groups]; brought in order and within the budgets, and changed at random where they were measured."""
 
     def repair(self, choice: Choice) -> Choice:
-        """`choice` within the budgets."""
-        return knapsack.repair(choice, self.losses, self.tables, self.rooms)
+        """`choice` in order and within the budgets."""
+        return knapsack.repair(choice, self.losses, self.tables, self.rooms, self.order)
 
     def within(self, choices: Choice) -> NDArray[np.bool_]:
-        """[n]: which of `choices` [n, n_groups] keep the budgets."""
+        """[n]: which of `choices` [n, n_groups] keep the order and the budgets."""
         rows = np.arange(choices.shape[1])
-        kept = np.ones(len(choices), dtype=bool)
+        kept = self.order.holds(choices)
         for table, room in zip(self.tables, self.rooms, strict=True):
             kept &= table[rows, choices].sum(1) <= room
         return kept
@@ -223,7 +224,7 @@ class Proposer(BaseSampler):
         return np.array(rows, dtype=np.intp).reshape(-1, len(self.space.names))
 
     def _new(self, choice: Choice, seen: set[bytes], rng: np.random.Generator) -> Choice:
-        """`choice`, or one that differs from it in as few groups as it takes to be new and within the budgets."""
+        """`choice`, or one that differs from it in as few groups as it takes to be new, in order and within the budgets."""
         if choice.tobytes() not in seen:
             return choice
         free = np.flatnonzero(self.space.allowed.sum(1) > 1)
@@ -233,7 +234,7 @@ class Proposer(BaseSampler):
             other = choice.copy()
             for group in rng.choice(free, min(len(free), 1 + attempt // 40), replace=False):
                 other[group] = rng.choice(np.flatnonzero(self.space.allowed[group]))
-            other = self.repair(other)
+            other = self.repair(self.order.nearest(other, choice))
             if other.tobytes() not in seen:
                 return other
         if self._n_within is not None:
@@ -244,12 +245,9 @@ class Proposer(BaseSampler):
         return choice
 
     def _every(self) -> Choice:
-        """[n, n_groups]: all allocations within the budgets."""
-        options = [np.flatnonzero(row) for row in self.space.allowed]
-        grid = np.zeros((1, 0), dtype=np.intp)
-        for option in options:
-            grid = np.column_stack((np.repeat(grid, len(option), axis=0), np.tile(option, len(grid))))
-        return grid[self.within(grid)]
+        """[n, n_groups]: all allocations in order and within the budgets."""
+        every = self.order.every()
+        return every[self.within(every)]
 
     def _count(self) -> int:
         return len(self._every())
