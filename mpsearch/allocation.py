@@ -153,17 +153,20 @@ class SearchSpace:
         Raises `InputError` where a group of a chain is left without any.
         """
         space = self._with_choices(kept)
-        if not self.monotone:
-            return space
-        kept = space.order.consistent()
         for chain in self.monotone:
-            if lost := [self.names[i] for i in sorted(chain) if not kept[i].any()]:
-                raise InputError(
-                    f"No bits are left for '{lost[0]}': monotone orders the {len(chain)} layers from '{self.names[min(chain)]}' "
-                    f"to '{self.names[max(chain)]}', and what a pin, the runtime or a budget leaves them cannot be put in that "
-                    "order. Loosen one of them, or leave out a layer."
-                )
-        return space._with_choices(kept)
+            level, least, behind = space.order.level, 0, chain[0]
+            for i in chain:
+                fits = kept[i] & (level[i] >= least)
+                if not fits.any():
+                    smallest = self.scheme_names[int((level[behind] == least).argmax())]
+                    largest = self.scheme_names[int(np.where(kept[i], level[i], -1).argmax())]
+                    raise InputError(
+                        f"monotone wants no more bits in '{self.names[behind]}' than in '{self.names[i]}', but {smallest} is the "
+                        f"least that a pin, runtime or budget leaves in the one, {largest} the most in the other. Loosen one."
+                    )
+                if (lowest := level[i][fits].min()) > least:
+                    least, behind = lowest, i
+        return space._with_choices(space.order.consistent()) if self.monotone else space
 
     def _with_choices(self, kept: np.ndarray) -> SearchSpace:
         choices = (tuple(name for name, k in zip(self.scheme_names, row, strict=True) if k) for row in kept)
@@ -172,7 +175,7 @@ class SearchSpace:
     @property
     def log10_combinations(self) -> float:
         """The number of allocations, as a power of ten."""
-        return math.log10(self.order.count) if self.order else sum(math.log10(len(names)) for names in self.choices)
+        return math.log10(self.order.count) if self.monotone else sum(math.log10(len(names)) for names in self.choices)
 
     def allocation(self, choice: Sequence[int] | np.ndarray) -> Allocation:
         """From scheme indices, one a group."""

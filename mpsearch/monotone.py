@@ -46,7 +46,7 @@ class Monotone:
         return other
 
     def consistent(self) -> NDArray[np.bool_]:
-        """bool [n_groups, n_choices]: what is part of some allocation that keeps the order; of a group nothing: there is none."""
+        """bool [n_groups, n_choices]: what is part of some allocation that keeps the order; nothing of a chain that has none."""
         kept = self.allowed.copy()
         for chain in self.chains:
             least = 0
