@@ -311,15 +311,12 @@ def _filled(choice: Choice, loss: Floats, cost: NDArray, limit: float) -> Choice
 
 def _ends(loss: Floats, cost: NDArray, order: Monotone) -> tuple[Choice, Choice]:
     """Of the allocations in order the cheapest, and that of lowest loss; of equal ones the better by the other."""
-    tables = np.where(np.isfinite(loss), cost, np.inf), loss
-    ranges = [float(np.ptp(np.where(np.isfinite(t), t, t.min(1)[:, None]), axis=1).sum()) or 1.0 for t in tables]
-
-    def least(one: int, other: int) -> Choice:
-        sure = order.argmin(tables[one])
-        tied = order.argmin(tables[one] / ranges[one] + TIE * tables[other] / ranges[other])
-        return tied if total(tables[one], tied) <= total(tables[one], sure) else sure
-
-    return least(0, 1), least(1, 0)
+    tables = np.stack([np.where(np.isfinite(loss), cost, np.inf), loss])
+    ranges = np.ptp(np.where(np.isfinite(tables), tables, tables.min(2, keepdims=True)), axis=2).sum(1)
+    shares = tables / np.where(ranges > 0, ranges, 1.0)[:, None, None]
+    sure, tied = order.argmin(np.stack([tables, shares + TIE * shares[::-1]]))
+    cheapest, best = (t if total(table, t) <= total(table, s) else s for table, s, t in zip(tables, sure, tied, strict=True))
+    return cheapest, best
 
 
 def _solve_in_order(

@@ -1,7 +1,8 @@
 """Bits that never fall along the depth: the optimum among such allocations, the nearest one, and the moves that lead to others.
 
 A chain is a list of groups along which bits may stay or rise; one along which they fall is read backwards. As it is cut into
-runs of equal bits, the best cuts are found bits by bits, each by prefix sums over all its groups at once: O(groups x bits).
+runs of equal bits, the best cuts are found level by level of bits, each by prefix sums over all its groups at once: groups x
+levels steps, whatever the losses.
 
 Everywhere: tables are `[..., n_groups, n_choices]`, infinite where a choice is not allowed (each group has one that is), an
 allocation is `choice` intp `[..., n_groups]`. No argument is modified.
@@ -103,7 +104,8 @@ class Monotone:
         for chain, slots in zip(self.chains, self._slots, strict=True):
             rows, n = table[..., chain, :], np.arange(len(chain))
             padded = np.concatenate([rows, np.full((*rows.shape[:-1], 1), np.inf)], axis=-1)
-            level = _runs(padded[..., n[:, None], slots].min(-1))  # [..., n_levels, n, most] before the least is taken
+            options = padded[..., n[:, None], slots]  # [..., n_levels, n, most]
+            level = _runs(options[..., 0] if slots.shape[2] == 1 else options.min(-1))
             equal = np.take_along_axis(padded, slots[level, n], axis=-1).argmin(-1)
             choice[..., chain] = slots[level, n, equal]
         return choice
@@ -111,7 +113,8 @@ class Monotone:
     def nearest(self, choices: Choice, center: Choice | None = None) -> Choice:
         """`choices` [..., n_groups] brought into order by the fewest steps from bits to bits.
 
-        Where a `center` [n_groups] is given, what differs from it was moved there on purpose: the other groups give way.
+        Where a `center` [n_groups] is given, what differs from it was moved there on purpose: the other groups give way, and of
+        two such that bar each other the one of fewer bits.
         """
         found = choices.copy()
         for chain, slots in zip(self.chains, self._slots, strict=True):
@@ -126,8 +129,8 @@ class Monotone:
                 moved = levels != middle
                 least = np.maximum.accumulate(np.where(moved, levels, 0), axis=1)
                 most = np.minimum.accumulate(np.where(moved, levels, self.n_levels)[:, ::-1], axis=1)[:, ::-1]
-                to = np.clip(middle, least, most)
-                left = ~((least <= most) & (slots[to, at, 0] < self.level.shape[1])).all(1)  # where one move bars another
+                to = np.clip(middle, least, np.maximum(least, most))
+                left = (slots[to, at, 0] == self.level.shape[1]).any(1)  # where one of the others may not
                 scale = np.where(moved, 1 + self.level.size, 1)[left]  # its step is more than all those of the others
             steps = np.abs(np.arange(self.n_levels)[:, None] - levels[left][:, None]) * scale[:, None]
             to[left] = _runs(np.where(slots[:, :, 0] < self.level.shape[1], steps, np.inf))
@@ -234,10 +237,10 @@ def _sums(table: Floats) -> tuple[Floats, list[Floats]]:
 
 def _runs(table: Floats) -> Choice:
     """[..., n]: the levels along a chain that never fall and of which `table` [..., n_levels, n] has the least total."""
-    n = table.shape[-1]
-    found = np.zeros((*table.shape[:-2], n), dtype=np.intp)
-    end = np.full((*found.shape[:-1], 1), n)
-    for lowest in reversed(_sums(table)[1]):
-        end = (lowest <= np.take_along_axis(lowest, end, axis=-1)).argmax(-1)[..., None]
-        found += np.arange(n) >= end
-    return found
+    flat = table.reshape(-1, *table.shape[-2:])
+    rows, n = np.arange(len(flat)), flat.shape[-1]
+    found, end = np.zeros((len(flat), n), dtype=np.intp), np.full(len(flat), n)
+    for lowest in reversed(_sums(flat)[1]):
+        end = (lowest <= lowest[rows, end][:, None]).argmax(1)
+        found += np.arange(n) >= end[:, None]
+    return found.reshape(*table.shape[:-2], n)
