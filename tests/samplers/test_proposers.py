@@ -96,7 +96,7 @@ def in_order(request):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("limits", [None, {"bits": 3.9}, {"bits": 4.4, "bytes": 9_000}], ids=str)
+@pytest.mark.parametrize("limits", [None, {"bits": 4.4, "bytes": 9_000}], ids=str)
 def test_it_keeps_the_order_the_budgets_and_the_pins_and_repeats_nothing(in_order, name, limits):
     space = in_order[0].space
     asked = trials(run(in_order, name, limits=limits))
@@ -111,7 +111,7 @@ def test_it_keeps_the_order_the_budgets_and_the_pins_and_repeats_nothing(in_orde
             assert along == sorted(along)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["front", "evopress", "amq"])
 def test_a_run_in_order_goes_on_as_if_nothing_was(in_order, name):
     whole = run(in_order, name, 30, limits={"bits": 4.4}, seed=3)
     again = run(in_order, name, 30, limits={"bits": 4.4}, seed=3, known=whole[:20])
