@@ -75,20 +75,19 @@ class PackedModule(nn.Module):
         self.dense = cast(Integer, self.scheme.dense if isinstance(self.scheme, Rotated) else self.scheme)
         self.packed = packed
         self.of_input = layer.weight.of_input
-        self.step = float(self.of_input["input_scale"]) if self.of_input else None
-        # The kernels' codes are signed and have no zero point. Below 8 bits they hold a code less its zero point. Asymmetric
-        # 8-bit input is given to them less its middle code, and the shift, the same for every value, times the sum of a row of
-        # weights is taken off the output again.
+        # The kernels multiply int8, a code less its zero point. Of asymmetric 8-bit input that may not fit: they take it less its
+        # middle code, and the shift, the same for every value, times the sum of a row of weights is made up for by the bias.
         of = self.dense.input
-        self.few_bits = of if isinstance(of, IntegerInput) and of.bits < 8 else None
-        self.shift = 0.0
+        self.how: dict[str, Any] = {"input_scale": float(self.of_input["input_scale"]) if self.of_input else None}
+        if isinstance(of, IntegerInput):
+            zero_point = int(self.of_input.get("input_zero_point", 0))
+            self.how |= {"largest_code": of.largest_code, "symmetric": of.symmetric, "zero_point": zero_point}
         self.register_buffer("data", packed.data)
         self.register_buffer("bias", bias)
         self.register_buffer("shifted_bias", None, persistent=False)
-        if "input_zero_point" in self.of_input and self.few_bits is None and not isinstance(module, nn.Embedding):
-            middle = cast(IntegerInput, of).largest_code // 2
-            self.shift = (int(self.of_input["input_zero_point"]) - middle) * float(self.of_input["input_scale"])
-            self.shifted_bias = -self.shift * self.as_read().dequantize().double().flatten(1).sum(1)
+        if isinstance(of, IntegerInput) and of.largest_code > 127 and not isinstance(module, nn.Embedding):
+            shift = (of.largest_code // 2 - self.how["zero_point"]) * self.how["input_scale"]
+            self.shifted_bias = shift * self.as_read().dequantize().double().flatten(1).sum(1)
 
     def unpacked(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """Codes `[rows, columns]`, scales and zero points `[rows, n_groups]`, as they were packed."""
@@ -107,18 +106,18 @@ class PackedModule(nn.Module):
         """See the class."""
         return self.quantized().dequantize()
 
-    def eight_bits(self, x: Tensor, n_inner: int) -> tuple[Tensor, Tensor | None, float | None]:
-        """(input, bias, step) of an 8-bit product: `None` where the kernels find the step of each token themselves."""
+    def quantizes(self, x: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        """(input, bias, how the kernel is to quantize the input)."""
         of = cast(IntegerInput, self.dense.input)
         if self.shifted_bias is not None:
             bias = self.shifted_bias if self.bias is None else self.bias + self.shifted_bias
-            return of.fake_quantize(x, n_inner, self.of_input) + self.shift, bias.float(), self.step
+            return x, bias.float(), self.how
         if of.scale == "tensor" and x.numel():
-            step = float(of.grid(x.min(), x.max())[0])
-            if SMALLEST_NORMAL <= step < math.inf:
-                return x, self.bias, step
-            return torch.full_like(x, 0.0 if step < SMALLEST_NORMAL else math.nan), self.bias, 1.0
-        return x, self.bias, self.step
+            scale, zero_point = map(float, of.grid(x.min(), x.max()))
+            if SMALLEST_NORMAL <= scale < math.inf:
+                return x, self.bias, {**self.how, "input_scale": scale, "zero_point": int(zero_point)}
+            return torch.full_like(x, 0.0 if scale < SMALLEST_NORMAL else math.nan), self.bias, self.how
+        return x, self.bias, self.how
 
     def extra_repr(self) -> str:
         """Shape and scheme."""
@@ -134,12 +133,8 @@ class PackedLinear(PackedModule):
             input = kernels.rotate(input)
         if self.dense.input is None:
             return kernels.linear(input, self.packed, self.bias)
-        if self.few_bits is not None:
-            codes, scale = self.few_bits.split(input, 1, self.of_input)
-            output = kernels.linear_a8(codes, self.packed, None, 1.0) * scale
-            return output if self.bias is None else output + self.bias
-        x, bias, step = self.eight_bits(input, 1)
-        return kernels.linear_a8(x, self.packed, bias, step)
+        x, bias, how = self.quantizes(input)
+        return kernels.linear_a8(x, self.packed, bias, **how)
 
 
 class PackedEmbedding(PackedModule):
@@ -155,8 +150,8 @@ class PackedConv(PackedModule):
 
     def __init__(self, module: Any, layer: QuantizedLayer, packed: Any, bias: Tensor | None) -> None:
         super().__init__(module, layer, packed, bias)
-        # The kernels pad with zeros, alike on both sides; anything else is padded here, and what is to be shifted afterwards.
-        self.pads_first = module.padding_mode != "zeros" or isinstance(module.padding, str) or self.shifted_bias is not None
+        # The kernels pad with zeros, alike on both sides; anything else is padded here.
+        self.pads_first = module.padding_mode != "zeros" or isinstance(module.padding, str)
         self.sides = module._reversed_padding_repeated_twice
         self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         self.geometry = {
@@ -175,13 +170,9 @@ class PackedConv(PackedModule):
         batch = F.pad(batch, self.sides, mode=self.mode) if self.pads_first else batch
         if self.scheme.input_format is None:
             output = kernels.conv(batch, self.packed, self.bias, **self.geometry)
-        elif self.few_bits is not None:
-            codes, scale = self.few_bits.split(batch, batch.dim() - 1, self.of_input)
-            output = kernels.conv_a8(codes, self.packed, None, **self.geometry, input_scale=1.0) * scale
-            output = output if self.bias is None else output + self.bias.view(-1, *[1] * (batch.dim() - 2))
         else:
-            x, bias, step = self.eight_bits(batch, batch.dim() - 1)
-            output = kernels.conv_a8(x, self.packed, bias, **self.geometry, input_scale=step)
+            x, bias, how = self.quantizes(batch)
+            output = kernels.conv_a8(x, self.packed, bias, **self.geometry, **how)
         return output if input.dim() == len(self.shape) else output[0]
 
 

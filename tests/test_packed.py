@@ -176,6 +176,13 @@ def test_which_layers_there_is_a_kernel_for(kind, shape, scheme, op):
     assert kernel_for(kind, shape, scheme) == op
 
 
+OF_INPUT = [
+    SHIFTED,
+    {"bits": 8, "scale": "tensor"},
+    {"bits": 4, "scale": "token", "symmetric": False},
+    {"bits": 5, "scale": "static", "symmetric": False},
+    {"bits": 4, "scale": "tensor", "symmetric": False},
+]
 LAYERS = {
     "linear": (lambda: nn.Linear(70, 9), (5, 70)),
     "no bias": (lambda: nn.Linear(70, 9, bias=False), (5, 70)),
@@ -186,7 +193,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("of_input", [SHIFTED, {"bits": 8, "scale": "tensor"}], ids=["shifted", "tensor"])
+@pytest.mark.parametrize("of_input", OF_INPUT, ids=lambda of: f"{of['scale']}{of['bits']}")
 @pytest.mark.parametrize("offset", [-3.0, 0.4, 5.0])
 def test_a_layer_on_its_own_input_is_what_is_simulated(tiny, name, of_input, offset):
     """To float rounding, as no code of its input can differ; padding stays 0, which is no middle code."""
@@ -205,7 +212,7 @@ def test_a_layer_on_its_own_input_is_what_is_simulated(tiny, name, of_input, off
     assert isinstance(model[0], PackedModule)
     assert (model(x) - expected).abs().max() <= 3e-5 * expected.abs().max()
     assert torch.equal(model[0].weight, weight.dequantize())
-    if of_input is SHIFTED:
+    if of_input["scale"] != "tensor":
         x[1] = torch.nan
         assert model(x)[1].isnan().all()
         assert torch.isfinite(model(x)[0]).all()

@@ -129,16 +129,26 @@ def conv_a8(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     input_scale: float | None = None,
+    largest_code: int = 127,
+    symmetric: bool = True,
+    zero_point: int = 0,
 ) -> Tensor:
-    """The same with x first quantized to int8, symmetric, values beyond 127 steps saturating: float32 `[n, rows, *out]`.
+    """The same with x first quantized to 8 bits or fewer, values beyond its codes saturating: float32 `[n, rows, *out]`.
 
-    input_scale  the step, a positive normal float32 number; `None` is `max|x| / 127` of each sample `[channels, *size]`
+    input_scale   the step, a positive normal float32 number; `None`: each sample has its own, from its ends
+    largest_code  1 to 127, 2**(bits-1) - 1 for symmetric codes, 2**bits - 1 for others
+    symmetric     codes go from -largest_code to largest_code; else from 0, and stand for code - zero_point
+    zero_point    where not symmetric and `input_scale` is given: 0 to largest_code
+
+    Where both are given, largest_code may be up to 254: then what is multiplied is the code less 127, and the bias is to make up
+    for the difference, `(127 - zero_point) * input_scale` times the sum of a row's weights.
 
     The result is defined to the bit (`reference_conv.py`) and the same on every backend, for any number of threads and in any
     batch. A sample with a NaN or infinite value gives NaN. Otherwise takes and raises what `conv` does.
     """
     op = _conv_a8 if is_plain(x) else torch.ops.mpsearch.conv_a8.default
-    return op(x, weight.data, _format(weight), bias, stride, padding, dilation, input_scale)
+    of_input = input_scale, largest_code, -1 if symmetric else zero_point
+    return op(x, weight.data, _format(weight), bias, stride, padding, dilation, *of_input)
 
 
 # The fields of PackedConv after `data`, all numbers, the kernel size last: an operator takes one list in less time than nine
@@ -169,7 +179,7 @@ def _conv(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    return _convolve(x, data, tuple(format), bias, tuple(stride), tuple(padding), tuple(dilation), None, int8_input=False)
+    return _convolve(x, data, tuple(format), bias, tuple(stride), tuple(padding), tuple(dilation))
 
 
 def _conv_a8(
@@ -181,8 +191,11 @@ def _conv_a8(
     padding: Sequence[int],
     dilation: Sequence[int],
     input_scale: float | None,
+    largest_code: int = 127,
+    zero_point: int = -1,
 ) -> Tensor:
-    return _convolve(x, data, tuple(format), bias, tuple(stride), tuple(padding), tuple(dilation), input_scale, int8_input=True)
+    geometry = tuple(stride), tuple(padding), tuple(dilation)
+    return _convolve(x, data, tuple(format), bias, *geometry, input_scale, largest_code, zero_point, int8_input=True)
 
 
 def _fake(
@@ -194,8 +207,10 @@ def _fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     input_scale: float | None = None,
+    largest_code: int = 127,
+    zero_point: int = -1,
 ) -> Tensor:
-    _check(x, data, tuple(format), bias, input_scale)
+    _check(x, data, tuple(format), bias, input_scale, largest_code, zero_point)
     return _result(x, (x.shape[0], format[0], *_out_size(x.shape, tuple(format), tuple(stride), tuple(padding), tuple(dilation))))
 
 
@@ -207,11 +222,13 @@ def _convolve(
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
-    input_scale: float | None,
+    input_scale: float | None = None,
+    largest_code: int = 127,
+    zero_point: int = -1,
     *,
-    int8_input: bool,
+    int8_input: bool = False,
 ) -> Tensor:
-    _check(x, data, format, bias, input_scale)
+    _check(x, data, format, bias, input_scale, largest_code, zero_point)
     channels_last = _is_channels_last(x)
     out, shape = _plan(x.shape, channels_last, format, stride, padding, dilation)
     y = _result(x, out)
@@ -222,7 +239,8 @@ def _convolve(
     if bias is not None and (bias.requires_grad or not bias.is_contiguous()):
         bias = bias.detach().contiguous()
     if backend == "reference":
-        return y.copy_(_specified(x, data, format, bias, stride, padding, dilation, input_scale, int8_input).view(out))
+        of_input = (input_scale, largest_code, zero_point) if int8_input else None
+        return y.copy_(_specified(x, data, format, bias, stride, padding, dilation, of_input).view(out))
     x = x if channels_last else x.contiguous()
     compiled.conv(
         backend_index(backend),
@@ -233,6 +251,8 @@ def _convolve(
         shape.data_ptr(),
         int8_input,
         input_scale or 0.0,
+        largest_code,
+        zero_point,
         torch.get_num_threads(),
     )
     return y
@@ -246,18 +266,15 @@ def _specified(
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
-    input_scale: float | None,
-    int8_input: bool,
+    of_input: tuple[float | None, int, int] | None,
 ) -> Tensor:
     """What `reference_conv` gives, contiguous."""
     rows, _, bits, group_size, _, _, groups, *kernel_size = format
     codes, scales, zero_points = _unpack(data, format)
     x = x.unsqueeze(2) if x.dim() == 3 else x
     kernel, geometry = _pair(kernel_size, 1), (_pair(stride, 1), _pair(padding, 0), _pair(dilation, 1))
-    if int8_input:
-        return reference_conv.conv_a8(
-            x, codes, scales, zero_points, bits, group_size, bias, input_scale, kernel, *geometry, groups
-        )
+    if of_input:
+        return reference_conv.conv_a8(x, codes, scales, zero_points, bits, group_size, bias, *of_input, kernel, *geometry, groups)
     weight = reference.dequantize_codes(codes, scales, zero_points, bits, group_size)
     return reference_conv.conv(x, weight.reshape(rows, -1, *kernel), bias, *geometry, groups).contiguous()
 
@@ -320,7 +337,9 @@ def _out_size(
     return tuple((n - k) // s + 1 for n, k, s in zip(padded, covered, stride, strict=True))
 
 
-def _check(x: Tensor, data: Tensor, format: Format, bias: Tensor | None, input_scale: float | None) -> None:
+def _check(
+    x: Tensor, data: Tensor, format: Format, bias: Tensor | None, input_scale: float | None, largest_code: int, zero_point: int
+) -> None:
     """What a kernel needs so as to stay within its tensors; numbers only, as this runs at every call."""
     _check_packed(data, format)
     rows, n_dims, channels = format[0], len(format) - KERNEL_SIZE, _expected(format)[1]
@@ -337,6 +356,11 @@ def _check(x: Tensor, data: Tensor, format: Format, bias: Tensor | None, input_s
         )
     if input_scale is not None and not SMALLEST_SCALE <= input_scale <= LARGEST_SCALE:
         raise InputError(f"input_scale is {input_scale}, but must be from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}.")
+    most = 127 if input_scale is None or zero_point < 0 else 254
+    if not 1 <= largest_code <= most or not -1 <= zero_point <= largest_code:
+        raise InputError(
+            f"largest_code is {largest_code} and zero_point {zero_point}, but must be 1 to {most}, and 0 to largest_code."
+        )
 
 
 def _check_packed(data: Tensor, format: Format) -> None:
@@ -371,4 +395,4 @@ def _dtype(tensor: Tensor) -> str:
 
 _ARGUMENTS = "Tensor x, Tensor data, int[] format, Tensor? bias, int[] stride, int[] padding, int[] dilation"
 register("conv", _ARGUMENTS, _conv, _fake)
-register("conv_a8", _ARGUMENTS + ", float? input_scale", _conv_a8, _fake)
+register("conv_a8", _ARGUMENTS + ", float? input_scale, int largest_code=127, int zero_point=-1", _conv_a8, _fake)

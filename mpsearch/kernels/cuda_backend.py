@@ -27,7 +27,7 @@ _SIGNATURES = {  # api.h: p an address, q int64, i int, f float
     "dequantize": "pppp" + "qqq" + "ii" + "p",
     "dequantize_stream": "ppi" + "qqq" + "ii" + "p",
     "rotate": "ppp" + "qq" + "ii" + "p",
-    "linear": "ii" + "ppppp" + "f" + "qqqq" + "iii" + "p",
+    "linear": "ii" + "ppppp" + "fii" + "qqqq" + "iii" + "p",
 }
 _TYPES: dict[str, Any] = {"p": ctypes.c_void_p, "q": ctypes.c_int64, "i": ctypes.c_int, "f": ctypes.c_float}
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -177,6 +177,8 @@ def linear(
     half_scales: bool,
     int8_input: bool,
     input_scale: float | None,
+    largest_code: int,
+    zero_point: int,
 ) -> None:
     """Fill `y` with the product: from the stream for few tokens, from the dequantized weight by cuBLAS for many."""
     used, rows, n_tokens, dtype = _used(), y.shape[-1], x.numel() // columns, _DTYPES[x.dtype]
@@ -196,6 +198,8 @@ def linear(
         dtype,
         *_addresses(x, data, bias, y, scratch),
         input_scale or 0.0,
+        largest_code,
+        zero_point,
         n_tokens,
         *shape,
         bits,

@@ -167,22 +167,37 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> Tenso
     return op(x, weight.data, weight.rows, weight.columns, weight.bits, weight.group_size, weight.half_scales, bias)
 
 
-def linear_a8(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, input_scale: float | None = None) -> Tensor:
-    """The same with x first quantized to int8, symmetric, values beyond 127 steps saturating: float32 `[..., rows]`.
+def linear_a8(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    input_scale: float | None = None,
+    largest_code: int = 127,
+    symmetric: bool = True,
+    zero_point: int = 0,
+) -> Tensor:
+    """The same with x first quantized to 8 bits or fewer, values beyond its codes saturating: float32 `[..., rows]`.
 
-    input_scale  the step, a positive normal float32 number; `None` is `max|x| / 127` of each token (a row of x)
+    input_scale   the step, a positive normal float32 number; `None`: each token (a row of x) has its own, from its ends
+    largest_code  1 to 127, 2**(bits-1) - 1 for symmetric codes, 2**bits - 1 for others
+    symmetric     codes go from -largest_code to largest_code; else from 0, and stand for code - zero_point
+    zero_point    where not symmetric and `input_scale` is given: 0 to largest_code
+
+    Where both are given, largest_code may be up to 254: then what is multiplied is the code less 127, and the bias is to make up
+    for the difference, `(127 - zero_point) * input_scale` times the sum of a row's weights.
 
     The result is defined to the bit (`reference.py`) and the same on every backend, for any number of threads and of tokens. A
     token with a NaN or infinite value gives NaN. Otherwise takes and raises what `linear` does.
     """
     op = _linear_a8 if is_plain(x) else _linear_a8_op
-    return op(x, weight.data, weight.rows, weight.columns, weight.bits, weight.group_size, weight.half_scales, bias, input_scale)
+    format = weight.rows, weight.columns, weight.bits, weight.group_size, weight.half_scales
+    return op(x, weight.data, *format, bias, input_scale, largest_code, -1 if symmetric else zero_point)
 
 
 def _linear(
     x: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool, bias: Tensor | None = None
 ) -> Tensor:
-    return _multiply(x, data, rows, columns, bits, group_size, half_scales, bias, None, False)
+    return _multiply(x, data, rows, columns, bits, group_size, half_scales, bias, None, 127, -1, False)
 
 
 def _linear_a8(
@@ -195,8 +210,11 @@ def _linear_a8(
     half_scales: bool,
     bias: Tensor | None = None,
     input_scale: float | None = None,
+    largest_code: int = 127,
+    zero_point: int = -1,
 ) -> Tensor:
-    return _multiply(x, data, rows, columns, bits, group_size, half_scales, bias, input_scale, True)
+    of_input = input_scale, largest_code, zero_point
+    return _multiply(x, data, rows, columns, bits, group_size, half_scales, bias, *of_input, True)
 
 
 def _multiply(
@@ -209,10 +227,12 @@ def _multiply(
     half_scales: bool,
     bias: Tensor | None,
     input_scale: float | None,
+    largest_code: int,
+    zero_point: int,
     int8_input: bool,
 ) -> Tensor:
     """Called often and briefly: every attribute of a tensor costs as much as a row of the weight."""
-    shape = _check_product(x, data, rows, columns, bits, group_size, half_scales, bias, input_scale)
+    shape = _check_product(x, data, rows, columns, bits, group_size, half_scales, bias, input_scale, largest_code, zero_point)
     y = x.new_empty((*shape[:-1], rows))
     n_values = x.numel()
     if n_values == 0 or rows == 0:
@@ -223,7 +243,8 @@ def _multiply(
         codes, scales, doubled_zeros = reference.unpack_weight(data, rows, columns, bits, group_size, scale_dtype)
         tokens, bias = x.detach().reshape(-1, columns).float(), None if bias is None else bias.detach()
         if int8_input:
-            return y.copy_(reference.linear_a8(tokens, codes, scales, doubled_zeros, group_size, bias, input_scale).view_as(y))
+            of_input = input_scale, largest_code, zero_point
+            return y.copy_(reference.linear_a8(tokens, codes, scales, doubled_zeros, group_size, bias, *of_input).view_as(y))
         weight = reference.dequantize_doubled(codes, scales, doubled_zeros, group_size)
         return y.copy_(reference.linear(tokens, weight, bias).view_as(y))
     if not x.is_contiguous():
@@ -232,7 +253,8 @@ def _multiply(
         bias = bias.detach().contiguous()
     if backend == "cuda":
         bias = None if bias is None else bias.detach()
-        cuda_backend.linear(x.detach(), data, y, bias, columns, group_size, bits, half_scales, int8_input, input_scale)
+        format, of_input = (columns, group_size, bits, half_scales), (input_scale, largest_code, zero_point)
+        cuda_backend.linear(x.detach(), data, y, bias, *format, int8_input, *of_input)
         return y
     compiled.linear(
         backend_index(backend),
@@ -248,6 +270,8 @@ def _multiply(
         half_scales,
         int8_input,
         input_scale or 0.0,
+        largest_code,
+        zero_point,
         torch.get_num_threads(),
     )
     return y
@@ -263,8 +287,10 @@ def _fake(
     half_scales: bool,
     bias: Tensor | None = None,
     input_scale: float | None = None,
+    largest_code: int = 127,
+    zero_point: int = -1,
 ) -> Tensor:
-    _check_product(x, data, rows, columns, bits, group_size, half_scales, bias, input_scale)
+    _check_product(x, data, rows, columns, bits, group_size, half_scales, bias, input_scale, largest_code, zero_point)
     return x.new_empty((*x.shape[:-1], rows))
 
 
@@ -278,6 +304,8 @@ def _check_product(
     half_scales: bool,
     bias: Tensor | None,
     input_scale: float | None,
+    largest_code: int,
+    zero_point: int,
 ) -> torch.Size:
     """What a kernel needs so as to stay within its tensors; gives the shape of x."""
     shape = x.shape
@@ -293,6 +321,11 @@ def _check_product(
         )
     if input_scale is not None and not SMALLEST_SCALE <= input_scale <= LARGEST_SCALE:
         raise InputError(f"input_scale is {input_scale}, but must be from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}.")
+    most = 127 if input_scale is None or zero_point < 0 else 254
+    if not 1 <= largest_code <= most or not -1 <= zero_point <= largest_code:
+        raise InputError(
+            f"largest_code is {largest_code} and zero_point {zero_point}, but must be 1 to {most}, and 0 to largest_code."
+        )
     check_packed_weight(data, rows, columns, bits, group_size, half_scales)
     return shape
 
@@ -327,5 +360,5 @@ def _dtype(tensor: Tensor) -> str:
 
 _ARGUMENTS = "Tensor x, Tensor data, int rows, int columns, int bits, int group_size, bool half_scales, Tensor? bias=None"
 register("linear", _ARGUMENTS, _linear, _fake)
-register("linear_a8", _ARGUMENTS + ", float? input_scale=None", _linear_a8, _fake)
+register("linear_a8", _ARGUMENTS + ", float? input_scale=None, int largest_code=127, int zero_point=-1", _linear_a8, _fake)
 _linear_op, _linear_a8_op = torch.ops.mpsearch.linear.default, torch.ops.mpsearch.linear_a8.default

@@ -31,15 +31,24 @@ bit `k % 8` (0 the lowest) of byte `k // 8`.
 Products y = x W^T of packed weights, `weight` as above, sums over the columns c (of group g):
 
     linear       y[m, r] = (sum of weight[r, c] * x[m, c]) + bias[r]
-    linear_a8    token_scale[m] = max|x[m]| / 127 or the given input scale, NaN where x[m] is not finite
-                 inverse = 1 / token_scale, or 0 where that is below 2**-126
-                 x8[m, c] = rint(clamp(x[m, c] * inverse, -127, 127))
+    linear_a8    x8, token_scale as below
                  D[m, r, g] = sum of (2 * code[r, c] - 2 * zero[r, g]) * x8[m, c]    exact, then rounded to float32
                  y[m, r] = ((token_scale[m] * 0.5) * sum of D[m, r, g] * scale[r, g] over g in ascending order) + bias[r]
 
 Without a bias nothing is added. The backends equal `linear_a8` bit for bit. `linear` is float64 here, rounded at the end; they
 keep their sums in float32 in an order of their own, add the bias last, and are within
 `(columns + 8) * 2**-24 * (|bias| + sum of |weight * x|)` of it.
+
+Input is quantized to int8 by token, with `low` and `high` those of x[m] as above and codes up to `largest`, 1 to 127:
+
+    symmetric     scale = max(-low, high) / largest           zero = 0                                     codes from -largest
+    asymmetric    scale = high / largest - low / largest      zero = rint(clamp(-low * inverse, 0, largest))     codes from 0
+
+    inverse = 1 / scale, or 0 where that is below 2**-126
+    x8[m, c] = rint(clamp(x[m, c] * inverse, least code - zero, largest - zero))         a code less its zero point
+
+or scale and zero point are given; either way the scale is NaN where x[m] is not finite. Asymmetric codes up to 254 are taken too,
+scale and zero point being given; their x8 is the code less 127, also in what pads a convolution's input.
 
 The products read weights in a streaming layout, uint8 `[n_tiles, n_groups, record]`: a tile is 16 rows, a record a group of them,
 its columns padded to blocks of 32. Rows and columns that are only padding have codes, scales and zero points of 0. A record is
@@ -145,12 +154,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (product if bias is None else product + bias.double()).float()
 
 
-def quantize_tokens(x: Tensor, input_scale: float | None) -> tuple[Tensor, Tensor]:
-    """Each row of x as int8 codes (in float32) and its scale `[tokens, 1]`, which is `input_scale` where given."""
-    scale = x.abs().amax(1, keepdim=True) / 127 if input_scale is None else x.new_full((len(x), 1), input_scale)
+def quantize_tokens(x: Tensor, input_scale: float | None, largest: int, zero_point: int) -> tuple[Tensor, Tensor]:
+    """Each row of x as int8 (in float32) and its scale `[tokens, 1]`; -1 is the zero point of symmetric codes."""
+    low, high = x.amin(1, keepdim=True).clamp(max=0), x.amax(1, keepdim=True).clamp(min=0)
+    if input_scale is not None:
+        scale = torch.full_like(low, input_scale)
+    else:
+        scale = torch.maximum(-low, high) / largest if zero_point < 0 else high / largest - low / largest
     scale = torch.where(torch.isfinite(x).all(1, keepdim=True), scale, torch.nan)
     inverse = torch.where(scale >= SMALLEST_NORMAL, 1.0 / scale, 0.0)
-    return (x * inverse).nan_to_num(-127.0).clamp(-127, 127).round(), scale
+    least = torch.full_like(low, -largest if zero_point < 0 else -zero_point)
+    if input_scale is None and zero_point >= 0:
+        least = -(-low * inverse).nan_to_num(0.0).clamp(0, largest).round()
+    most = -least if zero_point < 0 else least + largest
+    steps = torch.minimum(torch.maximum((x * inverse).nan_to_num(-254.0), least), most).round()
+    return steps + input_shift(largest, zero_point), scale
+
+
+def input_shift(largest: int, zero_point: int) -> int:
+    """What is added to a code less its zero point so that it fits int8."""
+    return zero_point - 127 if largest > 127 else 0
 
 
 def linear_a8(
@@ -161,9 +184,11 @@ def linear_a8(
     group_size: int,
     bias: Tensor | None,  # [rows] float32
     input_scale: float | None,
+    largest_code: int,
+    zero_point: int,
 ) -> Tensor:
     """x, quantized to int8, times the weight transposed, plus the bias: float32 `[tokens, rows]`."""
-    x8, token_scale = quantize_tokens(x, input_scale)
+    x8, token_scale = quantize_tokens(x, input_scale, largest_code, zero_point)
     total = x.new_zeros(len(x), len(codes))
     for group in range(scales.shape[1]):
         columns = slice(group * group_size, (group + 1) * group_size)

@@ -5,7 +5,7 @@ one dimension being a height of 1. `window[n, c, p]` is the value of x under col
 padding. Of sample n, row r and position p, summed over the columns c (of scale group g):
 
     conv       y[n, r, p] = (sum of weight[r, c] * window[n, c, p]) + bias[r]
-    conv_a8    x8 = x quantized as `quantize_tokens` does, a sample being a token; its windows are window8
+    conv_a8    x8 = x quantized as `linear_a8` does, a sample being a token; its windows are window8
                D[n, r, g, p] = sum of (2 * code[r, c] - 2 * zero[r, g]) * window8[n, c, p]     exact, then rounded to float32
                y[n, r, p] = ((sample_scale[n] * 0.5) * sum of D * scale[r, g] over g in ascending order) + bias[r]
 
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpsearch.kernels.reference import TILE_ROWS, pack, quantize_tokens, unpack
+from mpsearch.kernels.reference import TILE_ROWS, input_shift, pack, quantize_tokens, unpack
 
 UNIT_COLUMNS = 4
 WHOLE, GATHERED, LANES = range(3)
@@ -51,6 +51,8 @@ def conv_a8(
     group_size: int,
     bias: Tensor | None,  # [rows] float32
     input_scale: float | None,
+    largest_code: int,
+    zero_point: int,
     kernel_size: Pair,
     stride: Pair,
     padding: Pair,
@@ -59,8 +61,10 @@ def conv_a8(
 ) -> Tensor:
     """x, quantized to int8, convolved with a quantized weight: float32 `[n, rows, positions]`."""
     (rows, columns), n = codes.shape, len(x)
-    x8, sample_scale = quantize_tokens(x.flatten(1), input_scale)
-    windows = F.unfold(x8.reshape(x.shape).double(), kernel_size, dilation, padding, stride)
+    x8, sample_scale = quantize_tokens(x.flatten(1), input_scale, largest_code, zero_point)
+    sides, shift = (padding[1], padding[1], padding[0], padding[0]), float(input_shift(largest_code, zero_point))
+    padded = F.pad(x8.reshape(x.shape).double(), sides, value=shift)
+    windows = F.unfold(padded, kernel_size, dilation, 0, stride)
     windows = windows.reshape(n, groups, columns, -1)
     doubled_zeros = torch.full_like(scales, 1 if bits == 1 else 2**bits) if zero_points is None else 2 * zero_points.double()
     total = x.new_zeros(n, rows, windows.shape[-1])

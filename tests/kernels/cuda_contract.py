@@ -232,10 +232,11 @@ def check_int8_input(device: str) -> None:
     x[3] = torch.arange(70) - 35 + 0.5
     x[3, 0] = 127
     x[4, 3], x[5, 69], x[6, 0] = torch.nan, torch.inf, -torch.inf
-    for input_scale in (None, 0.02):
+    of_token = itertools.product((None,), (1, 7, 127), (True, False), (0,))
+    for how in (*of_token, (0.02, 127, True, 0), (0.3, 7, True, 0), (0.3, 15, False, 4), (0.02, 254, False, 9)):
         with kernels.use_backend("reference"):
-            wanted = kernels.linear_a8(x, here, None, input_scale)
-        got = kernels.linear_a8(x.to(device), packed, None, input_scale).cpu()
+            wanted = kernels.linear_a8(x, here, None, *how)
+        got = kernels.linear_a8(x.to(device), packed, None, *how).cpu()
         assert torch.equal(got.isnan(), wanted.isnan())
         assert same_bits(got.nan_to_num(7.0), wanted.nan_to_num(7.0))
     spoilt = kernels.linear(x.to(device), packed).isfinite().all(1).cpu()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_products import INPUTS
 from torch import Tensor
 
 from mpsearch import kernels
@@ -97,7 +98,7 @@ def check(case: Case) -> None:
     bound = (packed.columns + 8) * 2.0**-24 * exact(x.abs(), floats.abs(), None if bias is None else bias.abs())
     with kernels.use_backend("reference"):
         expected = kernels.conv_a8(x, packed, bias, **case.geometry, input_scale=case.input_scale)
-    x8, scale = reference.quantize_tokens(x.flatten(1), case.input_scale)
+    x8, scale = reference.quantize_tokens(x.flatten(1), case.input_scale, 127, -1)
     simulated = exact((x8.double() * scale.double()).reshape(x.shape), floats, bias)
     torch.testing.assert_close(expected.double(), simulated, rtol=1e-4, atol=1e-5 * float(simulated.abs().max()))
     for backend in kernels.available_backends():
@@ -201,7 +202,7 @@ def test_extreme_codes_do_not_overflow(bits: int, geometry: Case) -> None:
             assert ((kernels.conv(x, packed, **ONE) - expected).abs() <= 2e-3 * packed.columns).all(), backend
 
 
-@pytest.mark.parametrize("geometry", [GEOMETRIES[0], GEOMETRIES[5]], ids=["whole", "depthwise"])
+@pytest.mark.parametrize("geometry", [GEOMETRIES[i] for i in (0, 1, 5)], ids=["whole", "3 channels", "depthwise"])
 @pytest.mark.parametrize("backend", kernels.available_backends())
 def test_input_values(backend: str, geometry: Case) -> None:
     """Zeros, vanishing and huge samples, ties, and values that are not finite, which spoil their own sample only."""
@@ -214,16 +215,16 @@ def test_input_values(backend: str, geometry: Case) -> None:
     x[3] = torch.arange(x[3].numel()).reshape(x[3].shape) % 100 - 0.5
     x[3, 0, 0, 0] = 127
     x[4, 0, 3, 3], x[5, -1, -1, -1], x[6, 0, 0, 0] = torch.nan, torch.inf, -torch.inf
-    for scale in (None, 0.5):
+    for how in INPUTS:
         with kernels.use_backend("reference"):
-            expected = kernels.conv_a8(x, packed, **case.geometry, input_scale=scale)
+            expected = kernels.conv_a8(x, packed, **case.geometry, **how)
         with kernels.use_backend(backend):
-            y = kernels.conv_a8(x, packed, **case.geometry, input_scale=scale)
+            y = kernels.conv_a8(x, packed, **case.geometry, **how)
             assert torch.equal(y.flatten(1).isnan().all(1), torch.tensor([False] * 4 + [True] * 3 + [False]))
             assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
-            assert (y[:2] == 0).all()
+            assert (y[:2] == 0).all() or how["largest_code"] > 127
             for sample in range(8):
-                alone = kernels.conv_a8(x[sample : sample + 1], packed, **case.geometry, input_scale=scale)
+                alone = kernels.conv_a8(x[sample : sample + 1], packed, **case.geometry, **how)
                 assert torch.equal(alone.nan_to_num(7.0)[0], y[sample].nan_to_num(7.0))
     with kernels.use_backend(backend):
         spoilt = ~kernels.conv(x, packed, **case.geometry).flatten(1).isfinite().all(1)

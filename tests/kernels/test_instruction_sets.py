@@ -170,6 +170,7 @@ def test_largest_sums(names: tuple[str, ...], bits: int) -> None:
 def test_inputs(names: tuple[str, ...]) -> None:
     test_products.test_bias(4)
     test_products.test_input_scale()
+    test_products.test_inputs_of_few_bits()
     for name in names:
         test_products.test_input_values(name)
 
@@ -193,8 +194,8 @@ def test_largest_sums_of_convolutions(names: tuple[str, ...], bits: int) -> None
 
 def test_inputs_of_convolutions(names: tuple[str, ...]) -> None:
     for name in names:
-        test_conv.test_input_values(name, test_conv.GEOMETRIES[0])
-        test_conv.test_input_values(name, test_conv.GEOMETRIES[5])
+        for i in (0, 1, 5):
+            test_conv.test_input_values(name, test_conv.GEOMETRIES[i])
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -12,6 +12,7 @@ from torch import Tensor
 from mpsearch import kernels
 from mpsearch.errors import InputError
 from mpsearch.kernels import PackedWeight, reference
+from mpsearch.schemes.input import IntegerInput
 
 COMPILED = kernels.available_backends()[1:]
 SHAPES = [(1, 1), (5, 130), (33, 257), (48, 384)]
@@ -121,6 +122,42 @@ def test_input_scale() -> None:
                 assert torch.equal(y, expected[:n]), (backend, n, input_scale)
 
 
+# How an input is quantized: each width, symmetric or not, found for each token or given.
+INPUTS: list[dict] = [
+    {"largest_code": 2 ** (bits - symmetric) - 1, "symmetric": symmetric, **given}
+    for bits, symmetric in [*itertools.product(range(2, 8), (True, False)), (8, True)]
+    for given in ({}, {"input_scale": 0.3, "zero_point": bits - 2 if not symmetric else 0})
+]
+INPUTS += [{"largest_code": 254, "symmetric": False, "input_scale": 0.02, "zero_point": zero} for zero in (0, 100, 254)]
+
+
+def test_inputs_of_few_bits() -> None:
+    """Codes are those of `IntegerInput`, which the search simulates, to the bit."""
+    torch.manual_seed(0)
+    packed = kernels.pack_weight(
+        torch.eye(70, dtype=torch.uint8), torch.ones(70, 1), torch.zeros(70, 1).byte(), bits=4, group_size=70
+    )
+    x = torch.randn(9, 70) + torch.linspace(-3, 3, 9)[:, None]
+    x[1].abs_()
+    x[2] = -x[2].abs()
+    x[3, 3], x[4, 69], x[5, 0] = torch.nan, torch.inf, -torch.inf
+    x[6] = torch.arange(70) / 7 - 0.5
+    x[7] = 1e-39
+    for how, backend in itertools.product(INPUTS, kernels.available_backends()):
+        static = "input_scale" in how
+        bits = how["largest_code"].bit_length() + how["symmetric"]
+        of = IntegerInput(bits, "static" if static else "token", how["symmetric"])
+        stored = {"input_scale": torch.tensor([how["input_scale"]])} if static else {}
+        if static and not how["symmetric"]:
+            stored["input_zero_point"] = torch.tensor([how["zero_point"]], dtype=torch.uint8)
+        with kernels.use_backend(backend):
+            y = kernels.linear_a8(x, packed, **how)
+        codes, scale = of.split(x, 1, stored)
+        shift = how["zero_point"] - 127 if bits == 8 and not how["symmetric"] else 0
+        assert torch.equal(y.nan_to_num(7.0), ((codes + shift) * scale).nan_to_num(7.0)), (how, backend)
+        assert torch.equal(y.isnan().all(1), torch.arange(9) // 3 == 1), (how, backend)
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_extreme_codes_do_not_overflow(bits: int) -> None:
     """All codes and inputs at their largest, over more columns than int16 or float32 hold exactly."""
@@ -188,7 +225,7 @@ def test_quantized_weights_multiply_as_they_dequantize() -> None:
         packed = kernels.pack_weight(*kernels.quantize(weight, **how), bits=bits, group_size=64)
         fake = kernels.fake_quantize(weight, **how)
         assert largest_error(kernels.linear(x, packed), x, fake) <= 1
-        x8, scale = reference.quantize_tokens(x, None)
+        x8, scale = reference.quantize_tokens(x, None, 127, -1)
         torch.testing.assert_close(kernels.linear_a8(x, packed), scale * x8 @ fake.T, rtol=1e-5, atol=1e-3)
 
 
@@ -204,13 +241,16 @@ def test_input_values(backend: str) -> None:
     x[3] = torch.arange(70) - 35 + 0.5
     x[3, 0] = 127
     x[4, 3], x[5, 69], x[6, 0] = torch.nan, torch.inf, -torch.inf
-    with kernels.use_backend("reference"):
-        expected = kernels.linear_a8(x, packed)
+    for how in INPUTS:
+        with kernels.use_backend("reference"):
+            expected = kernels.linear_a8(x, packed, **how)
+        with kernels.use_backend(backend):
+            y = kernels.linear_a8(x, packed, **how)
+        assert torch.equal(y.isnan().all(1), torch.tensor([False] * 4 + [True] * 3 + [False] * 2)), how
+        assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0)), how
+        assert (y[:2] == 0).all() or how["largest_code"] > 127
     with kernels.use_backend(backend):
         y = kernels.linear_a8(x, packed)
-        assert torch.equal(y.isnan().all(1), torch.tensor([False] * 4 + [True] * 3 + [False] * 2))
-        assert torch.equal(y.nan_to_num(7.0), expected.nan_to_num(7.0))
-        assert (y[:2] == 0).all()
         for token in range(9):
             assert torch.equal(kernels.linear_a8(x[token : token + 1], packed).nan_to_num(7.0)[0], y[token].nan_to_num(7.0))
         spoilt = kernels.linear(x, packed).isfinite().all(1)
@@ -317,6 +357,14 @@ def test_a_bias_is_refused(product, bias: Tensor, sentence: str) -> None:
 def test_an_input_scale_is_refused(input_scale: float) -> None:
     with pytest.raises(InputError, match=re.escape(f"input_scale is {input_scale}, but must be from 1.17549e-38 to")):
         kernels.linear_a8(torch.ones(2, 64), some_packed(3, 64, 4, 32), None, input_scale)
+
+
+@pytest.mark.parametrize(("largest_code", "zero_point"), [(0, 0), (255, 0), (15, 16)])
+def test_codes_of_an_input_are_refused(largest_code: int, zero_point: int) -> None:
+    with pytest.raises(InputError, match=f"largest_code is {largest_code} and zero_point {zero_point}, but must be 1 to 254"):
+        kernels.linear_a8(torch.ones(2, 64), some_packed(3, 64, 4, 32), None, 0.1, largest_code, False, zero_point)
+    with pytest.raises(InputError, match="largest_code is 128 and zero_point 0, but must be 1 to 127"):
+        kernels.linear_a8(torch.ones(2, 64), some_packed(3, 64, 4, 32), None, None, 128, False)
 
 
 def test_a_packed_weight_of_another_size_is_refused() -> None:

@@ -20,14 +20,14 @@ def test_tokens_have_the_codes_of_the_kernels():
     torch.manual_seed(0)
     x = torch.randn(50, 37) * torch.logspace(-40, 30, 50)[:, None]
     x[3], x[4, 5], x[5, 6] = 0, torch.nan, -torch.inf
-    codes, scale = reference.quantize_tokens(x, None)
+    codes, scale = reference.quantize_tokens(x, None, 127, -1)
     ours = IntegerInput().fake_quantize(x, 1)
     assert torch.equal(ours.isnan(), (codes * scale).isnan())
     assert torch.equal(ours.nan_to_num(), (codes * scale).nan_to_num())
     assert ours[[4, 5]].isnan().all()
     assert not ours[[0, 3]].any(), "what is below the smallest normal number is 0"
     step = IntegerInput(scale="static").stored(Histogram.of(torch.tensor([-50.0, 3.0])))
-    codes, scale = reference.quantize_tokens(x, float(step["input_scale"]))
+    codes, scale = reference.quantize_tokens(x, float(step["input_scale"]), 127, -1)
     ours = IntegerInput(scale="static").fake_quantize(x, 1, step)
     assert torch.equal(ours.nan_to_num(), (codes * scale).nan_to_num())
     assert ours[[4, 5]].isnan().all()

@@ -1,6 +1,6 @@
 // The shell of the convolutions and of embeddings: tables, scratch memory and the sharing of work among threads.
 #include <atomic>
-#include <cstring>
+#include <bit>
 #include <memory>
 #include <vector>
 
@@ -123,25 +123,20 @@ struct Units {
 };
 
 // One sample, its range, staging and products each shared among threads.
-void run_sample(const ConvKernels& kernels, const ConvKernels& int8, ConvJob& job, int n_threads) {
+void run_sample(
+    const ConvKernels& kernels, const ConvKernels& int8, const InputFormat& format, ConvJob& job, int n_threads) {
     const int64_t n_pixels = job.height * job.width, n_values = n_pixels * job.channels;
     if (job.int8_input) {
         constexpr int64_t kPiece = 1 << 14;
-        std::atomic<uint32_t> most{0};  // the bits of the largest; those of NaN are larger than all others
+        std::atomic<uint32_t> most[2] = {};
         parallel_for(n_threads, ceil_div(n_values, kPiece), kNsPerRanged * kPiece, [&](int64_t begin, int64_t end) {
-            const float largest = int8.range(job.x + begin * kPiece, std::min(end * kPiece, n_values) - begin * kPiece);
-            uint32_t bits, seen = most.load();
-            memcpy(&bits, &largest, sizeof(bits));
-            while (bits > seen && !most.compare_exchange_weak(seen, bits)) {
-            }
+            uint32_t ends[2];
+            int8.range(job.x + begin * kPiece, std::min(end * kPiece, n_values) - begin * kPiece, ends);
+            for (int i = 0; i < 2; ++i)
+                for (uint32_t seen = most[i].load(); ends[i] > seen && !most[i].compare_exchange_weak(seen, ends[i]);) {
+                }
         });
-        float largest;
-        const uint32_t bits = most.load();
-        memcpy(&largest, &bits, sizeof(bits));
-        if (job.input_scale == 0)
-            job.input_scale = largest / 127.0f;
-        else
-            job.input_scale += largest - largest;  // NaN stays
+        job.input = input_grid(format, -std::bit_cast<float>(most[0].load()), std::bit_cast<float>(most[1].load()));
     }
     if (kernels.stage) {
         kernels.clear(job);
@@ -164,6 +159,8 @@ void conv(int backend,
           uintptr_t shape_at,
           bool int8_input,
           double input_scale,
+          int largest_code,
+          int zero_point,
           int n_threads) {
     const ConvShape& shape = *at<const ConvShape>(shape_at);
     const Kernels& all = backends().at(backend).kernels;
@@ -177,7 +174,7 @@ void conv(int backend,
     whole.unit_columns = units.columns.data();
     whole.n_units = static_cast<int64_t>(units.columns.size());
     whole.record_bytes = round_up(kernels.record_bytes(whole), 64);
-    whole.input_scale = static_cast<float>(input_scale);
+    const InputFormat format{static_cast<float>(input_scale), largest_code, zero_point};
     const int64_t staged_bytes =
         whole.padded_height * whole.padded_width * whole.staged_channels * kernels.element_bytes(whole);
     whole.records = scratch<kCallSlot>(whole.n_tiles * whole.record_bytes + staged_bytes);
@@ -192,7 +189,7 @@ void conv(int backend,
         job.x = at<const float>(x) + sample * x_each;
         job.y = at<float>(y) + sample * y_each;
         job.staged = staged;
-        run_sample(kernels, *all.conv_int8, job, threads);
+        run_sample(kernels, *all.conv_int8, format, job, threads);
     };
     if (shape.n_samples < 2 * n_threads) {
         for (int64_t sample = 0; sample < shape.n_samples; ++sample)
@@ -247,7 +244,8 @@ int64_t embedding(int backend,
 void bind_conv(nb::module_& module) {
     using no_gil = nb::call_guard<nb::gil_scoped_release>;
     module.def("conv", &conv, no_gil(), "backend"_a, "x"_a, "data"_a, "bias"_a, "y"_a, "shape"_a, "int8_input"_a,
-               "input_scale"_a, "n_threads"_a, "y = convolution of x with a packed weight, + bias.");
+               "input_scale"_a, "largest_code"_a, "zero_point"_a, "n_threads"_a,
+               "y = convolution of x with a packed weight, + bias.");
     module.def("embedding", &embedding, no_gil(), "backend"_a, "indices"_a, "wide_indices"_a, "n"_a, "packed"_a, "y"_a,
                "rows"_a, "columns"_a, "group_size"_a, "bits"_a, "half_scales"_a, "n_threads"_a,
                "Rows of a packed weight as floats; the place of the first index out of range, or -1.");

@@ -108,6 +108,8 @@ void linear(int backend,
             bool half_scales,
             bool int8_input,
             double input_scale,
+            int largest_code,
+            int zero_point,
             int n_threads) {
     const Kernels& kernels = backends().at(backend).kernels;
     LinearJob job{};
@@ -120,7 +122,7 @@ void linear(int backend,
     job.group_blocks = (group_size + 31) / 32;
     job.bits = bits;
     job.half_scales = half_scales;
-    job.input_scale = static_cast<float>(input_scale);
+    job.input = {static_cast<float>(input_scale), largest_code, zero_point};
     const int64_t n_tiles = (rows + 15) / 16, padded_columns = job.n_groups * job.group_blocks * 32;
     for (int64_t done = 0; done < n_tokens; done += kMostTokens) {
         job.x = at<const float>(x) + done * columns;
@@ -166,7 +168,8 @@ void bind_products(nb::module_& module) {
                "packed"_a, "rows"_a, "columns"_a, "group_size"_a, "bits"_a, "half_scales"_a, "n_threads"_a,
                "From the products' streaming layout.");
     module.def("linear", &linear, no_gil(), "backend"_a, "x"_a, "packed"_a, "bias"_a, "y"_a, "n_tokens"_a, "rows"_a,
-               "columns"_a, "group_size"_a, "bits"_a, "half_scales"_a, "int8_input"_a, "input_scale"_a, "n_threads"_a,
+               "columns"_a, "group_size"_a, "bits"_a, "half_scales"_a, "int8_input"_a, "input_scale"_a,
+               "largest_code"_a, "zero_point"_a, "n_threads"_a,
                "y = x W^T + bias with W in the products' streaming layout.");
     module.def("rotate", &rotate, no_gil(), "backend"_a, "x"_a, "factors"_a, "y"_a, "rows"_a, "columns"_a, "back"_a,
                "n_threads"_a, "Each row times a Hadamard matrix of signs, or its inverse.");

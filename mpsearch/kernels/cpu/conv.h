@@ -16,6 +16,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "input.h"
+
 namespace mpsearch {
 
 enum class Order : int { kWhole, kGathered, kLanes };
@@ -59,7 +61,7 @@ struct ConvJob {
 
     // One sample.
     bool int8_input;
-    float input_scale;  // int8 only: of this sample, NaN where it has a value that is not finite
+    InputGrid input;  // int8 only: of this sample
     const float* x;
     float* y;
     void* staged;  // [padded_height, padded_width, staged_channels] float, or int8 as the kernels like it
@@ -87,10 +89,10 @@ struct ConvKernels {
     // Unpacks tiles [begin, end) into their records.
     void (*decode)(const ConvJob& job, int64_t begin, int64_t end);
 
-    // The largest |x| of n, NaN where one is not finite.
-    float (*range)(const float* x, int64_t n);
+    // The bits of max(-x, 0) and of max(x, 0) of n values; those of infinity and NaN are larger than all others.
+    void (*range)(const float* x, int64_t n, uint32_t (&ends)[2]);
 
-    // Fills the staged map with zeros; then its pixels of blocks [begin, end) of kPixelBlock with those of x.
+    // Fills the staged map with what 0 becomes; then its pixels of blocks [begin, end) of kPixelBlock with those of x.
     void (*clear)(const ConvJob& job);
     void (*stage)(const ConvJob& job, int64_t begin, int64_t end);
 

@@ -1,10 +1,11 @@
 // Convolution with packed weights, the input quantized to int8: one sample.
 //
 //     D[r, p, g] = sum over the columns c of scale group g of (2 * code[r, c] - 2 * zero[r, g]) * x8[c, p]   exact, int32
-//     y[r, p]    = (input_scale * 0.5) * (sum over g, ascending, of float(D[r, p, g]) * scale[r, g]) + bias[r]
+//     y[r, p]    = (scale * 0.5) * (sum over g, ascending, of float(D[r, p, g]) * scale[r, g]) + bias[r]
 //
-// where x8[c, p] is the value under column c of the window of output position p. Every operation on floats is rounded by
-// itself, so that all instruction sets, thread counts and batches give the same bits.
+// where x8[c, p] is what is staged (input.h) of the value under column c of the window of output position p, and `scale` the
+// sample's. Every operation on floats is rounded by itself, so that all instruction sets, thread counts and batches give the
+// same bits.
 //
 // The staged map is channels-last and padded (conv_stage.cpp), so that 4 channels are one broadcast and no window is
 // copied; only where a scale covers parts of channels (kGathered) the windows of a block of positions are. A tile's record:
@@ -68,6 +69,11 @@ static int64_t chunk(const ConvJob&) {
     return 64;
 }
 
+// A mask of the first n bits of 32; columns that a unit lacks have weights of 0, as what is staged there may not be 0.
+MPSEARCH_INLINE int32_t first_bits(int n) {
+    return n <= 0 ? 0 : n >= 32 ? -1 : static_cast<int32_t>((1u << n) - 1);
+}
+
 #if MPSEARCH_QUADS
 // sum + the products of quads: of weights, and of one word of x.
 MPSEARCH_INLINE Ints add_quads(Ints sum, Bytes weights, int32_t x) {
@@ -90,7 +96,7 @@ MPSEARCH_INLINE void decode_bytes(
         for (int64_t unit = job.group_units[group]; unit < job.group_units[group + 1]; ++unit) {
             const int64_t at = unit * kQuadBytes + v * kVectorBytes;
             const Bytes code = load_vector<Bytes>(quads + at);
-            const Bytes weights = code + (code & all) - zeros;
+            const Bytes weights = code + (code & all) - (Bytes)((Ints)zeros & first_bits(8 * job.unit_columns[unit]));
             memcpy(record.weights + at, &weights, sizeof(weights));
             if (kPlus) sums = add_quads(sums, weights, kPlus * 0x01010101u);
         }
@@ -110,7 +116,8 @@ MPSEARCH_INLINE void decode_shorts(
             const Ints quad = load_vector<Ints>(quads + unit * kQuadBytes + v * kVectorBytes);
             const Ints pairs[2] = {(quad & 0xff) | (quad & 0xff00) << 8, (quad >> 16 & 0xff) | (quad >> 8 & 0xff0000)};
             for (int p = 0; p < 2; ++p) {
-                const Shorts weights = (Shorts)pairs[p] + (Shorts)pairs[p] - zeros;
+                const Ints here = (Ints)zeros & first_bits(16 * (job.unit_columns[unit] - 2 * p));
+                const Shorts weights = (Shorts)pairs[p] + (Shorts)pairs[p] - (Shorts)here;
                 memcpy(record.weights + (2 * unit + p) * kQuadBytes + v * kVectorBytes, &weights, sizeof(weights));
             }
         }
@@ -198,7 +205,7 @@ template <class Element>
 static void multiply_as(const ConvJob& job, int64_t begin, int64_t end) {
     const bool gathered = job.order == Order::kGathered;
     const int shift = sum_shift(job);
-    const float half_scale = job.input_scale * 0.5f;
+    const float half_scale = job.input.scale * 0.5f;
     const Element zero = sizeof(Element) == 1 ? kPlus : 0;
     Element* windows =
         gathered ? reinterpret_cast<Element*>(job.scratch(job.n_units * kPositions * 4 * sizeof(Element))) : nullptr;
@@ -239,10 +246,10 @@ static void multiply_as(const ConvJob& job, int64_t begin, int64_t end) {
 
 // Floats to int8 codes: in int16, or + kPlus in a byte.
 struct Quantize {
-    float inverse;
+    InputGrid grid;
 
     __attribute__((always_inline)) Ints codes(Lanes x, int32_t plus) const {
-        return quantized_bits(x, inverse) - (kCodeBits - plus);
+        return quantized_bits(x, grid) - (kCodeBits - plus);
     }
     __attribute__((always_inline)) Ints byte(Lanes x) const { return codes(x, kPlus) & 0xff; }
     template <class Element>
@@ -267,7 +274,7 @@ struct Quantize {
 };
 
 static void stage(const ConvJob& job, int64_t begin, int64_t end) {
-    const Quantize quantize{inverse_of(job.input_scale)};
+    const Quantize quantize{job.input};
     if (takes_bytes(job))
         stage_map<uint8_t>(job, begin, end, quantize);
     else
@@ -276,26 +283,33 @@ static void stage(const ConvJob& job, int64_t begin, int64_t end) {
 
 static void clear(const ConvJob& job) {
     if (takes_bytes(job))
-        clear_map<uint8_t>(job, kPlus);
+        clear_map<uint8_t>(job, static_cast<uint8_t>(kPlus + job.input.shift));
     else
-        clear_map<int16_t>(job, 0);
+        clear_map<int16_t>(job, static_cast<int16_t>(job.input.shift));
 }
 
-// The bits of floats without their sign are ordered as their sizes are.
-static float range(const float* x, int64_t n) {
-    Ints most[4] = {};
-    for (int64_t i = 0; i < n; i += 4 * kVectorRows) {
-        for (int j = 0; j < 4; ++j) {
+constexpr int32_t kSign = INT32_MIN;
+
+// The bits of floats above 0 are ordered as they are, also as signed integers; those of floats below 0 are negative there.
+static void range(const float* x, int64_t n, uint32_t (&ends)[2]) {
+    Ints below[2] = {}, above[2] = {};
+    for (int64_t i = 0; i < n; i += 2 * kVectorRows) {
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
             const int64_t left = n - i - j * kVectorRows;
             if (left <= 0) break;
-            const Ints magnitude = (Ints)load_lanes(x + i + j * kVectorRows, left) & 0x7fffffff;
-            most[j] = magnitude > most[j] ? magnitude : most[j];
+            const Ints bits = (Ints)load_lanes(x + i + j * kVectorRows, left), turned = bits ^ kSign;
+            below[j] = turned > below[j] ? turned : below[j];
+            above[j] = bits > above[j] ? bits : above[j];
         }
     }
-    int32_t largest = 0;
-    for (int j = 0; j < 4; ++j)
-        for (int i = 0; i < kVectorRows; ++i) largest = most[j][i] > largest ? most[j][i] : largest;
-    return largest < 0x7f800000 ? float_of(static_cast<uint32_t>(largest)) : __builtin_nanf("");
+    int32_t most[2] = {};
+    for (int j = 0; j < 2; ++j)
+        for (int i = 0; i < kVectorRows; ++i) {
+            most[0] = below[j][i] > most[0] ? below[j][i] : most[0];
+            most[1] = above[j][i] > most[1] ? above[j][i] : most[1];
+        }
+    for (int end = 0; end < 2; ++end) ends[end] = static_cast<uint32_t>(most[end]);
 }
 
 static void multiply(const ConvJob& job, int64_t begin, int64_t end) {

@@ -66,8 +66,8 @@ static void decode(const ConvJob& job, int64_t begin, int64_t end) {
 }
 
 // Floats as they are, or as int8 codes.
-MPSEARCH_INLINE Lanes staged_value(const ConvJob& job, Lanes x, float inverse) {
-    return job.int8_input ? (Lanes)quantized_bits(x, inverse) - 12582912.0f : x;
+MPSEARCH_INLINE Lanes staged_value(const ConvJob& job, Lanes x) {
+    return job.int8_input ? (Lanes)quantized_bits(x, job.input) - 12582912.0f : x;
 }
 
 // For each row of a tile, the first channel of its group.
@@ -82,7 +82,6 @@ static void stage_planes(const ConvJob& job,
                          const float* x,
                          int64_t apart,
                          const int64_t (&channels)[kTileRows],
-                         float inverse,
                          float* to,
                          int64_t between) {
     int64_t column = 0;
@@ -96,7 +95,7 @@ static void stage_planes(const ConvJob& job,
             transpose_quarters(part);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
-                const Lanes value = staged_value(job, part[i], inverse);
+                const Lanes value = staged_value(job, part[i]);
                 memcpy(to + (column + i) * between + v * kVectorRows, &value, sizeof(value));
             }
         }
@@ -104,19 +103,15 @@ static void stage_planes(const ConvJob& job,
         float lanes[kTileRows];
         for (int i = 0; i < kTileRows; ++i) lanes[i] = x[channels[i] * apart + column];
         for (int v = 0; v < kVectors; ++v) {
-            const Lanes value = staged_value(job, load_vector<Lanes>(lanes + v * kVectorRows), inverse);
+            const Lanes value = staged_value(job, load_vector<Lanes>(lanes + v * kVectorRows));
             memcpy(to + column * between + v * kVectorRows, &value, sizeof(value));
         }
     }
 }
 
 // The same where the channels of a pixel lie together.
-static void stage_pixels(const ConvJob& job,
-                         const float* x,
-                         const int64_t (&channels)[kTileRows],
-                         float inverse,
-                         float* to,
-                         int64_t between) {
+static void stage_pixels(
+    const ConvJob& job, const float* x, const int64_t (&channels)[kTileRows], float* to, int64_t between) {
     const bool together = channels[kTileRows - 1] - channels[0] == kTileRows - 1;
     for (int64_t column = 0; column < job.width; ++column, x += job.channels, to += between) {
         float lanes[kTileRows];
@@ -124,28 +119,34 @@ static void stage_pixels(const ConvJob& job,
             for (int i = 0; i < kTileRows; ++i) lanes[i] = x[channels[i]];
         const float* from = together ? x + channels[0] : lanes;
         for (int v = 0; v < kVectors; ++v) {
-            const Lanes value = staged_value(job, load_vector<Lanes>(from + v * kVectorRows), inverse);
+            const Lanes value = staged_value(job, load_vector<Lanes>(from + v * kVectorRows));
             memcpy(to + v * kVectorRows, &value, sizeof(value));
         }
     }
 }
 
+// n values of padding.
+MPSEARCH_INLINE void pad(const ConvJob& job, int64_t n, float* to) {
+    const float value = static_cast<float>(job.input.shift);
+    for (int64_t i = 0; i < n; ++i) to[i] = value;
+}
+
 // One row of the map [padded_width][channels of a group][16]; `y` counts from the first row of padding.
-static void stage_row(const ConvJob& job, const int64_t (&channels)[kTileRows], int64_t y, float inverse, float* to) {
+static void stage_row(const ConvJob& job, const int64_t (&channels)[kTileRows], int64_t y, float* to) {
     const int64_t row = y - job.padding_h, between = job.group_channels * kTileRows;  // pixels
     if (row < 0 || row >= job.height) {
-        memset(to, 0, map_row_bytes(job));
+        pad(job, job.padded_width * between, to);
         return;
     }
-    memset(to, 0, job.padding_w * between * sizeof(float));
+    pad(job, job.padding_w * between, to);
     to += job.padding_w * between;
-    memset(to + job.width * between, 0, job.padding_w * between * sizeof(float));
+    pad(job, job.padding_w * between, to + job.width * between);
     const int64_t plane = job.height * job.width;
     for (int64_t c = 0; c < job.group_channels; ++c, to += kTileRows) {
         if (job.channels_last)
-            stage_pixels(job, job.x + row * job.width * job.channels + c, channels, inverse, to, between);
+            stage_pixels(job, job.x + row * job.width * job.channels + c, channels, to, between);
         else
-            stage_planes(job, job.x + c * plane + row * job.width, plane, channels, inverse, to, between);
+            stage_planes(job, job.x + c * plane + row * job.width, plane, channels, to, between);
     }
 }
 
@@ -194,7 +195,7 @@ MPSEARCH_INLINE void multiply_block(const ConvJob& job,
                 totals[t][v] += __builtin_convertvector(exact[t][v], Lanes) *
                                 load_vector<Lanes>(record + group * kTileRows + v * kVectorRows);
     }
-    const float half_scale = job.input_scale * 0.5f;
+    const float half_scale = job.input.scale * 0.5f;
     for (int t = 0; t < kPositions; ++t)
         for (int v = 0; v < kVectors; ++v) {
             totals[t][v] = half_scale * totals[t][v];
@@ -205,7 +206,6 @@ MPSEARCH_INLINE void multiply_block(const ConvJob& job,
 static void multiply(const ConvJob& job, int64_t begin, int64_t end) {
     const int64_t n_positions = job.out_height * job.out_width, each = chunk(job);
     const int64_t n_chunks = (n_positions + each - 1) / each, pixel = job.group_channels * kTileRows;
-    const float inverse = inverse_of(job.input_scale);
     float* map = reinterpret_cast<float*>(job.scratch(map_rows(job, each / job.out_width) * map_row_bytes(job)));
     for (int64_t item = begin; item < end; ++item) {
         const int64_t tile = item / n_chunks, from = item % n_chunks * each;
@@ -215,7 +215,7 @@ static void multiply(const ConvJob& job, int64_t begin, int64_t end) {
         int64_t channels[kTileRows];
         lane_channels(job, tile, channels);
         for (int64_t row = 0; row < rows; ++row)
-            stage_row(job, channels, first + row, inverse, map + row * job.padded_width * pixel);
+            stage_row(job, channels, first + row, map + row * job.padded_width * pixel);
         const float* record = reinterpret_cast<const float*>(job.records + tile * job.record_bytes);
         Position at(job, 0, pixel);
         for (int64_t position = from; position < to; position += kPositions) {

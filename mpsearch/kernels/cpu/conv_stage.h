@@ -19,9 +19,10 @@ MPSEARCH_INLINE Lanes load_lanes(const float* from, int64_t n) {
 }
 
 template <class Element>
-static void clear_map(const ConvJob& job, int byte) {
+static void clear_map(const ConvJob& job, Element value) {
     const int64_t n = job.padded_height * job.padded_width * job.staged_channels;
-    memset(job.staged, byte, n * sizeof(Element));
+    Element* staged = static_cast<Element*>(job.staged);
+    for (int64_t i = 0; i < n; ++i) staged[i] = value;
 }
 
 // n pixels from [channels][height][width], `apart` pixels a channel, to staged + at[i].

@@ -28,21 +28,18 @@ MPSEARCH_INLINE Lanes broadcast_lanes(float value) {
     return value - Lanes{};
 }
 
-// x / step, rounded to the nearest whole number of -127 to 127, as an integer + 0x4b400000: 1.5 * 2^23 + x has no bits
-// left for a fraction. Maximum and minimum give -127 for NaN.
+// What is staged of x (input.h), as an integer + 0x4b400000: 1.5 * 2^23 + x has no bits left for a fraction. Maximum and
+// minimum give the least for NaN.
 constexpr int32_t kCodeBits = 0x4b400000;
-MPSEARCH_INLINE Ints quantized_bits(Lanes x, float inverse) {
-    const Lanes at = x * inverse, low = broadcast_lanes(-127.0f), high = broadcast_lanes(127.0f);
+MPSEARCH_INLINE Ints quantized_bits(Lanes x, const InputGrid& grid) {
+    const Lanes at = x * grid.inverse, low = broadcast_lanes(grid.least), high = broadcast_lanes(grid.most);
 #if defined(__AVX2__) && !defined(__AVX512BW__)
     const Lanes clamped = _mm256_min_ps(_mm256_max_ps(at, low), high);
 #else
     const Lanes above = at > low ? at : low;
     const Lanes clamped = above < high ? above : high;
 #endif
-    return (Ints)(clamped + 12582912.0f);
-}
-MPSEARCH_INLINE float inverse_of(float scale) {
-    return scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
+    return (Ints)(clamped + 12582912.0f) + grid.shift;
 }
 
 // Scales and doubled zero points of a scale group of a tile's rows; 0 for rows that are not there.

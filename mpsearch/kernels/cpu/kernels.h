@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "conv.h"
+#include "input.h"
 
 namespace mpsearch {
 
@@ -78,7 +79,7 @@ struct LinearJob {
     int tokens_per_block;  // 1, 4, 8, 12 or 16, as the kernels' `tokens_per_block` wants it
     int bits;
     bool half_scales;
-    float input_scale;  // int8 only: the scale of every token, or 0: max|x| / 127 of each
+    InputFormat input;  // int8 only
 };
 
 // Rounding with feedback; row r takes matrix r / rows_per_matrix, whose rows are cut into tiles of kFeedbackRows.

@@ -1,12 +1,8 @@
 // Staging: x in the order in which the products read it, as floats or quantized to int8.
 //
-//     int8   scale = max|x| / 127 or the given one    inverse = 1 / scale, or 0 where scale is below 2^-126
-//            code = rint(x * inverse)
-//
-// for each token (a row of x), codes clamped to [-127, 127]; a token with a value that is not finite has the scale NaN,
-// which makes its whole result NaN. Staged are, for each group, each block of tokens and each 4 columns, the 4 values of
-// each token of the block. Columns between a group's end and its last whole block, and tokens between the last and its
-// block's end, are 0.
+// input.h says how. Staged are, for each group, each block of tokens and each 4 columns, the 4 values of each token (a row of
+// x) of the block. Columns between a group's end and its last whole block, and tokens between the last and its block's end,
+// are what 0 becomes; they are in no token's sum.
 //
 // One thread handles a range of token blocks. Bytes moved per value: 8 (floats) or 9 (int8: it is read twice). Bound:
 // memory or, for few tokens, the first cache.
@@ -54,8 +50,7 @@ void stage(const LinearJob& job, int64_t begin, int64_t end) {
     }
 }
 
-// max|x| / 127, or NaN where a value is not finite.
-static float scale_of(const float* x, int64_t n) {
+static InputGrid grid_of(const InputFormat& format, const float* x, int64_t n) {
     F8 low = broadcast(0), high = broadcast(0), poison = broadcast(0);
     for (int64_t i = 0; i < n; i += 8) {
         const F8 value = i + 8 <= n ? load(x + i) : load_first(x + i, n - i);
@@ -66,24 +61,25 @@ static float scale_of(const float* x, int64_t n) {
     float lanes[8], sum = 0;
     store(poison, lanes);
     for (const float lane : lanes) sum += lane;
-    return largest(max(broadcast(0) - low, high)) / 127.0f + sum;
+    return input_grid(format, sum - largest(broadcast(0) - low), largest(high));
 }
 
 // As many codes as `Lanes` has lanes, in the low bytes: 1.5 * 2^23 + x has no bits left for a fraction.
 constexpr float kRound = 12582912.0f;
 constexpr int32_t kRoundBits = 0x4b400000;
 
-MPSEARCH_INLINE Ints quantize_lanes(Lanes x, float inverse) {
-    const Lanes most = 127.0f - Lanes{}, least = -127.0f - Lanes{};
-    Lanes at = x * inverse;
+MPSEARCH_INLINE Ints quantize_lanes(Lanes x, const InputGrid& grid) {
+    const Lanes most = grid.most - Lanes{}, least = grid.least - Lanes{};
+    Lanes at = x * grid.inverse;
     at = at > least ? at : least;
     at = at < most ? at : most;
-    return (Ints)(at + kRound) - kRoundBits;
+    return (Ints)(at + kRound) - (kRoundBits - grid.shift);
 }
 
 // Stages n values of a token in a group of `padded` columns, 4 of them together, `apart` bytes from one to the next four.
 // Returns the sum of their codes.
-static int32_t stage_group(const float* x, int64_t n, int64_t padded, float inverse, int8_t* to, int64_t apart) {
+static int32_t stage_group(
+    const float* x, int64_t n, int64_t padded, const InputGrid& grid, int8_t* to, int64_t apart) {
     typedef int8_t Codes __attribute__((vector_size(kVectorRows)));
     Ints sums = {};
     for (int64_t i = 0; i < padded; i += kVectorRows) {
@@ -92,13 +88,13 @@ static int32_t stage_group(const float* x, int64_t n, int64_t padded, float inve
             values = load_vector<Lanes>(x + i);
         else if (i < n)
             memcpy(&values, x + i, (n - i) * sizeof(float));
-        const Ints codes = quantize_lanes(values, inverse);
+        const Ints codes = quantize_lanes(values, grid);
         sums += codes;
         const Codes narrow = __builtin_convertvector(codes, Codes);
         for (int k = 0; k < kVectorRows; k += 4)
             memcpy(to + (i + k) / 4 * apart, reinterpret_cast<const int8_t*>(&narrow) + k, 4);
     }
-    int32_t sum = 0;
+    int32_t sum = static_cast<int32_t>(n - padded) * grid.shift;
     for (int k = 0; k < kVectorRows; ++k) sum += sums[k];
     return sum;
 }
@@ -110,16 +106,14 @@ void stage_int8(const LinearJob& job, int64_t begin, int64_t end) {
             const int64_t token = block * job.tokens_per_block + t;
             const bool there = token < job.n_tokens;
             const float* row = job.x + token * job.columns;
-            float scale = there ? scale_of(row, job.columns) : 0.0f;
-            if (job.input_scale > 0) scale = job.input_scale + (scale - scale);  // NaN stays
-            const float inverse = scale >= 0x1p-126f ? 1.0f / scale : 0.0f;
-            job.token_scales[token] = scale;
+            const InputGrid grid = grid_of(job.input, row, there ? job.columns : 0);
+            job.token_scales[token] = grid.scale;
             for (int64_t group = 0; group < job.n_groups; ++group) {
                 const int64_t column = group * job.group_size, left = job.columns - column;
                 const int64_t n = !there ? 0 : left < job.group_size ? left : job.group_size;
                 int8_t* to = static_cast<int8_t*>(job.staged) + 4 * (staged_at(job, group, block) + t);
                 job.token_sums[(group * job.n_token_blocks + block) * job.tokens_per_block + t] =
-                    stage_group(row + column, n, padded, inverse, to, 4 * job.tokens_per_block);
+                    stage_group(row + column, n, padded, grid, to, 4 * job.tokens_per_block);
             }
         }
     }

@@ -81,6 +81,8 @@ MPSEARCH_API int mpsearch_linear(int int8_input,
                                  void* y,            // [n_tokens, rows]
                                  uint8_t* scratch,
                                  float input_scale,  // int8 input: of all tokens; 0: each token has its own
+                                 int largest_code,   // of int8 input
+                                 int zero_point,     // of int8 input; -1: symmetric
                                  int64_t n_tokens,
                                  int64_t rows,
                                  int64_t columns,

@@ -76,6 +76,8 @@ int mpsearch_linear(int int8_input,
                     void* y,
                     uint8_t* scratch,
                     float input_scale,
+                    int largest_code,
+                    int zero_point,
                     int64_t n_tokens,
                     int64_t rows,
                     int64_t columns,
@@ -105,7 +107,7 @@ int mpsearch_linear(int int8_input,
             stage.stream = job.stream;
             stage.x = job.x;
             stage.staged = scratch;
-            stage.input_scale = input_scale;
+            stage.input = {input_scale, largest_code, zero_point};
             stage.dtype = dtype;
             stage.parts = pass.parts;
             stage.n_tokens = job.n_tokens;

@@ -10,7 +10,6 @@ namespace mpsearch::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr float kSmallestNormal = 0x1p-126f;
 
 MPSEARCH_DEVICE float load_float(const void* x, int dtype, int64_t at) {
     if (dtype == kFloat32) return static_cast<const float*>(x)[at];
@@ -68,10 +67,11 @@ __global__ void stage_floats_kernel(const StageJob job) {
     }
 }
 
-MPSEARCH_DEVICE int quantize_value(float x, float inverse) {
-    const float at = x * inverse;
-    const float clamped = at > -127.0f ? (at < 127.0f ? at : 127.0f) : -127.0f;
-    return static_cast<int>(bits_of(clamped + 12582912.0f) & 0xff);  // 1.5 * 2^23 + x: the low byte is the code
+MPSEARCH_DEVICE int quantize_value(float x, const InputGrid& grid) {
+    const float at = x * grid.inverse;
+    const float clamped = at > grid.least ? (at < grid.most ? at : grid.most) : grid.least;
+    const int bits = static_cast<int>(bits_of(clamped + 12582912.0f));  // 1.5 * 2^23 + x: the low byte is the code
+    return (bits + grid.shift) & 0xff;
 }
 
 __global__ void stage_int8_kernel(const StageJob job) {
@@ -79,49 +79,52 @@ __global__ void stage_int8_kernel(const StageJob job) {
     const int column = static_cast<int>(blockIdx.x), token = column / stream.classes;
     const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, n_warps = kThreads / kWarp;
     const int64_t row = int64_t{token} * stream.columns;
-    float scale = 0;
+    InputGrid grid{};
     if (token < job.n_tokens) {
-        float most = 0, poison = 0;
+        float low = 0, high = 0, poison = 0;
         for (int64_t i = thread; i < stream.columns; i += kThreads) {
             const float value = load_float(job.x, job.dtype, row + i);
-            most = fmaxf(most, fabsf(value));
+            low = fminf(low, value);
+            high = fmaxf(high, value);
             poison += value - value;
         }
         for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-            most = fmaxf(most, shuffle_xor(most, mask));
+            low = fminf(low, shuffle_xor(low, mask));
+            high = fmaxf(high, shuffle_xor(high, mask));
             poison += shuffle_xor(poison, mask);
         }
         float* of_warps = reinterpret_cast<float*>(shared_memory());
         if (thread % kWarp == 0) {
-            of_warps[2 * warp] = most;
-            of_warps[2 * warp + 1] = poison;
+            of_warps[3 * warp] = low;
+            of_warps[3 * warp + 1] = high;
+            of_warps[3 * warp + 2] = poison;
         }
         sync_block();
-        most = poison = 0;
+        low = high = poison = 0;
         for (int i = 0; i < n_warps; ++i) {
-            most = fmaxf(most, of_warps[2 * i]);
-            poison += of_warps[2 * i + 1];
+            low = fminf(low, of_warps[3 * i]);
+            high = fmaxf(high, of_warps[3 * i + 1]);
+            poison += of_warps[3 * i + 2];
         }
-        scale = (job.input_scale == 0 ? most / 127.0f : job.input_scale) + poison;
+        grid = input_grid(job.input, low + poison, high);
     }
-    const float inverse = scale >= kSmallestNormal ? 1.0f / scale : 0.0f;
     for (int i = thread; i < stream.n_steps * kStepBlocks * 2; i += kThreads) {
         const Chunk chunk = chunk_of<2>(job, column, i);
         Bytes16 values = {};
         for (int k = 0; k < chunk.n; ++k) {
-            const int code = quantize_value(load_float(job.x, job.dtype, row + chunk.column + k), inverse);
+            const int code = quantize_value(load_float(job.x, job.dtype, row + chunk.column + k), grid);
             values.word[k / 4] |= static_cast<uint32_t>(code) << 8 * (k % 4);
         }
         *reinterpret_cast<Bytes16*>(chunk.to) = values;
     }
     if (token >= job.n_tokens || column % stream.classes != 0) return;
-    if (thread == 0) job.token_scales[token] = scale;
+    if (thread == 0) job.token_scales[token] = grid.scale;
     for (int group = warp; group < stream.n_groups; group += n_warps) {
         const int64_t begin = group * stream.group_size, left = stream.columns - begin;
         const int64_t n = left < stream.group_size ? left : stream.group_size;
         int sum = 0;
         for (int64_t i = thread % kWarp; i < n; i += kWarp)
-            sum += static_cast<int8_t>(quantize_value(load_float(job.x, job.dtype, row + begin + i), inverse));
+            sum += static_cast<int8_t>(quantize_value(load_float(job.x, job.dtype, row + begin + i), grid));
         for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
         if (thread % kWarp == 0) job.token_sums[int64_t{token} * stream.n_groups + group] = sum;
     }
@@ -137,7 +140,7 @@ int stage_floats(const StageJob& job, uintptr_t stream) {
 }
 
 int stage_int8(const StageJob& job, uintptr_t stream) {
-    return launch(stage_int8_kernel, int64_t{8} * job.n_tiles, kThreads, 8 * kThreads / kWarp, stream, job);
+    return launch(stage_int8_kernel, int64_t{8} * job.n_tiles, kThreads, 12 * kThreads / kWarp, stream, job);
 }
 
 }  // namespace mpsearch::cuda

@@ -6,11 +6,10 @@
 // of class c, 0 elsewhere, and where x has no such token or column. float16 and bfloat16 stay what they are (4 chunks of 8).
 // A float32 is the exact sum of its 3 parts, each the next 8 bits of its significand as a bfloat16. int8 (2 chunks of 16):
 //
-//     scale = max|x| / 127    inverse = 1 / scale, or 0 below 2^-126    code = rint(clamp(x * inverse, -127, 127))
-//
-// for each token, NaN where x is not finite, or one given scale; beside them the sum of a token's codes in each group.
+// holds what ../cpu/input.h says; beside it the sum of a token's values in each group.
 #pragma once
 
+#include "../cpu/input.h"
 #include "stream.cuh"
 
 namespace mpsearch::cuda {
@@ -21,7 +20,7 @@ struct StageJob {
     uint8_t* staged;      // as above
     float* token_scales;  // [n_tokens], int8 only
     int32_t* token_sums;  // [n_tokens, n_groups], int8 only
-    float input_scale;    // int8 only; 0: each token has its own
+    InputFormat input;    // int8 only
     int dtype;
     int parts;
     int n_tokens;
