@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from pages import REPORTS, Row, machine
+from torch import Tensor, nn
 
 from mpsearch.commands.prepare import prepare
 from mpsearch.engine import QuantEngine, paired_interval
@@ -38,11 +39,19 @@ def engine_of_the_run() -> QuantEngine:
             node = node[part]
         return instantiate(node, _convert_="object")
 
-    return prepare(settings, build).engine(settings)
+    return prepare(settings, build).engine(settings, FOLDER)
+
+
+@torch.no_grad()
+def divergences(engine: QuantEngine, model: nn.Module) -> Tensor:
+    """float64 `[n]`: the KL divergence (nats) from the float model, of each test image."""
+    logits = torch.cat([engine.task.forward(model, inputs) for inputs, _ in engine.batches("confirm")]).double()
+    wanted = engine.float_logits("confirm").double().log_softmax(-1)
+    return (wanted.exp() * (wanted - logits.log_softmax(-1))).sum(-1)
 
 
 def compared() -> list[Row]:
-    """A row for each uniform allocation: accuracy of both, and the paired difference with its 95 % interval, in points."""
+    """A row for each uniform allocation: accuracy and KL of both, and the paired differences with their 95 % intervals."""
     result = SearchResult.load(FOLDER)
     engine = engine_of_the_run()
     engine.float_logits("confirm")  # while nothing is swapped in
@@ -52,12 +61,14 @@ def compared() -> list[Row]:
             continue
         limit = uniform.costs["bit_operations"]
         ours = min((e for e in result.front if e.costs["bit_operations"] <= limit), key=lambda e: e.loss)
-        scores = []
+        scores, losses = [], []
         for allocation in (uniform.allocation, ours.allocation):
             with packed(engine, allocation) as on_kernels:
                 scores.append(engine.score_of(on_kernels, "confirm"))
+                losses.append(divergences(engine, on_kernels))
         theirs, mine = scores
         low, high = paired_interval(mine.qualities - theirs.qualities)
+        kl_low, kl_high = paired_interval((losses[0] - losses[1]).numpy())
         rows.append(
             {
                 "what": "accuracy at no more bit-operations",
@@ -75,6 +86,8 @@ def compared() -> list[Row]:
                 "rival_bytes": uniform.size_bytes,
                 "kl": mine.loss,
                 "rival_kl": theirs.loss,
+                "kl_low": kl_low,
+                "kl_high": kl_high,
             }
         )
         print(f"{scheme}: {rows[-1]['difference']:.2f} ({rows[-1]['low']:.2f} to {rows[-1]['high']:.2f})", flush=True)
@@ -87,13 +100,14 @@ def main() -> None:
     rows = [*compared(), machine()]
     lines = [
         "| uniform | giga bit-operations | accuracy % | KL | searched: giga bit-operations | accuracy % | KL "
-        "| difference in accuracy, points (95 %, paired) |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| accuracy more by, points (95 %, paired) | KL less by (95 %, paired) |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |",
     ]
     for r in rows[:-1]:
         theirs = f"{r['rival']} | {r['rival_bit_operations'] / 1e9:.3f} | {r['rival_value']:.2f} | {r['rival_kl']:.4f}"
         ours = f"{r['bit_operations'] / 1e9:.3f} | {r['value']:.2f} | {r['kl']:.4f}"
-        lines.append(f"| {theirs} | {ours} | {r['difference']:.2f} ({r['low']:.2f} to {r['high']:.2f}) |")
+        less = f"{r['rival_kl'] - r['kl']:.4f} ({r['kl_low']:.4f} to {r['kl_high']:.4f})"
+        lines.append(f"| {theirs} | {ours} | {r['difference']:.2f} ({r['low']:.2f} to {r['high']:.2f}) | {less} |")
     notes = [
         "The searched point is the one with the least loss on the search images among those of the front that cost no more",
         "bit-operations (MACs x bits of the weights x bits of the input, one image); both packed, on 5,000 test images.",
