@@ -50,6 +50,8 @@ SCHEMES = {
     "w8a8": Integer(8, input=A8),
     "w4a8g64": Integer(4, 64, symmetric=False, input=A8),
     "w8a8 static": Integer(8, input=IntegerInput(8, "static")),
+    "w8a8 static asymmetric": Integer(8, input=IntegerInput(8, "static", symmetric=False)),
+    "w4a4": Integer(4, input=IntegerInput(4, symmetric=False)),
 }
 PREDICTED = ("w4", "w2a8", "w4a8", "w6a8", "w8a8")
 
@@ -139,7 +141,7 @@ def main() -> None:
                 case = f"{name}, batch {batch_size}, {n_threads} threads"
                 print(f"\n{case}: torch float32 {base:.3f} ms")
                 for scheme, ms in taken.items():
-                    print(f"  {scheme:<12} {ms:9.3f} ms {base / ms:6.2f} x float32")
+                    print(f"  {scheme:<22} {ms:9.3f} ms {base / ms:6.2f} x float32")
                     of = {"what": "latency", "case": f"{case}, {scheme}", "value": ms, "unit": "ms"}
                     rows.append({**of, "rival": "torch float32", "rival_value": base, "ratio": base / ms})
                 rows.append(predictions(net, space, inputs, case, options))
