@@ -289,6 +289,6 @@ def _floor(loss: pd.Series) -> pd.Series:
 def _save(figure: Figure, folder: Path, name: str, svg: bool = False) -> None:
     for suffix in ("png", "svg") if svg else ("png",):
         temporary = folder / f".{name}.tmp.{suffix}"
-        figure.savefig(temporary, dpi=130)
+        figure.savefig(temporary, dpi=130, bbox_inches="tight", pad_inches=0.1)
         temporary.replace(folder / f"{name}.{suffix}")
     plt.close(figure)

@@ -81,6 +81,7 @@ class QuantEngine:
         self._dense_bytes = 0
         self._hessians: dict[str, Tensor | None] = {}
         self._fishers: dict[str, Tensor] = {}
+        self._n_applied = 0  # allocations that are swapped in just now
         self._needs_fisher = any(quantizer.needs_fisher for quantizer in quantizers.values())
         self._shifts: dict[InputFormat, dict[str, Tensor]] = {}
         self._batches: dict[str, list[tuple[Any, Tensor]]] = {}
@@ -255,6 +256,7 @@ class QuantEngine:
     def applied(self, allocation: Allocation) -> Iterator[nn.Module]:
         """The model with the allocation swapped in; groups that it leaves out stay float. Swaps back on the way out."""
         saved: list[tuple[Tensor, Tensor]] = []
+        self._n_applied += 1
         try:
             with ExitStack() as inputs:
                 pairs = [(layer.name, scheme) for group, scheme in allocation.items() for layer in self._members[group]]
@@ -269,6 +271,7 @@ class QuantEngine:
         finally:
             for parameter, value in reversed(saved):  # a bias may be shared
                 parameter.data = value
+            self._n_applied -= 1
 
     def score(self, allocation: Allocation, split: str = "search", stops: Sequence[Stop] = ()) -> Score:
         """The allocation's score on a split; measured whole once, then looked up.
@@ -336,6 +339,8 @@ class QuantEngine:
     def float_logits(self, split: str) -> Tensor:
         """The float model's outputs on a split, float32 `[n, classes]`; computed once, while nothing else is swapped in."""
         if split not in self._float_logits:
+            if self._n_applied:
+                raise RuntimeError(f"float_logits('{split}') was first asked for while an allocation is swapped in; ask before.")
             logits = self._own_logits(FLOAT, split)
             if not torch.isfinite(logits).all():
                 raise InputError(

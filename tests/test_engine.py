@@ -292,3 +292,15 @@ def test_what_was_left_early_goes_on_with_the_rest(tiny, prefix_max_bytes):
     again = engine.score(allocation, stops=[(1, -1.0), (2, 0.0), (4, 0.0)])
     assert again.stopped, "a stop holds also for what was measured whole since"
     assert again.loss == expected.rung_losses[0]
+
+
+def test_the_float_reference_is_never_taken_of_what_is_swapped_in(tiny):
+    engine = tiny.engine(tiny.net(), tiny.task())
+    with (
+        engine.applied(engine.space.uniform("w2")),
+        pytest.raises(RuntimeError, match=r"float_logits\('confirm'\) was first asked"),
+    ):
+        engine.float_logits("confirm")
+    expected = engine.float_logits("confirm")
+    with engine.applied(engine.space.uniform("w2")):
+        assert engine.float_logits("confirm") is expected

@@ -146,6 +146,8 @@ def conv_a8(
     The result is defined to the bit (`reference_conv.py`) and the same on every backend, for any number of threads and in any
     batch. A sample with a NaN or infinite value gives NaN. Otherwise takes and raises what `conv` does.
     """
+    if not symmetric and zero_point < 0:
+        raise InputError(f"zero_point is {zero_point}, but must be 0 to largest_code, {largest_code}.")
     op = _conv_a8 if is_plain(x) else torch.ops.mpsearch.conv_a8.default
     of_input = input_scale, largest_code, -1 if symmetric else zero_point
     return op(x, weight.data, _format(weight), bias, stride, padding, dilation, *of_input)

@@ -189,6 +189,8 @@ def linear_a8(
     The result is defined to the bit (`reference.py`) and the same on every backend, for any number of threads and of tokens. A
     token with a NaN or infinite value gives NaN. Otherwise takes and raises what `linear` does.
     """
+    if not symmetric and zero_point < 0:
+        raise InputError(f"zero_point is {zero_point}, but must be 0 to largest_code, {largest_code}.")
     op = _linear_a8 if is_plain(x) else _linear_a8_op
     format = weight.rows, weight.columns, weight.bits, weight.group_size, weight.half_scales
     return op(x, weight.data, *format, bias, input_scale, largest_code, -1 if symmetric else zero_point)

@@ -363,6 +363,8 @@ def test_an_input_scale_is_refused(input_scale: float) -> None:
 def test_codes_of_an_input_are_refused(largest_code: int, zero_point: int) -> None:
     with pytest.raises(InputError, match=f"largest_code is {largest_code} and zero_point {zero_point}, but must be 1 to 254"):
         kernels.linear_a8(torch.ones(2, 64), some_packed(3, 64, 4, 32), None, 0.1, largest_code, False, zero_point)
+    with pytest.raises(InputError, match="zero_point is -1, but must be 0 to largest_code, 15"):
+        kernels.linear_a8(torch.ones(2, 64), some_packed(3, 64, 4, 32), None, 0.1, 15, False, -1)
     with pytest.raises(InputError, match="largest_code is 128 and zero_point 0, but must be 1 to 127"):
         kernels.linear_a8(torch.ones(2, 64), some_packed(3, 64, 4, 32), None, None, 128, False)
 
