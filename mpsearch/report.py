@@ -69,8 +69,9 @@ def draw_interactions(table: SensitivityTable, picked: Evaluation, folder: Path)
         return
     names = list(table.space.names)
     effects = table.effects[:, np.arange(len(names)), table.space.choice(picked.allocation)].astype(float)
-    effects /= np.maximum(np.linalg.norm(effects, axis=0), 1e-300)
-    charts.interactions(pd.DataFrame(effects.T @ effects, index=names, columns=names), folder)
+    alone = 2 * table.losses()[np.arange(len(names)), table.space.choice(picked.allocation)]
+    correlations = effects.T @ effects / np.sqrt(np.maximum(np.outer(alone, alone), 1e-300))
+    charts.interactions(pd.DataFrame(correlations, index=names, columns=names), folder)
 
 
 def draw_latency(rows: Sequence[Latency], space: SearchSpace, folder: Path) -> None:

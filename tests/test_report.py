@@ -94,7 +94,8 @@ def test_what_layers_do_together_is_drawn_where_the_metric_knows_it(reported, tm
     effects[:, 0], effects[:, 1], effects[:, 2] = [[1] * 3, [0] * 3], [[-3] * 3, [0] * 3], [[1] * 3, [1] * 3]
     drawn = []
     monkeypatch.setattr(charts, "interactions", lambda values, folder: drawn.append(values))
-    knowing = replace(result, sensitivity=replace(result.sensitivity, effects=effects))
+    values = 0.5 * np.square(effects).sum(0)
+    knowing = replace(result, sensitivity=replace(result.sensitivity, effects=effects, values=values))
     write_report(knowing, tmp_path, pick(result))
     assert drawn[0].loc["first", "second"] == pytest.approx(-1)
     assert drawn[0].loc["last", "first"] == pytest.approx(0.5**0.5)

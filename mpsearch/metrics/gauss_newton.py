@@ -11,6 +11,9 @@ the gradient g of the probe (B v)^T z at the layer's output has E[(g . dy)^2] = 
 a group's own sensitivity is |e_g|^2 / 2, and the inner products say which groups reinforce or cancel one another (CLADO, Deng et
 al. 2023, https://arxiv.org/abs/2307.05657, measures these pair by pair). Diagonal Fisher information (`fisher.py`) drops the
 products within a layer too. Runs on the search split, as what is searched is measured there; no label is used.
+
+The inner products of two groups are means over few samples of what has either sign, and an allocation that makes use of what is
+chance gains on these samples alone. They count as far as they carry over from one half of the data to the other.
 """
 
 from __future__ import annotations
@@ -50,18 +53,21 @@ class GaussNewton(SensitivityMetric):
         yield from np.where(np.isfinite(total), total, np.inf).tolist()
 
     def measure_joint(self, engine: QuantEngine, pairs: Sequence[Pair]) -> tuple[NDArray[np.float64], NDArray[np.float32]] | None:
-        """The values, and effects in at most `MOST_DIMENSIONS`: those that weigh most; `None` of too many pairs."""
+        """The values, and effects in at most `MOST_DIMENSIONS`, as far as they carry over; `None` of too many pairs."""
         n = len(pairs)
         if n > MOST_PAIRS:
             return None
-        products = np.zeros((n, n))
+        halves = np.zeros((2, n, n))
         for found in self._features(engine, pairs):
-            products += found.T @ found
+            for half, rows in zip(halves, np.array_split(found, 2), strict=True):
+                half += rows.T @ rows
+        products, groups = halves.sum(0), np.array([group for group, _ in pairs])
         values = np.where(np.isfinite(products.diagonal()), 0.5 * products.diagonal(), np.inf)
         broken = np.isinf(values)
         products[broken], products[:, broken] = 0.0, 0.0
+        carried = _carried_over(halves[:, ~broken][:, :, ~broken], groups[~broken])
         sizes, directions = eigh(products, subset_by_index=(max(0, n - MOST_DIMENSIONS), n - 1))
-        return values, (np.sqrt(np.maximum(sizes, 0.0)) * directions).T.astype(np.float32)
+        return values, (np.sqrt(np.maximum(carried * sizes, 0.0)) * directions).T.astype(np.float32)
 
     def _features(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[NDArray[np.float64]]:
         """`[rows of logits, n_pairs]` of a batch and probe after the other; the sum of all squares is twice the loss."""
@@ -100,6 +106,18 @@ def _probe(logits: Tensor, generator: torch.Generator) -> Tensor:
     signs = (torch.randint(0, 2, p.shape, generator=generator) * 2 - 1).to(p)
     root = p.sqrt() * signs
     return (logits * (root - p * root.sum(-1, keepdim=True))).sum()
+
+
+def _carried_over(halves: NDArray[np.float64], groups: NDArray[np.str_]) -> float:
+    """0 to 1: how much of the correlations between groups, of all the data, is there on others too.
+
+    `halves` [2, n, n] are the inner products on each half, `groups` [n] whose they are. What they have in common stands for what
+    one half says of other data; twice the data say 2 r / (1 + r) (Spearman 1910, Brown 1910).
+    """
+    sizes = np.sqrt(np.maximum(np.diagonal(halves, axis1=1, axis2=2), 1e-300))
+    first, second = (halves / sizes[:, :, None] / sizes[:, None])[:, groups[:, None] != groups]
+    common = float(first @ second / max(np.sqrt(first @ first) * np.sqrt(second @ second), 1e-300))
+    return float(np.clip(2 * common / (1 + common), 0.0, 1.0)) if common > 0 else 0.0
 
 
 def _by_row(product: Tensor, layer: LayerSpec, n_rows: int) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ from mpsearch.engine import FLOAT
 from mpsearch.errors import InputError
 from mpsearch.metrics.base import MeasuredMetric, SensitivityMetric
 from mpsearch.metrics.fisher import Fisher, changed
-from mpsearch.metrics.gauss_newton import GaussNewton, _by_row
+from mpsearch.metrics.gauss_newton import GaussNewton, _by_row, _carried_over
 from mpsearch.metrics.hawq import HAWQ
 from mpsearch.metrics.kl import KL
 from mpsearch.metrics.sqnr import SQNR
@@ -86,7 +86,13 @@ def test_the_confirm_split_is_never_touched(metric, tiny):
     assert "confirm" not in asked
 
 
-def test_a_group_of_layers_counts_all_of_them(metric, tiny):
+@pytest.fixture
+def all_carries_over(monkeypatch):
+    """Effects as they are on the search data."""
+    monkeypatch.setattr("mpsearch.metrics.gauss_newton._carried_over", lambda halves, groups: 1.0)
+
+
+def test_a_group_of_layers_counts_all_of_them(metric, tiny, all_carries_over):
     """Weight error and Fisher add up; what is measured is measured with all of them quantized."""
     net, task = tiny.net(), tiny.task()
     engine = tiny.engine(net, task)
@@ -255,7 +261,7 @@ def second_order(engine, allocation):
     return total / n
 
 
-def test_gauss_newton_is_the_second_order_loss_of_groups_alone_and_together(tiny, monkeypatch):
+def test_gauss_newton_is_the_second_order_loss_of_groups_alone_and_together(tiny, monkeypatch, all_carries_over):
     monkeypatch.setattr("mpsearch.metrics.gauss_newton.MOST_PROBES", 1500)
     monkeypatch.setattr("mpsearch.metrics.gauss_newton.FEWEST_FEATURES", 10**6)
     engine = tiny.engine(tiny.net(), tiny.task(n=20, batch_size=8))
@@ -275,7 +281,7 @@ def test_gauss_newton_is_the_second_order_loss_of_groups_alone_and_together(tiny
     assert np.abs(np.log(alone / true)).max() > 0.1  # so that the test above says something
 
 
-def test_gauss_newton_keeps_what_few_dimensions_leave_out(trained, monkeypatch):
+def test_gauss_newton_keeps_what_few_dimensions_leave_out(trained, monkeypatch, all_carries_over):
     pairs = all_pairs(trained)
     values, whole = GaussNewton().measure_joint(trained, pairs)
     monkeypatch.setattr("mpsearch.metrics.gauss_newton.MOST_DIMENSIONS", 5)
@@ -310,7 +316,7 @@ def test_a_model_without_gradients_is_refused_with_what_to_do(made, tiny):
         list(made().measure(engine, all_pairs(engine)))
 
 
-def test_a_scheme_that_breaks_the_model_has_an_infinite_value_and_no_effects(trained, monkeypatch):
+def test_a_scheme_that_breaks_the_model_has_an_infinite_value_and_no_effects(trained, monkeypatch, all_carries_over):
     pairs = all_pairs(trained)
     monkeypatch.setattr(
         "mpsearch.metrics.gauss_newton.changed",
@@ -324,3 +330,25 @@ def test_a_scheme_that_breaks_the_model_has_an_infinite_value_and_no_effects(tra
     assert np.abs(effects[:, broken]).max() < 1e-6 * np.abs(effects).max()
     assert 0.5 * np.square(effects).sum(0)[~broken] == pytest.approx(values[~broken], rel=1e-4)
     assert list(GaussNewton().measure(trained, pairs)) == pytest.approx(values.tolist())
+
+
+def test_effects_count_as_far_as_they_carry_over_from_half_to_half(trained):
+    """Groups that always err together, groups that do by chance alone, and something between."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(6), 3)
+    common, own = rng.normal(size=(2, 4000, 1)), rng.normal(size=(2, 4000, 18))
+
+    def carried(share, n=4000):
+        features = (share * common + own)[:, :n]
+        return _carried_over(np.einsum("hri,hrj->hij", features, features), groups)
+
+    assert carried(1.0) > 0.99
+    assert carried(0.0) < 0.2
+    assert carried(0.3, 40) < carried(0.3, 400) < carried(0.3)
+    same = own[[0, 0]]
+    assert _carried_over(np.einsum("hri,hrj->hij", same, same), groups) == pytest.approx(1)
+    pairs = all_pairs(trained)
+    values, effects = GaussNewton().measure_joint(trained, pairs)
+    kept = np.square(effects).sum(0) / (2 * values)
+    assert kept == pytest.approx(kept[0], rel=1e-3)
+    assert 0.05 < kept[0] < 0.95
