@@ -11,6 +11,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from search_runs import OURS
 
 N_COLORED = 6  # rivals; the rest are gray, and in the table
 SMALLEST = 1e-4  # of the hypervolume: what is less counts as nothing missing
@@ -66,8 +67,10 @@ def draw_surrogate(file: Path, name: str, found: Mapping[str, Any]) -> None:
     """Predicted against measured loss on held-out allocations; of several searches the first."""
     figure, axes = plt.subplots(figsize=(5.5, 5), layout="constrained")
     measured = np.exp(found["measured"])
-    axes.loglog(measured, np.exp(found["additive"]), ".", color="tab:orange", ms=4, label="additive: the sensitivities' sum")
-    axes.loglog(measured, np.exp(found["surrogates"][0]["predicted"]), ".", color="tab:blue", ms=4, label="surrogate")
+    axes.loglog(
+        measured, np.exp(found[OURS]["additive"]), ".", color="tab:orange", ms=4, label="additive: the sensitivities' sum"
+    )
+    axes.loglog(measured, np.exp(found[OURS]["surrogates"][0]["predicted"]), ".", color="tab:blue", ms=4, label="surrogate")
     ends = [measured.min(), measured.max()]
     axes.plot(ends, ends, color="gray", lw=1)
     title = f"{name}: {len(measured)} allocations that neither was fitted to"
