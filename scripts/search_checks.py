@@ -22,6 +22,8 @@ from mpsearch.pareto import hypervolume, non_dominated
 from mpsearch.solve import prediction
 from mpsearch.surrogate import Surrogate
 
+SLOW = ("minilm", "efficientnet_lite0")  # an evaluation costs a second: fewer of them
+
 
 def near_front(table: SensitivityTable, n: int, seed: int = 99) -> list[np.ndarray]:
     """Random mixed allocations: points of the additive front, 5 to 60 % of whose groups are moved by one or two levels."""
@@ -61,7 +63,7 @@ def check(problem: Network, cache: Path) -> None:
     everything = np.array([(t["bits"], t["loss"]) for run in runs_of(problem.name, cache) for t in run["trials"]])
     front = everything[non_dominated(everything)]
     table = tables[OURS][0]
-    held = {c.tobytes(): c for c in near_front(table, 500)}
+    held = {c.tobytes(): c for c in near_front(table, 60 if problem.name in SLOW else 500)}
     for trial in (trial for runs in ours.values() for trials in runs for trial in trials):
         held.pop(space.choice(trial.allocation).tobytes(), None)
     held_out = np.array(list(held.values()))
@@ -70,19 +72,12 @@ def check(problem: Network, cache: Path) -> None:
     keep = bits[rows, held_out].sum(1) <= least + 1
     held_out, losses = held_out[keep], losses[keep]
 
-    limits = np.linspace(bits.min(1).sum(), bits.max(1).sum(), 31)[1:] * (1 + 1e-12)
-    true = np.full(len(limits), np.nan)
-    if problem.name == "digits":
-        known_losses = np.array([found[0] for code, found in problem.known.items() if "-" not in code])
-        every = np.array([[int(c, 36) for c in code] for code in problem.known if "-" not in code])
-        sizes = bits[rows, every].sum(1)
-        true = np.array([known_losses[sizes <= limit].min() for limit in limits])
+    limits = np.linspace(bits.min(1).sum(), bits.max(1).sum(), 13 if problem.name == "minilm" else 31)[1:] * (1 + 1e-12)
     result: dict[str, Any] = {
         "n": enough(problem),
         "measured": np.log(losses).tolist(),
         "halves": [split_half(problem, choice) for choice in held_out[:200]],
         "limits": limits.tolist(),
-        "loss_true": true.tolist(),
     }
     for name, (table, _) in tables.items():
         additive = [space.allocation(knapsack.solve(table.losses(), bits, limit)) for limit in limits]
@@ -130,7 +125,8 @@ def confirm(problem: Network, cache: Path) -> None:
     bits = space.storage_bits / space.numel
     rows: list[dict[str, Any]] = []
     of_float = engine.score_of(None, "confirm")
-    for limit in BITS:
+    budgets = [limit for limit in BITS if any(run["run"] in (AT_BITS[OURS, limit], AT_BITS[FISHER, limit]) for run in runs)]
+    for limit in budgets or BITS:
         additive = {name: space.allocation(knapsack.solve(table.losses(), bits, limit)) for name, (table, _) in tables.items()}
         theirs = confirm_score(problem, additive[OURS])
         budget = Budget(AverageBits().table(space), limit)
