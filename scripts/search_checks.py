@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from search_problems import Network, Problem
-from search_runs import AT_BITS, BITS, FISHER, OURS, RUNS, enough, reference, runs_of, sensitivity
+from search_runs import AT_BITS, METRIC_OF, ON_KL, OURS, enough, reference, runs_of, sensitivity
 
 from mpsearch import knapsack
 from mpsearch.allocation import Allocation
@@ -22,6 +22,7 @@ from mpsearch.pareto import hypervolume, non_dominated
 from mpsearch.solve import prediction
 from mpsearch.surrogate import Surrogate
 
+SOLVED = f"{OURS}, then solve"
 SLOW = ("minilm", "efficientnet_lite0")  # an evaluation costs a second: fewer of them
 
 
@@ -49,21 +50,24 @@ class Solved(NamedTuple):
 
 def searched(problem: Problem, cache: Path, name: str, n_before: int) -> list[list[Solved]]:
     """What each run of that name measured until it had as many evaluations as ours are compared at."""
-    runs = [run["trials"][: enough(problem) - n_before] for run in runs_of(problem.name, cache) if run["run"] == name]
+    n = max(0, enough(problem) - n_before)
+    runs = [run["trials"][:n] for run in runs_of(problem.name, cache) if run["run"] == name and n]
     return [[Solved(allocation_of(problem, trial["code"]), trial["loss"]) for trial in trials] for trials in runs]
 
 
 def check(problem: Network, cache: Path) -> None:
-    """Held-out allocations and the loss at equal bytes, of our searches on KL and on Fisher: `<problem>-check.json`."""
+    """Held-out allocations and the loss at equal bytes, of our searches on each metric: `<problem>-check.json`."""
     space = problem.space
-    tables = {name: sensitivity(problem, str(RUNS[name].metric), cache)[:2] for name in (OURS, FISHER)}
-    ours = {name: searched(problem, cache, name, n_before) for name, (_, n_before) in tables.items()}
+    tables, ours = {}, {}
+    for name, metric in METRIC_OF.items():
+        if name == ON_KL or any(run["run"] == name for run in runs_of(problem.name, cache)):
+            tables[name], n_before, _ = sensitivity(problem, metric, cache)
+            ours[name] = searched(problem, cache, name, n_before)
     bits = space.storage_bits / space.numel
     rows = np.arange(len(bits))
     everything = np.array([(t["bits"], t["loss"]) for run in runs_of(problem.name, cache) for t in run["trials"]])
     front = everything[non_dominated(everything)]
-    table = tables[OURS][0]
-    held = {c.tobytes(): c for c in near_front(table, 60 if problem.name in SLOW else 500)}
+    held = {c.tobytes(): c for c in near_front(tables[ON_KL], 40 if problem.name in SLOW else 500)}
     for trial in (trial for runs in ours.values() for trials in runs for trial in trials):
         held.pop(space.choice(trial.allocation).tobytes(), None)
     held_out = np.array(list(held.values()))
@@ -72,14 +76,14 @@ def check(problem: Network, cache: Path) -> None:
     keep = bits[rows, held_out].sum(1) <= least + 1
     held_out, losses = held_out[keep], losses[keep]
 
-    limits = np.linspace(bits.min(1).sum(), bits.max(1).sum(), 13 if problem.name == "minilm" else 31)[1:] * (1 + 1e-12)
+    limits = np.linspace(bits.min(1).sum(), bits.max(1).sum(), 13 if problem.name in SLOW else 31)[1:] * (1 + 1e-12)
     result: dict[str, Any] = {
         "n": enough(problem),
         "measured": np.log(losses).tolist(),
         "halves": [split_half(problem, choice) for choice in held_out[:200]],
         "limits": limits.tolist(),
     }
-    for name, (table, _) in tables.items():
+    for name, table in tables.items():
         additive = [space.allocation(knapsack.solve(table.losses(), bits, limit)) for limit in limits]
         found: dict[str, Any] = {
             "additive": Surrogate(table.losses(), table.exact).additive(held_out).tolist(),
@@ -103,7 +107,7 @@ def check(problem: Network, cache: Path) -> None:
 
 def fitted(table: SensitivityTable, trials: list[Solved], held_out: np.ndarray) -> dict[str, list[float]]:
     """What the surrogate, fitted to these trials, says of the ln losses of others."""
-    surrogate = Surrogate(table.losses(), table.exact)
+    surrogate = Surrogate(table.losses(), table.exact, table.effects)
     choices = np.stack([table.space.choice(trial.allocation) for trial in trials])
     log_losses = np.log([max(trial.loss, LOSS_FLOOR) for trial in trials])
     surrogate.choose_variances(choices, log_losses)
@@ -120,29 +124,25 @@ def allocation_of(problem: Problem, code: str) -> Allocation:
 def confirm(problem: Network, cache: Path) -> None:
     """At each size the additive optimum beside ours on the confirm split, by the paired interval: `<problem>-confirm.json`."""
     space, quality, engine = problem.space, problem.engine.quality, problem.engine
-    tables = {name: sensitivity(problem, str(RUNS[name].metric), cache)[:2] for name in (OURS, FISHER)}
+    on_kl, _, _ = sensitivity(problem, "kl", cache)
+    table, n_before, _ = sensitivity(problem, METRIC_OF[OURS], cache)
     runs = runs_of(problem.name, cache)
     bits = space.storage_bits / space.numel
     rows: list[dict[str, Any]] = []
     of_float = engine.score_of(None, "confirm")
-    budgets = [limit for limit in BITS if any(run["run"] in (AT_BITS[OURS, limit], AT_BITS[FISHER, limit]) for run in runs)]
-    for limit in budgets or BITS:
-        additive = {name: space.allocation(knapsack.solve(table.losses(), bits, limit)) for name, (table, _) in tables.items()}
-        theirs = confirm_score(problem, additive[OURS])
+    for limit, name in AT_BITS.items():
+        best, ours = (space.allocation(knapsack.solve(metric.losses(), bits, limit)) for metric in (on_kl, table))
+        theirs = confirm_score(problem, best)
         budget = Budget(AverageBits().table(space), limit)
-        ways: dict[str, list[Allocation]] = {"additive": [additive[OURS]], "additive optimum on Fisher": [additive[FISHER]]}
-        for name, (table, n_before) in tables.items():
-            best = [
-                min((t for t in run["trials"] if t["bits"] <= limit), key=lambda t: t["loss"])
-                for run in runs
-                if run["run"] == AT_BITS[name, limit]
-            ]
-            ways[AT_BITS[name, limit]] = [allocation_of(problem, trial["code"]) for trial in best]
-            ways[f"{name}, then solve"] = []
-            for known in searched(problem, cache, name, n_before):
-                found = [additive[name], prediction(table, known, [budget])]  # type: ignore[arg-type]
-                found += [e.allocation for e in known if budget.allows(space.choice(e.allocation))]
-                ways[f"{name}, then solve"].append(min(found, key=lambda allocation: problem.score(allocation).loss))
+        ways: dict[str, list[Allocation]] = {"additive": [best], "additive optimum on gauss_newton": [ours], name: [], SOLVED: []}
+        for run in runs:
+            if run["run"] == name:
+                found = min((t for t in run["trials"] if t["bits"] <= limit), key=lambda t: t["loss"])
+                ways[name].append(allocation_of(problem, found["code"]))
+        for known in searched(problem, cache, OURS, n_before):
+            pool = [ours, prediction(table, known, [budget])]  # type: ignore[arg-type]
+            pool += [e.allocation for e in known if budget.allows(space.choice(e.allocation))]
+            ways[SOLVED].append(min(pool, key=lambda allocation: problem.score(allocation).loss))
         rows += [{"bits": limit, "way": way, **_confirmed(problem, found, theirs)} for way, found in ways.items() if found]
     result = {"quality": quality.name, "kind": quality.kind, "n": of_float.n_samples, "float": of_float.quality, "rows": rows}
     (cache / f"{problem.name}-confirm.json").write_text(json.dumps(result))
@@ -184,8 +184,8 @@ def fronts(problem: Network, cache: Path, n_most: int = 500) -> None:
     worst = _divergence(logits(space.uniform(space.scheme_names[0])), truth)
     rows, losses = [], {}
     for run in runs_of(problem.name, cache):
-        if run["seed"] == 0 and run["run"] in (OURS, FISHER, "ILP on KL", "ILP on Fisher (ModelOpt)"):
-            trials = run["trials"][: enough(problem) - run["before"]] if run["run"] in (OURS, FISHER) else run["trials"]
+        if run["seed"] == 0 and run["run"] in (OURS, "ILP on KL", "ILP on gauss_newton (values alone)"):
+            trials = run["trials"][: enough(problem) - run["before"]] if run["run"] == OURS else run["trials"]
             front = [trials[i] for i in np.flatnonzero(non_dominated(np.array([(t["bits"], t["loss"]) for t in trials])))]
             for trial in front:
                 if trial["code"] not in losses:

@@ -11,7 +11,7 @@ import matplotlib as mpl
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from search_runs import OURS
+from search_runs import ON_KL, OURS
 
 N_COLORED = 6  # rivals; the rest are gray, and in the table
 SMALLEST = 1e-4  # of the hypervolume: what is less counts as nothing missing
@@ -32,10 +32,8 @@ def draw_curves(file: Path, name: str, curves: Mapping[str, list[tuple[dict[str,
         evaluations = found[0][0]["before"] + np.arange(1, n + 1)
         ours = "ours" in run
         style: dict[str, Any] = {"color": "black" if ours else colors.get(run, "0.75"), "lw": 2.4 if ours else 1.4}
-        if "going on" in run:
-            style |= {"lw": 1.2, "ls": "--"}
-        elif "Fisher" in run and ours:
-            style |= {"color": "mediumvioletred"}
+        if ours and run != OURS:
+            style |= {"lw": 1.6, "ls": "--" if run == ON_KL else ":"}
         label = run if ours or run in colors else ("others: see the table" if run == rivals[-1] else None)
         for ax, x in zip(axes, (evaluations, seconds), strict=True):
             ax.plot(x, np.median(missing, axis=0), label=label, zorder=3 if ours else 2 if run in colors else 1, **style)
@@ -68,7 +66,12 @@ def draw_surrogate(file: Path, name: str, found: Mapping[str, Any]) -> None:
     figure, axes = plt.subplots(figsize=(5.5, 5), layout="constrained")
     measured = np.exp(found["measured"])
     axes.loglog(
-        measured, np.exp(found[OURS]["additive"]), ".", color="tab:orange", ms=4, label="additive: the sensitivities' sum"
+        measured,
+        np.exp(found[ON_KL]["additive"]),
+        ".",
+        color="tab:orange",
+        ms=4,
+        label="additive: the sum of the KL of each layer alone",
     )
     axes.loglog(measured, np.exp(found[OURS]["surrogates"][0]["predicted"]), ".", color="tab:blue", ms=4, label="surrogate")
     ends = [measured.min(), measured.max()]

@@ -11,7 +11,7 @@ import numpy as np
 from pages import machine
 from search_figures import draw_curves, draw_surrogate
 from search_problems import Problem
-from search_runs import FISHER, OURS, enough, runs_of
+from search_runs import METRIC_OF, OURS, enough, runs_of
 from search_sections import Bars, Curves, Row, checked, compared, comparison, confirmed, cost, fronts, median_at, value_at
 
 from mpsearch.pareto import hypervolume
@@ -64,8 +64,7 @@ def write_page(
             for what in ("check", "confirm", "fronts")
             if (file := cache / f"{name}-{what}.json").exists()
         }
-        if FISHER in curves and OURS in curves:
-            nets += compared(name, n, curves, found, rows)
+        nets += compared(name, n, curves, found)
         if "check" in found:
             every = _whole(problem)
             found["check"]["loss_known"] = [every[every[:, 0] <= limit, 1].min() for limit in found["check"]["limits"]]
@@ -91,7 +90,7 @@ def write_page(
         *table,
     ]
     head += ["", *(HERE / "search_doubts.md").read_text().strip().split("\n")]
-    head += ["", "## KL or Fisher sensitivities, for our sampler", "", *comparison(nets)]
+    head += ["", "## Which sensitivities, for our sampler", "", *comparison(nets)]
     (folder / "table.md").write_text("\n".join([*head, *lines, "", str(footer["case"])]) + "\n")
     (folder / "rows.json").write_text(json.dumps(rows, indent=1) + "\n")
     print("\n".join([*head, *lines]))
@@ -113,13 +112,15 @@ def _end(found: list[tuple[Row, np.ndarray]]) -> int:
 def _bars(name: str, curves: Curves, end: int) -> Bars:
     """What the curves say of the bars: our hypervolume beside the truth, the rivals' at 400, and the long run's."""
     found: Bars = []
-    for own in (OURS, FISHER):
+    for own, metric in METRIC_OF.items():
         if own not in curves:
             continue
         ours = curves[own]
         values = [value for run, curve in ours if (value := value_at(run, curve, end)) is not None]
+        case = name + ("" if own == OURS else f", with metric={metric}")
+        if not values:
+            continue
         mine = float(np.median(values))
-        case = name + (", with metric=fisher" if own == FISHER else "")
         if name == "digits":
             text = f"{100 * mine:.2f} %" + (f", the worst of {len(values)} seeds {100 * min(values):.2f} %" if values[1:] else "")
             found.append((f"{case}: 99.5 % of the true hypervolume within 150 evaluations", text, min(values) >= 0.995))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import kendalltau
-from search_runs import AT_BITS, FISHER, OURS
+from search_runs import METRIC_OF, ON_KL, OURS
 
 from mpsearch.quality import Quality
 
@@ -38,7 +38,7 @@ def errors(of: Row, measured: np.ndarray) -> tuple[float, float, float]:
 
 def thirds(found: Row, losses: Sequence[Any]) -> list[float]:
     """Of the tightest, middle and loosest budgets the median loss over that of the additive optimum on KL."""
-    ratio = np.median(np.atleast_2d(np.array(losses) / np.array(found[OURS]["loss_additive"])), axis=0)
+    ratio = np.median(np.atleast_2d(np.array(losses) / np.array(found[ON_KL]["loss_additive"])), axis=0)
     return [float(np.median(part)) for part in np.array_split(ratio, 3)]
 
 
@@ -46,7 +46,7 @@ def checked(name: str, found: Row, rows: list[Row], bars: Bars) -> list[str]:
     """The surrogate on held-out allocations, and the loss at equal bytes."""
     measured, halves = np.array(found["measured"]), np.array(found["halves"])
     ceiling = kendalltau(halves[:, 0], halves[:, 1]).statistic
-    base = np.array(found[OURS]["additive"])
+    base = np.array(found[ON_KL]["additive"])
     base_error = float(np.sqrt(np.mean((base - measured) ** 2)))
     best = "the true front" if name == "digits" else "the best of all that was measured"
     lines = [
@@ -69,19 +69,21 @@ def checked(name: str, found: Row, rows: list[Row], bars: Bars) -> list[str]:
         budgets.append(f"| {label} | " + " | ".join(f"{value:.2f}" for value in parts) + " |")
         return parts[0]
 
-    for own, metric in ((OURS, "KL"), (FISHER, "Fisher")):
+    for own, metric in METRIC_OF.items():
+        if own not in found:
+            continue
         of = found[own]
         additive = np.array(of["additive"])
         additive_error, tau = float(np.sqrt(np.mean((additive - measured) ** 2))), kendalltau(additive, measured).statistic
         lines.append(f"| additive on {metric} | | {additive_error:.3f} | {additive_error / base_error:.2f} | {tau:.3f} | |")
-        if own == FISHER:
-            add("additive optimum on Fisher", of["loss_additive"])
+        if own != ON_KL:
+            add(f"additive optimum on {metric}", of["loss_additive"])
         if not of["surrogates"]:
             continue
         error, tau, z = errors(of, measured)
         ratio = error / base_error
         lines.append(f"| surrogate on {metric} | {len(of['surrogates'])} | {error:.3f} | **{ratio:.2f}** | {tau:.3f} | {z:.2f} |")
-        case = name + (", with metric=fisher" if own == FISHER else "")
+        case = name + ("" if own == OURS else f", with metric={metric}")
         asked = f"{case}: error of log loss at most 0.6 of the additive model's, {len(measured)} held out"
         bars.append(
             (asked, f"{ratio:.2f}, fitted to {found['n']}; Kendall tau {tau:.3f}, split-half ceiling {ceiling:.3f}", ratio <= 0.6)
@@ -117,32 +119,26 @@ def checked(name: str, found: Row, rows: list[Row], bars: Bars) -> list[str]:
     return [*lines, "", *budgets]
 
 
-def compared(name: str, n: int, curves: Curves, found: Mapping[str, Row], rows: list[Row]) -> list[str]:
-    """Two rows of the table of `comparison`: our sampler on KL and on Fisher sensitivities."""
+def compared(name: str, n: int, curves: Curves, found: Mapping[str, Row]) -> list[str]:
+    """The rows of a net in the table of `comparison`, one a metric."""
     lines = []
-    for own, metric in ((OURS, "KL"), (FISHER, "Fisher")):
+    for own, metric in METRIC_OF.items():
+        if own not in curves or name.startswith("synthetic"):
+            continue
         runs = curves[own]
         seconds = float(np.median([run["before_seconds"] for run, _ in runs]))
-        cells = [name, metric, f"{runs[0][0]['before']} in {seconds:.0f} s", str(len(runs))]
-        for at in (100, n, 400):
+        cells = [name, f"`{metric}`", f"{runs[0][0]['before']} in {seconds:.0f} s", str(len(runs))]
+        for at in (50, 100, n, 400):
             value = median_at(runs, at)
             cells.append("" if value is None else f"{100 * value:.2f} %")
-        if "check" in found and found["check"][own]["surrogates"]:
-            check = found["check"]
+        check = found.get("check", {})
+        if own in check and check[own]["surrogates"]:
             cells += [f"{thirds(check, check[own][key])[0]:.2f}" for key in ("loss_ours", "loss_solved")]
-            error = errors(check[own], np.array(check["measured"]))[0]
-            additive = np.sqrt(np.mean((np.array(check[OURS]["additive"]) - np.array(check["measured"])) ** 2))
-            cells.append(f"{error:.3f} ({error / additive:.2f})")
+            measured = np.array(check["measured"])
+            additive = np.sqrt(np.mean((np.array(check[ON_KL]["additive"]) - measured) ** 2))
+            cells.append(f"{errors(check[own], measured)[0] / additive:.2f}")
         else:
             cells += ["", "", ""]
-        cells.append("")
-        if "confirm" in found:
-            confirm = found["confirm"]
-            quality = Quality(confirm["quality"].replace("_", " "), confirm["kind"])
-            row = next((row for row in confirm["rows"] if row["way"] == AT_BITS[own, 3.0]), None)
-            if row is not None:
-                low, difference, high = (f"{quality.scale * row[key]:+.3g}" for key in ("low", "difference", "high"))
-                cells[-1] = f"{difference} ({low} to {high})"
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -150,13 +146,12 @@ def compared(name: str, n: int, curves: Curves, found: Mapping[str, Row], rows: 
 def comparison(nets: Sequence[str]) -> list[str]:
     """The table of the nets' rows."""
     return [
-        "Hypervolumes at equal evaluations, as in the tables below (`n`: the sensitivities' on KL and 100 more); the loss in the "
-        "tightest third of budgets over the additive ILP's on KL; the surrogate's error of ln loss (in brackets: over that of "
-        "the additive model on KL); what `budget.bits=3` found beside the additive optimum on KL, on the confirm split.",
+        "Hypervolumes at equal evaluations, as in the tables below (n: 150 on digits, else 220); the loss in the tightest third "
+        "of budgets over that of the additive ILP on KL; the surrogate's error of ln loss over that of the additive model on KL.",
         "",
-        "| net | sensitivities | evaluations | searches | after 100 | after n | after 400 | tightest third | `solve` | surrogate "
-        "| at 3 bits |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | --- |",
+        "| net | `metric` | evaluations before | searches | after 50 | after 100 | after n | after 400 | tightest third "
+        "| with `solve` | surrogate |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *nets,
     ]
 
@@ -201,8 +196,7 @@ def confirmed(name: str, c: Row, bars: list[tuple[str, str, bool]]) -> list[str]
         searched = "" if row["search_loss"] is None else f"{row['search_loss']:.4f}"
         lines.append("| " + " | ".join([*cells, f"{row['loss']:.4f}", searched]) + " |")
         if "budget" in row["way"] and not other:
-            case = name + (", with metric=fisher" if FISHER in row["way"] else "")
-            asked = f"{case}: {quality.name} on the confirm split at {row['bits']:g} bits better than the additive optimum's"
+            asked = f"{name}: {quality.name} on the confirm split at {row['bits']:g} bits better than the additive optimum's"
             bars.append((asked, f"{difference} ({low} to {high})", row["low"] > 0))
     return lines
 
