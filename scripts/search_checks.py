@@ -184,8 +184,8 @@ def fronts(problem: Network, cache: Path, n_most: int = 500) -> None:
     worst = _divergence(logits(space.uniform(space.scheme_names[0])), truth)
     rows, losses = [], {}
     for run in runs_of(problem.name, cache):
-        if run["seed"] == 0 and run["run"] in (OURS, "ILP on KL", "ILP on gauss_newton (values alone)"):
-            trials = run["trials"][: enough(problem) - run["before"]] if run["run"] == OURS else run["trials"]
+        if run["seed"] == 0 and run["run"] in (*METRIC_OF, "ILP on KL", "ILP on gauss_newton (values alone)"):
+            trials = run["trials"][: enough(problem) - run["before"]] if run["run"] in METRIC_OF else run["trials"]
             front = [trials[i] for i in np.flatnonzero(non_dominated(np.array([(t["bits"], t["loss"]) for t in trials])))]
             for trial in front:
                 if trial["code"] not in losses:
