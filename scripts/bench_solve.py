@@ -26,7 +26,7 @@ from search_problems import Network, Synthetic, digits_problem
 from mpsearch.budget import read_budgets
 from mpsearch.costs.size import AverageBits, Bytes
 from mpsearch.evaluation import SensitivityTable
-from mpsearch.metrics.kl import KL
+from mpsearch.metrics.gauss_newton import GaussNewton
 from mpsearch.samplers.base import complete
 from mpsearch.search import Evaluator, search
 from mpsearch.sensitivity import measure_sensitivity
@@ -59,7 +59,7 @@ def compare(cache: Path, seed: int) -> list[dict[str, Any]]:
     """One row for each run and budget."""
     problem, choices, losses = known(cache)
     space = problem.space
-    table = measure_sensitivity(problem, KL())  # type: ignore[arg-type]
+    table = measure_sensitivity(problem.engine, GaussNewton())
     bits = space.storage_bits / space.numel
     whole = bits[np.arange(choices.shape[1]), choices].sum(1)
     rows = []
