@@ -180,7 +180,7 @@ def interactions(values: pd.DataFrame, folder: Path) -> None:
     side = min(4 + 0.22 * n, 30)
     figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
     shown = np.where(np.eye(n, dtype=bool), np.nan, values.to_numpy(dtype=float))
-    largest = float(np.nanmax(np.abs(shown), initial=0.05))
+    largest = float(np.nanmax(np.abs(shown), initial=0.01))
     image = axes.imshow(shown, cmap="RdBu_r", vmin=-largest, vmax=largest)
     figure.colorbar(image, ax=axes, label="correlation of their effects", pad=0.01)
     axes.set_xticks(range(n), values.columns, rotation=90, fontsize=7)
