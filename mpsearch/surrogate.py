@@ -12,8 +12,8 @@ In logarithms,
               [+ b + l(ln A) + sum_gs w_gs phi_gs].
 
 The first term is what the sensitivities say, with a link that saturates at the largest loss C that was measured: J = A, or where
-the metric knows e_g too (`metrics/gauss_newton.py`) |sum_g e_g|^2 / 2 and what they leave of each a_g; the rho are what is missed,
-smooth functions of the level, for a network that is damaged much has other interactions. A group alone has none: its loss was
+the metric knows e_g too (`metrics/gauss_newton.py`) |sum_g e_g|^2 / 2 and what is left of each a_g. The rho are what is missed,
+smooth functions of the level: a network that is damaged much has other interactions. A group alone has none: its loss was
 measured, it *is* the sensitivity. Only where the sensitivities are no losses, but a metric of another kind, there are also b for
 its unit, l for its curve and w for what it misjudges; they would be learned from mixed allocations, and wrong for any others.
 All are Gaussian and regularized towards none, so this is a Gaussian process (Rasmussen and Williams 2006, chapter 2) whose kernel
