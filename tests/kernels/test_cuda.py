@@ -63,9 +63,10 @@ def test_nothing_is_read_or_written_behind_the_end(emulated: cuda_backend.Librar
                 for dtype, n_tokens in ((torch.float16, 1), (torch.bfloat16, 17), (torch.float32, 2), (torch.float32, 300)):
                     x, y = ends(torch.randn(n_tokens, columns).to(dtype)), ends(torch.empty(n_tokens, rows, dtype=dtype))
                     bias = ends(torch.randn(rows))
-                    cuda_backend.linear(x, data, y, bias, *how, int8_input=False, input_scale=None)
-                    if n_tokens < 20:
-                        cuda_backend.linear(x, data, y, bias, *how, int8_input=True, input_scale=None)
+                    cuda_backend.linear(x, data, y, bias, *how, False, None, 127, -1)
+                    if n_tokens < 20:  # int8 input: symmetric, and not, with a grid of its own for each token
+                        cuda_backend.linear(x, data, y, bias, *how, True, None, 127, -1)
+                        cuda_backend.linear(x, data, y, bias, *how, True, None, 15, 0)
 
 
 def test_a_barrier_that_not_all_threads_reach_is_an_error(emulated: cuda_backend.Library) -> None:
