@@ -18,7 +18,7 @@ from mpsearch.errors import InputError
 from mpsearch.kernels import reference, reference_conv
 from mpsearch.kernels.backends import backend_index, backend_of, compiled, is_plain
 from mpsearch.kernels.operators import register
-from mpsearch.kernels.products import LARGEST_SCALE, MOST_GROUP_COLUMNS, SMALLEST_SCALE, check_format, check_values
+from mpsearch.kernels.products import MOST_GROUP_COLUMNS, check_format, check_input, check_values, code_of_zero
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,8 @@ def conv_a8(
     The result is defined to the bit (`reference_conv.py`) and the same on every backend, for any number of threads and in any
     batch. A sample with a NaN or infinite value gives NaN. Otherwise takes and raises what `conv` does.
     """
-    if not symmetric and zero_point < 0:
-        raise InputError(f"zero_point is {zero_point}, but must be 0 to largest_code, {largest_code}.")
     op = _conv_a8 if is_plain(x) else torch.ops.mpsearch.conv_a8.default
-    of_input = input_scale, largest_code, -1 if symmetric else zero_point
+    of_input = input_scale, largest_code, code_of_zero(symmetric, zero_point, largest_code)
     return op(x, weight.data, _format(weight), bias, stride, padding, dilation, *of_input)
 
 
@@ -356,13 +354,7 @@ def _check(
             f"bias is {_dtype(bias)} {list(bias.shape)} on {bias.device}, but must be float32 [{rows}] on {device}, "
             "one for each row of the weight."
         )
-    if input_scale is not None and not SMALLEST_SCALE <= input_scale <= LARGEST_SCALE:
-        raise InputError(f"input_scale is {input_scale}, but must be from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}.")
-    most = 127 if input_scale is None or zero_point < 0 else 254
-    if not 1 <= largest_code <= most or not -1 <= zero_point <= largest_code:
-        raise InputError(
-            f"largest_code is {largest_code} and zero_point {zero_point}, but must be 1 to {most}, and 0 to largest_code."
-        )
+    check_input(input_scale, largest_code, zero_point)
 
 
 def _check_packed(data: Tensor, format: Format) -> None:

@@ -189,11 +189,29 @@ def linear_a8(
     The result is defined to the bit (`reference.py`) and the same on every backend, for any number of threads and of tokens. A
     token with a NaN or infinite value gives NaN. Otherwise takes and raises what `linear` does.
     """
-    if not symmetric and zero_point < 0:
-        raise InputError(f"zero_point is {zero_point}, but must be 0 to largest_code, {largest_code}.")
     op = _linear_a8 if is_plain(x) else _linear_a8_op
     format = weight.rows, weight.columns, weight.bits, weight.group_size, weight.half_scales
-    return op(x, weight.data, *format, bias, input_scale, largest_code, -1 if symmetric else zero_point)
+    return op(x, weight.data, *format, bias, input_scale, largest_code, code_of_zero(symmetric, zero_point, largest_code))
+
+
+def code_of_zero(symmetric: bool, zero_point: int, largest_code: int) -> int:
+    """The zero point as the operators take it: -1 where codes are symmetric."""
+    if symmetric:
+        return -1
+    if zero_point < 0:
+        raise InputError(f"zero_point is {zero_point}, but must be 0 to largest_code, {largest_code}.")
+    return zero_point
+
+
+def check_input(input_scale: float | None, largest_code: int, zero_point: int) -> None:
+    """Of how an operator quantizes its input: what a kernel can do."""
+    if input_scale is not None and not SMALLEST_SCALE <= input_scale <= LARGEST_SCALE:
+        raise InputError(f"input_scale is {input_scale}, but must be from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}.")
+    most = 127 if input_scale is None or zero_point < 0 else 254
+    if not 1 <= largest_code <= most or not -1 <= zero_point <= largest_code:
+        raise InputError(
+            f"largest_code is {largest_code} and zero_point {zero_point}, but must be 1 to {most}, and 0 to largest_code."
+        )
 
 
 def _linear(
@@ -321,13 +339,7 @@ def _check_product(
             f"bias is {_dtype(bias)} {list(bias.shape)} on {bias.device}, but must be float32 [{rows}] on {data.device}, "
             "one for each row of the weight."
         )
-    if input_scale is not None and not SMALLEST_SCALE <= input_scale <= LARGEST_SCALE:
-        raise InputError(f"input_scale is {input_scale}, but must be from {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}.")
-    most = 127 if input_scale is None or zero_point < 0 else 254
-    if not 1 <= largest_code <= most or not -1 <= zero_point <= largest_code:
-        raise InputError(
-            f"largest_code is {largest_code} and zero_point {zero_point}, but must be 1 to {most}, and 0 to largest_code."
-        )
+    check_input(input_scale, largest_code, zero_point)
     check_packed_weight(data, rows, columns, bits, group_size, half_scales)
     return shape
 
