@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from mpsearch.files import write_atomically
 from mpsearch.quality import Quality
 
 # Nats; below it a KL divergence measured in float32 is rounding.
@@ -288,7 +290,7 @@ def _floor(loss: pd.Series) -> pd.Series:
 
 def _save(figure: Figure, folder: Path, name: str, svg: bool = False) -> None:
     for suffix in ("png", "svg") if svg else ("png",):
-        temporary = folder / f".{name}.tmp.{suffix}"
-        figure.savefig(temporary, dpi=130, bbox_inches="tight", pad_inches=0.1)
-        temporary.replace(folder / f"{name}.{suffix}")
+        image = io.BytesIO()
+        figure.savefig(image, format=suffix, dpi=130, bbox_inches="tight", pad_inches=0.1)
+        write_atomically(folder / f"{name}.{suffix}", image.getvalue())
     plt.close(figure)

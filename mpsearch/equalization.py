@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError, did_you_mean
+from mpsearch.files import write_atomically
 from mpsearch.layer import from_rows, kind_of, weight_rows
 
 FILE = "equalization.safetensors"
@@ -87,10 +88,7 @@ class Equalization:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_bytes(self._bytes())
-        temporary.replace(path)
+        write_atomically(path, self._bytes())
 
     def _bytes(self) -> bytes:
         return save({name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}, {"equalizer": self.equalizer})

@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,12 +22,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from mpsearch.allocation import Allocation
 from mpsearch.engine import QuantEngine, to_device
 from mpsearch.errors import InputError
+from mpsearch.files import file_errors, write_atomically
 from mpsearch.progress import phase
 from mpsearch.schemes.base import QuantScheme
 from mpsearch.student import Student, learns
@@ -208,12 +208,10 @@ def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, best: 
     tensors |= {f"best/{name}": latent for name, latent in best.items()}
     for name, latent in student.latents.items():
         tensors |= {f"{key}/{name}": value for key, value in optimizer.state[latent].items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, {FORMAT: json.dumps(about)})
-    with open(temporary, "rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    with file_errors(path.parent):
+        path.parent.mkdir(exist_ok=True)
+    content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {FORMAT: json.dumps(about)})
+    write_atomically(path, content)
 
 
 def _restore(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> tuple[list[float], float, dict[str, Tensor]]:

@@ -14,8 +14,9 @@ from mpsearch.confirm import Confirmed
 from mpsearch.costs.latency import FLOAT, Latency
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
+from mpsearch.files import write_atomically
 from mpsearch.page import page
-from mpsearch.result import SCORED, SearchResult, write_atomically
+from mpsearch.result import SCORED, SearchResult
 
 # At most this many rows in layers.png; a longer front is thinned evenly, the pick always kept.
 MAX_LAYER_ROWS = 24

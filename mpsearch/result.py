@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation, SensitivityTable
+from mpsearch.files import append_durably, write_atomically
 from mpsearch.layer import Activations, LayerGroup, LayerSpec
 from mpsearch.pareto import non_dominated
 from mpsearch.quality import Quality
@@ -98,10 +99,7 @@ class RunFolder:
         writer.writerow(
             ["" if value is None else repr(float(value)) if isinstance(value, float) else value for value in row.values()]
         )
-        with open(file, "a", encoding="utf-8") as stream:
-            stream.write(text.getvalue())
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_durably(file, text.getvalue())
 
     def mend(self, table: str) -> None:
         """Cut off a last row that was not written to its end."""
@@ -325,16 +323,6 @@ def _read_layer(data: dict[str, Any]) -> LayerSpec:
     return LayerSpec(
         **{**data, "shape": tuple(data["shape"]), "modules": tuple(data["modules"]), "activations": activations},
     )
-
-
-def write_atomically(file: Path, content: str | bytes) -> None:
-    """Replace `file` in one step: a reader sees the old content or the new, never half."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(content.encode() if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
 
 
 def damaged(file: Path, line: int, what: str) -> InputError:

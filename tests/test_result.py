@@ -15,7 +15,7 @@ from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.layer import LayerSpec
-from mpsearch.result import SENSITIVITY_COLUMNS, RunFolder, SearchResult, evaluation_columns, evaluation_row, write_atomically
+from mpsearch.result import SENSITIVITY_COLUMNS, RunFolder, SearchResult, evaluation_columns, evaluation_row
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
 
@@ -321,13 +321,3 @@ def test_one_process_at_a_time(run):
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert f"Another process is at work in {run.path}. Wait for it" in said
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "let in\n"
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    file = tmp_path / "page.md"
-    write_atomically(file, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(file, "new \ud800")
-    assert file.read_text() == "old"
-    write_atomically(file, "new")
-    assert file.read_text() == "new"

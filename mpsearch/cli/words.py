@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from mpsearch.cli.refusals import must_be_given, one_line
 from mpsearch.errors import InputError
+from mpsearch.files import write_atomically
 
 # What may differ from the saved config when a run goes on; anything else would change what its trials mean.
 RESUMABLE = ("n_trials", "max_seconds", "device", "executor", "study.mirror", "confirm.finetune_steps")
@@ -112,9 +113,7 @@ def save(settings: dict[str, Any], path: Path) -> None:
     """Writes the config of a run: whole or not at all."""
     from omegaconf import OmegaConf
 
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(OmegaConf.to_yaml(OmegaConf.create(settings)), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(settings)))
 
 
 def _run_option(run: Path, key: str = "run") -> str:

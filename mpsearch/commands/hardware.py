@@ -14,6 +14,7 @@ from mpsearch.commands.show import paths, stdout
 from mpsearch.costs.base import Cost
 from mpsearch.costs.latency import FLOAT, REST, Latency, LatencyMs, read_latency, write_latency
 from mpsearch.errors import InputError
+from mpsearch.files import file_errors
 from mpsearch.hardware import facts, measure_latency, self_test
 from mpsearch.report import draw_latency
 from mpsearch.result import RunFolder
@@ -54,7 +55,8 @@ def latency_table(prepared: Prepared, batch_size: int, folder: Path, seconds: fl
                 f"Latency is asked for {batch_size} samples, but a batch of the task has {batch_length(inputs)}. Ask for fewer, "
                 "or give the task larger batches."
             )
-        folder.mkdir(parents=True, exist_ok=True)
+        with file_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         inputs = first_samples(inputs, batch_size)
         rows = measure_latency(prepared.model, prepared.task.forward, prepared.space, prepared.quantizers, inputs, seconds)
         write_latency(path, rows)

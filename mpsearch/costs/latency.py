@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 from mpsearch.allocation import SearchSpace
 from mpsearch.costs.base import Cost, CostTable
 from mpsearch.errors import InputError
+from mpsearch.files import write_atomically
 
 FLOAT, REST = "float", ""  # in the column scheme: the float layer; in the column layer: what is no searched layer
 
@@ -74,12 +76,11 @@ class LatencyMs(Cost):
 
 def write_latency(path: Path, rows: Sequence[Latency]) -> None:
     """`latency.csv`, replaced in one step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, [f.name for f in fields(Latency)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    temporary.replace(path)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [f.name for f in fields(Latency)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
+    write_atomically(path, text.getvalue())
 
 
 def read_latency(path: Path | str) -> list[Latency]:

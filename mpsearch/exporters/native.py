@@ -23,11 +23,11 @@ from mpsearch.equalization import FILE, Equalization, load_equalization
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
 from mpsearch.exporters.base import Exporter, Picked
+from mpsearch.files import write_atomically
 from mpsearch.fold import Pair, apply_folds
 from mpsearch.layer import from_rows, weights_sha256
 from mpsearch.packed import pack
 from mpsearch.packed_layer import QuantizedLayer
-from mpsearch.result import write_atomically
 from mpsearch.schemes.base import QuantizedTensor, scheme_from_fields
 
 FORMAT, VERSION = "mpsearch-allocation", 1
