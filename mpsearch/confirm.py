@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mpsearch.engine import FLOAT, paired_interval
+from mpsearch.engine import FLOAT
 from mpsearch.evaluation import Evaluation
+from mpsearch.intervals import paired_interval
 from mpsearch.progress import phase
 from mpsearch.result import SearchResult
 from mpsearch.search import Evaluator
@@ -67,5 +68,6 @@ def _compare(
     surely = False
     if rival is not None:
         ours, theirs = (evaluate.qualities(e.allocation) for e in (point, rival))
-        surely = paired_interval(quality.sign * (theirs - ours))[0] > 0
+        low, high = paired_interval(theirs, ours)
+        surely = low > 0 if quality.sign > 0 else high < 0
     return Confirmed(point, scheme, *point.drop_from(baseline, quality), overtaken_by=rival, overtaken_surely=surely)

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -27,6 +28,7 @@ from mpsearch.calibrate import fisher_bytes, hessian_bytes, hessians, mean_shift
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score, Stop
 from mpsearch.hardest import hardest_first
+from mpsearch.intervals import cluster_values, paired_interval
 from mpsearch.layer import LayerSpec, check_finite, from_rows, weight_rows
 from mpsearch.prefix import PrefixReuse
 from mpsearch.products import Product
@@ -37,8 +39,6 @@ from mpsearch.schemes.input import InputFormat
 from mpsearch.tasks.base import Task
 
 FLOAT = Allocation()
-N_RESAMPLES = 2000
-MANY_VALUES = 100
 BEGUN_MAX_BYTES = 2 * 10**8  # of logits of allocations that were left early, the latest: what goes on there runs the rest only
 
 
@@ -98,7 +98,7 @@ class QuantEngine:
         """
         if split not in self._batches:
             batches = load_batches(self.task, split, self.device)
-            if split == "search":
+            if split == "search" and self.task.clusters(split) is None:  # which are in the order of the data
                 batches = hardest_first(batches, lambda inputs: self.task.forward(self.model, inputs))
             self._batches[split] = batches
         return self._batches[split]
@@ -291,7 +291,7 @@ class QuantEngine:
             else:  # a divergence of 0 is above a stop below it
                 n = next((n for n, most in stops if most < 0), None)
                 until = sum(len(targets) for _, targets in self.batches(split)[:n])
-                score = replace(self._compare(reference[:until], reference, split), stopped=until < len(reference))
+                score = replace(self._compare(None, reference[:until], split), stopped=until < len(reference))
         # Ten thousand trials' samples would fill the memory, and only confirmation compares sample by sample.
         score = replace(score, qualities=score.qualities[:0], seconds=time.perf_counter() - start)
         if not score.stopped:
@@ -308,7 +308,7 @@ class QuantEngine:
         """
         reference = self.float_logits(split)
         if model is None:
-            return self._compare(reference, reference, split)
+            return self._compare(None, reference, split)
         key = (applied or FLOAT, split)
         found = self._begun.pop(key, [])
         total, seen = 0.0, 0
@@ -360,25 +360,40 @@ class QuantEngine:
         return torch.cat([self.task.forward(model, inputs) for inputs, _ in self.batches(split)])
 
     @torch.no_grad()
-    def _compare(self, logits: Tensor, reference: Tensor, split: str) -> Score:
-        """`logits` `[n, classes]` of the first n samples of the split beside the float model's of all."""
+    def _compare(self, logits: Tensor | None, reference: Tensor, split: str) -> Score:
+        """`logits` `[n, classes]` of the first n samples against the float model's; `None`: the float model itself."""
+        itself = logits is None
+        logits = reference if logits is None else logits
         reference = reference[: len(logits)]
         targets = torch.cat([target for _, target in self.batches(split)])[: len(logits)]
-        qualities = self.task.quality(logits, targets).float()
-        baseline = self.task.quality(reference, targets).float()
-        low, high = paired_interval((qualities - baseline).cpu().numpy())
-        float_mean = baseline.double().mean().item()
+        baseline = self._qualities(reference, targets, split)
+        qualities = baseline if itself else self._qualities(logits, targets, split)
+        low, high = (0.0, 0.0) if itself else paired_interval(qualities, baseline)
         noise = (logits - reference).double().square().sum() / reference.double().square().sum()
         return Score(
             loss=_divergence(logits, reference),
             cross_entropy=self.task.cross_entropy(logits, targets).double().mean().item(),
-            quality=self.quality.score(qualities.double().mean().item()),
-            quality_low=self.quality.score(float_mean + low),
-            quality_high=self.quality.score(float_mean + high),
+            quality=self.quality.score(qualities.mean()),
+            quality_low=self.quality.score(baseline.mean() + low),
+            quality_high=self.quality.score(baseline.mean() + high),
             noise=noise.item() if torch.isfinite(noise) else float("inf"),
             n_samples=len(qualities),
-            qualities=qualities.cpu().numpy(),
+            qualities=qualities.astype(np.float32),
         )
+
+    def _qualities(self, logits: Tensor, targets: Tensor, split: str) -> NDArray[np.float64]:
+        """The quality of each independent sample, `[n_samples]`."""
+        values = self.task.quality(logits, targets).double().cpu().numpy()
+        clusters = self.task.clusters(split)
+        if clusters is None:
+            return values
+        clusters = clusters[: len(values)]
+        if clusters.shape != values.shape:
+            raise InputError(
+                f"The task's clusters of the {split} split must be one integer for each of its {len(values):,} quality values; "
+                f"got shape {tuple(clusters.shape)}."
+            )
+        return cluster_values(values, clusters.numpy())
 
 
 def _mean_product(weight: Tensor, mean: Tensor) -> Tensor:
@@ -419,22 +434,6 @@ def quantize_input(
         return args, {**kwargs, "input": rounded(kwargs["input"])}
 
     return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def paired_interval(differences: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the mean of `differences` `[n]`: percentile bootstrap, always with the same seed.
-
-    Resampling n values that take few distinct ones is a multinomial draw of their counts: exact, and a thousand times cheaper.
-    Where they take many (a quality that is not a hit or a miss), the bootstrap's limit is taken, the normal interval.
-    """
-    n = len(differences)
-    values, counts = np.unique(differences, return_counts=True)
-    if len(values) > MANY_VALUES:
-        mean, error = differences.mean(dtype=np.float64), differences.std(ddof=1, dtype=np.float64) / np.sqrt(n)
-        return float(mean - 1.96 * error), float(mean + 1.96 * error)
-    means = np.random.default_rng(0).multinomial(n, counts / n, size=N_RESAMPLES) @ values.astype(np.float64) / n
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
 
 
 def load_batches(task: Task, split: str, device: str) -> list[tuple[Any, Tensor]]:

@@ -20,11 +20,11 @@ class Score:
 
     `loss` is the mean KL divergence (nats) from the float model's predictions to this one's, `cross_entropy` the mean in nats,
     `quality` the task's own measure (`Quality.score` of the samples' mean). `quality_low` and `quality_high` bound its 95 %
-    interval *relative to the float model*: a bootstrap of the paired differences on the same samples, added to the float model's
-    mean. `noise` is the power of the logits' change over the power of the float logits. `qualities` are the samples' own, float32
-    `[n_samples]`, on the confirm split; elsewhere they are not kept. `rung_losses` are the losses after the batches of each
-    `Stop` that was passed or stopped at; where it `stopped`, everything is of the `n_samples` until there. `seconds` is what
-    it took.
+    interval *relative to the float model*: that of the paired differences (`mpsearch.intervals`) added to the float model's mean.
+    `noise` is the power of the logits' change over the power of the float logits. `n_samples` counts independent samples (texts,
+    not tokens), `qualities` are their own, float32 `[n_samples]`, on the confirm split; elsewhere they are not kept.
+    `rung_losses` are the losses after the batches of each `Stop` that was passed or stopped at; where it `stopped`, everything is
+    of the `n_samples` until there. `seconds` is what it took.
     """
 
     loss: float

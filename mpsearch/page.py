@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from mpsearch.evaluation import Evaluation
+from mpsearch.intervals import FEWEST, is_approximate, proportion_interval
 from mpsearch.packed_layer import kernel_for
 from mpsearch.pareto import hypervolume
 from mpsearch.quality import Quality
@@ -22,7 +23,7 @@ INPUTS_ALONE = (
 
 def page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | None) -> str:
     """`report.md`; `confirmed` is the table of `confirm.csv`, where there is one."""
-    q, space, identity = result.quality_name, result.space, result.identity
+    space, identity = result.space, result.identity
     tried = result.on("search")
     n_trials = sum(e.trial is not None for e in result.evaluations)
     n_stopped = len({e.allocation for e in result.evaluations if e.stopped} - tried.keys())
@@ -46,8 +47,7 @@ def page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | Non
         "",
         _markdown_table(summary_header(result.quality), summary_rows(result, picked)),
         "",
-        "Intervals are 95 % bootstrap intervals of the difference to the float model on the same samples. One without width "
-        f"means that no sample's {q} changed{_resolution(result)}. {_how_it_ran(result)}",
+        f"{_intervals(result)} {_how_it_ran(result)}",
         "",
         "## The schemes",
         "",
@@ -231,12 +231,19 @@ def run_hypervolume(result: SearchResult) -> float | None:
     return hypervolume(np.array([e.average_bits for e in front]), np.array([e.loss for e in front]), reference_bits, reference_kl)
 
 
-def _resolution(result: SearchResult) -> str:
-    """The rule of three: n samples without a change leave room for 3 / n of them, at 95 % confidence."""
+def _intervals(result: SearchResult) -> str:
+    """What the intervals are, and what the samples of the confirm split can show at all."""
+    said = "Intervals are 95 % intervals of the difference from the float model on the same samples."
     baseline = result.baseline("confirm")
-    if baseline is None or baseline.n_samples == 0 or result.quality.kind != "share":
-        return ""
-    return f": {baseline.n_samples:,} samples cannot tell a change below {300 / baseline.n_samples:.2g} points from none"
+    if baseline is None:
+        return said
+    n = baseline.n_samples
+    if result.quality.kind == "share":
+        least = proportion_interval(0, 0, n)[1]
+        said += f" {n:,} samples cannot show a drop below {100 * least:.2g} points, even where no prediction changes."
+    if is_approximate(n):
+        said += f" They are approximate: the confirm split has {n} independent samples, and coverage needs at least {FEWEST}."
+    return said
 
 
 def _drop(quality: Quality, drop: float, low: float, high: float) -> str:

@@ -15,6 +15,7 @@ from mpsearch.costs.latency import FLOAT, Latency
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.files import write_atomically
+from mpsearch.intervals import is_approximate
 from mpsearch.page import page
 from mpsearch.result import SCORED, SearchResult
 
@@ -136,6 +137,7 @@ def confirm_table(result: SearchResult, confirmed: Sequence[Confirmed]) -> pd.Da
                 "drop": c.drop,
                 "drop_low": c.drop_low,
                 "drop_high": c.drop_high,
+                "approximate": is_approximate(c.evaluation.n_samples),
                 "significant": c.significant,
                 "overtaken_by_bytes": c.overtaken_by.size_bytes if c.overtaken_by else "",
                 "overtaken_surely": c.overtaken_surely,

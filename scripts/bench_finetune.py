@@ -32,10 +32,11 @@ from torch.ao.quantization import FakeQuantize, MovingAveragePerChannelMinMaxObs
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.calibrate import calibrate
-from mpsearch.engine import FLOAT, QuantEngine, load_batches, other_bits, paired_interval
+from mpsearch.engine import FLOAT, QuantEngine, load_batches, other_bits
 from mpsearch.evaluation import Score
 from mpsearch.finetune import Training, finetune, train_epoch
 from mpsearch.fold import fold_batch_norms
+from mpsearch.intervals import paired_interval
 from mpsearch.models.llama import stories260k
 from mpsearch.models.resnet import resnet
 from mpsearch.pick import pick
@@ -213,7 +214,7 @@ def run(case: str) -> None:
     quality = engine.quality
     baseline, before = engine.score(FLOAT, "confirm"), confirmed(engine, allocation)
     after, losses, seconds = train(engine, allocation, training)
-    low, high = paired_interval(quality.sign * (after.qualities - before.qualities))
+    low, high = sorted(quality.sign * end for end in paired_interval(after.qualities, before.qualities))
     n = training.batches or sum(1 for _ in training.batches_of(engine.task, 1))
     row: Row = {
         "what": quality.name,

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from mpsearch import kernels
 from mpsearch.allocation import SearchSpace
 from mpsearch.calibrate import calibrate
-from mpsearch.engine import FLOAT, QuantEngine, load_batches, other_bits, paired_interval
+from mpsearch.engine import FLOAT, QuantEngine, load_batches, other_bits
+from mpsearch.intervals import paired_interval
 from mpsearch.kernels import reference_rotation
 from mpsearch.models.bert import minilm
 from mpsearch.models.llama import stories260k
@@ -105,7 +106,7 @@ def quality(network: str) -> list[Row]:
                 with engine.applied(engine.space.uniform(scheme)) as applied:
                     found.append(engine.score_of(applied, "confirm"))
             plain, rotated = found
-            low, high = paired_interval(rotated.qualities - plain.qualities)
+            low, high = paired_interval(rotated.qualities, plain.qualities)
             row: Row = {"what": network, "case": name, "quantizer": quantizer, "unit": task.quality_name}
             row |= {"value": rotated.quality, "low": rotated.quality_low, "high": rotated.quality_high, "kl": rotated.loss}
             row |= {"rival": "not rotated", "rival_value": plain.quality, "rival_kl": plain.loss}

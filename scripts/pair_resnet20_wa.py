@@ -19,7 +19,8 @@ from pages import REPORTS, Row, machine
 from torch import Tensor, nn
 
 from mpsearch.commands.prepare import prepare
-from mpsearch.engine import QuantEngine, paired_interval
+from mpsearch.engine import QuantEngine
+from mpsearch.intervals import paired_interval
 from mpsearch.packed import packed
 from mpsearch.result import SearchResult
 
@@ -67,8 +68,8 @@ def compared() -> list[Row]:
                 scores.append(engine.score_of(on_kernels, "confirm"))
                 losses.append(divergences(engine, on_kernels))
         theirs, mine = scores
-        low, high = paired_interval(mine.qualities - theirs.qualities)
-        kl_low, kl_high = paired_interval((losses[0] - losses[1]).numpy())
+        low, high = paired_interval(mine.qualities, theirs.qualities)
+        kl_low, kl_high = paired_interval(losses[0].numpy(), losses[1].numpy())
         rows.append(
             {
                 "what": "accuracy at no more bit-operations",

@@ -15,9 +15,10 @@ from mpsearch import knapsack
 from mpsearch.allocation import Allocation
 from mpsearch.budget import Budget
 from mpsearch.costs.size import AverageBits
-from mpsearch.engine import _divergence, paired_interval
+from mpsearch.engine import _divergence
 from mpsearch.evaluation import Score, SensitivityTable
 from mpsearch.fidelity import LOSS_FLOOR
+from mpsearch.intervals import paired_interval
 from mpsearch.pareto import hypervolume, non_dominated
 from mpsearch.solve import prediction
 from mpsearch.surrogate import Surrogate
@@ -156,7 +157,7 @@ def _confirmed(problem: Network, allocations: list[Allocation], theirs: Score) -
     mean = np.mean([score.qualities for score in scores], axis=0, dtype=np.float64)
     each = [float(quality.sign * (score.quality - theirs.quality)) for score in scores]
     base = float(theirs.qualities.mean(dtype=np.float64))
-    ends = [quality.sign * (quality.score(base + end) - quality.score(base)) for end in paired_interval(mean - theirs.qualities)]
+    ends = [quality.sign * (quality.score(base + end) - quality.score(base)) for end in paired_interval(mean, theirs.qualities)]
     return {
         "quality": quality.score(float(mean.mean())),
         "loss": float(np.mean([score.loss for score in scores])),

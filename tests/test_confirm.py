@@ -11,8 +11,9 @@ from mpsearch.budget import Budget, read_budgets
 from mpsearch.confirm import confirm
 from mpsearch.costs.base import CostTable
 from mpsearch.costs.size import AverageBits
-from mpsearch.engine import FLOAT, paired_interval
+from mpsearch.engine import FLOAT
 from mpsearch.evaluation import SensitivityTable
+from mpsearch.intervals import paired_interval
 from mpsearch.metrics.kl import KL
 from mpsearch.result import SearchResult
 from mpsearch.search import Evaluator, search
@@ -55,7 +56,7 @@ def test_drops_are_paired_with_the_float_model(searched):
         assert c.evaluation.packed
         assert c.evaluation.measured_ms > 0
         score, _ = evaluate.run_packed(c.evaluation.allocation)
-        low, high = paired_interval(score.qualities - baseline.qualities)
+        low, high = paired_interval(score.qualities, baseline.qualities)
         assert c.drop == pytest.approx(baseline.quality - score.quality)
         assert c.drop_low == pytest.approx(max(-high, baseline.quality - 1))
         assert c.drop_high == pytest.approx(min(-low, baseline.quality))
@@ -73,7 +74,7 @@ def test_what_is_overtaken_is_marked(searched):
             assert c.overtaken_by.size_bytes == min(e.size_bytes for e in rivals)
             theirs = evaluate.engine.score(c.overtaken_by.allocation, "confirm").qualities
             ours = evaluate.engine.score(mine.allocation, "confirm").qualities
-            assert c.overtaken_surely == (paired_interval(theirs - ours)[0] > 0)
+            assert c.overtaken_surely == (paired_interval(theirs, ours)[0] > 0)
         else:
             assert not c.overtaken_surely
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from mpsearch.allocation import Allocation
-from mpsearch.engine import FLOAT, other_bits, paired_interval
+from mpsearch.engine import FLOAT, other_bits
 from mpsearch.errors import InputError
+from mpsearch.intervals import paired_interval
 from mpsearch.layer import from_rows
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.quantizers.clip_search import ClipSearch
@@ -234,30 +235,11 @@ def test_other_bits_are_all_that_is_not_searched(tiny):
     assert other_bits(tied, layers[:1]) == 32 * (8 + 8 + 5 + 2 * 40)
 
 
-@pytest.mark.parametrize("kind", ["few values", "many values"])
-def test_interval_is_that_of_a_bootstrap(kind):
-    rng = np.random.default_rng(1)
-    n = 300
-    differences = rng.choice([-1.0, 0.0, 1.0], n, p=[0.15, 0.8, 0.05]) if kind == "few values" else rng.normal(-0.1, 0.5, n)
-    means = [differences[rng.integers(0, n, n)].mean() for _ in range(4000)]
-    expected = np.quantile(means, [0.025, 0.975])
-    low, high = paired_interval(differences)
-    tolerance = 0.05 * (expected[1] - expected[0])  # 90 % intervals would be 0.08 off at each end
-    assert abs(low - expected[0]) < tolerance
-    assert abs(high - expected[1]) < tolerance
-    assert paired_interval(differences) == (low, high)
-
-
-def test_interval_of_no_difference_is_a_point():
-    assert paired_interval(np.zeros(50)) == (0.0, 0.0)
-    assert paired_interval(np.full(50, -1.0)) == (-1.0, -1.0)
-
-
 def test_quality_interval_is_laid_round_the_float_model(trained):
     baseline = trained.score_of(None, "confirm")
     with trained.applied(trained.space.uniform("w2")) as model:
         score = trained.score_of(model, "confirm")
-    low, high = paired_interval(score.qualities - baseline.qualities)
+    low, high = paired_interval(score.qualities, baseline.qualities)
     assert score.quality_low == pytest.approx(baseline.quality + low)
     assert score.quality_high == pytest.approx(baseline.quality + high)
     assert score.quality_low < score.quality < score.quality_high

@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from scipy.stats import t
 from torch import nn
 
 from mpsearch.allocation import Allocation
@@ -65,31 +67,41 @@ def language(tiny):
     return tiny.engine(model, Language(texts, 20, 60, 80, window=8), {f"w{b}": Integer(b) for b in (2, 3, 8)})
 
 
-def test_perplexity_is_scored_window_by_window(language):
-    score = language.score(language.space.uniform("w2"))
-    baseline = language.score(Allocation())
-    assert score.n_samples == 60
+def test_perplexity_is_that_of_all_tokens_and_its_samples_are_texts(language):
+    """480 tokens in 60 windows of 16 texts, the last one cut: the samples are the 16 texts, the mean is that of the tokens."""
+    score, baseline = language.score(language.space.uniform("w2")), language.score(Allocation())
+    assert score.n_samples == 16
     assert score.quality == pytest.approx(math.exp(score.cross_entropy), rel=1e-6)
     assert 1 < baseline.quality < score.quality < 20
+    assert baseline.quality_low == baseline.quality == baseline.quality_high, "it differs from itself by nothing"
     assert score.quality_low < score.quality < score.quality_high
 
 
-def test_the_interval_resamples_windows_and_not_tokens(language):
-    """Beside a bootstrap that draws windows: the share of its perplexities within the interval is 95 %."""
+def test_the_interval_is_student_s_over_the_texts_exponentiated(language):
     allocation = language.space.uniform("w2")
-    ours = language.score(allocation)
+    score = language.score(allocation)
     targets = torch.cat([y for _, y in language.batches("search")])
     with language.applied(allocation), torch.no_grad():
         logits = torch.cat([language.task.forward(language.model, x) for x, _ in language.batches("search")])
-    base = language.task.quality(language.float_logits("search"), targets).double().numpy()
-    nats = language.task.quality(logits, targets).double().numpy()
-    assert nats.shape == (60,)
-    draws = np.random.default_rng(1).integers(0, 60, (4000, 60))
-    perplexities = np.exp(base.mean() + (nats - base)[draws].mean(1))
-    within = ((perplexities >= ours.quality_low) & (perplexities <= ours.quality_high)).mean()
-    assert within == pytest.approx(0.95, abs=0.02)
-    tokens = language.task.cross_entropy(logits, targets) - language.task.cross_entropy(language.float_logits("search"), targets)
-    assert nats.std(ddof=1) / 60**0.5 != pytest.approx(tokens.std().item() / 480**0.5, rel=0.01)
+    nats = [F.cross_entropy(x, targets, reduction="none").double().numpy() for x in (logits, language.float_logits("search"))]
+    texts = [slice(max(31 * i - 1, 0), 31 * (i + 1) - 1) for i in range(16)]  # of 31 tokens, the first of which nothing predicts
+    sums = np.array([(nats[0] - nats[1])[text].sum() for text in texts])
+    sizes = np.array([len(nats[0][text]) for text in texts])
+    assert sizes.sum() == 480
+    ratio = sums.sum() / sizes.sum()
+    residuals = 16 * (sums - ratio * sizes) / sizes.sum()
+    half = t.ppf(0.975, 15) * math.sqrt((residuals**2).sum() / 15 / 16)
+    base = nats[1].mean()
+    assert (score.quality_low, score.quality_high) == pytest.approx(
+        (math.exp(base + ratio - half), math.exp(base + ratio + half)), rel=1e-5
+    )
+
+
+def test_one_long_text_is_cut_into_few_blocks():
+    task = Language([np.arange(3000) % 20] * 3, 10, 4, 100, window=8)
+    assert [len(task.clusters(split).unique()) for split in ("calibration", "search", "confirm")] == [15, 15, 15]
+    assert task.clusters("confirm").bincount().tolist() == [54, 53, 53] * 5
+    assert len(Language([np.arange(8)] * 3, 1, 1, 1, window=2).clusters("search").unique()) == 2
 
 
 def test_a_broken_model_has_a_perplexity_too(language):

@@ -11,12 +11,12 @@ from mpsearch.budget import read_budgets
 from mpsearch.commands.hardware import costs_of_run
 from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
 from mpsearch.commands.show import paths, relative, summary
-from mpsearch.engine import paired_interval
 from mpsearch.equalization import recorded
 from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation
 from mpsearch.finetune import Finetuned, Training
 from mpsearch.finetune import finetune as run_finetune
+from mpsearch.intervals import paired_interval
 from mpsearch.pick import pick
 from mpsearch.report import write_report
 from mpsearch.result import SCORED, RunFolder, SearchResult
@@ -50,7 +50,7 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
     summary(result, picked)
     before = evaluate.qualities(allocation)
     gains = after.qualities(allocation) - before
-    low, high = paired_interval(gains)
+    low, high = paired_interval(after.qualities(allocation), before)
     was = result.quality.text(result.quality.score(float(before.mean(dtype="float64"))))
     gain, least, most = (result.quality.difference(result.quality.sign * x) for x in (float(gains.mean()), low, high))
     gain += f" ({least} to {most})" if result.quality.sign > 0 else f" ({most} to {least})"

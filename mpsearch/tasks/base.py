@@ -56,12 +56,19 @@ class Task(ABC):
         return model(inputs)
 
     def quality(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Quality of each independent sample, float32 [samples]; here 1 where the largest logit is the target's, else 0.
+        """Quality of each sample, float32 [samples]; here 1 where the largest logit is the target's, else 0.
 
-        What a sample's number is, `quality_kind` says. Where the n rows of logits are not independent, as the tokens of a text
-        are not, a number for each text: intervals resample these. It is given all of a split, or its first batches, at once.
+        `quality_kind` says how to read it. Where the n rows of logits are not independent (the tokens of a text), give either one
+        number for each text, or one for each token and the texts by `clusters`. It is given all of a split at once.
         """
         return (logits.argmax(-1) == targets).float()
+
+    def clusters(self, split: str) -> Tensor | None:
+        """Which independent unit (a text, a patient) each number of `quality` belongs to, int64 [samples]; `None`: each its own.
+
+        Intervals take a unit as one sample; the quality itself stays the mean over all numbers.
+        """
+        return None
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each sample in nats, float32 [n]."""

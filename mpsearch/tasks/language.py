@@ -1,7 +1,7 @@
-"""Language modelling: how well each token of a text is foretold, measured as perplexity over windows of tokens.
+"""Language modelling: next-token prediction, measured as perplexity over windows of tokens.
 
 Texts are dealt out to the splits whole, so that no text is in two of them; the texts of a split are joined and cut into windows.
-The tokens of a window depend on one another: a window is one sample, and intervals resample windows.
+The tokens of a text depend on one another, adjacent windows too: the independent samples of an interval are the texts.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError
+from mpsearch.intervals import FEWEST
 from mpsearch.tasks.arrays import read_arrays
 from mpsearch.tasks.base import SPLITS, Batch, Task
 from mpsearch.tasks.classification import check_split
 
-# Of a window's mean cross-entropy; a broken model's is infinite or none, and this is what a float64's exp still holds.
+# Of a token's cross-entropy; a broken model's is infinite or NaN, and this is what a float64's exp still holds.
 MOST_NATS = 700.0
+# A split of one text has no independent samples. Blocks of adjacent tokens stand in for them: few, so that they are long, and
+# fewer than the texts that an interval needs not to be marked approximate.
+N_BLOCKS = FEWEST - 1
 
 
 class Language(Task):
@@ -53,6 +57,7 @@ class Language(Task):
         self.window, self._source = window, source
         self._batches: dict[str, list[Batch]] = {}
         self._n_texts: dict[str, int] = {}
+        self._clusters: dict[str, Tensor] = {}
         start = 0
         for split, n in zip(SPLITS, (n_calibration, n_search, n_confirm), strict=True):
             if n is not None and n < 1:
@@ -71,6 +76,9 @@ class Language(Task):
             batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
             self._batches[split] = [(a, b.flatten()) for a, b in batches]
             self._n_texts[split] = taken
+            texts_of_tokens = np.repeat(np.arange(taken), lengths[start : start + taken])[1 : n * window + 1]
+            blocks = np.arange(n * window) * min(N_BLOCKS, n * window) // (n * window)
+            self._clusters[split] = torch.from_numpy(texts_of_tokens if len(np.unique(texts_of_tokens)) > 1 else blocks)
             start += taken
 
     def batches(self, split: str) -> Sequence[Batch]:
@@ -92,9 +100,14 @@ class Language(Task):
         return model(inputs).flatten(0, 1)
 
     def quality(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy of each window in nats, float32 [windows]; one that is no number counts `MOST_NATS`."""
-        nats = F.cross_entropy(logits.float(), targets, reduction="none").view(-1, self.window).mean(1)
+        """Cross-entropy of each token in nats, float32 [windows * window]; NaN and what is larger count `MOST_NATS`."""
+        nats = F.cross_entropy(logits.float(), targets, reduction="none")
         return nats.nan_to_num(nan=MOST_NATS).clamp(max=MOST_NATS)
+
+    def clusters(self, split: str) -> Tensor:
+        """The text of each predicted token, int64 [windows * window]; in a split of one text, `N_BLOCKS` blocks of it."""
+        check_split(split)
+        return self._clusters[split]
 
     def describe(self, split: str) -> str:
         """As in "64 windows of 256 tokens from 37 stories"."""

@@ -1,4 +1,4 @@
-"""Language modelling: texts dealt out whole, windows as samples."""
+"""Language modelling: texts dealt out whole, cut into windows; texts as samples."""
 
 import numpy as np
 import pytest
@@ -37,12 +37,15 @@ def test_training_cuts_the_calibration_texts_at_another_place_each_epoch():
     assert starts[0] != starts[1]
 
 
-def test_quality_is_a_window_s_mean_cross_entropy():
+def test_quality_is_each_token_s_cross_entropy_and_its_text_is_known():
     task = Language(texts(), 4, 4, 4, window=12)
-    logits, targets = torch.randn(36, 30), torch.randint(30, (36,))
-    expected = torch.stack([F.cross_entropy(a, b) for a, b in zip(logits.split(12), targets.split(12), strict=True)])
-    torch.testing.assert_close(task.quality(logits, targets), expected)
+    logits, targets = torch.randn(48, 30), torch.randint(30, (48,))
+    torch.testing.assert_close(task.quality(logits, targets), F.cross_entropy(logits, targets, reduction="none"))
     assert task.quality_kind == "perplexity"
+    for split in ("calibration", "search", "confirm"):
+        of_target = torch.cat([y for _, y in task.batches(split)])  # each token says whose it is
+        assert len(task.clusters(split).unique()) == len(of_target.unique()) == 2
+        assert len({(int(a), int(b)) for a, b in zip(task.clusters(split), of_target, strict=True)}) == 2
 
 
 @pytest.mark.parametrize(
