@@ -35,6 +35,7 @@ from mpsearch.packed_layer import (
     QuantizedLayer,
     kernel_for,
 )
+from mpsearch.projections import block_fused_paths, expose_projections
 from mpsearch.schemes.base import QuantizedTensor, scheme_from_fields
 from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.rotated import Rotated
@@ -49,7 +50,7 @@ def pack(
 
     Raises `InputError` where a weight has another shape than its module's. A packed model gives no gradients.
     """
-    apply_folds(model.eval(), folds)
+    apply_folds(expose_projections(model.eval()), folds)
     if equalization is not None:
         equalization.apply(model)
     _install(model, layers)
@@ -89,7 +90,7 @@ RUNS = {"linear": PackedLinear, "conv1d": PackedConv, "conv2d": PackedConv, "emb
 
 def _install(model: nn.Module, layers: Iterable[QuantizedLayer]) -> Callable[[], None]:
     """Put packed modules in place, one layer after the other; returns what puts the float ones back."""
-    undo: list[Callable[[], None]] = []
+    undo = [block_fused_paths(model)]
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -251,7 +252,7 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
     try:
         with safe_open(path, framework="pt") as file:
             about = _about(path, file.metadata() or {})
-            names = dict(model.named_modules(remove_duplicate=False))
+            names = dict(expose_projections(model).named_modules(remove_duplicate=False))
             if unknown := [m for layer in about["layers"].values() for m in layer["modules"] if m not in names]:
                 raise InputError(f"{path} belongs to another model: this {type(model).__name__} has no module '{unknown[0]}'.")
             pack(model, (), [(layer, norm) for layer, norm in about["folds"]])

@@ -4,6 +4,7 @@ Everything that a user may have got wrong is checked before anything is measured
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
@@ -20,10 +21,11 @@ from mpsearch.costs.size import parse_bytes
 from mpsearch.engine import QuantEngine, load_batches, other_bits
 from mpsearch.equalization import FILE, Equalization
 from mpsearch.errors import InputError
-from mpsearch.fold import fold_batch_norms
+from mpsearch.fold import TOLERANCE, fold_batch_norms
 from mpsearch.group import check_reached, share
 from mpsearch.layer import check_finite, weights_sha256
 from mpsearch.liveness import measure_activations
+from mpsearch.projections import expose_projections
 from mpsearch.quality import Quality
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.runtimes.base import Runtime
@@ -126,6 +128,7 @@ def prepare(settings: Settings, build: Build, equalization: Equalization | None 
         raise InputError(f"The model, its input and its targets do not fit together ({what}). Check shapes and types.") from error
     _check_qualities(qualities, len(logits), Quality(task.quality_name, task.quality_kind))
     _check_targets(task, logits.shape[1])
+    _expose_projections(model, task, inputs, logits)
     folds = fold_batch_norms(model, task.forward, inputs) if settings["fold_batch_norms"] else ()
     if settings.get("equalizer") and equalization is None:
         equalization = build("equalizer").equalize(model, task, calibration, schemes)
@@ -169,6 +172,19 @@ def _device(name: str) -> str:
             f"There is no device '{name}' here ({reason}). Use device=cpu, or device=cuda where a GPU answers."
         ) from None
     return name
+
+
+@torch.no_grad()
+def _expose_projections(model: nn.Module, task: Task, inputs: Any, logits: torch.Tensor) -> None:
+    """Rewrite the model, and warn where its outputs change by more than rounding."""
+    change = (task.forward(expose_projections(model), inputs) - logits).abs().max().item()
+    largest = logits.abs().max().item()
+    if change > TOLERANCE * largest:
+        warnings.warn(
+            f"With attention projections as layers of their own the model's outputs change by {change:.3g} (the largest is "
+            f"{largest:.3g}): it depends on what torch's fused paths leave at masked positions. The search runs without them.",
+            stacklevel=2,
+        )
 
 
 def _check_output(logits: Any) -> None:

@@ -28,6 +28,7 @@ from mpsearch.fold import Pair, apply_folds
 from mpsearch.layer import from_rows, weights_sha256
 from mpsearch.packed import pack
 from mpsearch.packed_layer import QuantizedLayer
+from mpsearch.projections import expose_projections
 from mpsearch.schemes.base import QuantizedTensor, scheme_from_fields
 
 FORMAT, VERSION = "mpsearch-allocation", 1
@@ -104,7 +105,7 @@ class ExportedAllocation:
         `InputError` where its weights are not those that were searched.
         """
         self._check(model)
-        apply_folds(model.eval(), self.folds)
+        apply_folds(expose_projections(model.eval()), self.folds)
         if self.equalization is not None:
             self.equalization.apply(model)
         for layer in self.layers():
