@@ -12,7 +12,7 @@ import math
 import re
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,12 +20,10 @@ import numpy as np
 
 from mpsearch.errors import InputError, did_you_mean
 from mpsearch.layer import LayerGroup, LayerSpec
-from mpsearch.monotone import Monotone
 from mpsearch.runtimes.base import Runtime
 from mpsearch.schemes.base import QuantScheme
 
 ALPHABET = string.digits + string.ascii_letters
-WAYS = ("rising", "falling")
 
 
 class Allocation(Mapping[str, str]):
@@ -62,15 +60,13 @@ class Allocation(Mapping[str, str]):
 class SearchSpace:
     """Everything there is to choose from: groups in forward order, schemes by name, and the choices that each group has.
 
-    `other_bits` are the bits of what is not searched: biases, norms, buffers, and weights kept float. `monotone` lists chains of
-    groups (indices) along which bits never fall; a scheme's bits are then its average over all searched weights.
+    `other_bits` are the bits of what is not searched: biases, norms, buffers, and weights kept float.
     """
 
     groups: tuple[LayerGroup, ...]
     schemes: Mapping[str, QuantScheme]
     choices: tuple[tuple[str, ...], ...]
     other_bits: int = 0
-    monotone: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def build(
@@ -80,14 +76,12 @@ class SearchSpace:
         pin: Sequence[str] = (),
         other_bits: int = 0,
         runtime: Runtime | None = None,
-        monotone: Sequence[str] = (),
     ) -> SearchSpace:
         """Group `layers` by their `group`; a group may take what all of its layers may.
 
         `pin` narrows choices: "stem|layer3.*:w4|w8", or "layer3.*:>=4" for all schemes of at least so many bits; later pins win,
-        no match is an error. `monotone` orders groups: along "layers.*:rising" (or falling) bits never fall (rise) from layer to
-        layer. Left out: layers that a scheme does not take, what `runtime` cannot run (`None`: all runs), what no monotone
-        allocation has, and schemes that no layer may take.
+        no match is an error. Left out: layers that a scheme does not take, what `runtime` cannot run (`None`: all runs), and
+        schemes that no layer may take.
         """
         if not schemes:
             raise InputError("No scheme to choose from came. Name at least one: 'scheme=[w4,w8]'.")
@@ -100,13 +94,10 @@ class SearchSpace:
         pinned = {layer.name: (tuple(schemes), "") for layer in layers}
         for text in pin:
             pattern, names = _parse_pin(text, schemes)
-            matched = _matched(pattern, groups, f"The pin '{text}'")
-            pinned.update(dict.fromkeys((layer.name for _, layer in matched), (names, text)))
+            pinned.update(dict.fromkeys(_matched(text, pattern, groups), (names, text)))
         choices = tuple(_choices(group, schemes, pinned, runtime) for group in groups)
-        space = cls(groups, schemes, choices, other_bits, _chains(monotone, groups))
-        space = space.narrowed(space.allowed) if monotone else space
-        used = {name for names in space.choices for name in names}
-        return replace(space, schemes={name: s for name, s in schemes.items() if name in used})
+        used = {name for names in choices for name in names}
+        return cls(groups, {name: s for name, s in schemes.items() if name in used}, choices, other_bits)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -141,41 +132,10 @@ class SearchSpace:
         """bool `[n_groups, n_schemes]`: which scheme each group may take."""
         return np.array([[name in names for name in self.schemes] for names in self.choices], dtype=bool)
 
-    @cached_property
-    def order(self) -> Monotone:
-        """The order of bits that an allocation keeps; false where there is none to keep."""
-        bits = self.storage_bits.sum(0, dtype=np.float64)
-        return Monotone(self.monotone, np.where(self.allowed, bits, np.inf))
-
-    def narrowed(self, kept: np.ndarray) -> SearchSpace:
-        """Without the choices that are not `kept` (bool `[n_groups, n_schemes]`), nor those that no monotone allocation has then.
-
-        Raises `InputError` where a group of a chain is left without any.
-        """
-        space = self._with_choices(kept)
-        for chain in self.monotone:
-            level, least, behind = space.order.level, 0, chain[0]
-            for i in chain:
-                fits = kept[i] & (level[i] >= least)
-                if not fits.any():
-                    smallest = self.scheme_names[int((level[behind] == least).argmax())]
-                    largest = self.scheme_names[int(np.where(kept[i], level[i], -1).argmax())]
-                    raise InputError(
-                        f"monotone wants no more bits in '{self.names[behind]}' than in '{self.names[i]}', but {smallest} is the "
-                        f"least that a pin, runtime or budget leaves in the one, {largest} the most in the other. Loosen one."
-                    )
-                if (lowest := level[i][fits].min()) > least:
-                    least, behind = lowest, i
-        return space._with_choices(space.order.consistent()) if self.monotone else space
-
-    def _with_choices(self, kept: np.ndarray) -> SearchSpace:
-        choices = (tuple(name for name, k in zip(self.scheme_names, row, strict=True) if k) for row in kept)
-        return replace(self, choices=tuple(choices))
-
     @property
     def log10_combinations(self) -> float:
         """The number of allocations, as a power of ten."""
-        return math.log10(self.order.count) if self.monotone else sum(math.log10(len(names)) for names in self.choices)
+        return sum(math.log10(len(names)) for names in self.choices)
 
     def allocation(self, choice: Sequence[int] | np.ndarray) -> Allocation:
         """From scheme indices, one a group."""
@@ -218,7 +178,6 @@ class SearchSpace:
                 for g, names in zip(self.groups, self.choices, strict=True)
             ],
             "other_bits": self.other_bits,
-            **({"monotone": [[self.names[i] for i in chain] for chain in self.monotone]} if self.monotone else {}),
         }
 
 
@@ -230,40 +189,18 @@ def _matches(pattern: str, name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, part) for part in pattern.split("|"))
 
 
-def _matched(pattern: str, groups: Sequence[LayerGroup], said: str) -> list[tuple[LayerGroup, LayerSpec]]:
-    """The layers whose own name, or their group's, matches; `InputError`, which begins with what is `said`, where none does."""
+def _matched(pin: str, pattern: str, groups: Sequence[LayerGroup]) -> list[str]:
+    """The names of the layers whose own name, or their group's, matches the pin's pattern; `InputError` where none does."""
     found = [
-        (group, layer)
+        layer.name
         for group in groups
         for layer in group.layers
         if _matches(pattern, group.name) or any(_matches(pattern, name) for name in layer.modules)
     ]
     if not found:
         known = [name for group in groups for layer in group.layers for name in layer.modules]
-        raise InputError(f"{said} matches no layer.{did_you_mean(pattern, known)}")
+        raise InputError(f"The pin '{pin}' matches no layer.{did_you_mean(pattern, known)}")
     return found
-
-
-def _chains(lines: Sequence[str], groups: Sequence[LayerGroup]) -> tuple[tuple[int, ...], ...]:
-    """Each line's groups (indices), in the order in which bits do not fall."""
-    index = {group.name: i for i, group in enumerate(groups)}
-    chains: list[tuple[int, ...]] = []
-    taken: dict[int, str] = {}
-    for text in lines:
-        pattern, _, way = text.rpartition(":")
-        if not pattern or way not in WAYS:
-            raise InputError(f"A line of monotone reads 'pattern:rising' or 'pattern:falling'; '{text}' came.")
-        chain = tuple(sorted({index[group.name] for group, _ in _matched(pattern, groups, f"monotone '{text}'")}))
-        if len(chain) < 2:
-            raise InputError(f"monotone '{text}' matches '{groups[chain[0]].name}' alone; it takes two to be in order.")
-        for i in chain:
-            if i in taken:
-                raise InputError(
-                    f"'{groups[i].name}' is in two lines of monotone, '{taken[i]}' and '{text}'; it can be in one. Narrow them."
-                )
-        taken |= dict.fromkeys(chain, text)
-        chains.append(chain if way == "rising" else chain[::-1])
-    return tuple(chains)
 
 
 def _choices(

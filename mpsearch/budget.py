@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,13 +47,12 @@ def read_budgets(limits: Mapping[str, Any], costs: Mapping[str, Cost], space: Se
         budget = Budget(costs[name].table(space), costs[name].parse(limit))
         if not np.isfinite(budget.limit) or budget.limit <= 0:
             raise InputError(f"budget.{name} is above 0; {limit} came.")
-        least = np.where(space.allowed, budget.table.values, np.inf)
-        smallest = least.argmin(axis=1) if budget.table.peak else space.order.argmin(least)
+        smallest = np.where(space.allowed, budget.table.values, np.inf).argmin(axis=1)
         if not budget.allows(smallest):
             wanted = "scheme of narrower inputs" if budget.table.peak else "smaller scheme"
             raise InputError(
                 f"The budget {budget} is below the least there is, {budget.table.of(smallest):,.10g}: {_mix(space, smallest)}. "
-                f"Raise the budget, add a {wanted}, or loosen a {'pin or monotone' if space.order else 'pin'}."
+                f"Raise the budget, add a {wanted}, or loosen a pin."
             )
         budgets.append(budget)
     return tuple(budgets)
@@ -63,19 +62,19 @@ def narrowed(space: SearchSpace, budgets: Sequence[Budget]) -> tuple[SearchSpace
     """The space without the choices that a budget on a peak forbids, and the other budgets, those that add up.
 
     An allocation of `space` is within `budgets` exactly if it is in the narrowed space and within those that are left. Every
-    group has a choice left: `read_budgets` saw to it, and where bits are to be monotone `SearchSpace.narrowed` does. Groups and
-    schemes, and so all indices, stay as they are.
+    group has a choice left: `read_budgets` saw to it. Groups and schemes, and so all indices, stay as they are.
     """
     peaks = [budget for budget in budgets if budget.table.peak]
     if not peaks:
         return space, tuple(budgets)
     kept = np.logical_and.reduce([space.allowed, *(b.table.values <= b.limit * (1 + ROUNDING) for b in peaks)])
-    return space.narrowed(kept), tuple(budget for budget in budgets if not budget.table.peak)
+    choices = tuple(tuple(name for name, k in zip(space.scheme_names, row, strict=True) if k) for row in kept)
+    return replace(space, choices=choices), tuple(budget for budget in budgets if not budget.table.peak)
 
 
-def feasible(space: SearchSpace, budgets: Sequence[Budget], choice: np.ndarray) -> bool:
-    """Whether an allocation (scheme indices) keeps the space's order and all of the budgets."""
-    return bool(space.order.holds(choice)) and all(budget.allows(choice) for budget in budgets)
+def feasible(budgets: Sequence[Budget], choice: np.ndarray) -> bool:
+    """Whether an allocation (scheme indices) is within all of the budgets."""
+    return all(budget.allows(choice) for budget in budgets)
 
 
 def _mix(space: SearchSpace, choice: np.ndarray) -> str:

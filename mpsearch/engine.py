@@ -26,8 +26,7 @@ from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.bank import Bank
 from mpsearch.calibrate import fisher_bytes, hessian_bytes, hessians, mean_shifts, output_fishers
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Score, Stop
-from mpsearch.hardest import hardest_first
+from mpsearch.evaluation import Score
 from mpsearch.intervals import cluster_values, paired_interval
 from mpsearch.layer import LayerSpec, check_finite, from_rows, weight_rows
 from mpsearch.prefix import PrefixReuse
@@ -39,7 +38,6 @@ from mpsearch.schemes.input import InputFormat
 from mpsearch.tasks.base import Task
 
 FLOAT = Allocation()
-BEGUN_MAX_BYTES = 2 * 10**8  # of logits of allocations that were left early, the latest: what goes on there runs the rest only
 
 
 class QuantEngine:
@@ -86,21 +84,14 @@ class QuantEngine:
         self._shifts: dict[InputFormat, dict[str, Tensor]] = {}
         self._batches: dict[str, list[tuple[Any, Tensor]]] = {}
         self._float_logits: dict[str, Tensor] = {}
-        self._scores: dict[tuple[Allocation, str, tuple[int, ...]], Score] = {}
-        self._begun: OrderedDict[tuple[Allocation, str], list[Tensor]] = OrderedDict()
+        self._scores: dict[tuple[Allocation, str], Score] = {}
         for layer in space.layers:
             check_finite(layer.name, self._modules[layer.name][0].weight)
 
     def batches(self, split: str) -> list[tuple[Any, Tensor]]:
-        """The split's (inputs, targets), on the engine's device; an `InputError` where it is empty.
-
-        Those of the search split in the order of `hardest.py`: asked for first while nothing is swapped in.
-        """
+        """The split's (inputs, targets), on the engine's device; an `InputError` where it is empty."""
         if split not in self._batches:
-            batches = load_batches(self.task, split, self.device)
-            if split == "search" and self.task.clusters(split) is None:  # which are in the order of the data
-                batches = hardest_first(batches, lambda inputs: self.task.forward(self.model, inputs))
-            self._batches[split] = batches
+            self._batches[split] = load_batches(self.task, split, self.device)
         return self._batches[split]
 
     def quantized(self, layer: str, scheme: str) -> QuantizedTensor:
@@ -216,7 +207,7 @@ class QuantEngine:
         """An engine on the same model and data whose bank holds these (layer, scheme) already, and quantizes the others."""
         other = copy.copy(self)
         other._packed, other._biases = dict(weights), {key: dict(found) for key, found in biases.items()}
-        other._dense, other._dense_bytes, other._scores, other._begun = OrderedDict(), 0, {}, OrderedDict()
+        other._dense, other._dense_bytes, other._scores = OrderedDict(), 0, {}
         other._prefix = PrefixReuse(self.model, self.task, self.space, self._prefix.max_bytes)  # of other weights
         return other
 
@@ -273,68 +264,23 @@ class QuantEngine:
                 parameter.data = value
             self._n_applied -= 1
 
-    def score(self, allocation: Allocation, split: str = "search", stops: Sequence[Stop] = ()) -> Score:
-        """The allocation's score on a split; measured whole once, then looked up.
+    def score(self, allocation: Allocation, split: str = "search") -> Score:
+        """The allocation's score on a split; measured once, then looked up."""
+        key = (allocation, split)
+        if key not in self._scores:
+            start = time.perf_counter()
+            reference = self.float_logits(split)
+            with self.applied(allocation):
+                logits = self._own_logits(allocation, split) if allocation else None
+                score = self._compare(logits, reference, split)
+            # Ten thousand trials' samples would fill the memory, and only confirmation compares sample by sample.
+            self._scores[key] = replace(score, qualities=score.qualities[:0], seconds=time.perf_counter() - start)
+        return self._scores[key]
 
-        After the n batches of each of `stops` (n rising, losses in nats) it is left there if its loss is above that stop's. What
-        was left early goes on from the batches that were run, where their logits are still at hand.
-        """
-        key = (allocation, split, tuple(n for n, _ in stops))
-        known = self._scores.get(key)
-        if known is not None and all(loss <= most for loss, (_, most) in zip(known.rung_losses, stops, strict=False)):
-            return known
-        start = time.perf_counter()
+    def score_of(self, model: nn.Module | None, split: str) -> Score:
+        """The score of any model on a split, `None` for the float one, compared with the float model's outputs there."""
         reference = self.float_logits(split)
-        with self.applied(allocation) as model:
-            if allocation:
-                score = self.score_of(model, split, stops, allocation)
-            else:  # a divergence of 0 is above a stop below it
-                n = next((n for n, most in stops if most < 0), None)
-                until = sum(len(targets) for _, targets in self.batches(split)[:n])
-                score = replace(self._compare(None, reference[:until], split), stopped=until < len(reference))
-        # Ten thousand trials' samples would fill the memory, and only confirmation compares sample by sample.
-        score = replace(score, qualities=score.qualities[:0], seconds=time.perf_counter() - start)
-        if not score.stopped:
-            self._scores[key] = score
-        return score
-
-    @torch.no_grad()
-    def score_of(
-        self, model: nn.Module | None, split: str, stops: Sequence[Stop] = (), applied: Allocation | None = None
-    ) -> Score:
-        """The score of any model on a split, `None` for the float one, beside the float model's outputs there.
-
-        `applied` says that it is the engine's own model, with this allocation swapped in.
-        """
-        reference = self.float_logits(split)
-        if model is None:
-            return self._compare(None, reference, split)
-        key = (applied or FLOAT, split)
-        found = self._begun.pop(key, [])
-        total, seen = 0.0, 0
-        rungs: list[float] = []
-        limits = dict(stops)
-        for n, (inputs, _) in enumerate(self.batches(split), start=1):
-            if n > len(found) and applied is not None:
-                found.append(self._prefix.forward(split, n - 1, inputs, applied))
-            elif n > len(found):
-                found.append(self.task.forward(model, inputs))
-            logits = found[n - 1]
-            if limits:
-                total += _divergences(logits, reference[seen : seen + len(logits)]).sum().item()
-            seen += len(logits)
-            if n in limits:
-                rungs.append(max(total / seen, 0.0) if np.isfinite(total) else float("inf"))
-                if rungs[-1] > limits[n]:
-                    if applied is not None:
-                        self._keep_begun(key, found)
-                    return replace(self._compare(torch.cat(found), reference, split), rung_losses=tuple(rungs), stopped=True)
-        return replace(self._compare(torch.cat(found), reference, split), rung_losses=tuple(rungs))
-
-    def _keep_begun(self, key: tuple[Allocation, str], found: list[Tensor]) -> None:
-        self._begun[key] = found
-        while sum(logits.nbytes for those in self._begun.values() for logits in those) > BEGUN_MAX_BYTES:
-            self._begun.popitem(last=False)
+        return self._compare(None if model is None else self._logits(model, split), reference, split)
 
     def float_logits(self, split: str) -> Tensor:
         """The float model's outputs on a split, float32 `[n, classes]`; computed once, while nothing else is swapped in."""
@@ -361,11 +307,10 @@ class QuantEngine:
 
     @torch.no_grad()
     def _compare(self, logits: Tensor | None, reference: Tensor, split: str) -> Score:
-        """`logits` `[n, classes]` of the first n samples against the float model's; `None`: the float model itself."""
+        """`logits` `[n, classes]` of the split's samples against the float model's; `None`: the float model itself."""
         itself = logits is None
         logits = reference if logits is None else logits
-        reference = reference[: len(logits)]
-        targets = torch.cat([target for _, target in self.batches(split)])[: len(logits)]
+        targets = torch.cat([target for _, target in self.batches(split)])
         baseline = self._qualities(reference, targets, split)
         qualities = baseline if itself else self._qualities(logits, targets, split)
         low, high = (0.0, 0.0) if itself else paired_interval(qualities, baseline)
@@ -387,7 +332,6 @@ class QuantEngine:
         clusters = self.task.clusters(split)
         if clusters is None:
             return values
-        clusters = clusters[: len(values)]
         if clusters.shape != values.shape:
             raise InputError(
                 f"The task's clusters of the {split} split must be one integer for each of its {len(values):,} quality values; "

@@ -10,9 +10,6 @@ import numpy as np
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.quality import Quality
 
-# (n, most): after n batches the scoring stops if the loss so far is above `most`.
-Stop = tuple[int, float]
-
 
 @dataclass(frozen=True)
 class Score:
@@ -23,8 +20,7 @@ class Score:
     interval *relative to the float model*: that of the paired differences (`mpsearch.intervals`) added to the float model's mean.
     `noise` is the power of the logits' change over the power of the float logits. `n_samples` counts independent samples (texts,
     not tokens), `qualities` are their own, float32 `[n_samples]`, on the confirm split; elsewhere they are not kept.
-    `rung_losses` are the losses after the batches of each `Stop` that was passed or stopped at; where it `stopped`, everything is
-    of the `n_samples` until there. `seconds` is what it took.
+    `seconds` is what it took.
     """
 
     loss: float
@@ -35,8 +31,6 @@ class Score:
     noise: float
     n_samples: int
     qualities: np.ndarray = field(repr=False, compare=False)
-    rung_losses: tuple[float, ...] = ()
-    stopped: bool = False
     seconds: float = field(default=0.0, compare=False)
 
 
@@ -51,7 +45,6 @@ class Evaluation:
     `origin` says who proposed it: float (the baseline: an empty allocation), uniform, knapsack or sampler, or finetuned: trained
     after the search, `seconds` those of the training on the search split. `packed` says that it
     ran on packed weights, and not on dequantized ones; `measured_ms` is the median time of a forward pass, where one was timed.
-    `rung_losses` and `stopped` are the score's: a stopped trial was seen on `n_samples` only, and stands in no front.
     `costs` are those beside the size, by their column, as their tables predict them.
     """
 
@@ -72,8 +65,6 @@ class Evaluation:
     seconds: float
     packed: bool = False
     measured_ms: float | None = None
-    rung_losses: tuple[float, ...] = ()
-    stopped: bool = False
     costs: Mapping[str, float] = field(default_factory=dict)
 
     def cost(self, column: str) -> float:
@@ -93,7 +84,7 @@ class Evaluation:
 class SensitivityTable:
     """What one group alone in a scheme does to the score: `values` float64 `[n_groups, n_schemes]`, higher is worse.
 
-    `exact` says that they are what a search measures of its trials: the loss, on all of the search data. `effects`, float32
+    `exact` says that they are what a search measures of its trials: the loss. `effects`, float32
     `[n, n_groups, n_schemes]`, are there where the metric knows what groups do together: their loss is half the squared sum of
     their effects, and what is left of each one's own value.
     """

@@ -4,32 +4,25 @@ One choice per group, the least total loss under a limit on the total cost. Its 
 front and a bound, reduced costs fix nearly every group, and a dynamic programme over the few that are left closes the gap
 (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11). Also the cheapest way back under budgets, for proposals.
 
-With an `order` (`monotone.py`) allocations keep it. The relaxation then takes a dynamic programme for each price, the moves push
-what stands in their way, and a state of the other programme also is the bits that its chain has come to.
-
 Everywhere: `loss` [n_groups, n_choices] float64, np.inf where a choice is not allowed; `cost` [n_groups, n_choices] int64 or
 float64 (sums are exact below 2^53); an allocation is `choice` [n_groups] intp. No argument is modified.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mpsearch.errors import InputError
-from mpsearch.monotone import Monotone
 
 Floats = NDArray[np.float64]
 Choice = NDArray[np.intp]
 
 MAX_STATES = 1_000_000  # of the dynamic programme, all groups together: a second at worst; 224 x 7 ask for some 10,000
 ROUNDING = 1e-12  # relative: sums of a few thousand float64 in another order differ by less
-TIE = 1e-9  # what the second of two tables counts beside the first, both as shares of their range, where equals are told apart
 HUGE = 1e100  # a loss beyond all others that still can be divided by a cost
 BEAM = 512  # partial allocations kept when several budgets pull against one another
 
@@ -44,45 +37,20 @@ class _Steps(NamedTuple):
     slope: Floats  # loss added per price moved, ascending
 
 
-def hull(loss: ArrayLike, cost: ArrayLike) -> NDArray[np.intp]:
-    """The Lagrangian convex hull of the front: [n_points, n_groups], from the cheapest allocation to the one of lowest loss.
-
-    Every point is the optimum for its own cost. Beware of the size at many groups: n_points is up to
-    n_groups x (n_choices - 1) + 1.
-    """
-    loss, cost = _checked(loss, cost)
-    steps = _upward(loss, cost)
-    points = np.repeat(steps.start[None], len(steps.group) + 1, axis=0)
-    for row, (group, to) in enumerate(zip(steps.group, steps.to, strict=True), start=1):
-        points[row:, group] = to
-    return points
-
-
-def solve(loss: ArrayLike, cost: ArrayLike, limit: float, max_states: int = MAX_STATES, order: Monotone | None = None) -> Choice:
+def solve(loss: ArrayLike, cost: ArrayLike, limit: float, max_states: int = MAX_STATES) -> Choice:
     """The allocation of least total loss whose total cost is at most `limit`; of equal losses, a cheap one.
 
     Exact (to a relative 1e-12 of the losses), unless the dynamic programme outgrows `max_states`: then the greedily filled
-    allocation, whose distance to the optimum is at most total(loss, choice) - lower_bound(loss, cost, limit). An `order` is kept.
+    allocation.
 
     Raises:
         InputError: even the cheapest allocation costs more than `limit`.
     """
     loss, cost = _checked(loss, cost)
-    if order:
-        return _solve_in_order(loss, cost, _ends(loss, cost, order), order, max_states, limit)
-    return _solve(loss, cost, _upward(loss, cost), max_states, limit)
+    return _solve(loss, cost, limit, _upward(loss, cost), max_states)
 
 
-def lower_bound(loss: ArrayLike, cost: ArrayLike, limit: float) -> float:
-    """No allocation whose total cost is at most `limit` has less total loss than this (the Lagrangian bound)."""
-    loss, cost = _checked(loss, cost)
-    steps = _upward(loss, cost)
-    _feasible_or_raise(total(cost, steps.start), limit)
-    taken, price = _relaxed(cost, limit, steps)
-    return float((loss + price * cost).min(1).sum() - price * limit) if price > 0 else total(loss, _walk(steps, taken))
-
-
-def front(loss: ArrayLike, cost: ArrayLike, n: int, limit: float = np.inf, order: Monotone | None = None) -> list[Choice]:
+def front(loss: ArrayLike, cost: ArrayLike, n: int, limit: float = np.inf) -> list[Choice]:
     """At most `n` (2 or more) optimal allocations within `limit`, distinct, ascending in cost, strictly falling in loss.
 
     Their own limits are evenly spread in cost from the cheapest allocation to the one of lowest loss, both of which are in it.
@@ -90,17 +58,12 @@ def front(loss: ArrayLike, cost: ArrayLike, n: int, limit: float = np.inf, order
     if n < 2:
         raise ValueError(f"A front has two ends: n must be 2 or more, not {n}.")
     loss, cost = _checked(loss, cost)
-    if order:
-        cheapest, best = ends = _ends(loss, cost, order)
-        solved = functools.partial(_solve_in_order, loss, cost, ends, order, MAX_STATES)
-    else:
-        steps = _upward(loss, cost)
-        cheapest, best = steps.start, _walk(steps, len(steps.group))
-        solved = functools.partial(_solve, loss, cost, steps, MAX_STATES)
+    steps = _upward(loss, cost)
+    cheapest, best = steps.start, _walk(steps, len(steps.group))
     if total(cost, best) > limit:
-        best = solved(limit)
+        best = _solve(loss, cost, limit, steps, MAX_STATES)
     limits = np.linspace(total(cost, cheapest), total(cost, best), n)[1:-1]
-    found = [solved(limit) for limit in limits]
+    found = [_solve(loss, cost, limit, steps, MAX_STATES) for limit in limits]
     found.sort(key=lambda choice: (total(cost, choice), total(loss, choice)))
     distinct = [cheapest]
     for choice in found:
@@ -109,29 +72,18 @@ def front(loss: ArrayLike, cost: ArrayLike, n: int, limit: float = np.inf, order
     return distinct if (best == cheapest).all() else [*distinct, best]
 
 
-def repair(
-    choice: ArrayLike,
-    loss: ArrayLike,
-    costs: Sequence[ArrayLike],
-    limits: Sequence[float],
-    order: Monotone | None = None,
-) -> Choice:
+def repair(choice: ArrayLike, loss: ArrayLike, costs: Sequence[ArrayLike], limits: Sequence[float]) -> Choice:
     """The allocation, brought back under every budget by the moves that add least loss per cost saved; unchanged if it is under.
 
     `costs` is one [n_groups, n_choices] array per budget, `limits` as many numbers. No move raises any of the costs; of equal
     slopes the move that saves most goes first; the slack that the last move leaves is not filled. Where budgets pull against
     one another so that no such way exists, a feasible allocation is sought from scratch (exactly in small spaces, by a beam of
-    partial allocations in large ones). Where there is an `order` the allocation is first brought into it, and then kept in it;
-    the slack is filled, for moves that push others save much at once.
+    partial allocations in large ones).
 
     Raises:
         InputError: a limit is below its cheapest allocation, or no allocation was found that meets them all.
     """
     choice = np.array(choice, dtype=np.intp)
-    if order:
-        loss = np.asarray(loss, dtype=np.float64)
-        known = np.isfinite(loss[np.arange(len(choice)), choice])
-        choice = order.nearest(np.where(known, choice, loss.argmin(1)))
     if not len(costs):
         return choice
     stack = np.stack([np.asarray(cost, dtype=np.float64) for cost in costs])  # [n_budgets, n_groups, n_choices]
@@ -142,8 +94,6 @@ def repair(
     loss = np.asarray(loss, dtype=np.float64)
     for cost, bound in zip(stack, limit, strict=True):
         _feasible_or_raise(float(np.where(np.isfinite(loss), cost, np.inf).min(1).sum()), bound)
-    if order:
-        return _repair_in_order(choice, loss, stack, limit, order)
     while over.any():
         weight = over / _scale(limit)  # a budget's cost as a share of its limit
         steps = _chain(loss, -np.tensordot(weight, stack, 1), choice, stack)
@@ -161,22 +111,6 @@ def repair(
                 break
         over = still
     return choice
-
-
-def _repair_in_order(choice: Choice, loss: Floats, stack: Floats, limits: Floats, order: Monotone) -> Choice:
-    """As `repair`: an allocation in order that is over a limit, by moves that raise none of the costs."""
-    allowed = np.isfinite(loss) & (stack <= stack[:, np.arange(len(choice)), choice][:, :, None]).all(0)
-    loss_left = np.where(allowed, loss, np.inf)
-    price = np.tensordot((_totals(stack, choice) > limits) / _scale(limits), stack, 1)
-    lowest = order.argmin(np.where(allowed, price, np.inf))
-
-    def fits(found: Choice) -> bool:
-        return bool((_totals(stack, found) <= limits).all())
-
-    if not fits(lowest):
-        return _beam(loss, stack, limits, order)
-    found, _ = _on_hull(loss_left, price, lowest, choice, fits, order)
-    return _filled_in_order(found, loss_left, stack, limits, order)
 
 
 def total(table: NDArray, choice: Choice) -> float:
@@ -261,31 +195,23 @@ def _relaxed(cost: NDArray, limit: float, steps: _Steps) -> tuple[int, float]:
     return taken, -float(steps.slope[taken]) if taken < len(steps.slope) else 0.0
 
 
-def _solve(loss: Floats, cost: NDArray, steps: _Steps, max_states: int, limit: float) -> Choice:
+def _solve(loss: Floats, cost: NDArray, limit: float, steps: _Steps, max_states: int) -> Choice:
     _feasible_or_raise(total(cost, steps.start), limit)
     taken, price = _relaxed(cost, limit, steps)
     choice = _walk(steps, taken)
     if price == 0:
         return choice
-    return _closed(_filled(choice, loss, cost, limit), loss, cost, limit, price, max_states)
-
-
-def _closed(
-    choice: Choice, loss: Floats, cost: NDArray, limit: float, price: float, max_states: int, order: Monotone | None = None
-) -> Choice:
-    """The optimum, from an allocation near it and the price at its limit; `choice` where there are too many states."""
+    choice = _filled(choice, loss, cost, limit)
     priced = loss + price * cost
     reduced = priced - priced.min(1)[:, None]
     # An allocation's distance to the Lagrangian bound is its reduced costs + price * slack. All those within `width` are
     # enumerated, so that what is found within it is the optimum; a narrow one is tried first.
     gap = total(reduced, choice) + price * (limit - total(cost, choice))
-    if order:
-        gap -= total(reduced, order.argmin(reduced))
     rounding = float(ROUNDING * np.abs(priced.min(1)).sum())
-    if gap <= rounding or not max_states:
+    if gap <= rounding:
         return choice
     for width in (gap / 64, gap / 16, gap / 4, gap):
-        found = _within(width + rounding, reduced, cost, limit, price, max_states, order)
+        found = _within(width + rounding, reduced, cost, limit, price, max_states)
         if found is None:
             return choice
         for better in found:
@@ -309,134 +235,46 @@ def _filled(choice: Choice, loss: Floats, cost: NDArray, limit: float) -> Choice
             return choice
 
 
-def _ends(loss: Floats, cost: NDArray, order: Monotone) -> tuple[Choice, Choice]:
-    """Of the allocations in order the cheapest, and that of lowest loss; of equal ones the better by the other."""
-    tables = np.stack([np.where(np.isfinite(loss), cost, np.inf), loss])
-    ranges = np.ptp(np.where(np.isfinite(tables), tables, tables.min(2, keepdims=True)), axis=2).sum(1)
-    shares = tables / np.where(ranges > 0, ranges, 1.0)[:, None, None]
-    sure, tied = order.argmin(np.stack([tables, shares + TIE * shares[::-1]]))
-    cheapest, best = (t if total(table, t) <= total(table, s) else s for table, s, t in zip(tables, sure, tied, strict=True))
-    return cheapest, best
-
-
-def _solve_in_order(
-    loss: Floats, cost: NDArray, ends: tuple[Choice, Choice], order: Monotone, max_states: int, limit: float
-) -> Choice:
-    cheapest, best = ends
-    _feasible_or_raise(total(cost, cheapest), limit)
-    if total(cost, best) <= limit:
-        return best
-    low, price = _on_hull(loss, cost, cheapest, best, lambda choice: total(cost, choice) <= limit, order)
-    choice = _filled_in_order(low, loss, cost[None], np.array([limit]), order)
-    return _closed(choice, loss, cost, limit, price, max_states, order)
-
-
-def _on_hull(
-    loss: Floats, cost: NDArray, low: Choice, high: Choice, fits: Callable[[Choice], bool], order: Monotone
-) -> tuple[Choice, float]:
-    """The costliest optimum for any one price that fits, and that price; `low` fits, `high` does not.
-
-    Each price is the slope between the two (Handler and Zang 1980, A dual algorithm for the constrained shortest path problem).
-    """
-    price = 0.0
-    while (saved := total(cost, high) - total(cost, low)) > 0:
-        price = max(total(loss, low) - total(loss, high), 0.0) / saved
-        priced = loss + price * cost
-        found = order.argmin(priced)
-        best = total(priced, low)
-        if not total(priced, found) < best - ROUNDING * abs(best):
-            break
-        low, high = (found, high) if fits(found) else (low, found)
-    return low, price
-
-
-def _filled_in_order(choice: Choice, loss: Floats, stack: NDArray, limits: Floats, order: Monotone) -> Choice:
-    """As `_filled`; a move pushes those that stand in its way."""
-    while True:
-        added, *spent = order.pushing(choice, np.concatenate([loss[None], stack]))
-        slack = limits - _totals(stack, choice)
-        added = np.where((spent <= slack[:, None, None]).all(0), added, 0.0)
-        if not added.min() < 0:
-            return choice
-        moved = order.pushed(choice, *divmod(int(added.argmin()), loss.shape[1]))
-        if not (total(loss, moved) < total(loss, choice) and (_totals(stack, moved) <= limits).all()):
-            return choice
-        choice = moved
-
-
-def _within(
-    width: float, reduced: Floats, cost: NDArray, limit: float, price: float, max_states: int, order: Monotone | None = None
-) -> Iterator[Choice] | None:
+def _within(width: float, reduced: Floats, cost: NDArray, limit: float, price: float, max_states: int) -> Iterator[Choice] | None:
     """The Pareto-optimal allocations (cost, loss) within `width` of the bound, lowest loss first; None beyond `max_states`.
 
-    A state is what the groups so far have used more than at their lowest reduced cost, and the sum of their reduced costs; along
-    a chain also the level of the last of them, and only states of one level are compared.
+    A state is what the groups so far have used more than at their lowest reduced cost, and the sum of their reduced costs.
     """
-    through = reduced  # the least sum of reduced costs with that choice in it, of the group's whole chain
-    if order:
-        level, before, after = order.around(reduced)
-        through = reduced + np.take_along_axis(before, level, axis=1) + np.take_along_axis(after, level, axis=1)
-        least = through.min(1)
-        through = through - least[:, None]
-    kept = through <= width
-    single = kept.sum(1) == 1
-    lowest = np.where(single, kept.argmax(1), reduced.argmin(1))
+    lowest = reduced.argmin(1)
     extra = cost - np.take_along_axis(cost, lowest[:, None], axis=1)
     room = limit - total(cost, lowest)
     if not np.issubdtype(cost.dtype, np.integer):
         room += ROUNDING * abs(limit)
-    low, high = np.where(kept, extra, np.inf).min(1), np.where(kept, extra, -np.inf).max(1)
-    core = np.flatnonzero(~single)
+    kept = reduced <= width
+    low, high = np.where(kept, extra, 0).min(1), np.where(kept, extra, 0).max(1)
+    core = np.flatnonzero(kept.sum(1) > 1)
     core = core[np.argsort(low[core] - high[core], kind="stable")]  # widest first, so that the bounds bite early
-    since: dict[int, tuple[float, int]] = {}  # of a group in a chain: what those of one choice just before it add, their level
-    for chain in order.chains if order else []:
-        added, bits = -least[chain[0]], 0
-        for group in chain.tolist():
-            if single[group]:
-                added, bits = added + reduced[group, lowest[group]], level[group, lowest[group]]
-            else:
-                since[group] = added, bits
-                added, bits = 0.0, -1
-    if since:
-        core = np.array([*since, *(group for group in core.tolist() if group not in since)])
     low_left, high_left = (np.append(column[core][::-1].cumsum()[::-1], 0) for column in (low, high))
 
     used, excess, trail = np.zeros(1), np.zeros(1), []
-    last = np.zeros(1, dtype=np.intp)
     for position in range(len(core) + 1):
-        expected = excess
         if position:
             group = core[position - 1]
             options = np.flatnonzero(kept[group])
             n_states = len(used)
             used = (extra[group, options][:, None] + used).ravel()
-            expected = excess = (reduced[group, options][:, None] + excess).ravel()
-            if order:
-                added, bits = since.get(group, (0.0, 0))
-                excess, here = excess + added, np.repeat(level[group, options], n_states)
-                previous = np.tile(last, len(options)) if bits < 0 else bits
-                expected = np.where(here >= previous, excess + after[group, here], np.inf)
-                last = here
+            excess = (reduced[group, options][:, None] + excess).ravel()
         slack = room - used  # at the end between this - high_left and this - low_left
-        hopeful = (slack >= low_left[position]) & (expected + price * np.maximum(slack - high_left[position], 0) <= width)
-        index = np.flatnonzero(hopeful)
-        index = index[np.argsort(used[index], kind="stable")]
-        added = excess[index] - price * used[index]
-        if order and len(index):  # level by level, the lower ones beyond comparison
-            by_level = np.argsort(last[index], kind="stable")
-            index, added = index[by_level], added[by_level] - 2 * np.ptp(added) * last[index][by_level]
+        hopeful = (slack >= low_left[position]) & (excess + price * np.maximum(slack - high_left[position], 0) <= width)
+        order = np.flatnonzero(hopeful)
+        order = order[np.argsort(used[order], kind="stable")]
+        added = excess[order] - price * used[order]
         best_before = np.concatenate(([np.inf], np.minimum.accumulate(added)[:-1]))
-        index = index[added < best_before]
-        max_states -= len(index)
+        order = order[added < best_before]
+        max_states -= len(order)
         if max_states < 0:
             return None
-        used, excess, last = used[index], excess[index], last[index] if order else last
+        used, excess = used[order], excess[order]
         if position:
-            trail.append((group, options[index // n_states], index % n_states))
-    best_first = np.argsort(excess - price * used, kind="stable") if order else np.arange(len(used))[::-1]
+            trail.append((group, options[order // n_states], order % n_states))
 
     def allocations() -> Iterator[Choice]:
-        for state in best_first:
+        for state in reversed(range(len(used))):
             choice = lowest.copy()
             for group, option, parent in reversed(trail):
                 choice[group], state = option[state], parent[state]
@@ -453,29 +291,21 @@ def _totals(stack: Floats, choice: Choice) -> Floats:
     return np.array([total(table, choice) for table in stack])  # one by one: a sum over an axis may round differently
 
 
-def _beam(loss: Floats, costs: Floats, limits: Floats, order: Monotone | None = None) -> Choice:
+def _beam(loss: Floats, costs: Floats, limits: Floats) -> Choice:
     """A feasible allocation, of those found the one of lowest loss; kept are the partial ones farthest below the budgets."""
-    order = order or Monotone([], loss)
-    before = {b: a for chain in order.chains for a, b in itertools.pairwise(chain.tolist())}
-    sequence = [g for chain in order.chains for g in chain.tolist()]
-    sequence += sorted(set(range(len(loss))) - set(sequence))
     cheapest = np.where(np.isfinite(loss), costs, np.inf).min(2)  # [n_budgets, n_groups]
     left = cheapest.sum(1)
-    spent, lost, picked = np.zeros((1, len(limits))), np.zeros(1), np.zeros((1, len(loss)), dtype=np.intp)
-    for group in sequence:
+    spent, lost, picked = np.zeros((1, len(limits))), np.zeros(1), np.empty((1, 0), dtype=np.intp)
+    for group in range(len(loss)):
         options = np.flatnonzero(np.isfinite(loss[group]))
         left = left - cheapest[:, group]
         parent = np.tile(np.arange(len(spent)), len(options))
         option = np.repeat(options, len(spent))
         spent, lost = spent[parent] + costs[:, group, option].T, lost[parent] + loss[group, option]
         fullest = ((spent + left - limits) / _scale(limits)).max(1)
-        if group in before:
-            previous = order.level[before[group], picked[parent, before[group]]]
-            fullest = np.where(order.level[group, option] >= previous, fullest, np.inf)
-        kept = np.lexsort((lost, fullest))[:BEAM]
-        kept = kept[fullest[kept] <= ROUNDING]
-        spent, lost, picked = spent[kept], lost[kept], picked[parent[kept]]
-        picked[:, group] = option[kept]
+        order = np.lexsort((lost, fullest))[:BEAM]
+        order = order[fullest[order] <= ROUNDING]
+        spent, lost, picked = spent[order], lost[order], np.column_stack((picked[parent[order]], option[order]))
     for choice in picked[np.argsort(lost, kind="stable")]:
         if (_totals(costs, choice) <= limits).all():
             return choice

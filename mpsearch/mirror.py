@@ -95,7 +95,7 @@ class Mirror:
         self._queue.put(
             optuna.create_trial(
                 state=trial.state,
-                values=None if evaluation.stopped else trial.values,
+                values=trial.values,
                 params={group: evaluation.allocation[group] for group in self._distributions},
                 distributions=self._distributions,
                 user_attrs=attributes,

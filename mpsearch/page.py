@@ -26,15 +26,12 @@ def page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | Non
     space, identity = result.space, result.identity
     tried = result.on("search")
     n_trials = sum(e.trial is not None for e in result.evaluations)
-    n_stopped = len({e.allocation for e in result.evaluations if e.stopped} - tried.keys())
-    early = f" whole and {n_stopped} in part" if n_stopped else ""
     front = result.front
     lines = [
         f"# {identity.get('model_name', 'Model')} on {identity.get('task_name', 'its task')}",
         "",
         f"{len(space.groups)} layers or groups, {len(space.schemes)} schemes: 10^{space.log10_combinations:.1f} allocations. "
-        f"{n_trials} trials measured {len(tried)} different ones{early}; {len(front)} of them make the front.",
-        *[_monotone([space.names[i] for i in chain], chain) for chain in space.monotone],
+        f"{n_trials} trials measured {len(tried)} different ones; {len(front)} of them make the front.",
         *[f"{split.capitalize()} data: {what}." for split, what in identity.get("data", {}).items()],
         *([f"Channels were equalized beforehand: {_equalizer(identity)}."] if identity.get("equalizer") else []),
         "The splits are disjoint: the front was chosen on the search split alone, and is only reported on the confirm split.",
@@ -72,14 +69,6 @@ def page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | Non
         "the settings: `config.yaml`.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _monotone(names: Sequence[str], chain: Sequence[int]) -> str:
-    """A chain of groups in words, as the layers come: "Bits never fall from `stem` to `fc` (10 layers)."""
-    falls = chain[0] > chain[-1]
-    first, last = (names[-1], names[0]) if falls else (names[0], names[-1])
-    word = "rise" if falls else "fall"
-    return f"Bits never {word} along {len(names)} layers, from `{first}` to `{last}`, in all that was proposed."
 
 
 def _findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | None) -> list[str]:

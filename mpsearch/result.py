@@ -185,8 +185,6 @@ class RunFolder:
                         seconds=float(row["seconds"]),
                         packed=_one_of(row["packed"], ("True", "False")) == "True",
                         measured_ms=float(row["measured_ms"]) if row["measured_ms"] else None,
-                        rung_losses=tuple(float(loss) for loss in row["rung_losses"].split()),
-                        stopped=_one_of(row["stopped"], ("True", "False")) == "True",
                         costs={name: float(row[name]) for name in costs if row[name]},
                     )
                 )
@@ -204,7 +202,6 @@ def evaluation_columns(quality_name: str, costs: Sequence[str] = ()) -> tuple[st
 def evaluation_row(evaluation: Evaluation, space: SearchSpace, quality_name: str, costs: Sequence[str] = ()) -> dict[str, Any]:
     """An evaluation as a row of `evaluations.csv`; the float model's allocation is empty, and its costs but the size."""
     values = {f.name: getattr(evaluation, f.name) for f in fields(Evaluation) if f.name != "costs"}
-    values["rung_losses"] = " ".join(map(repr, evaluation.rung_losses))
     values["allocation"] = space.encode(evaluation.allocation) if evaluation.allocation else ""
     of_costs = (evaluation.costs.get(name) for name in costs)
     return dict(zip(evaluation_columns(quality_name, costs), (*values.values(), *of_costs), strict=True))
@@ -262,10 +259,10 @@ class SearchResult:
         return {split: found for split in SCORED if (found := self.baseline(split)) is not None}
 
     def on(self, split: str) -> dict[Allocation, Evaluation]:
-        """Allocation -> its (first) whole evaluation on the split, the float model's and the finetuned ones left out."""
+        """Allocation -> its (first) evaluation on the split, the float model's and the finetuned ones left out."""
         found: dict[Allocation, Evaluation] = {}
         for evaluation in self.evaluations:
-            if evaluation.split == split and evaluation.origin not in ("float", FINETUNED) and not evaluation.stopped:
+            if evaluation.split == split and evaluation.origin not in ("float", FINETUNED):
                 found.setdefault(evaluation.allocation, evaluation)
         return found
 
@@ -311,9 +308,7 @@ def read_space(
             )
             for g in data["groups"]
         )
-        index = {group.name: i for i, group in enumerate(groups)}
-        chains = tuple(tuple(index[name] for name in chain) for chain in data.get("monotone", ()))
-        return SearchSpace(groups, schemes, tuple(tuple(g["choices"]) for g in data["groups"]), data["other_bits"], chains)
+        return SearchSpace(groups, schemes, tuple(tuple(g["choices"]) for g in data["groups"]), data["other_bits"])
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is damaged ({type(error).__name__}: {error}). Restore it, or start a new run.") from None
 

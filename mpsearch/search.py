@@ -7,8 +7,6 @@ again from the same seed, in order), with recorded allocations looked up instead
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -24,21 +22,20 @@ from mpsearch.costs.base import CostTable, mixed
 from mpsearch.costs.size import Bytes
 from mpsearch.engine import FLOAT, QuantEngine
 from mpsearch.errors import InputError
-from mpsearch.evaluation import FINETUNED, Evaluation, Score, SensitivityTable, Stop
+from mpsearch.evaluation import FINETUNED, Evaluation, Score, SensitivityTable
 from mpsearch.executors.base import Executor
 from mpsearch.executors.in_process import InProcess
-from mpsearch.fidelity import LOSS_FLOOR, rungs, stops
 from mpsearch.hardware import model_latency
 from mpsearch.knapsack import front, repair
-from mpsearch.monotone import Monotone
 from mpsearch.packed import packed
 from mpsearch.progress import phase
 from mpsearch.samplers.base import distributions
-from mpsearch.samplers.proposer import RUNG_LOSSES, Proposer
+from mpsearch.samplers.proposer import Proposer
 from mpsearch.samplers.repaired import Repaired
 from mpsearch.trace import first_samples
 
 LATENCY_SECONDS = 0.1  # spent on timing each confirmed point
+LOSS_FLOOR = 1e-9  # nats: below it float rounding is all there is
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -77,10 +74,8 @@ class Evaluator:
         self._trials = {(e.split, e.trial): e for e in known if e.trial is not None}
         self._measured: dict[tuple[str, Allocation], Evaluation] = {}
         for e in known:
-            if e.origin == FINETUNED:  # the same allocation, but other codes
-                continue
-            if (before := self._measured.get((e.split, e.allocation))) is None or before.stopped:
-                self._measured[e.split, e.allocation] = e
+            if e.origin != FINETUNED:  # the same allocation, but other codes
+                self._measured.setdefault((e.split, e.allocation), e)
         self._running: dict[Future[Score], list[Pending]] = {}
         if executor is None:
             executor = InProcess()
@@ -95,7 +90,7 @@ class Evaluator:
         return self._qualities[allocation]
 
     def __call__(self, allocation: Allocation, origin: str, split: str = "search", trial: int | None = None) -> Evaluation:
-        """The allocation's whole evaluation on the split; a repeat costs nothing, a repeated trial still gets its row."""
+        """The allocation's evaluation on the split; a repeat costs nothing, a repeated trial still gets its row."""
         if split == "search":
             return self.result(self.submit(allocation, origin, trial))
         if (split, allocation) not in self._measured:
@@ -106,11 +101,8 @@ class Evaluator:
             self._record(Pending(allocation, origin, None), score, milliseconds)
         return self._measured[split, allocation]
 
-    def submit(self, allocation: Allocation, origin: str, trial: int | None = None, stops: Sequence[Stop] = ()) -> Pending:
-        """Have the allocation measured on the search split; ask `result` for it. A repeated trial still gets its row.
-
-        With `stops` it may be left early. What was left early before goes on where they let it pass.
-        """
+    def submit(self, allocation: Allocation, origin: str, trial: int | None = None) -> Pending:
+        """Have the allocation measured on the search split; ask `result` for it. A repeated trial still gets its row."""
         pending = Pending(allocation, origin, trial)
         if trial is not None and ("search", trial) in self._trials:
             pending.evaluation = self._trials["search", trial]
@@ -124,7 +116,7 @@ class Evaluator:
         if earlier is not None and trial is not None and earlier.trial is not None and earlier.trial > trial:
             earlier = None  # a pool's rows come in any order: for this trial that one is still to come
         same = next((f for f, those in self._running.items() if those[0].allocation == allocation), None)
-        if earlier is not None and not _goes_on(earlier, stops):
+        if earlier is not None:
             if trial is None:
                 pending.evaluation = earlier
             else:
@@ -132,7 +124,7 @@ class Evaluator:
         elif same is not None:
             self._running[same].append(pending)
         else:
-            self._running[self.executor.submit(allocation, stops)] = [pending]
+            self._running[self.executor.submit(allocation)] = [pending]
             self._collect(timeout=0)
         return pending
 
@@ -175,20 +167,16 @@ class Evaluator:
             size_bytes=(bits + 7) // 8,
             average_bits=(bits - space.other_bits) / space.numel,
             fraction=bits / space.size_bits(),
-            feasible=choice is None or feasible(space, self.budgets, choice),
+            feasible=choice is None or feasible(self.budgets, choice),
             n_samples=score.n_samples,
             seconds=score.seconds if isinstance(score, Score) else 0.0,
             packed=confirmed and choice is not None,
             measured_ms=milliseconds,
-            rung_losses=score.rung_losses,
-            stopped=score.stopped,
             costs={} if choice is None else {table.column: table.of(choice) for table in self.costs},
         )
         self.record(pending.evaluation)
         self.evaluations.append(pending.evaluation)
-        known = self._measured.get((split, allocation))
-        if known is None or known.stopped:
-            self._measured[split, allocation] = pending.evaluation
+        self._measured.setdefault((split, allocation), pending.evaluation)
 
     def run_packed(self, allocation: Allocation) -> tuple[Score, float]:
         """Score on the confirm split on packed weights, and milliseconds of a forward pass there."""
@@ -211,28 +199,26 @@ def search(
     max_seconds: float | None = None,
     objectives: Sequence[CostTable] = (),
     in_flight: int = 1,
-    rung_shares: Sequence[float] = (),
     finished: Callable[[optuna.trial.FrozenTrial, Evaluation], None] = lambda trial, evaluation: None,
 ) -> list[Evaluation]:
     """Measure the float model and the uniform allocations, then run `n_trials` trials; returns all evaluations.
 
     `objectives` are the one or two costs that the study weighs against the loss, the size where there is none. The study begins
-    with the uniform allocations that are in order and within the budgets, and `n_seeds` exact knapsack solutions along the front
-    (where there are two costs: of each, and of both in equal parts); then `sampler` goes on from there (one of Optuna's is
-    wrapped so that its proposals stay in order and within the budgets).
+    with the uniform allocations within the budgets and `n_seeds` exact knapsack solutions along the front (where there are two
+    costs: of each, and of both in equal parts); then `sampler` goes on from there (one of Optuna's is wrapped so that its
+    proposals stay within the budgets).
 
     `in_flight` trials are proposed before the first of them is told, and they are told in the order proposed, whatever the order
-    in which they are done: the trials depend on this number, but not on how many workers there are. After `rung_shares` of the
-    search data a trial stops that cannot reach the front any more (`fidelity.py`). `finished` is called with each that is told.
+    in which they are done: the trials depend on this number, but not on how many workers there are. `finished` is
+    called with each that is told.
     """
     space, budgets = evaluate.engine.space, evaluate.budgets
     names = space.names
     objectives = objectives or [Bytes().table(space)]
     columns = [table.column for table in objectives]
-    batches = rungs(rung_shares, len(evaluate.engine.batches("search"))) if rung_shares else []
     evaluate(FLOAT, "float")
     uniform = list(dict.fromkeys(space.uniform(scheme) for scheme in space.scheme_names))
-    within = [a for a in uniform if feasible(space, budgets, space.choice(a))]
+    within = [a for a in uniform if feasible(budgets, space.choice(a))]
     for pending in [evaluate.submit(allocation, "uniform") for allocation in uniform if allocation not in within]:
         evaluate.result(pending)
 
@@ -249,95 +235,48 @@ def search(
     study = optuna.create_study(directions=["minimize"] * (1 + len(columns)), sampler=proposer)
     parameters = distributions(names, space.choices)
     seeds = list(origins)
-    told: list[Evaluation] = []
-    left_early: dict[Allocation, Evaluation] = {}
-    revisits = isinstance(sampler, Proposer) and sampler.revisits
-    n_new = 0  # trials that did not go on with one that was left early
     running: deque[tuple[optuna.Trial | int, Pending]] = deque()  # a number: one that was recorded
-
-    def submit(number: int, allocation: Allocation) -> Pending:
-        if allocation in origins:
-            return evaluate.submit(allocation, origins[allocation], number, [(n, np.inf) for n in batches])
-        costs = _costs(evaluate.engine.space, allocation, objectives)
-        seen = len(left_early[allocation].rung_losses) if allocation in left_early else 0
-        return evaluate.submit(allocation, "sampler", number, stops(batches, told, costs, seen, revisits))
-
-    def room() -> int:
-        return in_flight if n_new < n_trials else 1  # what is left to go on with is known once all the others are told
 
     def tell() -> Evaluation:
         trial, pending = running.popleft()
         evaluation = evaluate.result(pending)
-        told.append(evaluation)
-        if isinstance(trial, optuna.Trial):
-            trial.set_user_attr(RUNG_LOSSES, evaluation.rung_losses)
-        if evaluation.stopped:
-            left_early[evaluation.allocation] = evaluation
-            finished(study.tell(trial, state=optuna.trial.TrialState.PRUNED), evaluation)
-        else:
-            left_early.pop(evaluation.allocation, None)
-            finished(study.tell(trial, _values(evaluation, columns)), evaluation)
+        finished(study.tell(trial, _values(evaluation, columns)), evaluation)
         return evaluation
 
     # What was recorded is added as it was; the last of it are still running as the next is asked for, as they were.
     recorded = evaluate.recorded() if isinstance(sampler, Proposer) else []
     for number, found in enumerate(recorded):
-        while len(running) >= room():
+        while len(running) >= in_flight:
             tell()
-        pending = evaluate.submit(seeds[number] if number < len(seeds) else found.allocation, "sampler", number)
-        n_new += found.allocation not in left_early
-        study.add_trial(
-            optuna.create_trial(
-                state=optuna.trial.TrialState.RUNNING,
-                params=dict(found.allocation),
-                distributions=parameters,
-                user_attrs={RUNG_LOSSES: found.rung_losses},
-            )
-        )
-        running.append((number, pending))
+        allocation = seeds[number] if number < len(seeds) else found.allocation
+        params = dict(found.allocation)
+        study.add_trial(optuna.create_trial(state=optuna.trial.TrialState.RUNNING, params=params, distributions=parameters))
+        running.append((number, evaluate.submit(allocation, "sampler", number)))
     for allocation in seeds[len(recorded) :]:
         study.enqueue_trial(dict(allocation))
 
     start = time.monotonic()
-    with phase("search", n_trials, done=n_new) as advance:
+    with phase("search", n_trials, done=len(recorded)) as advance:
 
         def told_one() -> None:
-            new = running[0][1].allocation not in left_early
             evaluation = tell()
-            if new:
-                advance(f"{evaluation.average_bits:.2f} bits: KL {evaluation.loss:.3g}")
+            advance(f"{evaluation.average_bits:.2f} bits: KL {evaluation.loss:.3g}")
 
-        for number in itertools.count(len(recorded)):
-            while len(running) >= room():
+        for number in range(len(recorded), n_trials):
+            while len(running) >= in_flight:
                 told_one()
             late = max_seconds is not None and time.monotonic() - start > max_seconds
-            over = n_new >= n_trials or proposer.exhausted(study)
-            if late or (over and not (revisits and left_early)):
+            if late or proposer.exhausted(study):
                 break
             trial = study.ask(parameters)
             params = trial.params  # a copy of them all, every time
             allocation = Allocation((name, params[name]) for name in names)
-            new = allocation not in left_early
-            if new and over:
-                break
-            n_new += new
-            running.append((trial, submit(number, allocation)))
+            running.append((trial, evaluate.submit(allocation, origins.get(allocation, "sampler"), number)))
         while running:
             told_one()
     for pending in [evaluate.submit(allocation, "uniform") for allocation in uniform]:  # also those that no trial reached
         evaluate.result(pending)
     return evaluate.evaluations
-
-
-def _goes_on(earlier: Evaluation, stops: Sequence[Stop]) -> bool:
-    """Whether what was measured `earlier` was left early, and would not be left there with these stops."""
-    return earlier.stopped and (not stops or earlier.loss <= stops[len(earlier.rung_losses) - 1][1])
-
-
-def _costs(space: SearchSpace, allocation: Allocation, objectives: Sequence[CostTable]) -> dict[str, float]:
-    """Column -> what the study weighs against the loss; bytes are whole, as an evaluation has them."""
-    choice = space.choice(allocation)
-    return {t.column: math.ceil(t.of(choice)) if t.column == "size_bytes" else t.of(choice) for t in objectives}
 
 
 def _values(evaluation: Evaluation, columns: Sequence[str]) -> tuple[float, ...]:
@@ -356,9 +295,7 @@ def _within_budgets(
     sampler: optuna.samplers.BaseSampler, space: SearchSpace, losses: np.ndarray, budgets: Sequence[Budget]
 ) -> Repaired:
     tables = [compact(space, budget.table.values) for budget in budgets]
-    rooms = [budget.room for budget in budgets]
-    order = Monotone(space.monotone, compact(space, np.where(space.allowed, space.storage_bits.sum(0), np.inf)))
-    return Repaired(sampler, space.names, space.choices, compact(space, losses), tables, rooms, order)
+    return Repaired(sampler, space.names, space.choices, compact(space, losses), tables, [budget.room for budget in budgets])
 
 
 def compact(space: SearchSpace, table: np.ndarray) -> np.ndarray:
@@ -387,7 +324,7 @@ def knapsack_seeds(
         scale = budget.table.values.sum() / values.sum()  # not entry by entry: what costs nothing is 0 in both
         if np.allclose(budget.table.values, scale * values, atol=0):
             limit = min(limit, budget.room / scale)
-    found = front(losses, values, n, limit, space.order)
+    found = front(losses, values, n, limit)
     tables, rooms = [budget.table.values for budget in budgets], [budget.room for budget in budgets]
     spread = sorted(range(len(found)), key=lambda i: f"{i:b}"[::-1])
-    return list(dict.fromkeys(space.allocation(repair(found[i], losses, tables, rooms, space.order)) for i in spread))
+    return list(dict.fromkeys(space.allocation(repair(found[i], losses, tables, rooms)) for i in spread))

@@ -17,9 +17,8 @@ from mpsearch.budget import Budget, feasible, narrowed
 from mpsearch.costs.base import CostTable
 from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation, SensitivityTable
-from mpsearch.fidelity import LOSS_FLOOR
 from mpsearch.pareto import nearest_front
-from mpsearch.search import Evaluator
+from mpsearch.search import LOSS_FLOOR, Evaluator
 from mpsearch.surrogate import Surrogate
 
 FEWEST = 8  # evaluations that a surrogate is fitted to
@@ -37,7 +36,7 @@ def solution(space: SearchSpace, losses: np.ndarray, budgets: Sequence[Budget]) 
     on a peak leaves choices out, and is exact beside any.
     """
     space, budgets = narrowed(space, budgets)
-    return space.allocation(_solved(space, np.where(space.allowed, losses, np.inf), budgets, knapsack.MAX_STATES))
+    return space.allocation(_solved(np.where(space.allowed, losses, np.inf), budgets, knapsack.MAX_STATES))
 
 
 def prediction(sensitivity: SensitivityTable, measured: Sequence[Evaluation], budgets: Sequence[Budget]) -> Allocation:
@@ -62,11 +61,11 @@ def prediction(sensitivity: SensitivityTable, measured: Sequence[Evaluation], bu
     nearest = nearest_front(sizes, log_losses, MAX_FITTED)
     surrogate.fit(choices[nearest], log_losses[nearest])
 
-    found = {row.tobytes(): row for row in (space.choice(additive), *_starts(space, choices, log_losses, budgets))}
+    found = {row.tobytes(): row for row in (space.choice(additive), *_starts(choices, log_losses, budgets))}
     for choice in list(found.values()):
         for _ in range(MOST_SOLVED):
             table = np.where(space.allowed, surrogate.table(choice), np.inf)
-            choice = _solved(space, table, others, FEW_STATES)
+            choice = _solved(table, others, FEW_STATES)
             if choice.tobytes() in found:
                 break
             found[choice.tobytes()] = choice
@@ -119,7 +118,7 @@ def cheapest_within(
             f"No allocation within the budgets has a {quality.drop_word} of at most {max_drop:g}; the least is "
             f"{min(drops, default=np.nan):.4g}. Allow more, raise a budget, or search with larger schemes."
         )
-    low = objective.of(space.order.argmin(objective.values))
+    low = objective.of(np.where(space.allowed, objective.values, np.inf).argmin(axis=1))
     for _ in range(MOST_STEPS):
         limit = Budget(objective, (low + cost(best)) / 2)
         try:
@@ -133,33 +132,31 @@ def cheapest_within(
     return cheapest() or best
 
 
-def _solved(space: SearchSpace, losses: np.ndarray, budgets: Sequence[Budget], max_states: int) -> np.ndarray:
-    order = space.order.preferring(losses)
+def _solved(losses: np.ndarray, budgets: Sequence[Budget], max_states: int) -> np.ndarray:
     if not budgets:
-        return order.argmin(losses)
+        return losses.argmin(axis=1)
     tables, rooms = [budget.table.values for budget in budgets], [budget.room for budget in budgets]
-    alone = (knapsack.solve(losses, t, room, max_states, order) for t, room in zip(tables, rooms, strict=True))
-    found = [knapsack.repair(choice, losses, tables, rooms, order) for choice in alone]
+    alone = (knapsack.solve(losses, t, room, max_states) for t, room in zip(tables, rooms, strict=True))
+    found = [knapsack.repair(choice, losses, tables, rooms) for choice in alone]
     return min(found, key=lambda choice: knapsack.total(losses, choice))
 
 
-def _starts(space: SearchSpace, choices: np.ndarray, log_losses: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
-    """The best of `choices` [n, n_groups] that are in order and within the budgets."""
-    within = np.array([feasible(space, budgets, choice) for choice in choices])
+def _starts(choices: np.ndarray, log_losses: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
+    """The best of `choices` [n, n_groups] within the budgets."""
+    within = np.array([feasible(budgets, choice) for choice in choices])
     order = np.argsort(log_losses[within], kind="stable")[:N_STARTS]
     return choices[within][order]
 
 
 def _descended(choice: np.ndarray, surrogate: Surrogate, space: SearchSpace, budgets: Sequence[Budget]) -> np.ndarray:
     """`choice` after the moves that lower the predicted loss most: of one group, or of two of those that promise most."""
-    rows, order = np.arange(len(choice)), space.order
+    rows = np.arange(len(choice))
     lowest = surrogate.predict(choice[None])[0][0]
     for _ in range(MOST_MOVES):
         table = surrogate.table(choice)
-        added = order.pushing(choice, table)
-        groups, to = np.nonzero(np.isfinite(added) & (np.arange(len(space.schemes)) != choice[:, None]))
-        change = np.stack([order.pushing(choice, b.table.values)[groups, to] for b in budgets] or [np.zeros(len(groups))])
-        added = added[groups, to]
+        groups, to = np.nonzero(space.allowed & (np.arange(len(space.schemes)) != choice[:, None]))
+        change = np.stack([b.table.values[groups, to] - b.table.values[groups, choice[groups]] for b in budgets] or [0 * groups])
+        added = table[groups, to] - table[groups, choice[groups]]
         slack = np.array([b.room - knapsack.total(b.table.values, choice) for b in budgets] or [0.0])
         # Pairs of all moves where they are few; else of those that lower the loss most, or free most of a budget for it.
         slope = added / np.maximum(np.abs(change / np.abs(change).max(1, keepdims=True).clip(1e-300)).max(0), 1e-9)
@@ -176,7 +173,6 @@ def _descended(choice: np.ndarray, surrogate: Surrogate, space: SearchSpace, bud
         pool = np.repeat(choice[None], len(one), axis=0)
         pool[np.arange(len(one)), groups[one]] = to[one]
         pool[np.arange(len(one)), groups[two]] = to[two]
-        pool = order.nearest(pool, choice)
         pool = pool[[all(b.table.values[rows, c].sum() <= b.room for b in budgets) for c in pool]]
         if not len(pool):
             return choice
@@ -188,8 +184,8 @@ def _descended(choice: np.ndarray, surrogate: Surrogate, space: SearchSpace, bud
 
 
 def _measured(evaluate: Evaluator) -> list[Evaluation]:
-    return [e for e in evaluate.evaluations if e.split == "search" and e.origin not in ("float", FINETUNED) and not e.stopped]
+    return [e for e in evaluate.evaluations if e.split == "search" and e.origin not in ("float", FINETUNED)]
 
 
 def _within(evaluate: Evaluator, space: SearchSpace, budgets: Sequence[Budget]) -> list[Evaluation]:
-    return [e for e in _measured(evaluate) if feasible(space, budgets, space.choice(e.allocation))]
+    return [e for e in _measured(evaluate) if feasible(budgets, space.choice(e.allocation))]

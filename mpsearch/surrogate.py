@@ -75,7 +75,6 @@ class Surrogate:
 
     def _forget(self) -> None:
         self.ceiling, self._weights, self._factor = np.inf, np.empty(0), np.empty((0, 0))
-        self._measured, self._noise = np.empty(0), np.empty(0)
         self._known = self._see(np.empty((0, len(self.amplitude)), dtype=np.intp))
 
     def additive(self, choices: Choices) -> Floats:
@@ -115,19 +114,15 @@ class Surrogate:
         found = minimize(objective, START[free], jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 30})
         self.variances[free] = np.exp(found.x)
 
-    def fit(self, choices: Choices, log_losses: Floats, noise: Floats | float = 0.0) -> None:
-        """Condition on measurements: `choices` intp [n, n_groups], `log_losses` float64 [n], ln of the losses, finite.
-
-        `noise` [n] is the variance of those that are estimates.
-        """
+    def fit(self, choices: Choices, log_losses: Floats) -> None:
+        """Condition on measurements: `choices` intp [n, n_groups], `log_losses` float64 [n], ln of the losses, finite."""
         if not len(choices):
             self._forget()
             return
         self.ceiling = float(np.exp(log_losses.max()))
         self._known = self._see(choices)
         kernel = self._kernel(self._known, self._known)
-        kernel[np.diag_indices(len(kernel))] += self.variances[0] + noise
-        self._measured, self._noise = log_losses, np.broadcast_to(noise, log_losses.shape)
+        kernel[np.diag_indices(len(kernel))] += self.variances[0]
         self._factor = cholesky(kernel, lower=True)
         self._weights = cho_solve((self._factor, True), log_losses - self._mean(choices, self.ceiling))
 
@@ -141,14 +136,6 @@ class Surrogate:
             np.square(solve_triangular(self._factor, kernel.T, lower=True)).sum(0) if kernel.size else np.zeros(len(choices))
         )
         return self._mean(choices, self.ceiling) + kernel @ self._weights, np.sqrt(np.maximum(own - explained, noise))
-
-    def refined(self) -> tuple[Floats, Floats]:
-        """(mean, standard deviation) [n] of ln loss of what it was fitted to: of an estimate, what all of them make of it."""
-        if not len(self._noise):
-            return np.empty(0), np.empty(0)
-        inverse = np.square(solve_triangular(self._factor, np.eye(len(self._factor)), lower=True)).sum(0)
-        means, left = self._measured - self._noise * self._weights, self._noise * (1 - self._noise * inverse)
-        return means, np.sqrt(np.maximum(left, 0.0))
 
     def table(self, choice: Choices) -> Floats:
         """[n_groups, n_choices]: what each choice adds to ln loss near the allocation `choice` [n_groups], to first order.

@@ -15,14 +15,13 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from pages import Row, machine, write
 
 from mpsearch.allocation import Allocation
-from mpsearch.evaluation import Score, Stop
+from mpsearch.evaluation import Score
 from mpsearch.executors.base import Executor
 from mpsearch.executors.dask import Dask
 from mpsearch.executors.local import Local
@@ -34,7 +33,7 @@ SECONDS = 0.1
 class Sleeper:
     """Takes its time."""
 
-    def score(self, allocation: Allocation, split: str = "search", stops: Sequence[Stop] = ()) -> Score:
+    def score(self, allocation: Allocation, split: str = "search") -> Score:
         """A score of nothing after `SECONDS`."""
         time.sleep(SECONDS)
         return Score(0, 0, 0, 0, 0, 0, 1, np.zeros(0))

@@ -64,7 +64,7 @@ def cost(n_groups: int) -> dict[str, float]:
     sampler = Front(space, table, [Bytes().table(space)], [], 0)
     choices = np.clip(rng.normal(rng.uniform(1, 7, (300, 1)), 1.0, (300, n_groups)).round(), 0, 7).astype(np.intp)
     log_losses = np.log([problem.score(space.allocation(choice)).loss for choice in choices])
-    history = History(choices, log_losses, sampler.sizes(choices), *np.zeros((4, 300), dtype=bool))
+    history = History(choices, log_losses, sampler.sizes(choices), np.zeros(300, dtype=bool))
     proposing, keeping = [], []
     for _ in range(6):
         start = time.process_time()

@@ -17,9 +17,9 @@ from mpsearch.budget import Budget
 from mpsearch.costs.size import AverageBits
 from mpsearch.engine import _divergence
 from mpsearch.evaluation import Score, SensitivityTable
-from mpsearch.fidelity import LOSS_FLOOR
 from mpsearch.intervals import paired_interval
 from mpsearch.pareto import hypervolume, non_dominated
+from mpsearch.search import LOSS_FLOOR
 from mpsearch.solve import prediction
 from mpsearch.surrogate import Surrogate
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.calibrate import calibrate
 from mpsearch.engine import QuantEngine, _divergence, load_batches, other_bits
-from mpsearch.evaluation import Score, Stop
+from mpsearch.evaluation import Score
 from mpsearch.fold import fold_batch_norms
 from mpsearch.group import share
 from mpsearch.layer import LayerGroup, LayerSpec
@@ -71,15 +70,11 @@ class Problem:
             if row != COLUMNS and len(values) == 3:
                 self.known[code] = tuple(map(float, values))  # type: ignore[assignment]
 
-    def batches(self, split: str) -> list[None]:
-        """Scored whole: one."""
-        return [None]
-
     def measure(self, allocation: Allocation) -> tuple[float, float, float]:
         """(loss, quality, processor seconds), really measured."""
         raise NotImplementedError
 
-    def score(self, allocation: Allocation, split: str = "search", stops: Sequence[Stop] = ()) -> Score:
+    def score(self, allocation: Allocation, split: str = "search") -> Score:
         """As `QuantEngine.score`, on the search split; of the score the loss and the quality are filled in."""
         code = self.encode(allocation)
         if code not in self.known:
@@ -245,7 +240,7 @@ class Synthetic(Problem):
         scale = np.exp(rng.normal(0, 1, n)) * (numel / numel.mean()) ** 0.25 * 3 / np.sqrt(n)
         self.amplitudes = scale[:, None] * 2.0 ** -(np.array(bits) - 2) * np.exp(rng.normal(0, 0.15, (n, len(bits))))
 
-    def score(self, allocation: Allocation, split: str = "search", stops: Sequence[Stop] = ()) -> Score:
+    def score(self, allocation: Allocation, split: str = "search") -> Score:
         """By the formula; the quality is exp(-loss). Nothing is kept: it is quicker than a file."""
         index = {name: i for i, name in enumerate(self.space.scheme_names)}
         rows = [self._rows[group] for group in allocation]

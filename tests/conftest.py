@@ -71,11 +71,11 @@ def tiny_task(n=30, seed=0, batch_size=16, shape=(2, 6, 6)):
     return Classification(split(), split(), split(), n_classes=5, batch_size=batch_size)
 
 
-def make_engine(model, task, schemes=None, *, pin=(), monotone=(), quantizer=None, **options):
+def make_engine(model, task, schemes=None, *, pin=(), quantizer=None, **options):
     """An engine as the search sets it up; `schemes` default to 2, 4 and 8 bits."""
     schemes = schemes or {f"w{bits}": Integer(bits) for bits in (2, 4, 8)}
     layers = trace_layers(model, task.forward, task.batches("calibration")[0][0])
-    space = SearchSpace.build(layers, schemes, pin, other_bits(model, layers), monotone=monotone)
+    space = SearchSpace.build(layers, schemes, pin, other_bits(model, layers))
     rotated = any(isinstance(scheme, Rotated) for scheme in schemes.values())
     moments = calibrate(model, task, layers, load_batches(task, "calibration", "cpu"), rotated=rotated)
     return QuantEngine(model, task, space, dict.fromkeys(schemes, quantizer or ClipSearch(20)), moments, **options)

@@ -254,28 +254,6 @@ def test_a_quantizer_for_one_scheme(tiny):
     assert torch.equal(mixed.quantized("first", "w4").dequantize(), engine.quantized("first", "w4").dequantize())
 
 
-@pytest.mark.parametrize("prefix_max_bytes", [0, 10**9])
-def test_what_was_left_early_goes_on_with_the_rest(tiny, prefix_max_bytes):
-    task = watched(tiny.task(n=48, batch_size=6))
-    engine, other = (tiny.engine(tiny.net(), task, prefix_max_bytes=prefix_max_bytes) for _ in range(2))
-    allocation = Allocation({"first": "w2", "second": "w4", "last": "w8"})
-    expected = other.score(allocation, stops=[(1, np.inf), (2, np.inf), (4, np.inf)])
-    engine.float_logits("search")
-    calls = []
-    for stops in ([(1, -1.0), (2, 0.0), (4, 0.0)], [(1, np.inf), (2, -1.0), (4, 0.0)], [(1, np.inf), (2, np.inf), (4, np.inf)]):
-        task.calls = 0
-        found = engine.score(allocation, stops=stops)
-        calls.append((task.calls, found.stopped, found.n_samples))
-        assert found.rung_losses == expected.rung_losses[: len(found.rung_losses)]
-    assert [(stopped, n) for _, stopped, n in calls] == [(True, 6), (True, 12), (False, 48)]
-    if not prefix_max_bytes:  # else the first call also tries what can be kept
-        assert [n for n, _, _ in calls] == [1, 1, 6]
-    assert found == expected
-    again = engine.score(allocation, stops=[(1, -1.0), (2, 0.0), (4, 0.0)])
-    assert again.stopped, "a stop holds also for what was measured whole since"
-    assert again.loss == expected.rung_losses[0]
-
-
 def test_the_float_reference_is_never_taken_of_what_is_swapped_in(tiny):
     engine = tiny.engine(tiny.net(), tiny.task())
     with (

@@ -88,7 +88,7 @@ def test_size_has_one_definition(tiny, seed):
     assert len(space.groups) == 7, "tied weights are one layer"
     tables = [cost.table(space) for cost in (Bytes(), AverageBits(), Fraction())]
     evaluate = Evaluator(engine, [])
-    engine.score = lambda allocation, split, stops=(): SCORE
+    engine.score = lambda allocation, split: SCORE
     for _ in range(50):
         choice = rng.integers(0, len(space.schemes), len(space.groups))
         allocation = space.allocation(choice)
@@ -110,7 +110,6 @@ def test_size_has_one_definition(tiny, seed):
 class SCORE:  # what a stored size does not depend on
     loss = cross_entropy = quality = quality_low = quality_high = 0.0
     n_samples = 0
-    rung_losses, stopped = (), False
 
 
 @pytest.mark.parametrize("seed", range(5))

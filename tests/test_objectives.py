@@ -35,7 +35,7 @@ SIZE = Bytes().table(SPACE)
 TIME = CostTable("latency_ms", "latency_ms", np.array([1.5, 1.7, 1.0, 2.0, 1.2]) * RNG.uniform(0.1, 5, (N, 1)), 0.5)
 
 
-def score(allocation, split="search", stops=()):
+def score(allocation, split="search"):
     choice = SPACE.choice(allocation) if allocation else np.full(N, 4)
     error = ERRORS[np.arange(N), choice].sum(0) * bool(allocation)
     loss = float(-2 * np.expm1(-error @ error / 2))

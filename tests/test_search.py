@@ -18,7 +18,6 @@ from mpsearch.metrics.kl import KL
 from mpsearch.pareto import non_dominated
 from mpsearch.result import SearchResult
 from mpsearch.samplers.base import seeded
-from mpsearch.schemes.integer import Integer
 from mpsearch.search import Evaluator, compact, knapsack_seeds, search
 from mpsearch.sensitivity import measure_sensitivity
 
@@ -291,29 +290,3 @@ def test_a_front_of_work_where_a_layer_has_none(engine, table):
     seeds = knapsack_seeds(space, table.losses(), [Budget(CostTable("work", "work", values, 0.0), values[:, 1].sum())], 9, values)
     assert seeds
     assert all(values[range(len(values)), space.choice(a)].sum() <= values[:, 1].sum() for a in seeds)
-
-
-@pytest.mark.parametrize("limits", [None, {"bits": 5.0}], ids=["no budget", "budget"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_trial_is_in_order_and_so_is_the_front(tiny, sampler, limits):
-    """Pinned so that one uniform allocation is out of order: it is measured as a reference."""
-    schemes = {f"w{bits}": Integer(bits) for bits in (2, 4, 5, 8)}
-    pin, monotone = ["first:w2|w8", "last:w4|w8"], ["*:rising"]
-    engine = tiny.engine(tiny.net(), tiny.task(), schemes, pin=pin, monotone=monotone)
-    table = measure_sensitivity(engine, KL())
-    space = engine.space
-    evaluate = run(engine, table, sampler, n_trials=30, limits=limits)
-    asked = trials(evaluate.evaluations)
-    assert len({e.allocation for e in asked}) > 2
-    for e in asked:
-        bits = [int(e.allocation[name][1:]) for name in ("first", "second", "last")]
-        assert bits == sorted(bits)
-        assert e.feasible
-    outside = [e for e in evaluate.evaluations if not e.feasible]
-    assert space.uniform("w5") in [e.allocation for e in outside]
-    assert not space.order.holds(space.choice(space.uniform("w5")))
-    assert all(e.feasible for e in result_of(evaluate, table).front)
-    again = run(engine, table, sampler, n_trials=30, limits=limits, known=evaluate.evaluations[:4])
-    assert without_seconds(again.evaluations) == without_seconds(evaluate.evaluations)
-    if sampler == "brute_force" and limits is None:
-        assert len(asked) == space.order.count

@@ -92,14 +92,14 @@ def test_the_cheapest_within_a_drop(trained, table, max_drop):
     assert limited.size_bytes <= found.size_bytes
 
 
-def interacting(n_groups=20, bits=(2, 3, 4, 6, 8), seed=0, monotone=()):
+def interacting(n_groups=20, bits=(2, 3, 4, 6, 8), seed=0):
     """An engine of a network whose groups' errors add up as vectors in 4 dimensions; and its table."""
     rng = np.random.default_rng(seed)
     layers = [LayerSpec(f"g{i}", "linear", (16, 20 + 9 * i), 0, f"g{i}", (f"g{i}",)) for i in range(n_groups)]
-    space = SearchSpace.build(layers, {f"w{b}": Integer(b) for b in bits}, monotone=monotone)
+    space = SearchSpace.build(layers, {f"w{b}": Integer(b) for b in bits})
     errors = rng.normal(size=(n_groups, 1, 4)) * 2.0 ** -(np.array(bits)[:, None] - 2.0) / np.sqrt(n_groups)
 
-    def score(allocation, split="search", stops=()):
+    def score(allocation, split="search"):
         error = errors[np.arange(n_groups), space.choice(allocation)].sum(0) if allocation else np.zeros(4)
         loss = float(-2 * np.expm1(-error @ error / 2))
         return Score(loss, loss, 0.5, 0.4, 0.6, 0.0, 1, np.empty(0))
@@ -148,37 +148,3 @@ def test_a_drop_that_nothing_keeps_to_is_said(trained, table):
     evaluate, budgets = started(trained), read_budgets({"bits": 2.1}, COSTS, trained.space)
     with pytest.raises(InputError, match="No allocation within the budgets has a drop of at most 0; the least is"):
         cheapest_within(evaluate, table, budgets, Bytes().table(trained.space), 0.0)
-
-
-def test_what_is_solved_is_in_order(tiny):
-    space = tiny.engine(tiny.net(), tiny.task(), monotone=["*:falling"]).space
-    losses = np.random.default_rng(0).random((3, 3)) * [[9, 3, 1]]
-    every = space.order.every()
-    for limit in np.linspace(3.3, 8.8, 7):
-        budgets = read_budgets({"bits": limit}, COSTS, space)
-        found = space.choice(solution(space, losses, budgets))
-        best = min(knapsack.total(losses, choice) for choice in every if budgets[0].allows(choice))
-        assert space.order.holds(found)
-        assert knapsack.total(losses, found) == pytest.approx(best)
-    assert space.order.holds(space.choice(solution(space, losses, ())))
-
-
-def test_what_was_measured_out_of_order_teaches_and_is_not_the_answer():
-    engine, sensitivity = interacting(monotone=["g?:falling", "g1?:rising"])
-    space, rng = engine.space, np.random.default_rng(0)
-    evaluate = Evaluator(engine, ())
-    for choice in np.clip(rng.normal(rng.uniform(0, 4, (60, 1)), 1.0, (60, 20)).round(), 0, 4).astype(np.intp):
-        evaluate(space.allocation(choice), "sampler")
-        evaluate(space.allocation(space.order.nearest(choice)), "sampler")
-    assert {e.feasible for e in evaluate.evaluations} == {True, False}
-    for limits in ({"bits": 3.1}, {"bits": 4.5, "bytes": 15_000}):
-        budgets = read_budgets(limits, COSTS, space)
-        predicted = space.choice(prediction(sensitivity, evaluate.evaluations, budgets))
-        assert space.order.holds(predicted)
-        assert all(budget.allows(predicted) for budget in budgets)
-        found = best_within(evaluate, sensitivity, budgets)
-        assert found.feasible
-        known = [
-            e.loss for e in evaluate.evaluations if e.feasible and all(b.allows(space.choice(e.allocation)) for b in budgets)
-        ]
-        assert found.loss == min(known) < engine.score(solution(space, sensitivity.losses(), budgets)).loss

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 COUNTS = ("n_trials", "n_seeds", "seed")
-LINES = ("pin", "share", "monotone")
+LINES = ("pin", "share")
 SWITCHES = ("fold_batch_norms", "bias_correction")
 
 

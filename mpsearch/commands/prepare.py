@@ -140,8 +140,7 @@ def prepare(settings: Settings, build: Build, equalization: Equalization | None 
     layers = share(layers, settings.get("share") or ())
     if ActivationBytes.name in settings.get("cost", {}):
         layers = measure_activations(model, task.forward, first_samples(inputs, 1), layers)
-    pin, monotone = settings.get("pin") or (), settings.get("monotone") or ()
-    space = SearchSpace.build(layers, schemes, pin, other_bits(model, layers), runtime, monotone)
+    space = SearchSpace.build(layers, schemes, settings.get("pin") or (), other_bits(model, layers), runtime)
     if dropped := [name for name in schemes if name not in space.schemes]:
         print(f"not searched, as no layer may take it: {', '.join(dropped)}")
     quantizers = {name: quantizers[name] for name in space.schemes}

@@ -22,7 +22,6 @@ from mpsearch.equalization import recorded
 from mpsearch.errors import InputError
 from mpsearch.evaluation import SensitivityTable
 from mpsearch.executors.base import Executor, at_least_one
-from mpsearch.fidelity import rungs
 from mpsearch.finetune import Training, check_trainable
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.mirror import Mirror
@@ -65,8 +64,6 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     make_sampler = build("sampler")
     nothing = SensitivityTable(metric.name, metric.unit, np.zeros(space.allowed.shape), space)
     check_sampler(complete(make_sampler, nothing, objectives, budgets, settings["seed"]), space, budgets)
-    rung_shares = settings["rungs"]
-    rungs(rung_shares, 1)
     executor: Executor = build("executor")
     in_flight = settings["study"]["in_flight"]
     if in_flight is not None:
@@ -88,7 +85,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
                 **{"name": metric.name, "unit": metric.unit, "exact": metric.exact},
                 **(asdict(metric) if is_dataclass(metric) else {}),
             },
-            "trials": {"in_flight": in_flight, "rungs": list(rung_shares)},
+            "trials": {"in_flight": in_flight},
             "budgets": {budget.table.name: budget.limit for budget in budgets},
             "objectives": [table.column for table in objectives],
             "costs": [table.column for table in beside_size],
@@ -118,7 +115,6 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
                 max_seconds=settings["max_seconds"],
                 objectives=objectives,
                 in_flight=in_flight,
-                rung_shares=rung_shares,
                 finished=mirror or (lambda trial, evaluation: None),
             )
         # Its evaluations are the evaluator's own list: confirmation adds to it what the report draws.

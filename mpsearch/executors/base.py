@@ -1,6 +1,6 @@
 """The contract of the executors: where allocations are scored on the search split, in this process or in many.
 
-Each worker builds the model once and keeps its weight bank; what travels is an allocation, a few stops, and the score that comes
+Each worker builds the model once and keeps its weight bank; what travels is an allocation, and the score that comes
 back. Scores do not depend on where they are measured as long as the threads of an evaluation are the same (`threads`), and the
 search tells its trials in the order in which it proposed them, so that every executor finds the same front.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -18,14 +18,14 @@ import torch
 
 from mpsearch.allocation import Allocation
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Score, Stop
+from mpsearch.evaluation import Score
 from mpsearch.progress import quiet
 
 
 class Scorer(Protocol):
     """What a worker holds: a `QuantEngine`, or anything that scores allocations."""
 
-    def score(self, allocation: Allocation, split: str = "search", stops: Sequence[Stop] = ()) -> Score:
+    def score(self, allocation: Allocation, split: str = "search") -> Score:
         """The allocation's score; see `QuantEngine.score`."""
 
 
@@ -49,7 +49,7 @@ class Executor(ABC):
         """Be ready to submit. `engine` is this process's own, `make` (picklable) builds another one like it elsewhere."""
 
     @abstractmethod
-    def submit(self, allocation: Allocation, stops: Sequence[Stop] = ()) -> Future[Score]:
+    def submit(self, allocation: Allocation) -> Future[Score]:
         """Its score on the search split, where it stands when it is done. A worker that dies is replaced, its work done again."""
 
     @abstractmethod

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from mpsearch.allocation import Allocation
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Score, Stop
+from mpsearch.evaluation import Score
 from mpsearch.executors.base import Executor, Make, Scorer, made_in_worker
 from mpsearch.progress import quiet
 
@@ -53,12 +52,10 @@ class Dask(Executor):
         self._run = uuid.uuid4().hex
         self._make = self._client.scatter(make, broadcast=True, hash=False)
 
-    def submit(self, allocation: Allocation, stops: Sequence[Stop] = ()) -> Future[Score]:
+    def submit(self, allocation: Allocation) -> Future[Score]:
         """See `Executor`."""
         promised: Future[Score] = Future()
-        running = self._client.submit(
-            _score, self._run, self._make, self.threads, allocation, tuple(stops), pure=False, retries=RETRIES
-        )
+        running = self._client.submit(_score, self._run, self._make, self.threads, allocation, pure=False, retries=RETRIES)
         self._futures[running] = promised
 
         def done(future: Any) -> None:
@@ -86,10 +83,10 @@ class Dask(Executor):
         self._client.close()
 
 
-def _score(run: str, make: Make, threads: int | None, allocation: Allocation, stops: tuple[Stop, ...]) -> Score:
+def _score(run: str, make: Make, threads: int | None, allocation: Allocation) -> Score:
     """In a worker: its engine, built for the first work of a run, scores."""
     with _lock, quiet():
         if run not in _scorers:
             _scorers.clear()
             _scorers[run] = made_in_worker(make, threads)
-        return _scorers[run].score(allocation, "search", stops)
+        return _scorers[run].score(allocation, "search")

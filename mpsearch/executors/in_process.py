@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future
 
 from mpsearch.allocation import Allocation
-from mpsearch.evaluation import Score, Stop
+from mpsearch.evaluation import Score
 from mpsearch.executors.base import Executor, Make, Scorer, set_threads
 
 
@@ -26,8 +25,8 @@ class InProcess(Executor):
     def close(self) -> None:
         """There is nothing to let go."""
 
-    def submit(self, allocation: Allocation, stops: Sequence[Stop] = ()) -> Future[Score]:
+    def submit(self, allocation: Allocation) -> Future[Score]:
         """See `Executor`; done when it comes back. What the engine raises is raised here."""
         future: Future[Score] = Future()
-        future.set_result(self._engine.score(allocation, "search", stops))
+        future.set_result(self._engine.score(allocation, "search"))
         return future

@@ -6,14 +6,13 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import parent_process
 
 from mpsearch.allocation import Allocation
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Score, Stop
+from mpsearch.evaluation import Score
 from mpsearch.executors.base import Executor, Make, Scorer, at_least_one, made_in_worker
 from mpsearch.progress import quiet
 
@@ -36,10 +35,10 @@ class Local(Executor):
         self._closed = False
         self._pool = self._new_pool()
 
-    def submit(self, allocation: Allocation, stops: Sequence[Stop] = ()) -> Future[Score]:
+    def submit(self, allocation: Allocation) -> Future[Score]:
         """See `Executor`."""
         promised: Future[Score] = Future()
-        self._submit(promised, allocation, tuple(stops))
+        self._submit(promised, allocation)
         return promised
 
     def close(self) -> None:
@@ -55,15 +54,15 @@ class Local(Executor):
         context = multiprocessing.get_context("spawn")
         return ProcessPoolExecutor(self.workers, context, initializer=_begin, initargs=(self._make, self.threads))
 
-    def _submit(self, promised: Future[Score], allocation: Allocation, stops: tuple[Stop, ...]) -> None:
+    def _submit(self, promised: Future[Score], allocation: Allocation) -> None:
         with self._lock:
             pool = self._pool
             assert pool is not None
             try:
-                running = pool.submit(_score, allocation, stops)
+                running = pool.submit(_score, allocation)
             except BrokenProcessPool:
                 pool = self._renewed(pool)
-                running = pool.submit(_score, allocation, stops)
+                running = pool.submit(_score, allocation)
 
         def done(future: Future[Score]) -> None:
             if self._closed or future.cancelled():
@@ -78,7 +77,7 @@ class Local(Executor):
                 try:
                     with self._lock:
                         self._renewed(pool)
-                    self._submit(promised, allocation, stops)
+                    self._submit(promised, allocation)
                 except InputError as refused:
                     promised.set_exception(refused)
 
@@ -113,6 +112,6 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _score(allocation: Allocation, stops: tuple[Stop, ...]) -> Score:
+def _score(allocation: Allocation) -> Score:
     with quiet():
-        return _scorer.score(allocation, "search", stops)
+        return _scorer.score(allocation, "search")

@@ -9,13 +9,12 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
 from mpsearch.allocation import Allocation
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Score, Stop
+from mpsearch.evaluation import Score
 from mpsearch.executors.base import Executor, Make, Scorer, at_least_one, made_in_worker
 from mpsearch.progress import quiet
 
@@ -57,13 +56,13 @@ class Ray(Executor):
         self._actors = [actor.remote(make, self.threads) for _ in range(self.workers)]
         self._busy = [0] * self.workers
 
-    def submit(self, allocation: Allocation, stops: Sequence[Stop] = ()) -> Future[Score]:
+    def submit(self, allocation: Allocation) -> Future[Score]:
         """See `Executor`; goes to the actor that has least to do."""
         promised: Future[Score] = Future()
         with self._lock:
             worker = self._busy.index(min(self._busy))
             self._busy[worker] += 1
-        running = self._actors[worker].score.remote(allocation, tuple(stops))
+        running = self._actors[worker].score.remote(allocation)
 
         def done(future: Future[Score]) -> None:
             with self._lock:
@@ -104,9 +103,9 @@ class _Worker:
         self._make, self._threads = make, threads
         self._scorer: Scorer | None = None
 
-    def score(self, allocation: Allocation, stops: tuple[Stop, ...]) -> Score:
+    def score(self, allocation: Allocation) -> Score:
         """The allocation's score on the search split."""
         if self._scorer is None:
             self._scorer = made_in_worker(self._make, self._threads)
         with quiet():
-            return self._scorer.score(allocation, "search", stops)
+            return self._scorer.score(allocation, "search")

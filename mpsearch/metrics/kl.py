@@ -14,8 +14,8 @@ class KL(MeasuredMetric):
 
     @property
     def exact(self) -> bool:
-        """Where it sees all of the search data."""
-        return self.share == 1
+        """It is the loss."""
+        return True
 
     def value(self, score: Score, baseline: Score) -> float:
         """The score's loss."""

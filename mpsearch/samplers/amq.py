@@ -31,7 +31,7 @@ class AMQ(Levels):
             scores = rng.gumbel(size=(n, *self.losses.shape)) + rng.uniform(-4, 4, (n, 1, 1)) * (
                 np.argsort(np.argsort(self.size, axis=1), axis=1) / max(1, self.size.shape[1] - 1)
             )
-            return self.order.nearest(np.where(self.space.allowed, scores, -np.inf).argmax(2))
+            return np.where(self.space.allowed, scores, -np.inf).argmax(2)
 
         measured = history.measured
         if measured.sum() < self.n_first:
@@ -49,7 +49,7 @@ class AMQ(Levels):
             parents = population[rng.integers(0, len(population), (2, self.population))]
             children = np.where(rng.random(parents[0].shape) < 0.5, parents[0], parents[1])
             mutated = rng.random(children.shape) < 1 / children.shape[1]
-            children = self.order.nearest(np.where(mutated, drawn(len(children)), children))
+            children = np.where(mutated, drawn(len(children)), children)
             population = np.unique(np.concatenate([population, children]), axis=0)
             population = population[_survivors(objectives(population), self.population)]
         population = population[self.within(population)]

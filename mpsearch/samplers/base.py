@@ -1,13 +1,13 @@
 """The contract of a sampler: an `optuna.samplers.BaseSampler` that proposes allocations, one categorical parameter per group.
 
 A YAML gives a function that waits for the rest of its arguments (`_partial_: true`): our own samplers (`proposer.py`) for all
-that the search knows, Optuna's for a seed; the search keeps these in order and within the budgets (`repaired.py`).
+that the search knows, Optuna's for a seed; the search keeps these within the budgets (`repaired.py`).
 
 It is used by ask and tell on an in-memory study that minimizes two objectives, and every parameter is asked for at once:
-`study.ask(distributions(groups, choices))`. A sampler's proposals are within the budgets, and keep the order of bits where the
-space has one; what was enqueued is taken as it is. The same seed gives the same proposals. A killed run goes on because our own
-samplers depend on the recorded trials alone, which are added to a new study; and because Optuna's, which have hidden state, are
-asked again from the seed and told what was recorded, in the same order.
+`study.ask(distributions(groups, choices))`. A sampler's proposals are within the budgets; what was enqueued is taken as it is.
+The same seed gives the same proposals. A killed run goes on because our own samplers depend on the recorded trials alone, which
+are added to a new study; and because Optuna's, which have hidden state, are asked again from the seed and told what was
+recorded, in the same order.
 """
 
 from __future__ import annotations

@@ -11,10 +11,6 @@ the gain is a sum of expected improvements over the steps of the front), among
 
 and, in a second round, the moves round the best of these.
 
-Where trials may stop early, each stops at the first rung, and one in three goes on: of all that were left so far, the one whose
-expected gain is largest given its first loss (successive halving without waiting: Li et al. 2020, "A System for Massively
-Parallel Hyperparameter Tuning").
-
 Additive allocation is where others stop (HAWQ-V3, ModelOpt, AIMET); measuring what was proposed and looking again is what
 EvoPress (Sieberling et al. 2024, https://arxiv.org/abs/2410.14649) and AMQ do with ten thousand evaluations. Here the prior, the
 sensitivities and what groups do together, makes do with fifty.
@@ -23,7 +19,6 @@ sensitivities and what groups do together, makes do with fifty.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from mpsearch import knapsack
@@ -39,68 +34,49 @@ POOL = 2e9  # multiplications that may be spent on predicting a pool of candidat
 MIN_CANDIDATES, MAX_CANDIDATES = 96, 400
 CENTERS = 6  # points of the front that moves start from
 TARGETS = 3  # sizes that the knapsack is solved for
-ONE_IN = 3  # of the trials that were left at the first rung goes on
-MAX_STATES = 5_000  # of its dynamic programme: a proposal need not be the exact optimum of a model (in order: none at all)
+MAX_STATES = 5_000  # of its dynamic programme: a proposal need not be the exact optimum of a model
 
 
 class Front(Levels):
     """See above. Pending trials (of other workers) count as measured, at what the surrogate expects of them."""
 
     many_costs = True
-    revisits = True
     _variances: tuple[int, Floats] | None = None
 
     def propose(self, history: History, rng: np.random.Generator) -> Choice:
-        """The candidate of largest expected gain: one that was left early where its turn has come, else something new."""
-        surrogate, fitted = self._fitted(history)
+        """The candidate of largest expected gain."""
+        surrogate = self._fitted(history)
         log_losses = history.log_losses.copy()
         if history.running.any():
             log_losses[history.running] = surrogate.predict(history.choices[history.running])[0]
         usable = np.isfinite(log_losses) & self.within(history.choices)
-        refined, deviations = surrogate.refined()
-        log_losses[fitted] = refined
-
-        def front_of(rows: NDArray[np.bool_]) -> _Staircase:
-            return _Staircase(history.choices[rows], history.sizes[rows], log_losses[rows], self._largest())
-
-        left = history.stopped[fitted] & ~history.resuming[fitted]
-        rows = fitted[left]
-        gains = front_of(usable & ~history.stopped).expected_gain(history.sizes[rows], log_losses[rows], deviations[left])
-        if len(gains) and ONE_IN * (history.n_resumed + 1) <= history.n_left:
-            return history.choices[rows[gains.argmax()]]
-
-        front = front_of(usable)  # what was left early counts too, at its estimate: another place has more to gain
+        front = _Staircase(history.choices[usable], history.sizes[usable], log_losses[usable], self._largest())
         seen = {row.tobytes() for row in history.choices}
         n = int(np.clip(POOL / (self.losses.size * max(1, min(len(history.sizes), MAX_FITTED))), MIN_CANDIDATES, MAX_CANDIDATES))
         pool = self._candidates(front, surrogate, n, rng)
         best = self._best(pool, front, surrogate, seen, 4)
         around = [best, *(self._moves(center, surrogate.table(center), n // (2 * len(best)), rng) for center in best)]
         found = self._best(np.concatenate(around), front, surrogate, seen, 1)
-        if len(found):
-            return found[0]
-        return history.choices[rows[gains.argmax()]] if len(gains) else self.smallest
+        return found[0] if len(found) else self.smallest
 
-    def _fitted(self, history: History) -> tuple[Surrogate, NDArray[np.intp]]:
-        """The surrogate, and the rows of the history that it was fitted to."""
+    def _fitted(self, history: History) -> Surrogate:
+        """The surrogate, fitted to what was measured nearest to the front."""
         surrogate = Surrogate(self.losses, self.exact, self.effects)
-        # Variances are chosen from what was measured whole: estimates change with what comes later, and a run that is gone on
-        # with must choose the same.
-        whole = np.flatnonzero(history.measured & ~history.stopped)
+        measured = np.flatnonzero(history.measured)
         when = 0
-        for number in _schedule(len(whole)):
+        for number in _schedule(len(measured)):
             when = number
         if when:
             if self._variances is None or self._variances[0] != when:
-                first = whole[:when]
+                first = measured[:when]
                 even = self.even[np.arange(len(self.even)), history.choices[first]].sum(1)  # whichever mixture this one weighs
                 first = first[nearest_front(even, history.log_losses[first], MAX_EVIDENCE)]
                 surrogate.choose_variances(history.choices[first], history.log_losses[first])
                 self._variances = when, surrogate.variances
             surrogate.variances = self._variances[1]
-        fitted = np.flatnonzero(history.measured)
-        fitted = fitted[nearest_front(history.sizes[fitted], history.log_losses[fitted], MAX_FITTED)]
-        surrogate.fit(history.choices[fitted], history.log_losses[fitted], history.variances[fitted])
-        return surrogate, fitted
+        nearest = measured[nearest_front(history.sizes[measured], history.log_losses[measured], MAX_FITTED)]
+        surrogate.fit(history.choices[nearest], history.log_losses[nearest])
+        return surrogate
 
     def _largest(self) -> float:
         """The size up to which a point's gain counts. Also under a budget: its best point serves whoever could afford more."""
@@ -118,7 +94,7 @@ class Front(Levels):
 
     def _candidates(self, front: _Staircase, surrogate: Surrogate, n: int, rng: np.random.Generator) -> Choice:
         if not len(front.choices):
-            return self.repair(self.order.argmin(self.losses))[None]
+            return self.repair(self.losses.argmin(1))[None]
         tables: dict[int, Floats] = {}
 
         def table(i: int) -> Floats:
@@ -132,16 +108,15 @@ class Front(Levels):
             found.append(self._moves(front.choices[i], table(i), n // (2 * CENTERS), rng))
             j = min(i + 1, len(front.choices) - 1)
             mask = rng.random((n // (4 * CENTERS), len(self.losses))) < rng.random((n // (4 * CENTERS), 1))
-            found.append(self.order.nearest(np.where(mask, front.choices[i], front.choices[j])))
-        cheapest = knapsack.total(self.size, self.order.argmin(self.size))
-        n_states = 0 if self.order else MAX_STATES
+            found.append(np.where(mask, front.choices[i], front.choices[j]))
+        cheapest = float(np.where(self.space.allowed, self.size, np.inf).min(1).sum())
         for i in rng.choice(len(front.choices), TARGETS, p=front.weights):
             low, high = front.sizes[i], np.append(front.sizes, front.end)[i + 1]
             limit = max(cheapest, rng.uniform(low, max(high, low)))
             choice = front.choices[i]
             for _ in range(2):
                 here = table(i) if choice is front.choices[i] else surrogate.table(choice)
-                choice = knapsack.solve(np.where(self.space.allowed, here, np.inf), self.size, limit, n_states, self.order)
+                choice = knapsack.solve(np.where(self.space.allowed, here, np.inf), self.size, limit, MAX_STATES)
                 found.append(choice[None])
             found.append(self._moves(choice, surrogate.table(choice), n // (4 * TARGETS), rng))
         return np.unique(np.concatenate(found), axis=0)
@@ -149,21 +124,21 @@ class Front(Levels):
     def _moves(self, center: Choice, table: Floats, n: int, rng: np.random.Generator) -> Choice:
         """`n` allocations near `center` [n_groups]: moves of a level and exchanges, those that `table` likes most often."""
         found = np.repeat(center[None], n, axis=0)
-        lost, grown_by = self.order.pushing(center, np.stack([table, self.size]))
         kinds = rng.integers(0, 4, n)  # up, down, exchange, exchange of up to two for two
         for step, without in zip(self.neighbours, (1, 0), strict=True):
             to = step[np.arange(len(center)), center]
-            there = np.flatnonzero((to != center) & np.isfinite(lost[np.arange(len(center)), to]))
+            there = np.flatnonzero(to != center)
             if not len(there):
                 continue
             to = to[there]
-            added, grown = lost[there, to], grown_by[there, to]
+            added = table[there, to] - table[there, center[there]]
+            grown = self.size[there, to] - self.size[there, center[there]]
             order = np.argsort(added / np.maximum(np.abs(grown), 1e-300), kind="stable")
             ranks = np.minimum(rng.exponential(max(2.0, len(order) / 6), (2, n)).astype(np.intp), len(order) - 1)
             for rank, rows in zip(ranks, (kinds != without, (kinds == 3) & (rng.random(n) < 0.7)), strict=True):
                 at = order[rank[rows]]
                 found[np.flatnonzero(rows), there[at]] = to[at]
-        return self.order.nearest(found, center)
+        return found
 
 
 class _Staircase:

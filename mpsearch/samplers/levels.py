@@ -22,10 +22,9 @@ class Levels(Proposer):
         self.neighbours: tuple[Choice, Choice] = up, down
 
     def step(self, choice: Choice, rng: np.random.Generator, up: bool) -> Choice:
-        """`choice` with one group, drawn among those that can and stay in order, a level up or down."""
-        rows = np.arange(len(choice))
-        to = self.neighbours[0 if up else 1][rows, choice]
-        can = np.flatnonzero((to != choice) & self.order.free(choice)[rows, to])
+        """`choice` with one group, drawn among those that can, a level up or down."""
+        to = self.neighbours[0 if up else 1][np.arange(len(choice)), choice]
+        can = np.flatnonzero(to != choice)
         moved = choice.copy()
         if len(can):
             group = rng.choice(can)

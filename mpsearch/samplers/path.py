@@ -45,7 +45,7 @@ class ILP(Path):
 
     def path(self) -> Choice:
         """One allocation for each of `n` sizes, those that are the same left out."""
-        return np.stack(knapsack.front(self.losses, self.size, self.n, order=self.order))
+        return np.stack(knapsack.front(self.losses, self.size, self.n))
 
 
 class GreedyAccuracy(Path):

@@ -6,6 +6,7 @@ trials alone, added to a new study, and workers that ask for different trials ge
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -25,14 +26,12 @@ from mpsearch.budget import Budget
 from mpsearch.costs.base import CostTable, mixed
 from mpsearch.errors import InputError
 from mpsearch.evaluation import SensitivityTable
-from mpsearch.fidelity import LOSS_FLOOR, whole_losses
 from mpsearch.samplers.base import distributions
 
 Choice = NDArray[np.intp]
 Floats = NDArray[np.float64]
 
 MAX_LISTED = 20_000  # allocations; in a space this small all of them are listed, so that none is missed
-RUNG_LOSSES = "rung_losses"  # of a told trial, a user attribute: its losses (nats) on the first of the search data
 TRIES = 200  # to turn a proposal that was measured already into a new one
 
 
@@ -40,41 +39,17 @@ TRIES = 200  # to turn a proposal that was measured already into a new one
 class History:
     """The trials so far, by number: `choices` intp [n, n_groups] (scheme indices), `log_losses` float64 [n] (natural logarithm;
     NaN where a trial still runs or failed), `sizes` float64 [n], the first cost without its constant, `running` bool [n].
-
-    Of a trial that was `stopped` (bool [n]) early, the loss is what its first samples and the whole trials let expect, with a
-    variance (float64 [n], 0 for the others); `resuming` (bool [n]) says that it is going on just now. Once it went on it stands
-    here as it is told then, and only so. `n_left` is how many were left early, `n_resumed` how often one of them went on.
     """
 
     choices: Choice
     log_losses: Floats
     sizes: Floats
     running: NDArray[np.bool_]
-    stopped: NDArray[np.bool_]
-    variances: Floats
-    resuming: NDArray[np.bool_]
-    n_left: int = 0
-    n_resumed: int = 0
 
     @property
     def measured(self) -> NDArray[np.bool_]:
         """[n]: which trials have a loss."""
         return np.isfinite(self.log_losses)
-
-
-def _expected(rung_losses: Sequence[Sequence[float]], log_losses: Floats) -> tuple[Floats, Floats]:
-    """[n] ln of the whole losses and their variances, from the last rung of each and the others that were measured whole."""
-    means, variances = np.full(len(log_losses), np.nan), np.zeros(len(log_losses))
-    rungs = np.full((len(log_losses), max(map(len, rung_losses), default=0)), np.nan)
-    for row, losses in zip(rungs, rung_losses, strict=True):
-        row[: len(losses)] = np.log(np.maximum(losses, LOSS_FLOOR))
-    whole = np.isfinite(log_losses)
-    last = np.array([len(losses) for losses in rung_losses]) - 1
-    for i in range(rungs.shape[1]):
-        here, known = ~whole & (last == i) & np.isfinite(rungs[:, i]), whole & np.isfinite(rungs[:, i])
-        means[here], deviations = whole_losses(rungs[here, i], rungs[known, i], log_losses[known])
-        variances[here] = np.square(deviations)
-    return means, variances
 
 
 class Proposer(BaseSampler):
@@ -94,7 +69,6 @@ class Proposer(BaseSampler):
     """
 
     many_costs = False
-    revisits = False  # whether it proposes again what was left early and promises enough: each is then left at the first rung
 
     def __init__(
         self,
@@ -115,11 +89,10 @@ class Proposer(BaseSampler):
         self.costs = [np.where(space.allowed, table.values, 0.0) for table in costs]
         self.even = self.costs[0] if len(costs) == 1 else mixed(self.costs, [1.0] * len(costs), space.allowed)
         self.weigh(self.even)
-        self.order = space.order.preferring(self.losses)
         self.tables = [np.where(space.allowed, budget.table.values, 0.0) for budget in budgets]
         self.rooms = [budget.room for budget in budgets]
         self.distributions = distributions(space.names, space.choices)
-        self.smallest = self.repair(self.order.argmin(self.size))
+        self.smallest = self.repair(np.where(space.allowed, self.size, np.inf).argmin(1))
         self._index = {name: i for i, name in enumerate(space.scheme_names)}
         self._choices: dict[int, Choice] = {}  # of each trial; they never change
         self._n_within = self._count() if space.log10_combinations <= math.log10(MAX_LISTED) else None
@@ -130,16 +103,16 @@ class Proposer(BaseSampler):
 
     @abstractmethod
     def propose(self, history: History, rng: np.random.Generator) -> Choice:
-        """Scheme indices [n_groups]; brought in order and within the budgets, and changed at random where they were measured."""
+        """Scheme indices [n_groups]; brought within the budgets, and changed at random where they were measured already."""
 
     def repair(self, choice: Choice) -> Choice:
-        """`choice` in order and within the budgets."""
-        return knapsack.repair(choice, self.losses, self.tables, self.rooms, self.order)
+        """`choice` within the budgets."""
+        return knapsack.repair(choice, self.losses, self.tables, self.rooms)
 
     def within(self, choices: Choice) -> NDArray[np.bool_]:
-        """[n]: which of `choices` [n, n_groups] keep the order and the budgets."""
+        """[n]: which of `choices` [n, n_groups] keep the budgets."""
         rows = np.arange(choices.shape[1])
-        kept = self.order.holds(choices)
+        kept = np.ones(len(choices), dtype=bool)
         for table, room in zip(self.tables, self.rooms, strict=True):
             kept &= table[rows, choices].sum(1) <= room
         return kept
@@ -166,8 +139,7 @@ class Proposer(BaseSampler):
             self.weigh(mixed(self.costs, _weights(len(self.costs), rng), self.space.allowed))
         history = self._history(study)
         choice = self.repair(self.propose(history, rng))
-        left_early = history.stopped if self.revisits else np.zeros(len(history.sizes), dtype=bool)
-        choice = self._new(choice, {row.tobytes() for row in history.choices[~left_early]}, rng)
+        choice = self._new(choice, {row.tobytes() for row in history.choices}, rng)
         return {name: self.space.scheme_names[i] for name, i in zip(self.space.names, choice, strict=True)}
 
     def sample_independent(self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
@@ -182,34 +154,7 @@ class Proposer(BaseSampler):
         log_losses[broken] = log_losses[np.isfinite(log_losses)].max(initial=0.0)
         choices = self._asked(study)
         running = np.array([trial.state is TrialState.RUNNING for trial in trials], dtype=bool)
-        stopped = np.array([trial.state is TrialState.PRUNED for trial in trials], dtype=bool)
-        variances = np.zeros(len(trials))
-        if stopped.any():
-            told = ~running
-            seen = [trial.user_attrs.get(RUNG_LOSSES, ()) if is_told else () for trial, is_told in zip(trials, told, strict=True)]
-            expected, noise = _expected(seen, log_losses)
-            log_losses[stopped], variances[stopped] = expected[stopped], noise[stopped]
-        latest = {row.tobytes(): i for i, row in enumerate(choices) if not running[i]}
-        left: set[bytes] = set()
-        again = np.zeros(len(trials), dtype=bool)
-        for i, row in enumerate(choices):
-            again[i] = row.tobytes() in left
-            if stopped[i]:
-                left.add(row.tobytes())
-        under_way = {row.tobytes() for row in choices[running & again]}
-        keep = np.array([running[i] or latest[row.tobytes()] == i for i, row in enumerate(choices)], dtype=bool)
-        resuming = np.array([row.tobytes() in under_way for row in choices], dtype=bool)
-        return History(
-            choices[keep],
-            log_losses[keep],
-            self.sizes(choices[keep]),
-            running[keep],
-            stopped[keep],
-            variances[keep],
-            resuming[keep],
-            n_left=len(left),
-            n_resumed=int(again.sum()),
-        )
+        return History(choices, log_losses, self.sizes(choices), running)
 
     def _is_asked(self, trial: FrozenTrial) -> bool:
         return trial.state is not TrialState.WAITING and len(trial.params) == len(self.space.names)
@@ -224,7 +169,7 @@ class Proposer(BaseSampler):
         return np.array(rows, dtype=np.intp).reshape(-1, len(self.space.names))
 
     def _new(self, choice: Choice, seen: set[bytes], rng: np.random.Generator) -> Choice:
-        """`choice`, or one that differs from it in as few groups as it takes to be new, in order and within the budgets."""
+        """`choice`, or one that differs from it in as few groups as it takes to be new and within the budgets."""
         if choice.tobytes() not in seen:
             return choice
         free = np.flatnonzero(self.space.allowed.sum(1) > 1)
@@ -234,7 +179,7 @@ class Proposer(BaseSampler):
             other = choice.copy()
             for group in rng.choice(free, min(len(free), 1 + attempt // 40), replace=False):
                 other[group] = rng.choice(np.flatnonzero(self.space.allowed[group]))
-            other = self.repair(self.order.nearest(other, choice))
+            other = self.repair(other)
             if other.tobytes() not in seen:
                 return other
         if self._n_within is not None:
@@ -245,8 +190,8 @@ class Proposer(BaseSampler):
         return choice
 
     def _every(self) -> Choice:
-        """[n, n_groups]: all allocations in order and within the budgets."""
-        every = self.order.every()
+        """[n, n_groups]: all allocations within the budgets."""
+        every = np.array(list(itertools.product(*map(np.flatnonzero, self.space.allowed))), dtype=np.intp)
         return every[self.within(every)]
 
     def _count(self) -> int:

@@ -1,4 +1,4 @@
-"""Keeps one of Optuna's samplers in order and within the budgets: its proposal is repaired before Optuna freezes it.
+"""Keeps one of Optuna's samplers within the budgets: its proposal is repaired before Optuna freezes it.
 
 Repaired after the ask, a proposal would be told under parameters that were never measured: NSGA-II, for one, would stay at its
 first generation. Here the repaired allocation is what Optuna stores, learns from and plots.
@@ -7,7 +7,6 @@ first generation. Here the repaired allocation is what Optuna stores, learns fro
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,14 +19,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from mpsearch import knapsack
 from mpsearch.errors import InputError
-from mpsearch.monotone import Monotone
 from mpsearch.samplers.base import distributions
 
 MAX_ENUMERATED = 100_000  # allocations; more than anybody measures one by one
 
 
 class Repaired(BaseSampler):
-    """`inner`'s proposals, brought in order and back under the budgets by `knapsack.repair`.
+    """`inner`'s proposals, brought back under the budgets by `knapsack.repair`.
 
     Args:
         inner: one of Optuna's samplers, seeded.
@@ -37,7 +35,6 @@ class Repaired(BaseSampler):
             than the longest are padded with np.inf.
         costs: per budget an array [n_groups, n_choices] (what is padded is not read).
         limits: per budget its limit. Without budgets nothing is repaired.
-        order: the order that allocations keep, its bits in the order of `choices`. `None`: they keep none.
 
     Raises:
         InputError: a budget is below its cheapest allocation; or `inner` is Optuna's brute force, and there are more than 100,000
@@ -55,21 +52,21 @@ class Repaired(BaseSampler):
         loss: NDArray[np.float64],
         costs: Sequence[NDArray] = (),
         limits: Sequence[float] = (),
-        order: Monotone | None = None,
     ) -> None:
         self.inner = inner
         self.distributions = distributions(groups, choices)
         self._choices = [tuple(names) for names in choices]
         self._index = [{name: index for index, name in enumerate(names)} for names in self._choices]
-        listed = np.arange(loss.shape[1]) < np.array([len(names) for names in self._choices])[:, None]
+        self._n_choices = np.array([len(names) for names in self._choices])
+        listed = np.arange(loss.shape[1]) < self._n_choices[:, None]
         self._loss = np.where(listed, loss, np.inf)
         self._costs = [np.where(listed, cost, 0) for cost in costs]
         self._limits = list(limits)
-        self._order = (order or Monotone([], self._loss)).preferring(self._loss)
         self._repair(self._loss.argmin(1))  # a budget that cannot be met is found here, not at the first trial
-        magnitude = math.log10(self._order.count)
-        self._feasible = self._within_budgets() if magnitude <= math.log10(MAX_ENUMERATED) else None
-        self._number = {row.tobytes(): i for i, row in enumerate(self._feasible)} if self._feasible is not None else {}
+        # Numbers an allocation in a mixed radix; not np.unravel_index, which ends at 64 groups.
+        self._strides = np.append(np.cumprod(self._n_choices[:0:-1])[::-1], 1)
+        magnitude = float(np.log10(self._n_choices).sum())
+        self._feasible = self._within_budgets() if magnitude <= np.log10(MAX_ENUMERATED) else None
         if self._feasible is None and isinstance(inner, BruteForceSampler):
             raise InputError(
                 f"Brute force is for spaces of at most {MAX_ENUMERATED:,} allocations, and this one has 10^{magnitude:.1f}: "
@@ -96,7 +93,7 @@ class Repaired(BaseSampler):
         return self.distributions
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
-        """A scheme for every group, in order and within the budgets."""
+        """A scheme for every group, within the budgets."""
         related = self.inner.infer_relative_search_space(study, trial)
         proposed = self.inner.sample_relative(study, trial, related)
         partial = copy.copy(trial)  # brute force looks up what has been chosen so far
@@ -128,15 +125,15 @@ class Repaired(BaseSampler):
         return len(self._unseen(study)) == 0
 
     def _repair(self, choice: NDArray[np.intp]) -> NDArray[np.intp]:
-        return knapsack.repair(choice, self._loss, self._costs, self._limits, self._order)
+        return knapsack.repair(choice, self._loss, self._costs, self._limits)
 
     def _to_choice(self, params: dict[str, Any]) -> NDArray[np.intp]:
         pairs = zip(self.distributions, self._index, strict=True)
         return np.fromiter((index[params[group]] for group, index in pairs), dtype=np.intp, count=len(self._index))
 
     def _within_budgets(self) -> NDArray[np.intp]:
-        """[n, n_groups]: every allocation in order and within the budgets."""
-        every = self._order.every()
+        """[n, n_groups]: every allocation within the budgets."""
+        every = np.arange(self._n_choices.prod())[:, None] // self._strides % self._n_choices
         within = np.ones(len(every), dtype=bool)
         for cost, limit in zip(self._costs, self._limits, strict=True):
             within &= cost[np.arange(len(cost)), every].sum(1) <= limit
@@ -146,10 +143,8 @@ class Repaired(BaseSampler):
         """[n, n_groups]: the allocations within the budgets that no trial has yet."""
         assert self._feasible is not None
         asked = (trial.params for trial in study.get_trials(deepcopy=False))
-        seen = [self._to_choice(params).tobytes() for params in asked if self.distributions.keys() <= params.keys()]
-        unseen = np.ones(len(self._feasible), dtype=bool)
-        unseen[[self._number[row] for row in seen if row in self._number]] = False
-        return self._feasible[unseen]
+        seen = [self._to_choice(params) @ self._strides for params in asked if self.distributions.keys() <= params.keys()]
+        return self._feasible[~np.isin(self._feasible @ self._strides, seen)]
 
     def _nearest_unseen(self, study: Study, choice: NDArray[np.intp]) -> NDArray[np.intp]:
         """`choice`, if no trial has it; else, if there is one left, the allocation that differs from it in the fewest groups."""

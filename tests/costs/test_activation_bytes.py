@@ -44,7 +44,7 @@ TABLE = SensitivityTable("kl", "nats", VALUES, SPACE)
 BUDGETS = [{"activation_bytes": 180}, {"activation_bytes": 180, "bytes": 700}, {"activation_bytes": 185, "bytes": 580}]
 
 
-def score(allocation, split="search", stops=()):
+def score(allocation, split="search"):
     choice = SPACE.choice(allocation) if allocation else None
     loss = 0.0 if choice is None else float(VALUES[np.arange(5), choice].sum() ** 1.3)
     return Score(loss, loss, 0.5, 0.4, 0.6, 0.0, 1, np.empty(0))

@@ -41,7 +41,7 @@ class Sleeper:
     def __init__(self, folder, seconds=0.05):
         self.folder, self.seconds = folder, seconds
 
-    def score(self, allocation, split="search", stops=()):
+    def score(self, allocation, split="search"):
         time.sleep(self.seconds)
         name = "-".join(allocation.values())
         with open(os.path.join(self.folder, f"{name}.{os.getpid()}.{time.monotonic_ns()}"), "x"):
@@ -113,9 +113,9 @@ def trials(engine, executor, known=(), n_trials=24, record=lambda e: None, in_fl
         table = measure_sensitivity(engine, KL(), executor=executor)
         evaluate = Evaluator(engine, [], record, known=known, executor=executor)
         sampler = Front(engine.space, table, [bits(engine.space)], [], 7)
-        search(evaluate, table, sampler, n_trials=n_trials, n_seeds=4, in_flight=in_flight, rung_shares=(0.125, 0.5))
+        search(evaluate, table, sampler, n_trials=n_trials, n_seeds=4, in_flight=in_flight)
     found = sorted((e for e in evaluate.evaluations if e.trial is not None), key=lambda e: e.trial)
-    return [(e.trial, e.origin, dict(e.allocation), e.loss, e.rung_losses, e.stopped, e.n_samples) for e in found]
+    return [(e.trial, e.origin, dict(e.allocation), e.loss, e.n_samples) for e in found]
 
 
 def bits(space):
@@ -191,7 +191,7 @@ def test_work_that_kills_its_worker_is_given_up(executor):
 
 
 class Killer:
-    def score(self, allocation, split="search", stops=()):
+    def score(self, allocation, split="search"):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -234,7 +234,7 @@ def test_an_error_of_a_worker_comes_back(executor):
 
 
 class Refuser:
-    def score(self, allocation, split="search", stops=()):
+    def score(self, allocation, split="search"):
         raise InputError("Layer 'x' has no scale.")
 
 

@@ -1,6 +1,5 @@
 """The shelf of metrics: the promises of `metrics/base.py`, kept by every one, and each against its formula."""
 
-import dataclasses
 import itertools
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import nn
 from mpsearch.allocation import Allocation
 from mpsearch.engine import FLOAT
 from mpsearch.errors import InputError
-from mpsearch.metrics.base import MeasuredMetric, SensitivityMetric
+from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.metrics.fisher import Fisher, changed
 from mpsearch.metrics.gauss_newton import GaussNewton, _by_row, _carried_over
 from mpsearch.metrics.hawq import HAWQ
@@ -32,7 +31,7 @@ CONF = Path(__file__).parents[2] / "conf" / "metric"
 def metric(request):
     found = instantiate(OmegaConf.load(request.param), _convert_="object")
     assert isinstance(found, SensitivityMetric)
-    assert found.name == request.param.stem.removesuffix("_hardest")
+    assert found.name == request.param.stem
     assert found.unit
     return found
 
@@ -101,8 +100,6 @@ def test_a_group_of_layers_counts_all_of_them(metric, tiny, all_carries_over):
     both = type(first)("both", first.layers + second.layers)
     object.__setattr__(together.space, "groups", (both, last))
     together._members = {"both": both.layers, "last": last.layers}
-    if isinstance(metric, MeasuredMetric):
-        metric = dataclasses.replace(metric, share=1.0)
     (value,) = metric.measure(together, [("both", "w2")])
     if isinstance(metric, Fisher | HAWQ | WeightMSE):
         assert value == pytest.approx(sum(metric.measure(engine, [("first", "w2"), ("second", "w2")])))
