@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import matmul_peers
 import torch
@@ -32,7 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpsearch import kernels
-from mpsearch.kernels.backends import backend_index, compiled
+from mpsearch.kernels import products
+from mpsearch.kernels.backends import compiled
 
 GROUP_SIZE = 128
 COLD_BYTES = 80_000_000
@@ -137,17 +139,19 @@ def against_peers(weight: Tensor, case: str, copies_of: Callable[[float], int], 
 def call_cost(backend: str, seconds: float) -> Row:
     """What `linear_a8` takes beyond the compiled function that it calls, on a small layer."""
     rows, columns = HOT_SHAPES[0]
-    weight, x, y = torch.randn(rows, columns), torch.randn(1, columns), torch.empty(1, rows)
+    weight, x = torch.randn(rows, columns), torch.randn(1, columns)
     packed = kernels.pack_weight(
         *kernels.quantize(weight, bits=4, group_size=GROUP_SIZE, symmetric=False), bits=4, group_size=GROUP_SIZE
     )
-    addresses = (x.data_ptr(), packed.data.data_ptr(), 0, y.data_ptr())
-    arguments = (backend_index(backend), *addresses, 1, rows, columns, GROUP_SIZE, 4, True, True, 0.0, 1)
+    with kernels.use_backend(backend), mock.patch.object(products, "compiled") as recorder:
+        y = kernels.linear_a8(x, packed)  # kept: its address is one of the arguments
+    arguments = recorder.linear.call_args.args
     both = {
         "call": Candidate(lambda x, i: [kernels.linear_a8(x, packed) for _ in range(20)], 1),
         "kernel": Candidate(lambda x, i: [compiled.linear(*arguments) for _ in range(20)], 1),
     }
     times = {name: 1e6 * taken / 20 for name, taken in measure(both, x, seconds).items()}
+    assert y.isfinite().all()
     over = times["call"] - times["kernel"]
     print(f"\na call of w4a8, [{rows}, {columns}], 1 token: {times['call']:.1f} us, {over:.1f} us of it beyond the kernel")
     return {"what": "call beyond the kernel", "case": f"w4a8, [{rows}, {columns}]", "value": over, "unit": "us"}

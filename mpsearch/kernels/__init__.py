@@ -19,6 +19,7 @@ from mpsearch.kernels.convolution import PackedConv, conv, conv_a8, pack_conv, u
 from mpsearch.kernels.embedding import embedding
 from mpsearch.kernels.feedback import round_with_feedback
 from mpsearch.kernels.half_quadratic import half_quadratic
+from mpsearch.kernels.memory import readable
 from mpsearch.kernels.operators import register
 from mpsearch.kernels.products import MOST_GROUP_COLUMNS, PackedWeight, linear, linear_a8, pack_weight, unpack_weight
 from mpsearch.kernels.rotation import blocks_of, rotate
@@ -81,7 +82,8 @@ def quantize(
     `reference.py` gives every rounding. Raises `InputError` for arguments that do not fit together, weights that are not
     finite, and scales beyond `scale_dtype`.
     """
-    weight = weight.detach()
+    weight = readable("weight", weight.detach())
+    ratios, importance = readable("ratios", ratios), readable("importance", importance)
     _check_quantize(weight, bits, group_size, symmetric, scale_dtype, ratios, importance)
     group_size = min(group_size, max(weight.shape[1], 1))
     backend = backend_of(weight)
@@ -119,7 +121,8 @@ def fake_quantize(
     `weight`; may be `weight` itself): for a large weight that takes half the time of a fresh tensor, whose memory the system must
     clear first. Where an `InputError` comes of NaN or infinite weights, `out` has been written to.
     """
-    weight = weight.detach()
+    weight = readable("weight", weight.detach())
+    ratios, importance = readable("ratios", ratios), readable("importance", importance)
     _check_quantize(weight, bits, group_size, symmetric, scale_dtype, ratios, importance)
     if out is not None and (out.shape, out.dtype, out.device, out.is_contiguous()) != (
         weight.shape,
@@ -158,6 +161,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     _check_bits(bits)
     _check_bytes("codes", codes)
+    codes = readable("codes", codes)
     backend = backend_of(codes)
     if backend == "reference":
         largest = int(codes.max()) if codes.numel() else 0
@@ -189,6 +193,7 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
 
 
 def _unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
+    packed = readable("packed codes", packed)
     backend = backend_of(packed)
     if backend == "reference":
         return reference.unpack(packed, bits, numel)
@@ -238,6 +243,11 @@ def dequantize(
 def _dequantize(
     packed: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, rows: int, columns: int, group_size: int
 ) -> Tensor:
+    packed, scales, zero_points = (
+        readable("packed codes", packed),
+        readable("scales", scales),
+        readable("zero_points", zero_points),
+    )
     backend = backend_of(packed)
     if backend == "reference":
         codes = reference.unpack(packed, bits, rows * columns).reshape(rows, columns)

@@ -28,6 +28,11 @@ except ImportError as error:
             "Build them with: pip install --force-reinstall --no-deps . (it needs GCC >= 12 or Clang >= 16)."
         ) from error
 
+if hasattr(os, "register_at_fork"):
+    # OpenMP's threads do not exist in a forked child, where an operator of PyTorch that would use them waits for them forever.
+    # (The compiled kernels start threads of their own anew; they use as many as PyTorch.)
+    os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
+
 _COMPILED: tuple[str, ...] = () if compiled is None else tuple(compiled.backends())
 _AVAILABLE = ("reference", *_COMPILED)
 _forced: str | None = None

@@ -17,8 +17,17 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference, reference_conv
 from mpsearch.kernels.backends import backend_index, backend_of, compiled, is_plain
+from mpsearch.kernels.memory import readable
 from mpsearch.kernels.operators import register
-from mpsearch.kernels.products import MOST_GROUP_COLUMNS, check_format, check_input, check_values, code_of_zero
+from mpsearch.kernels.products import (
+    MOST_GROUP_COLUMNS,
+    MOST_SIZE,
+    check_fields,
+    check_format,
+    check_input,
+    check_values,
+    code_of_zero,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,12 @@ class PackedConv:
     symmetric: bool
     kernel_size: tuple[int, ...]
     groups: int
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not isinstance(self.kernel_size, tuple) or any(type(size) is not int for size in self.kernel_size):
+            raise InputError(f"kernel_size is {self.kernel_size!r}, but must be a tuple of 1 or 2 integers.")
+        _check_packed(self.data, _format(self))
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +91,11 @@ def pack_conv(
     `InputError` where anything differs from that.
     """
     group_size = check_format(codes, scales, zero_points, bits, group_size)
+    codes, scales, zero_points = (
+        readable("codes", codes),
+        readable("scales", scales.detach()),
+        readable("zero_points", zero_points),
+    )
     check_values(codes, scales, bits)
     (rows, columns), kernel_size = codes.shape, tuple(kernel_size)
     if len(kernel_size) not in (1, 2) or min(kernel_size) < 1:
@@ -85,7 +105,7 @@ def pack_conv(
         raise InputError(f"codes have {columns} columns, which a kernel of {height * width} weights a channel does not divide.")
     if groups < 1 or rows % groups:
         raise InputError(f"groups is {groups}, which does not divide the weight's {rows} rows.")
-    data = reference_conv.pack_conv(codes, scales.detach(), zero_points, bits, group_size, (height, width), groups)
+    data = reference_conv.pack_conv(codes, scales, zero_points, bits, group_size, (height, width), groups)
     half_scales = scales.dtype == torch.float16
     return PackedConv(data, rows, columns, bits, group_size, half_scales, zero_points is None, kernel_size, groups)
 
@@ -94,7 +114,7 @@ def unpack_conv(weight: PackedConv) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and zero points, exactly as they came to `pack_conv`, contiguous; zero points `None` where symmetric."""
     format = _format(weight)
     _check_packed(weight.data, format)
-    return _unpack(weight.data, format)
+    return _unpack(readable("the packed weight", weight.data), format)
 
 
 def conv(
@@ -229,6 +249,7 @@ def _convolve(
     int8_input: bool = False,
 ) -> Tensor:
     _check(x, data, format, bias, input_scale, largest_code, zero_point)
+    x, data, bias = readable("x", x), readable("the packed weight", data), readable("bias", bias)
     channels_last = _is_channels_last(x)
     out, shape = _plan(x.shape, channels_last, format, stride, padding, dilation)
     y = _result(x, out)
@@ -372,8 +393,14 @@ def _check_packed(data: Tensor, format: Format) -> None:
 def _expected(format: Format) -> tuple[int, int]:
     """Bytes of a packed weight, -1 where there is none such, and the channels that x must have."""
     rows, columns, bits, group_size, half_scales, symmetric, groups, *kernel_size = format
-    sound = rows >= 0 and columns >= 0 and 1 <= bits <= 8 and 1 <= group_size <= MOST_GROUP_COLUMNS and groups >= 1
-    if not sound or len(kernel_size) not in (1, 2) or min(kernel_size) < 1 or rows % groups:
+    sound = (
+        0 <= rows <= MOST_SIZE
+        and 0 <= columns <= MOST_SIZE
+        and 1 <= bits <= 8
+        and 1 <= group_size <= MOST_GROUP_COLUMNS
+        and groups >= 1
+    )
+    if not sound or len(kernel_size) not in (1, 2) or not 1 <= min(kernel_size) <= max(kernel_size) <= MOST_SIZE or rows % groups:
         return -1, -1
     height, width = _pair(kernel_size, 1)
     if columns % (height * width):

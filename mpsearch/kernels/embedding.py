@@ -8,6 +8,7 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference
 from mpsearch.kernels.backends import backend_index, backend_of, compiled
+from mpsearch.kernels.memory import readable
 from mpsearch.kernels.operators import register
 from mpsearch.kernels.products import PackedWeight, check_packed_weight
 
@@ -27,7 +28,9 @@ def embedding(indices: Tensor, weight: PackedWeight) -> Tensor:
 
 def _embedding(indices: Tensor, data: Tensor, rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> Tensor:
     _check(indices, data, rows, columns, bits, group_size, half_scales)
-    indices = indices.contiguous()
+    data = readable("the packed weight", data)
+    # A copy: what is checked is then what is read, whatever another thread writes to the caller's tensor meanwhile.
+    indices = readable("indices", indices).clone(memory_format=torch.contiguous_format)
     backend = backend_of(indices, on_cuda=False)
     if backend == "reference" or columns == 0:
         bad = ((indices < 0) | (indices >= rows)).flatten().nonzero()

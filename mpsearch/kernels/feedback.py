@@ -8,6 +8,7 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference_feedback
 from mpsearch.kernels.backends import backend_index, backend_of, compiled
+from mpsearch.kernels.memory import readable
 
 
 def round_with_feedback(
@@ -41,6 +42,9 @@ def round_with_feedback(
 
     `reference_feedback.py` gives every rounding. Raises `InputError` where shapes do not fit together.
     """
+    weight, feedback, errors = readable("weight", weight), readable("feedback", feedback), readable("errors", errors)
+    scales, zero_points = readable("scales", scales), readable("zero_points", zero_points)
+    column_groups = readable("column_groups", column_groups)
     _check(weight, feedback, scales, zero_points, column_groups, bits, errors)
     backend = backend_of(weight, on_cuda=False)
     if backend == "reference":

@@ -8,6 +8,7 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference_half_quadratic
 from mpsearch.kernels.backends import backend_index, backend_of, compiled
+from mpsearch.kernels.memory import readable
 
 
 def half_quadratic(
@@ -35,6 +36,7 @@ def half_quadratic(
     `reference_half_quadratic.py` gives every rounding. Raises `InputError` where shapes do not fit together.
     """
     _check(weight, scales, zero_points, bits, group_size)
+    weight, scales, zero_points = readable("weight", weight), readable("scales", scales), readable("zero_points", zero_points)
     rows, columns = weight.shape
     group_size = min(group_size, max(columns, 1))
     betas = torch.tensor([beta * growth**step for step in range(n_steps + 1)], dtype=torch.float32, device=weight.device)

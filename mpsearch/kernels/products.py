@@ -8,7 +8,8 @@ quantized to int8 (`linear_a8`). Both are registered with `torch.library` as `mp
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.kernels import cuda_backend, reference
 from mpsearch.kernels.backends import backend_index, backend_of, compiled, is_plain
+from mpsearch.kernels.memory import readable
 from mpsearch.kernels.operators import register
 
+MOST_SIZE = 2**31 - 1  # of an integer field of a packed weight
 MOST_GROUP_COLUMNS = 32_768  # of a group: 2 * 255 * 127 * 32,768 is the largest such sum in int32
 SMALLEST_SCALE, LARGEST_SCALE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # of an input
 
@@ -40,6 +43,10 @@ class PackedWeight:
     half_scales: bool
     symmetric: bool
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_packed_weight(self.data, self.rows, self.columns, self.bits, self.group_size, self.half_scales)
+
     @property
     def nbytes(self) -> int:
         """Bytes in memory: codes, scales and zero points, rows padded to 16 and groups to a multiple of 32 columns."""
@@ -58,8 +65,12 @@ def pack_weight(codes: Tensor, scales: Tensor, zero_points: Tensor | None, *, bi
     Raises `InputError` where anything differs from that.
     """
     group_size = check_format(codes, scales, zero_points, bits, group_size)
-    rows, columns = codes.shape
-    scales, half_scales = scales.detach(), scales.dtype == torch.float16
+    codes, scales, zero_points = (
+        readable("codes", codes),
+        readable("scales", scales.detach()),
+        readable("zero_points", zero_points),
+    )
+    (rows, columns), half_scales = codes.shape, scales.dtype == torch.float16
     backend = backend_of(codes, on_cuda=False)
     if backend == "reference":
         seen = None
@@ -84,6 +95,18 @@ def pack_weight(codes: Tensor, scales: Tensor, zero_points: Tensor | None, *, bi
         )
     check_values(codes, scales, bits, seen)
     return PackedWeight(data, rows, columns, bits, group_size, half_scales, zero_points is None)
+
+
+def check_fields(packed: Any) -> None:
+    """Refuse a field of a packed weight (a dataclass) that is not of its type, or an integer out of range."""
+    for field in fields(packed):
+        value = getattr(packed, field.name)
+        if field.type == "Tensor" and not isinstance(value, Tensor):
+            raise InputError(f"{field.name} is a {type(value).__name__}, but must be a tensor.")
+        if field.type == "int" and (type(value) is not int or not 0 <= value <= MOST_SIZE):
+            raise InputError(f"{field.name} is {value!r}, but must be an integer from 0 to {MOST_SIZE}.")
+        if field.type == "bool" and type(value) is not bool:
+            raise InputError(f"{field.name} is {value!r}, but must be True or False.")
 
 
 def check_format(codes: Tensor, scales: Tensor, zero_points: Tensor | None, bits: int, group_size: int) -> int:
@@ -126,14 +149,15 @@ def unpack_weight(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and zero points, exactly as they came to `pack_weight`, contiguous; zero points `None` where symmetric."""
     rows, columns, bits, group_size, half_scales = packed.rows, packed.columns, packed.bits, packed.group_size, packed.half_scales
     check_packed_weight(packed.data, rows, columns, bits, group_size, half_scales)
+    data = readable("the packed weight", packed.data)
     scale_dtype = torch.float16 if half_scales else torch.float32
-    backend = backend_of(packed.data, on_cuda=False)
+    backend = backend_of(data, on_cuda=False)
     if backend == "reference" and rows and columns:
-        codes, scales, doubled_zeros = reference.unpack_weight(packed.data, rows, columns, bits, group_size, scale_dtype)
+        codes, scales, doubled_zeros = reference.unpack_weight(data, rows, columns, bits, group_size, scale_dtype)
         zero_points = None if packed.symmetric else (doubled_zeros.contiguous() // 2).to(torch.uint8)
         return codes, scales.contiguous(), zero_points
-    codes = packed.data.new_empty(rows, columns)
-    zero_points = packed.data.new_empty(rows, -(-columns // group_size))
+    codes = data.new_empty(rows, columns)
+    zero_points = data.new_empty(rows, -(-columns // group_size))
     scales = zero_points.to(scale_dtype)
     zero_points = None if packed.symmetric else zero_points
     if backend != "reference":
@@ -142,7 +166,7 @@ def unpack_weight(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
             codes.data_ptr(),
             scales.data_ptr(),
             0 if zero_points is None else zero_points.data_ptr(),
-            packed.data.data_ptr(),
+            data.data_ptr(),
             rows,
             columns,
             group_size,
@@ -253,6 +277,7 @@ def _multiply(
 ) -> Tensor:
     """Called often and briefly: every attribute of a tensor costs as much as a row of the weight."""
     shape = _check_product(x, data, rows, columns, bits, group_size, half_scales, bias, input_scale, largest_code, zero_point)
+    x, data, bias = readable("x", x), readable("the packed weight", data), readable("bias", bias)
     y = x.new_empty((*shape[:-1], rows))
     n_values = x.numel()
     if n_values == 0 or rows == 0:
@@ -361,7 +386,12 @@ def check_packed_weight(data: Tensor, rows: int, columns: int, bits: int, group_
 @functools.lru_cache(maxsize=4096)
 def _packed_bytes(rows: int, columns: int, bits: int, group_size: int, half_scales: bool) -> int:
     """Bytes of a packed weight, -1 where there is none such."""
-    if rows < 0 or columns < 0 or not 1 <= bits <= 8 or not 1 <= group_size <= MOST_GROUP_COLUMNS:
+    if (
+        not 0 <= rows <= MOST_SIZE
+        or not 0 <= columns <= MOST_SIZE
+        or not 1 <= bits <= 8
+        or not 1 <= group_size <= MOST_GROUP_COLUMNS
+    ):
         return -1
     n_tiles, n_groups, n_blocks = reference.packed_grid(rows, columns, group_size)
     header = reference.header_bytes(torch.float16 if half_scales else torch.float32)

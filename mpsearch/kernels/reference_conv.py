@@ -145,13 +145,20 @@ def packed_bytes(
     if rows == 0 or columns == 0:
         return 0
     order = order_of(rows, columns, group_size, kernel_size, groups)
-    codes = sum(-(-(tile.stop - tile.start) * columns * bits // 8) for tile in _tiles(rows, groups, order))
+    run = _run(rows, groups, order)
+    n_full, rest = divmod(run, TILE_ROWS)
+    codes = rows // run * (n_full * (TILE_ROWS * columns * bits // 8) + -(-rest * columns * bits // 8))
     return rows * -(-columns // group_size) * (scale_bytes + (not symmetric)) + codes
+
+
+def _run(rows: int, groups: int, order: int) -> int:
+    """Rows that are cut into tiles together: those of one group of the convolution, or all."""
+    return rows if order == LANES else rows // groups
 
 
 def _tiles(rows: int, groups: int, order: int) -> list[slice]:
     """The rows of each tile."""
-    run = rows if order == LANES else rows // groups
+    run = _run(rows, groups, order)
     firsts = [row for begin in range(0, rows, run) for row in range(begin, begin + run, TILE_ROWS)]
     return [slice(first, min(first + TILE_ROWS, (first // run + 1) * run)) for first in firsts]
 

@@ -1,7 +1,8 @@
 """Half-quadratic fitting of grids in plain PyTorch: the specification that every compiled backend equals bit for bit.
 
-All arithmetic is float32, each operation rounded by itself, rounding to whole numbers is half to even; sums over a group's
-columns have the order of `reference.py`'s clip search. `unit` is the group's first |scale|, and of a grid (scale, zero)
+All arithmetic is float32, each operation correctly rounded by itself, square roots too, and rounding to integers is half to
+even; sums over a group's columns have the order of `reference.py`'s clip search. `unit` is the group's first |scale|, and of a
+grid (scale, zero)
 
     inverse = 1 / scale, or 0 where |scale| is below 2**-126          n = the number of columns
     code    = rint(clamp(x * inverse + zero, 0, top))                 d = code - zero
@@ -12,7 +13,7 @@ columns have the order of `reference.py`'s clip search. `unit` is the group's fi
 
 `n_steps` times the grid is replaced by the one that is best for y and the codes as they are:
 
-    shift   = rint(clamp(zero + (sum d - inverse * sum y) / n, 0, top)) - zero, or 0 where zeros stay
+    shift   = rint(clamp(zero + (sum d - inverse * sum y) / n, 0, top)) - zero, or 0 where zeros stay; a NaN is clamped to 0
     scale   = round_scale((sum d*y - shift * sum y) / ((sum d*d - 2 * shift * sum d) + n * shift * shift))
 
 where the divisor is above 0 and |scale| is from 2**-126 up and finite; else the scale stays. Each step has its own beta. The grid
@@ -52,7 +53,7 @@ def half_quadratic(
         d = (code - zero[..., None]) * there
         r = x - d * scale[..., None]
         a = (r.abs() * per_unit[..., None]).clamp(min=SMALLEST_NORMAL)
-        root = 1.0 / a.sqrt().sqrt()
+        root = 1.0 / _square_root(_square_root(a))
         cost = _sum(a * root * there)
         better = cost < best
         best = torch.where(better, cost, best)
@@ -60,7 +61,8 @@ def half_quadratic(
         e = (a - root * (1.0 / beta)).clamp(min=0.0) * unit[..., None]
         y = x - torch.where(r < 0, -e, e)
         sums = [_sum(of) for of in (d, y, d * d, d * y)]
-        shift = ((sums[0] - inverse * sums[1]) / n + zero).clamp(0, top).round() - zero if fit_zeros else torch.zeros_like(zero)
+        mean = (sums[0] - inverse * sums[1]) / n + zero
+        shift = mean.nan_to_num(0.0).clamp(0, top).round() - zero if fit_zeros else torch.zeros_like(zero)
         divisor = (sums[2] - (shift + shift) * sums[0]) + n * shift * shift
         moved = ((sums[3] - shift * sums[1]) / divisor).to(scales.dtype).float()
         fits = (divisor > 0) & (moved.abs() >= SMALLEST_NORMAL) & (moved.abs() < torch.inf)
@@ -71,6 +73,14 @@ def half_quadratic(
 
 def _inverse(scale: Tensor) -> Tensor:
     return torch.where(scale.abs() < SMALLEST_NORMAL, 0.0, 1.0 / scale)
+
+
+def _square_root(values: Tensor) -> Tensor:
+    """Correctly rounded, which `torch.sqrt` of float32 is not: MKL's is off by one unit in the last place for some values.
+
+    A float64 root is never so near to the middle of two float32 numbers that its own rounding decides.
+    """
+    return values.double().sqrt().float()
 
 
 def _sum(values: Tensor) -> Tensor:

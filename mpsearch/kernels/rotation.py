@@ -8,6 +8,7 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.kernels import cuda_backend, reference_rotation
 from mpsearch.kernels.backends import backend_index, backend_of, compiled, is_plain
+from mpsearch.kernels.memory import readable
 from mpsearch.kernels.operators import register
 from mpsearch.kernels.reference_rotation import blocks_of
 
@@ -28,13 +29,14 @@ def rotate(x: Tensor, *, back: bool = False) -> Tensor:
 
 def _rotate(x: Tensor, back: bool) -> Tensor:
     _check(x)
+    x = readable("x", x.detach())
     if x.numel() == 0:
         return x.clone()
     columns = x.shape[-1]
     backend = backend_of(x, on_cuda=columns <= cuda_backend.MOST_ROTATED_COLUMNS)
     if backend == "reference" or (backend != "cuda" and x.dtype != torch.float32):
-        return reference_rotation.rotate(x.detach().float(), back).to(x.dtype)
-    x = x.detach().contiguous()
+        return reference_rotation.rotate(x.float(), back).to(x.dtype)
+    x = x.contiguous()
     y = torch.empty_like(x)
     if backend == "cuda":
         cuda_backend.rotate(x, reference_rotation.factors_of(columns, x.device), y, back)

@@ -110,6 +110,32 @@ def test_a_forked_child_starts_its_own_workers(threads) -> None:
         child.kill()
 
 
+FORK = """
+import os, time, torch, mpsearch.kernels as k
+torch.set_num_threads(2)
+weight, importance = torch.randn(512, 512), torch.rand(512, 512)
+def call(): return k.quantize(weight, bits=4, group_size=64, symmetric=True, ratios=torch.ones(1), importance=importance)[0]
+(weight + 1).sum()  # starts OpenMP's threads
+codes, child = call(), os.fork()
+if child == 0:
+    os._exit(0 if torch.get_num_threads() == 1 and torch.equal(call(), codes) else 1)
+for _ in range(3000):
+    ended, status = os.waitpid(child, os.WNOHANG)
+    if ended:
+        raise SystemExit(status)
+    time.sleep(0.01)
+os.kill(child, 9)
+raise SystemExit("the child hangs")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_operators_of_pytorch_do_not_hang_in_a_forked_child() -> None:
+    """The range of `importance` is found by PyTorch, on OpenMP's threads, which a fork does not copy."""
+    run = run_python(FORK, OMP_NUM_THREADS="2")
+    assert run.returncode == 0, run.stderr
+
+
 def test_gradients_are_not_followed() -> None:
     weight = torch.randn(4, 64, requires_grad=True)
     assert not kernels.fake_quantize(weight, **HOW).requires_grad

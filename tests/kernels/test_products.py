@@ -371,13 +371,11 @@ def test_codes_of_an_input_are_refused(largest_code: int, zero_point: int) -> No
 
 def test_a_packed_weight_of_another_size_is_refused() -> None:
     packed = some_packed(16, 64, 4, 32)
-    short = PackedWeight(packed.data[:-1], 16, 64, 4, 32, True, False)
-    with pytest.raises(
-        InputError, match=r"packed weight is uint8 \[639\], but 4 bits \[16, 64\] in groups of 32 are uint8 \[640\]"
-    ):
-        kernels.linear(torch.ones(1, 64), short)
-    with pytest.raises(InputError, match=r"packed weight is uint8 \[639\]"):
-        kernels.unpack_weight(short)
+    sentence = r"packed weight is uint8 \[639\], but 4 bits \[16, 64\] in groups of 32 are uint8 \[640\]"
+    with pytest.raises(InputError, match=sentence):
+        PackedWeight(packed.data[:-1], 16, 64, 4, 32, True, False)
+    with pytest.raises(InputError, match=sentence):
+        torch.ops.mpsearch.linear(torch.ones(1, 64), packed.data[:-1], 16, 64, 4, 32, True)
 
 
 @pytest.mark.parametrize("product", [kernels.linear, kernels.linear_a8])

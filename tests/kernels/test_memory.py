@@ -1,0 +1,186 @@
+"""What kernels read: storage that is too small is refused, negative views have their sign, indices are read once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mpsearch import kernels
+from mpsearch.errors import InputError
+
+HOW = {"bits": 4, "group_size": 8}
+Case = tuple[Callable[..., object], dict[str, Tensor]]
+
+
+def cases() -> dict[str, Case]:
+    """Each operator as a function of tensors, and tensors for it."""
+    torch.manual_seed(0)
+    weight, x, bias, image = torch.randn(8, 16), torch.randn(3, 16), torch.randn(8), torch.randn(2, 4, 3, 3)
+    codes, scales, zero_points = kernels.quantize(weight, symmetric=False, **HOW)
+    assert zero_points is not None
+    parts = {"codes": codes, "scales": scales, "zero_points": zero_points}
+    packed = kernels.pack(codes, 4)
+    linear = kernels.pack_weight(codes, scales, zero_points, **HOW)
+    conv = kernels.pack_conv(codes, scales, zero_points, kernel_size=(2, 2), groups=1, **HOW)
+    window = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+    shape = {"rows": 8, "columns": 16}
+    numbers = (8, 16, 4, 8, True)
+    format = (8, 16, 4, 8, True, False, 1, 2, 2)
+    ops, geometry = torch.ops.mpsearch, tuple(window.values())
+    floats = {"weight": weight, "scales": scales.float(), "zero_points": zero_points.float()}
+    return {
+        "quantize": (
+            lambda **t: kernels.quantize(**t, symmetric=True, **HOW),
+            {"weight": weight, "ratios": torch.tensor([1.0, 0.8]), "importance": torch.rand(2, 16)},
+        ),
+        "pack": (lambda codes: kernels.pack(codes, 4), {"codes": codes}),
+        "unpack": (lambda packed: kernels.unpack(packed, 4, 128), {"packed": packed}),
+        "dequantize": (
+            lambda **t: kernels.dequantize(**t, **shape, **HOW),
+            {"packed": packed, "scales": scales, "zero_points": zero_points},
+        ),
+        "pack_weight": (lambda **t: kernels.pack_weight(**t, **HOW).data, parts),
+        "unpack_weight": (lambda data: kernels.unpack_weight(kernels.PackedWeight(data, *numbers, False)), {"data": linear.data}),
+        "linear": (lambda **t: kernels.linear(weight=linear, **t), {"x": x, "bias": bias}),
+        "linear operator": (
+            lambda x, data, bias: ops.linear(x, data, *numbers, bias),
+            {"x": x, "data": linear.data, "bias": bias},
+        ),
+        "linear_a8": (lambda **t: kernels.linear_a8(weight=linear, **t), {"x": x, "bias": bias}),
+        "pack_conv": (lambda **t: kernels.pack_conv(**t, kernel_size=(2, 2), groups=1, **HOW).data, parts),
+        "unpack_conv": (
+            lambda data: kernels.unpack_conv(kernels.PackedConv(data, *format[:6], (2, 2), 1)),  # type: ignore[arg-type]
+            {"data": conv.data},
+        ),
+        "conv": (lambda **t: kernels.conv(weight=conv, **t, **window), {"x": image, "bias": bias}),
+        "conv operator": (
+            lambda x, data, bias: ops.conv(x, data, format, bias, *geometry),
+            {"x": image.to(memory_format=torch.channels_last), "data": conv.data, "bias": bias},
+        ),
+        "conv_a8": (lambda **t: kernels.conv_a8(weight=conv, **t, **window), {"x": image, "bias": bias}),
+        "embedding": (
+            lambda indices, data: ops.embedding(indices, data, *numbers),
+            {"indices": torch.tensor([[1, 7, 0]]), "data": linear.data},
+        ),
+        "rotate": (lambda x: kernels.rotate(x), {"x": x}),
+        "half_quadratic": (
+            lambda **t: kernels.half_quadratic(**t, fit_zeros=True, n_steps=2, beta=10.0, growth=1.0, **HOW),
+            floats,
+        ),
+        "round_with_feedback": (
+            lambda **t: kernels.round_with_feedback(**t, bits=4),
+            {
+                **floats,
+                "feedback": torch.randn(2, 16, 16),
+                "column_groups": (torch.arange(16) // 8).int(),
+                "errors": torch.randn(8, 16),
+            },
+        ),
+    }
+
+
+ARGUMENTS = [(operator, name) for operator, (_, tensors) in cases().items() for name in tensors]
+
+
+def cut(tensor: Tensor, n_bytes: int) -> Tensor:
+    """A copy with the same strides whose storage then shrinks to `n_bytes`."""
+    copy = tensor.clone()
+    copy.untyped_storage().resize_(n_bytes)
+    return copy
+
+
+@pytest.mark.parametrize("backend", kernels.available_backends())
+@pytest.mark.parametrize(("operator", "name"), ARGUMENTS)
+def test_storage_that_was_freed_is_refused(operator: str, name: str, backend: str) -> None:
+    """As FSDP frees a parameter: the shape stays, the memory is gone. Without the check the process ends by a signal."""
+    run, tensors = cases()[operator]
+    with kernels.use_backend(backend):
+        for n_bytes in (0, tensors[name].nbytes - 1):
+            with pytest.raises(
+                ValueError, match=rf"The storage of .* has {n_bytes} bytes, but .* needs {tensors[name].nbytes}\. "
+            ):
+                run(**(tensors | {name: cut(tensors[name], n_bytes)}))
+
+
+def test_offsets_and_strides_count() -> None:
+    """The last value of a view is what must be there, not as many bytes as the view has values."""
+    base = torch.randn(10, 16)
+    packed = kernels.pack_weight(*kernels.quantize(torch.randn(8, 16), symmetric=True, **HOW), **HOW)
+    views = {"offset": base[7:], "strides": base[::3], "repeated": base[:1].expand(3, 16)}
+    for name, needed in {"offset": 640, "strides": 640, "repeated": 64}.items():
+        assert torch.equal(kernels.linear(views[name], packed), kernels.linear(views[name].clone(), packed)), name
+        base.untyped_storage().resize_(needed - 4)
+        with pytest.raises(InputError, match=f"has {needed - 4} bytes, but .* needs {needed}"):
+            kernels.linear(views[name], packed)
+        base.untyped_storage().resize_(640)
+    assert kernels.linear(cut(torch.empty(0, 16), 0), packed).shape == (0, 8), "no values need no memory"
+
+
+@pytest.mark.parametrize("backend", kernels.available_backends())
+@pytest.mark.parametrize(("operator", "name"), ARGUMENTS)
+def test_negative_views_have_their_sign(operator: str, name: str, backend: str) -> None:
+    """`imag` of a conjugate: contiguous, the memory holds the opposite values."""
+    run, tensors = cases()[operator]
+    negative = torch._neg_view(-tensors[name])
+    assert negative.is_neg()
+    assert torch.equal(negative, tensors[name])
+    with kernels.use_backend(backend):
+        expected, found = (run(**(tensors | {name: given})) for given in (tensors[name], negative))
+    for a, b in zip(expected, found, strict=True) if isinstance(expected, tuple) else [(expected, found)]:
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_indices_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the caller's tensor becomes while the kernel runs has no effect: what was checked is what is read."""
+    module = sys.modules["mpsearch.kernels.embedding"]
+    packed = kernels.pack_weight(*kernels.quantize(torch.randn(8, 16), symmetric=True, **HOW), **HOW)
+    indices, real = torch.tensor([1, 7, 0]), module.compiled  # type: ignore[attr-defined]
+    expected = kernels.embedding(indices, packed)
+
+    def meanwhile(*arguments: int) -> int:
+        indices.fill_(5)
+        return real.embedding(*arguments)
+
+    monkeypatch.setattr(module, "compiled", SimpleNamespace(embedding=meanwhile))
+    assert torch.equal(kernels.embedding(indices, packed), expected)
+    assert indices.tolist() == [5, 5, 5]
+
+
+GOOD = {"data": torch.zeros(0, dtype=torch.uint8), "rows": 0, "columns": 0, "bits": 4, "group_size": 1}
+FLAGS = {"half_scales": True, "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"symmetric": 3.5}, "symmetric is 3.5, but must be True or False"),
+        ({"half_scales": 1}, "half_scales is 1, but must be True or False"),
+        ({"rows": 2**31}, "rows is 2147483648, but must be an integer from 0 to 2147483647"),
+        ({"rows": 2**31 - 1, "columns": 2**31 - 1}, r"are uint8 \[\d+\], contiguous"),
+        ({"columns": -1}, "columns is -1, but must be an integer"),
+        ({"bits": 4.0}, "bits is 4.0, but must be an integer"),
+        ({"bits": True}, "bits is True, but must be an integer"),
+        ({"bits": 9}, "but 9 bits .* contiguous. Make it with pack_"),
+        ({"group_size": 0}, "in groups of 0.* Make it with pack_"),
+        ({"data": torch.zeros(1, dtype=torch.uint8)}, r"the packed weight is uint8 \[1\], but .* are uint8 \[0\], contiguous"),
+        ({"data": bytearray()}, "data is a bytearray, but must be a tensor"),
+        ({"kernel_size": [1, 1]}, r"kernel_size is \[1, 1\], but must be a tuple"),
+        ({"kernel_size": (1.0,)}, r"kernel_size is \(1.0,\), but must be a tuple"),
+        ({"kernel_size": (2**40,)}, "kernel .1099511627776. .* Make it with pack_conv"),
+        ({"groups": 0}, "0 groups of the convolution .* Make it with pack_conv"),
+    ],
+)
+def test_fields_of_packed_weights_are_checked(change: dict, sentence: str) -> None:
+    """Where they are made: with a wrong number a kernel would loop for minutes, or read beyond the data."""
+    conv = {**GOOD, **FLAGS, "kernel_size": (1, 1), "groups": 1}
+    assert kernels.PackedConv(**conv).nbytes == kernels.PackedWeight(**GOOD, **FLAGS).nbytes == 0
+    with pytest.raises(InputError, match=sentence):
+        kernels.PackedConv(**(conv | change))
+    if not change.keys() & {"kernel_size", "groups"}:
+        with pytest.raises(InputError, match=sentence):
+            kernels.PackedWeight(**(GOOD | FLAGS | change))
