@@ -20,7 +20,7 @@ class Score:
     interval *relative to the float model*: that of the paired differences (`mpsearch.intervals`) added to the float model's mean.
     `noise` is the power of the logits' change over the power of the float logits. `n_samples` counts independent samples (texts,
     not tokens), `qualities` are their own, float32 `[n_samples]`, on the confirm split; elsewhere they are not kept.
-    `seconds` is what it took.
+    `seconds` is what it took. `verified`: see `Evaluation`.
     """
 
     loss: float
@@ -32,6 +32,7 @@ class Score:
     n_samples: int
     qualities: np.ndarray = field(repr=False, compare=False)
     seconds: float = field(default=0.0, compare=False)
+    verified: bool = True
 
 
 # The origin of what was trained after the search: its allocation was measured before, with the codes of the quantizer.
@@ -45,6 +46,7 @@ class Evaluation:
     `origin` says who proposed it: float (the baseline: an empty allocation), uniform, knapsack or sampler, or finetuned: trained
     after the search, `seconds` those of the training on the search split. `packed` says that it
     ran on packed weights, and not on dequantized ones; `measured_ms` is the median time of a forward pass, where one was timed.
+    `verified` is false where its packed outputs were compared with the simulated ones and differed (`mpsearch.agreement`).
     `costs` are those beside the size, by their column, as their tables predict them.
     """
 
@@ -65,6 +67,7 @@ class Evaluation:
     seconds: float
     packed: bool = False
     measured_ms: float | None = None
+    verified: bool = True
     costs: Mapping[str, float] = field(default_factory=dict)
 
     def cost(self, column: str) -> float:

@@ -195,6 +195,9 @@ def _how_it_ran(result: SearchResult) -> str:
     if not any(e.packed for e in confirmed):
         return said
     said += " On the confirm split the models ran on packed weights, and a forward pass of them was timed."
+    if wrong := [e for e in confirmed if not e.verified]:
+        sizes = ", ".join(f"{e.size_bytes:,}" for e in wrong)
+        said += f" **Unverified: the points of {sizes} bytes.** Their packed outputs differ from the simulated ones."
     used = {(layer, e.allocation[g.name]) for e in confirmed for g in result.space.groups for layer in g.layers}
     without = {(la.kind, name) for la, name in used if kernel_for(la.kind, la.shape, result.space.schemes[name]) is None}
     if without:

@@ -139,6 +139,7 @@ def confirm_table(result: SearchResult, confirmed: Sequence[Confirmed]) -> pd.Da
                 "drop_high": c.drop_high,
                 "approximate": is_approximate(c.evaluation.n_samples),
                 "significant": c.significant,
+                "verified": c.evaluation.verified,
                 "overtaken_by_bytes": c.overtaken_by.size_bytes if c.overtaken_by else "",
                 "overtaken_surely": c.overtaken_surely,
                 "allocation": c.evaluation.allocation.to_json(),

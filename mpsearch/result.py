@@ -185,6 +185,7 @@ class RunFolder:
                         seconds=float(row["seconds"]),
                         packed=_one_of(row["packed"], ("True", "False")) == "True",
                         measured_ms=float(row["measured_ms"]) if row["measured_ms"] else None,
+                        verified=_one_of(row["verified"], ("True", "False")) == "True",
                         costs={name: float(row[name]) for name in costs if row[name]},
                     )
                 )

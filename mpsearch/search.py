@@ -15,7 +15,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import optuna
+import torch
 
+from mpsearch.agreement import agrees
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.budget import Budget, feasible, narrowed
 from mpsearch.costs.base import CostTable, mixed
@@ -172,6 +174,7 @@ class Evaluator:
             seconds=score.seconds if isinstance(score, Score) else 0.0,
             packed=confirmed and choice is not None,
             measured_ms=milliseconds,
+            verified=score.verified,
             costs={} if choice is None else {table.column: table.of(choice) for table in self.costs},
         )
         self.record(pending.evaluation)
@@ -179,12 +182,23 @@ class Evaluator:
         self._measured.setdefault((split, allocation), pending.evaluation)
 
     def run_packed(self, allocation: Allocation) -> tuple[Score, float]:
-        """Score on the confirm split on packed weights, and milliseconds of a forward pass there."""
+        """Score on the confirm split on packed weights, and milliseconds of a forward pass there.
+
+        The score is `verified` where the packed outputs on the first batch are those that are simulated.
+        """
         engine = self.engine
-        engine.float_logits("confirm")
-        inputs = first_samples(engine.batches("confirm")[0][0], self.latency_batch_size)
+        reference = engine.float_logits("confirm")
+        batch = engine.batches("confirm")[0][0]
+        inputs = first_samples(batch, self.latency_batch_size)
+        with torch.no_grad(), engine.applied(allocation) as model:
+            simulated = engine.task.forward(model, batch)
         with packed(engine, allocation) as model:
             score = engine.score_of(model if allocation else None, "confirm")
+            if allocation:
+                with torch.no_grad():
+                    ours = engine.task.forward(model, batch)
+                rounds = any(engine.space.schemes[scheme].input_format is not None for scheme in allocation.values())
+                score = replace(score, verified=agrees(ours, simulated, reference[: len(ours)], rounds))
             milliseconds = model_latency({"": model}, engine.task.forward, inputs, LATENCY_SECONDS)[""]
         return score, milliseconds
 

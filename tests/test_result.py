@@ -197,8 +197,8 @@ DAMAGE = {
     "truth": ("False", "Falsch", r"line 2: 'Falsch' is none of True, False"),
     "size": (",300,", ",1,", r"line 2: size_bytes is 1, but its allocation weighs 300"),
     "twice": ("\n1,knapsack", "\n0,knapsack", r"line 5: trial 0 stands there twice"),
-    "too few": (",300,", ",", r"line 2: 16 values for 17 columns"),
-    "too many": (",300,", ",1,2,", r"line 2: 18 values for 17 columns"),
+    "too few": (",300,", ",", r"line 2: 17 values for 18 columns"),
+    "too many": (",300,", ",1,2,", r"line 2: 19 values for 18 columns"),
     "header": ("trial,origin", "origin,trial", r"its first line is not trial,origin,allocation"),
 }
 

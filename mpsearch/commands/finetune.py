@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from mpsearch.agreement import check_verified
 from mpsearch.allocation import Allocation
 from mpsearch.budget import read_budgets
 from mpsearch.commands.hardware import costs_of_run
@@ -62,6 +63,7 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
         f"(paired 95 %), in {trained.seconds:.0f} s of training"
     )
     paths(folder, page, "pareto.png")
+    check_verified([confirmed])
     print(f"export it: mpsearch export run={relative(folder)} pick.max_bytes={picked.size_bytes} finetuned=true")
 
 

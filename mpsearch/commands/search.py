@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mpsearch.agreement import check_verified
 from mpsearch.budget import read_budgets
 from mpsearch.commands.finetune import train_point
 from mpsearch.commands.hardware import latency_table
@@ -141,6 +142,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         page = write_report(result, folder, picked, confirmed)
         summary(result, picked)
         paths(folder, page, "pareto.png", "front.csv")
+        check_verified(result.on("confirm").values())
         print(f"export a point: mpsearch export run={relative(folder)} pick.max_bytes={picked.size_bytes}")
 
 
