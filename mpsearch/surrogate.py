@@ -89,7 +89,7 @@ class Surrogate:
             return own
         taken = np.zeros((len(choices), groups * n_choices), dtype=np.float32)
         np.put_along_axis(taken, rows * n_choices + choices, 1.0, axis=1)
-        joint = own + 0.5 * np.square(taken @ self._effects.reshape(len(self._effects), -1).T).sum(1)
+        joint = own + 0.5 * np.square(_product(taken, self._effects.reshape(len(self._effects), -1).T)).sum(1)
         return np.maximum(joint, CANCELLED * np.square(self.amplitude[rows, choices]).sum(1))
 
     def choose_variances(self, choices: Choices, log_losses: Floats) -> None:
@@ -149,9 +149,9 @@ class Surrogate:
         near, inner, pairs = self._parts(seen, self._known)[:, 0]
         cross = (2 * self._weights * square * near).astype(np.float32)
         pull = (self._weights * linear + cross * inner).astype(np.float32)
-        of_group, of_scheme = pull @ self._known.group, (pull @ self._known.scheme).reshape(shape)
+        of_group, of_scheme = _product(pull, self._known.group), _product(pull, self._known.scheme).reshape(shape)
         # A group's own part of an inner product is none of its interactions.
-        own, phi = (cross @ self._known.squared).reshape(shape), seen.group[0]
+        own, phi = _product(cross, self._known.squared).reshape(shape), seen.group[0]
         of_group -= phi * (SHARED * own.sum(1) + (1 - SHARED) * own[rows, choice])
         of_scheme -= phi[:, None] * own * np.where(np.arange(shape[1]) == choice[:, None], 1.0, SHARED)
         slope = SHARED * of_group[:, None] + (1 - SHARED) * of_scheme
@@ -183,14 +183,14 @@ class Surrogate:
         return np.log(ceiling) + np.log(-np.expm1(-np.exp(expected - np.log(ceiling))))
 
     def _inner(self, a: _Seen, b: _Seen) -> Floats:
-        return (SHARED * (a.group @ b.group.T) + (1 - SHARED) * (a.scheme @ b.scheme.T)).astype(np.float64)
+        return (SHARED * _product(a.group, b.group.T) + (1 - SHARED) * _product(a.scheme, b.scheme.T)).astype(np.float64)
 
     def _parts(self, a: _Seen, b: _Seen) -> Floats:
         """[3, n, m]: the kernels of l, w and rho; among the same allocations with the nugget that float32 asks for."""
         level = np.exp(-0.5 * np.square((a.level[:, None] - b.level) / LEVEL_WIDTH))
         inner = self._inner(a, b)
         # What is left of the square without the products of a group with itself.
-        own = SHARED**2 * (a.group**2 @ (b.group**2).T) + (1 - SHARED**2) * (a.squared @ b.squared.T)
+        own = SHARED**2 * _product(a.group**2, (b.group**2).T) + (1 - SHARED**2) * _product(a.squared, b.squared.T)
         parts = np.stack([level, inner, level * (inner**2 - own)])
         if a is b:
             parts[:, np.arange(len(inner)), np.arange(len(inner))] += NUGGET
@@ -198,3 +198,13 @@ class Surrogate:
 
     def _kernel(self, a: _Seen, b: _Seen) -> Floats:
         return self._offset + np.tensordot(self.variances[1:], self._parts(a, b), 1)
+
+
+def _product(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`a @ b` of finite float32 arrays, without the warning that NumPy may give although all numbers are valid.
+
+    OpenBLAS (0.3.31, AVX-512) reads unset memory of its stack where a vector meets five columns. The product is right, but the
+    processor's flag for invalid operations is set where these bits happen to be a signaling NaN.
+    """
+    with np.errstate(invalid="ignore"):
+        return a @ b

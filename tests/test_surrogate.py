@@ -1,5 +1,10 @@
 """The surrogate (mpsearch/surrogate.py) on losses whose interactions are known."""
 
+import ctypes
+import shutil
+import subprocess
+import warnings
+
 import numpy as np
 import pytest
 from scipy.stats import kendalltau
@@ -204,3 +209,35 @@ def test_effects_that_fit_badly_are_learned_away():
     taught.fit(choices, np.log(truth(choices)))
     before, after = (rms(s.predict(held)[0] - np.log(truth(held))) for s in (blind, taught))
     assert after < 0.5 * before
+
+
+STACK_FILL = """
+#include <stdint.h>
+void fill_stack(void) {
+    volatile uint32_t below[40000];
+    for (int i = 0; i < 40000; ++i) below[i] = 0x7fa00000;  // a signaling NaN
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler to fill the stack with")
+def test_what_is_left_on_the_stack_gives_no_warning(tmp_path):
+    """Five groups: OpenBLAS's AVX-512 kernel for five columns reads unset memory, and sets the flag for invalid operations."""
+    (tmp_path / "fill.c").write_text(STACK_FILL)
+    library = tmp_path / "fill.so"
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", tmp_path / "fill.c", "-o", library], check=True)
+    fill_stack = ctypes.CDLL(str(library)).fill_stack
+    rng = np.random.default_rng(0)
+    surrogate = Surrogate(rng.uniform(0.1, 1, (5, 4)))
+    choices = rng.integers(0, 4, (11, 5))
+    surrogate.fit(choices, np.log(rng.uniform(0.1, 3, 11)))
+    expected = surrogate.predict(choices[:1]), surrogate.table(choices[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(20):
+            fill_stack()
+            mean, deviation = surrogate.predict(choices[:1])
+            fill_stack()
+            table = surrogate.table(choices[0])
+            assert (mean, deviation) == expected[0]
+            np.testing.assert_array_equal(table, expected[1])
