@@ -97,6 +97,7 @@ def test_size_has_one_definition(tiny, seed):
             for layer in group.layers:
                 stored = engine.quantized(layer.name, scheme)
                 assert 8 * stored.nbytes == space.schemes[scheme].storage_bits(layer.shape)
+                space.schemes[scheme].check(stored.tensors, layer.shape)
                 assert stored.nbytes == sum(t.numel() * t.element_size() for t in stored.tensors.values())
                 packed += stored.nbytes
             assert name == group.name

@@ -21,8 +21,8 @@ class Halved(QuantScheme):
 
     weight_bits = 16
 
-    def storage_bits(self, shape):
-        return 16 * torch.Size(shape).numel()
+    def layout(self, shape):
+        return {"halves": (torch.float16, shape)}
 
     def quantize(self, weight, codes, importance, seen=None):
         return QuantizedTensor(self, tuple(weight.shape), {"halves": (weight / 2).half()})

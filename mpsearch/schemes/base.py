@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mpsearch.errors import InputError
@@ -23,6 +25,9 @@ from mpsearch.schemes.input import InputFormat
 # (matrix, scheme, group size, importance) -> (codes, scales, zero points or None): the quantizer's `codes`. The scheme is one
 # that leaves it a choice: an `Integer` or a `Codebook`.
 FindCodes = Callable[[Tensor, Any, int, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
+
+# Tensor name -> (dtype, shape).
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,22 @@ class QuantScheme(ABC):
         return 0
 
     @abstractmethod
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """Name, dtype and shape of every tensor that is stored for a weight of `shape` (output channels first)."""
+
     def storage_bits(self, shape: tuple[int, ...]) -> int:
-        """Bits of a weight of `shape` (output channels first) as stored: codes, scales, zero points, padding to bytes."""
+        """Bits of the tensors in `layout`: codes, scales, zero points, padding to bytes, static input ranges."""
+        return sum(8 * dtype.itemsize * math.prod(size) for dtype, size in self.layout(shape).values())
+
+    def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
+        """Raise `InputError` where `tensors` are not those of `layout`; for tensors that were read from a file."""
+        layout = self.layout(shape)
+        if tensors.keys() != layout.keys():
+            raise InputError(f"it must have the tensors {', '.join(sorted(layout))}; got {', '.join(sorted(tensors))}")
+        for name, (dtype, size) in layout.items():
+            tensor = tensors[name]
+            if tensor.dtype != dtype or tuple(tensor.shape) != size:
+                raise InputError(f"'{name}' must be {dtype} {list(size)}; got {tensor.dtype} {list(tensor.shape)}")
 
     @abstractmethod
     def quantize(

@@ -7,7 +7,6 @@ ModelOpt has it in `NVFP4QTensor`). Codes are packed densely, three-valued ones 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -17,13 +16,13 @@ from torch import Tensor
 
 from mpsearch import kernels
 from mpsearch.errors import InputError, did_you_mean
-from mpsearch.schemes.base import FindCodes, QuantizedTensor, QuantScheme
+from mpsearch.schemes.base import FindCodes, Layout, QuantizedTensor, QuantScheme
 from mpsearch.schemes.grid import GroupSize, check_group_size, each_of, grid_of, importance_of
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.input import InputFormat
 from mpsearch.schemes.level_input import input_from
 from mpsearch.schemes.levels import LEVELS, Levels
-from mpsearch.schemes.scales import E8M0_BIAS, SCALE_BITS, nearest_scale, scale_for
+from mpsearch.schemes.scales import E8M0_BIAS, SCALE_DTYPES, nearest_scale, scale_for
 
 TRITS = 5  # in a byte
 
@@ -48,8 +47,8 @@ class Codebook(QuantScheme):
         if self.levels not in LEVELS:
             raise InputError(f"There are no levels {self.levels!r}.{did_you_mean(str(self.levels), LEVELS)}")
         check_group_size(self.group_size)
-        if self.scale not in SCALE_BITS:
-            raise InputError(f"scale is one of {', '.join(SCALE_BITS)}; {self.scale!r} came.")
+        if self.scale not in SCALE_DTYPES:
+            raise InputError(f"scale is one of {', '.join(SCALE_DTYPES)}; {self.scale!r} came.")
 
     @property
     def table(self) -> Levels:
@@ -75,17 +74,19 @@ class Codebook(QuantScheme):
         """(rows, columns, group size) of the matrix that is quantized."""
         return grid_of(shape, self.group_size)
 
-    def storage_bits(self, shape: tuple[int, ...]) -> int:
-        """Dense codes padded to a byte (ternary: five in a byte) + a scale for each group + with E4M3 scales the tensor's + what
-        is stored of the input.
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """Dense codes padded to a byte (ternary: five in a byte), a scale for each group, with E4M3 scales the tensor's, and a
+        static input range.
         """
         rows, columns, group_size = self.grid(shape)
-        n_bytes = (
-            math.ceil(rows * columns / TRITS) if self.levels == "ternary" else math.ceil(rows * columns * self.weight_bits / 8)
-        )
-        n_groups = rows * math.ceil(columns / group_size)
-        of_input = 0 if self.input is None else self.input.storage_bits
-        return 8 * n_bytes + n_groups * SCALE_BITS[self.scale] + (32 if self.scale == "e4m3" else 0) + of_input
+        n_bytes = -(-rows * columns // TRITS) if self.levels == "ternary" else -(-rows * columns * self.weight_bits // 8)
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "codes": (torch.uint8, (n_bytes,)),
+            "scales": (SCALE_DTYPES[self.scale], (rows, -(-columns // group_size))),
+        }
+        if self.scale == "e4m3":
+            tensors["tensor_scale"] = (torch.float32, (1,))
+        return {**tensors, **(self.input.layout if self.input else {})}
 
     def scale_for(self, largest: Tensor) -> Tensor:
         """The scale with which magnitudes up to `largest` (float32, any shape) fit, as it is stored: float32, not negative."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import InputError
-from mpsearch.schemes.base import FindCodes, QuantizedTensor, QuantScheme
+from mpsearch.schemes.base import FindCodes, Layout, QuantizedTensor, QuantScheme
 from mpsearch.schemes.histogram import Histogram
 
 FORMATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -32,9 +31,9 @@ class Float(QuantScheme):
         """The format's bits."""
         return 8 * FORMATS[self.format].itemsize
 
-    def storage_bits(self, shape: tuple[int, ...]) -> int:
-        """The format's bits for each weight."""
-        return self.weight_bits * math.prod(shape)
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """The weight in the format."""
+        return {"values": (FORMATS[self.format], tuple(shape))}
 
     def quantize(
         self,

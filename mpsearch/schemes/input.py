@@ -47,8 +47,8 @@ class InputFormat(ABC):
 
     @property
     @abstractmethod
-    def storage_bits(self) -> int:
-        """Bits of what is stored of the input with the weight."""
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Name, dtype and shape of the tensors of `stored`."""
 
     @abstractmethod
     def scale_bytes(self, values: int, tokens: int) -> int:
@@ -122,11 +122,12 @@ class IntegerInput(InputFormat):
         return 4 * tokens if self.scale == "token" else 0
 
     @property
-    def storage_bits(self) -> int:
-        """Bits of what is stored of the input: a float32 scale, and a zero point of one byte (four above 8 bits)."""
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Where static, a float32 scale and, asymmetric, a zero point of one byte (four above 8 bits)."""
         if not self.has_static_scale:
-            return 0
-        return 32 + (0 if self.symmetric else 8 if self.bits <= 8 else 32)
+            return {}
+        zero_point = {} if self.symmetric else {"input_zero_point": (torch.uint8 if self.bits <= 8 else torch.int32, (1,))}
+        return {"input_scale": (torch.float32, (1,)), **zero_point}
 
     def stored(self, seen: Histogram | None) -> dict[str, Tensor]:
         """`input_scale` float32 `[1]` and, asymmetric, `input_zero_point` uint8 `[1]` (int32 above 8 bits), where static.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpsearch import kernels
 from mpsearch.errors import InputError
-from mpsearch.schemes.base import FindCodes, QuantizedTensor, QuantScheme
+from mpsearch.schemes.base import FindCodes, Layout, QuantizedTensor, QuantScheme
 from mpsearch.schemes.grid import GroupSize, check_group_size, each_of, grid_of, importance_of
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.input import InputFormat
@@ -53,13 +53,17 @@ class Integer(QuantScheme):
         """(rows, columns, group size) of the matrix that is quantized: one row for the whole tensor, else one a channel."""
         return grid_of(shape, self.group_size)
 
-    def storage_bits(self, shape: tuple[int, ...]) -> int:
-        """Dense codes padded to a byte + scales + a zero point byte for each group where not symmetric + a static input range."""
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """Dense codes padded to a byte, a scale and, where not symmetric, a zero point for each group, a static input range."""
         rows, columns, group_size = self.grid(shape)
-        n_groups = rows * math.ceil(columns / group_size)
-        codes = 8 * math.ceil(rows * columns * self.bits / 8)
-        each = 8 * SCALE_DTYPES[self.scale_dtype].itemsize + (0 if self.symmetric else 8)
-        return codes + n_groups * each + (0 if self.input is None else self.input.storage_bits)
+        groups = (rows, -(-columns // group_size))
+        tensors = {
+            "codes": (torch.uint8, (-(-rows * columns * self.bits // 8),)),
+            "scales": (SCALE_DTYPES[self.scale_dtype], groups),
+        }
+        if not self.symmetric:
+            tensors["zero_points"] = (torch.uint8, groups)
+        return {**tensors, **(self.input.layout if self.input else {})}
 
     @property
     def weight_bits(self) -> int:

@@ -68,9 +68,9 @@ class LevelInput(InputFormat):
         return self.scale in ("static", "nv")
 
     @property
-    def storage_bits(self) -> int:
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """A float32 scale, where it is static."""
-        return 32 if self.has_static_scale else 0
+        return {"input_scale": (torch.float32, (1,))} if self.has_static_scale else {}
 
     def scale_bytes(self, values: int, tokens: int) -> int:
         """A float32 number a token, or a byte a block (of a convolution's input: of at least so many)."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import InputError
-from mpsearch.schemes.base import FindCodes, QuantizedTensor, QuantScheme, scheme_from_fields
+from mpsearch.schemes.base import FindCodes, Layout, QuantizedTensor, QuantScheme, scheme_from_fields
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.input import InputFormat
@@ -62,9 +62,25 @@ class Outliers(QuantScheme):
         """How many weights of `shape` are outliers: `share` of them, rounded."""
         return round(self.share * math.prod(shape))
 
-    def storage_bits(self, shape: tuple[int, ...]) -> int:
-        """Those of `dense`, 32 for each outlier and 32 for each span."""
-        return self.dense.storage_bits(shape) + 32 * (self.count(shape) + math.ceil(math.prod(shape) / SPAN))
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """That of `dense`, 4 bytes for each outlier and 4 for each span."""
+        count = self.count(shape)
+        return {
+            **self.dense.layout(shape),
+            "outliers": (torch.float16, (count,)),
+            "outlier_positions": (torch.uint16, (count,)),
+            "outlier_counts": (torch.int32, (-(-math.prod(shape) // SPAN),)),
+        }
+
+    def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
+        """Also `InputError` where a position lies outside the weight."""
+        super().check(tensors, shape)
+        counts = tensors["outlier_counts"]
+        if bool((counts < 0).any()) or int(counts.long().sum()) != self.count(shape):
+            raise InputError(f"'outlier_counts' must be 0 or more, {self.count(shape)} together; got {counts.tolist()[:8]}")
+        positions = self._positions(tensors)
+        if len(positions) and int(positions.max()) >= math.prod(shape):
+            raise InputError(f"'outlier_positions' must be below {math.prod(shape):,}; got {int(positions.max()):,}")
 
     def quantize(
         self, weight: Tensor, codes: FindCodes, importance: Tensor | None, seen: Histogram | None = None
@@ -115,10 +131,14 @@ class Outliers(QuantScheme):
     def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """The dense weight with the outliers put in their places."""
         flat = self.dense.dequantize(tensors, shape).flatten()
-        counts, values = tensors["outlier_counts"], tensors["outliers"]
-        spans = torch.arange(len(counts), device=flat.device).repeat_interleave(counts, output_size=len(values))
-        positions = SPAN * spans + tensors["outlier_positions"].long()
-        return flat.index_copy(0, positions, values.float()).reshape(shape)
+        return flat.index_copy(0, self._positions(tensors), tensors["outliers"].float()).reshape(shape)
+
+    @staticmethod
+    def _positions(tensors: Mapping[str, Tensor]) -> Tensor:
+        """int64 `[n_outliers]`: where each outlier stands in the flattened weight."""
+        counts, positions = tensors["outlier_counts"], tensors["outlier_positions"]
+        spans = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(positions))
+        return SPAN * spans + positions.long()
 
     def describe(self) -> str:
         """For example "3-bit integer, symmetric, a float16 scale a channel; 1% of the weights in float16"."""

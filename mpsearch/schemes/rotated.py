@@ -17,11 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mpsearch import kernels
 from mpsearch.errors import InputError
-from mpsearch.schemes.base import FindCodes, QuantizedTensor, QuantScheme, scheme_from_fields
+from mpsearch.schemes.base import FindCodes, Layout, QuantizedTensor, QuantScheme, scheme_from_fields
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.input import InputFormat
@@ -62,9 +63,9 @@ class Rotated(QuantScheme):
         """log2 of its block for each column."""
         return sum(size * (size.bit_length() - 1) for size in kernels.blocks_of(math.prod(shape[1:])))
 
-    def storage_bits(self, shape: tuple[int, ...]) -> int:
-        """Those of `dense`."""
-        return self.dense.storage_bits(shape)
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """That of `dense`."""
+        return self.dense.layout(shape)
 
     def quantize(
         self, weight: Tensor, codes: FindCodes, importance: Tensor | None, seen: Histogram | None = None
@@ -109,9 +110,9 @@ class RotatedInput(InputFormat):
         return self.inner.has_static_scale
 
     @property
-    def storage_bits(self) -> int:
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Of `inner`."""
-        return self.inner.storage_bits
+        return self.inner.layout
 
     def scale_bytes(self, values: int, tokens: int) -> int:
         """Of `inner`."""

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from mpsearch.schemes.levels import LEVELS, Levels
 
-SCALE_BITS = {"float16": 16, "float32": 32, "e8m0": 8, "e4m3": 8}
+# The dtype that each is stored in: E8M0 and E4M3 as their bytes.
+SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32, "e8m0": torch.uint8, "e4m3": torch.uint8}
 E8M0_BIAS = 127
 
 

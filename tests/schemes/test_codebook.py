@@ -18,7 +18,7 @@ from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.quantizers.gptq import GPTQ
 from mpsearch.quantizers.percentile import Percentile
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
-from mpsearch.schemes.codebook import SCALE_BITS, Codebook
+from mpsearch.schemes.codebook import SCALE_DTYPES, Codebook
 from mpsearch.schemes.levels import LEVELS
 
 NEAREST = RoundToNearest()
@@ -29,7 +29,7 @@ SHELF = {
 }
 EVERY = [
     Codebook(levels, group_size, scale)
-    for levels, group_size, scale in itertools.product(LEVELS, ("channel", "tensor", 16, 5, 1000), SCALE_BITS)
+    for levels, group_size, scale in itertools.product(LEVELS, ("channel", "tensor", 16, 5, 1000), SCALE_DTYPES)
 ]
 FLOATS = {
     "e2m1": ml_dtypes.float4_e2m1fn,
@@ -291,7 +291,7 @@ def test_descent_ends_where_no_single_level_helps():
 
 def test_fitted_scales_are_such_as_are_stored():
     scales = torch.tensor([0.0, 3e-9, 0.3, 0.36, 5.0, 500.0])
-    for scale in SCALE_BITS:
+    for scale in SCALE_DTYPES:
         scheme = Codebook("e2m1", 16, scale)
         stored = scheme.nearest_scale(scales)
         assert torch.equal(scheme.nearest_scale(stored), stored)

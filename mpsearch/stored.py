@@ -1,0 +1,92 @@
+"""The layers of a file that holds quantized weights, checked: as described, as their schemes store them, as the model has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from mpsearch.errors import InputError
+from mpsearch.layer import KINDS, kind_of, rows_shape
+from mpsearch.schemes.base import QuantizedTensor, QuantScheme, scheme_from_fields
+from mpsearch.strict_json import JsonObject, canonical
+
+FIELDS = ("kind", "modules", "shape", "scheme", "tensors")
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """What a file says of a layer: `modules` own its weight of `shape` (output channels first)."""
+
+    name: str
+    kind: str
+    modules: tuple[str, ...]
+    shape: tuple[int, ...]
+    scheme: QuantScheme
+    about: JsonObject
+
+    @classmethod
+    def read(cls, name: str, about: JsonObject, *, own_fields: Sequence[str] = ()) -> StoredLayer:
+        """From the JSON at `about`; `own_fields` of `about.scheme` are not the scheme's. `InputError` where it is malformed."""
+        kind, modules, shape = about.text("kind"), about.texts("modules"), about.integers("shape")
+        if kind not in KINDS.values() or not modules or not shape:
+            raise about.damaged(f"'{about.place}' must have a known kind, a module and a shape, got {kind!r}, {modules}, {shape}")
+        fields = {key: value for key, value in about.object("scheme").data.items() if key not in own_fields}
+        try:
+            scheme = scheme_from_fields(fields)
+            same = canonical(scheme.fields()) == canonical(fields)
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise about.damaged(f"'{about.place}.scheme' is no scheme ({type(error).__name__}: {error})") from None
+        except InputError as error:
+            raise about.damaged(f"'{about.place}.scheme' is no scheme: {str(error).rstrip('.')}") from None
+        if not same:
+            raise about.damaged(f"'{about.place}.scheme' lacks fields of a {fields['class']}, or has them in another type")
+        if about.texts("tensors") != tuple(sorted(scheme.layout(shape))):
+            raise about.damaged(f"'{about.place}.tensors' must be {', '.join(sorted(scheme.layout(shape)))}")
+        return cls(name, kind, modules, shape, scheme, about)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return self.scheme.storage_bits(self.shape) // 8
+
+    def weight(self, tensor: Callable[[str], Tensor]) -> QuantizedTensor:
+        """From the file's tensors, by their names there without the layer's; `InputError` where one is not as the scheme says."""
+        tensors = {key: tensor(key) for key in sorted(self.scheme.layout(self.shape))}
+        try:
+            self.scheme.check(tensors, self.shape)
+        except InputError as error:
+            raise self.about.damaged(f"of the layer '{self.name}', {error}") from None
+        return QuantizedTensor(self.scheme, self.shape, tensors)
+
+
+def check_used(about: JsonObject, stored: Sequence[str], used: Sequence[str]) -> None:
+    """Raise `InputError` unless every stored tensor is used exactly once."""
+    counts: dict[str, int] = {}
+    for name in used:
+        counts[name] = counts.get(name, 0) + 1
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise about.damaged(f"the tensor '{twice[0]}' is used twice")
+    if missing := sorted(set(used) - set(stored)):
+        raise about.damaged(f"the tensor '{missing[0]}' is missing")
+    if unused := sorted(set(stored) - set(used)):
+        raise about.damaged(f"the tensor '{unused[0]}' belongs to no layer")
+
+
+def check_fits(model: nn.Module, layers: Sequence[StoredLayer], where: object) -> None:
+    """Raise `InputError` where the model lacks a module, or has one of another kind or shape than the file at `where` says."""
+    modules: Mapping[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    for layer in layers:
+        for name in layer.modules:
+            if name not in modules:
+                raise InputError(f"{where} belongs to another model: this {type(model).__name__} has no module '{name}'.")
+            module = modules[name]
+            kind = kind_of(module)
+            if kind != layer.kind or rows_shape(module) != layer.shape:
+                found = f"{kind} {list(rows_shape(module))}" if kind else type(module).__name__
+                raise InputError(
+                    f"{where} belongs to another model: the layer '{name}' is a {layer.kind} with a weight of shape "
+                    f"{list(layer.shape)} (output channels first) there; this model has a {found}."
+                )
