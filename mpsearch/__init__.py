@@ -23,7 +23,7 @@ _HOMES = {
     "Task": "tasks.base",
     "InputError": "errors",
     "measure_sensitivity": "sensitivity",
-    "load_allocation": "exporters.native",
+    "load_allocation": "exported",
 }
 __all__ = [*_HOMES]
 

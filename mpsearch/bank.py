@@ -1,28 +1,29 @@
-"""The weight bank on disk: one file for each layer and scheme, so that nothing that was quantized is quantized again.
+"""The weight bank on disk: one file for each layer and scheme, so that nothing is quantized twice.
 
-A run that goes on finds its weights there, and so do its workers (each quantizes what no other has yet), `solve`, `finetune` and
-`export`. A file is written whole or not at all; one that is of other settings, or cannot be read, is quantized anew and replaced.
-The folder may be deleted at any time.
+A resumed run reads its weights from there, and so do its workers (each quantizes what no other has yet), `solve`, `finetune` and
+`export`. A file is written whole or not at all, and holds a digest over its tensors and what they are of. A file of other
+settings is replaced; so is one whose content does not match its digest, with one warning per run. The folder may be deleted at
+any time.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
+from mpsearch.errors import InputError
+from mpsearch.files import file_errors, write_atomically
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
+from mpsearch.tensor_file import opened, tensor_file
 
-IDENTITY = "mpsearch-bank"
+WEIGHT, BIASES = "mpsearch-weight", "mpsearch-biases"
 
 
 class Bank:
@@ -31,35 +32,63 @@ class Bank:
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder = folder
         self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self._writes = True
+        self._writes, self._warned = True, False
 
     def read(self, layer: str, name: str, scheme: QuantScheme, shape: tuple[int, ...]) -> QuantizedTensor | None:
-        """The layer's weight of `shape` in the scheme called `name`; `None` where it is not there."""
-        try:
-            with safe_open(self._file(layer, name), framework="pt") as file:
-                if (file.metadata() or {}).get(IDENTITY) != self.identity:
-                    return None
-                # Copies: the file may be replaced while they are in use.
-                return QuantizedTensor(scheme, shape, {key: file.get_tensor(key).clone() for key in file.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError):
-            return None
+        """The layer's weight of `shape` in the scheme called `name`; `None` where the bank has none that is intact."""
+        tensors = self._read(WEIGHT, layer, name)
+        return None if tensors is None else QuantizedTensor(scheme, shape, tensors)
 
     def write(self, layer: str, name: str, weight: QuantizedTensor) -> None:
-        """Keep it, but for floats, which nothing had to be found for; where that fails, once a warning."""
-        if not self._writes or weight.scheme.weight_bits >= 16:
-            return
-        file = self._file(layer, name)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in weight.tensors.items()}
-            save_file(tensors, temporary, {IDENTITY: self.identity})
-            temporary.replace(file)
-        except (SafetensorError, OSError) as error:
-            self._writes = False
-            with suppress(OSError):
-                temporary.unlink()
-            warnings.warn(f"Quantized weights cannot be kept in {self.folder} ({error}): they will be found anew.", stacklevel=3)
+        """Keep the weight, except in a float format, where rounding takes less time than a file.
 
-    def _file(self, layer: str, name: str) -> Path:
-        return self.folder / f"{quote(layer, safe='')}.{quote(name, safe='')}.safetensors"
+        Where the folder cannot be written there is one warning.
+        """
+        if weight.scheme.weight_bits < 16:
+            self._write(WEIGHT, layer, name, weight.tensors)
+
+    def read_biases(self, layer: str, name: str) -> dict[str, Tensor] | None:
+        """Module name -> corrected bias of the layer in the scheme called `name`; `None` as in `read`."""
+        return self._read(BIASES, layer, name)
+
+    def write_biases(self, layer: str, name: str, biases: Mapping[str, Tensor]) -> None:
+        """Keep the corrected biases, as `write` does."""
+        if biases:
+            self._write(BIASES, layer, name, biases)
+
+    def _about(self, layer: str, name: str) -> dict[str, str]:
+        return {"identity": self.identity, "layer": layer, "scheme": name}
+
+    def _read(self, kind: str, layer: str, name: str) -> dict[str, Tensor] | None:
+        file = self._file(kind, layer, name)
+        if not file.exists():
+            return None
+        try:
+            with opened(file, kind, "It is replaced.") as stored:
+                if stored is None:
+                    return None
+                stored.verify()
+                if stored.about.data != self._about(layer, name):
+                    return None
+                # Copies: the file may be replaced while they are in use.
+                return {key: stored.tensor(key).clone() for key in stored.names}
+        except InputError as error:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"{error} It is quantized again, as is any other damaged file in that folder.", stacklevel=4)
+            return None
+
+    def _write(self, kind: str, layer: str, name: str, tensors: Mapping[str, Tensor]) -> None:
+        if not self._writes:
+            return
+        try:
+            with file_errors(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._file(kind, layer, name), tensor_file(tensors, kind, self._about(layer, name)))
+        except InputError as error:
+            self._writes = False
+            warnings.warn(f"Quantized weights cannot be kept in {self.folder} and are found again: {error}", stacklevel=4)
+
+    def _file(self, kind: str, layer: str, name: str) -> Path:
+        suffix = "" if kind == WEIGHT else ".biases"
+        return self.folder / f"{quote(layer, safe='')}.{quote(name, safe='')}{suffix}.safetensors"

@@ -165,7 +165,8 @@ class QuantEngine:
         """Module name -> corrected bias (float32 `[out]`) of the layer in the scheme; empty where none is corrected."""
         key = (layer, scheme)
         if key not in self._biases:
-            self._biases[key] = self._correct_biases(layer, scheme) if self.bias_correction else {}
+            found = self.bank.read_biases(layer, scheme) if self.bank and self.bias_correction else None
+            self._biases[key] = self._correct_biases(layer, scheme) if found is None and self.bias_correction else found or {}
         return self._biases[key]
 
     def _correct_biases(self, layer: str, scheme: str) -> dict[str, Tensor]:
@@ -182,6 +183,8 @@ class QuantEngine:
             if rounded is not None:  # (W + dW) E[q(x) - x]: what is never negative is not rounded down as often as up
                 shift += _mean_product(change + weight_rows(module).float().cpu(), rounded)
             corrected[name] = (module.bias.detach().cpu().double() - shift).float()
+        if self.bank is not None:
+            self.bank.write_biases(layer, scheme, corrected)
         return corrected
 
     def _input_shifts(self, scheme: str) -> dict[str, Tensor]:

@@ -18,11 +18,14 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError, did_you_mean
-from mpsearch.files import write_atomically
+from mpsearch.files import file_errors, write_atomically
 from mpsearch.layer import from_rows, kind_of, weight_rows
+from mpsearch.strict_json import damaged
+from mpsearch.tensor_file import check_regular
 
 FILE = "equalization.safetensors"
 SIX = 6.0
+PARTS = ("outputs", "inputs", "high")  # of what a module is scaled by
 
 
 class ChannelClip(nn.Module):
@@ -75,7 +78,7 @@ class Equalization:
     @property
     def names(self) -> dict[str, list[str]]:
         """The modules by what was done to them: `outputs`, `inputs`, `high`."""
-        found: dict[str, list[str]] = {"outputs": [], "inputs": [], "high": []}
+        found: dict[str, list[str]] = {part: [] for part in PARTS}
         for key in self.tensors:
             name, _, what = key.rpartition(".")
             found[what].append(name)
@@ -84,25 +87,36 @@ class Equalization:
     @property
     def sha256(self) -> str:
         """Of the file that `save` writes."""
-        return hashlib.sha256(self._bytes()).hexdigest()
+        return hashlib.sha256(self.content).hexdigest()
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, whole or not at all."""
-        write_atomically(path, self._bytes())
+        with file_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, self.content)
 
-    def _bytes(self) -> bytes:
+    @property
+    def content(self) -> bytes:
+        """What `save` writes."""
         return save({name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}, {"equalizer": self.equalizer})
 
 
 def load_equalization(path: Path) -> Equalization:
     """What `Equalization.save` wrote; `InputError` where it is missing or damaged."""
+    remedy = "It says how the network's channels were scaled: restore it, or start a new run."
+    check_regular(path, remedy)
     try:
         with safe_open(path, framework="pt") as file:
-            return Equalization(file.metadata()["equalizer"], {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: it says how the network was equalized. Restore it beside the run.") from None
-    except (SafetensorError, OSError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Restore it, or start a new run.") from None
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            equalizer = (file.metadata() or {}).get("equalizer")
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        raise damaged(path, error, remedy) from None
+    if equalizer is None:
+        raise damaged(path, "it names no equalizer", remedy)
+    for name, tensor in tensors.items():
+        if name.rpartition(".")[2] not in PARTS or not tensor.is_floating_point():
+            raise damaged(path, f"'{name}' ({tensor.dtype}) is none of {', '.join(PARTS)} of a module", remedy)
+    return Equalization(equalizer, tensors)
 
 
 def recorded(folder: Path) -> Equalization | None:

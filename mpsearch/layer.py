@@ -6,7 +6,6 @@ no notion of convolutions. `weight_rows` and `from_rows` are the only two places
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError
+from mpsearch.tensor_file import tensors_sha256
 
 # The kinds of module whose weight may be quantized, and the word used for each.
 KINDS: dict[type[nn.Module], str] = {
@@ -143,9 +143,4 @@ def check_finite(name: str, weight: Tensor) -> None:
 
 def weights_sha256(model: nn.Module) -> str:
     """Hex digest of all parameters and buffers (names, shapes, dtypes, bytes): tells two models apart, or two states of one."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        value = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return tensors_sha256(model.state_dict())

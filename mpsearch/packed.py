@@ -8,15 +8,12 @@ its stored tensors and dequantizes them whenever it is called: right, as small, 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mpsearch import kernels
@@ -24,6 +21,7 @@ from mpsearch.allocation import Allocation
 from mpsearch.engine import QuantEngine, quantize_input
 from mpsearch.equalization import ChannelClip, Equalization
 from mpsearch.errors import InputError
+from mpsearch.files import file_errors, write_atomically
 from mpsearch.fold import Pair, apply_folds
 from mpsearch.layer import kind_of, rows_shape, runs_as_usual
 from mpsearch.packed_layer import (
@@ -36,11 +34,14 @@ from mpsearch.packed_layer import (
     kernel_for,
 )
 from mpsearch.projections import block_fused_paths, expose_projections
-from mpsearch.schemes.base import QuantizedTensor, scheme_from_fields
+from mpsearch.schemes.base import QuantizedTensor
 from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.rotated import Rotated
+from mpsearch.stored import StoredLayer, check_fits, check_used
+from mpsearch.tensor_file import TensorFile, opened, tensor_file
 
-FORMAT, VERSION = "mpsearch-packed", 1
+FORMAT, VERSION = "mpsearch-packed", 2
+REMEDY = "Give the file that save() or mpsearch export exporter=packed wrote."
 
 
 def pack(
@@ -196,10 +197,11 @@ def save(model: nn.Module, path: Path | str, folds: Sequence[Pair] | None = None
 
     `folds` are the batch norms that were folded, `None` those that `pack` folded: `load` is given the network unfolded.
 
-    The tensors weigh what `size_bytes` counted; what they are stands in the file's metadata, as JSON. `InputError` where the
-    model is not packed.
+    The tensors weigh what `size_bytes` counted; the file's metadata describe them (JSON), with a digest over the description and
+    all tensors. `InputError` where the model is not packed, or the file cannot be written.
     """
     modules = packed_modules(model)
+    folds = getattr(model, "folded_batch_norms", ()) if folds is None else folds
     if not modules:
         raise InputError(f"This {type(model).__name__} is not packed. Pack it first: load_allocation(path).pack(model).")
     layers: dict[str, dict[str, Any]] = {}
@@ -210,7 +212,7 @@ def save(model: nn.Module, path: Path | str, folds: Sequence[Pair] | None = None
         layer = module.owners[0]
         if layer not in layers:
             weight = module.quantized()
-            tensors.update({f"{layer}.weight.{key}": tensor.contiguous() for key, tensor in weight.tensors.items()})
+            tensors.update({f"{layer}.weight.{key}": tensor for key, tensor in weight.tensors.items()})
             layers[layer] = {
                 "kind": module.kind,
                 "modules": list(module.owners),
@@ -227,47 +229,55 @@ def save(model: nn.Module, path: Path | str, folds: Sequence[Pair] | None = None
             shared[name] = first[tensor.data_ptr(), tensor.shape]
         else:
             first[tensor.data_ptr(), tensor.shape] = name
-            tensors[name] = tensor.cpu().contiguous()
+            tensors[name] = tensor
     about = {
         "version": VERSION,
-        "folds": model.folded_batch_norms if folds is None else folds,
+        "folds": [list(pair) for pair in folds],
         "layers": layers,
         "clips": [name for name, module in model.named_modules() if isinstance(module, ChannelClip)],
         "shared": shared,
+        "size_bytes": sum(tensor.nbytes for tensor in tensors.values()),
     }
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata={FORMAT: json.dumps(about)})
-    temporary.replace(path)
+    with file_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, tensor_file(tensors, FORMAT, about))
     return path
 
 
 def load(path: Path | str, model: nn.Module) -> nn.Module:
     """Make of `model` (the same network, whatever its weights, on the CPU or the "meta" device) the packed one that was saved.
 
-    In place; returned in eval mode. `InputError` where the file is missing or damaged, or belongs to another network.
+    In place; returned in eval mode. Before the model is touched the file is checked: its description, that every tensor is used
+    once and is what its scheme stores, and its digest. That finds damage and careless edits; a digest is no signature, so load
+    files of a source that you trust. `InputError` where the file is missing or damaged, or belongs to another network.
     """
     path = Path(path)
+    with opened(path, FORMAT, REMEDY) as file:
+        if file is None:
+            raise InputError(f"{path} is no packed model of mpsearch. {REMEDY}")
+        about = file.about
+        if about.data.get("version") != VERSION:
+            raise InputError(f"{path} has version {about.data.get('version')}; this mpsearch reads {VERSION}. Save it again.")
+        layers, floats, shared = _described(file)
+        folds, clips = about.pairs("folds"), about.texts("clips")
+        weights = {layer.name: layer.weight({key: _tensor_of(file, layer.name, key) for key in layer.keys}) for layer in layers}
+        file.verify()
+        check_fits(expose_projections(model), layers, path)
+        names = dict(model.named_modules())
+        if wrong := [name for name in clips if not name or name not in names or f"{name}.high" not in floats]:
+            raise InputError(f"{path} belongs to another model: the activation '{wrong[0]}' is not in both.")
+        pack(model, (), folds)
+        for name in clips:  # in the place of a ReLU6, where channels were equalized
+            model.set_submodule(name, ChannelClip(file.tensor(f"{name}.high")))
+        _install(model, (QuantizedLayer(layer.kind, layer.modules, weights.pop(layer.name)) for layer in layers))
+        # Copies: a tensor of the file's would keep all of it in memory.
+        tensors = {name: file.tensor(name).clone() for name in floats}
+    tensors |= {name: tensors[first] for name, first in shared.items()}
     try:
-        with safe_open(path, framework="pt") as file:
-            about = _about(path, file.metadata() or {})
-            names = dict(expose_projections(model).named_modules(remove_duplicate=False))
-            if unknown := [m for layer in about["layers"].values() for m in layer["modules"] if m not in names]:
-                raise InputError(f"{path} belongs to another model: this {type(model).__name__} has no module '{unknown[0]}'.")
-            pack(model, (), [(layer, norm) for layer, norm in about["folds"]])
-            for name in about.get("clips", ()):  # in the place of a ReLU6, where channels were equalized
-                model.set_submodule(name, ChannelClip(file.get_tensor(f"{name}.high")))
-            _install(model, (_stored_layer(file, name, layer) for name, layer in about["layers"].items()))
-            packed_names = {f"{n}.weight.{key}" for n, layer in about["layers"].items() for key in layer["tensors"]}
-            # Copies: a tensor of the file's would keep all of it in memory.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys() if name not in packed_names}  # noqa: SIM118
-    except FileNotFoundError:
-        raise InputError(f"There is no file {path}. Give the file that save() wrote.") from None
-    except (SafetensorError, OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Save the packed model again.") from None
-    tensors |= {name: tensors[first] for name, first in about["shared"].items()}
-    missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+        missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:  # tensors of other shapes
+        raise InputError(f"{path} belongs to another model: {' '.join(str(error).split())}") from None
     missing = [name for name in missing if name.rpartition(".")[0] not in packed_modules(model) or name.endswith(".bias")]
     if missing or unexpected:
         raise InputError(
@@ -277,17 +287,25 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
     return model
 
 
-def _about(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What the file says of itself."""
-    if FORMAT not in metadata:
-        raise InputError(f"{path} is no packed model of mpsearch. Give the file that save() wrote.")
-    about = json.loads(metadata[FORMAT])
-    if about["version"] != VERSION:
-        raise InputError(f"{path} has version {about['version']}; this mpsearch reads version {VERSION}.")
-    return about
+def _described(file: TensorFile) -> tuple[list[StoredLayer], list[str], Mapping[str, str]]:
+    """The layers, the names of the other tensors, and what else they are called; `InputError` where they do not add up."""
+    about = file.about
+    about.only(("version", "folds", "layers", "clips", "shared", "size_bytes"))
+    described = about.object("layers")
+    layers = [StoredLayer.read(name, described.object(name)) for name in described.data]
+    in_layers = [f"{layer.name}.weight.{key}" for layer in layers for key in layer.keys]
+    floats = sorted(set(file.names) - set(in_layers))
+    check_used(about, file.names, in_layers + floats)
+    shared = about.mapping("shared")
+    for name, first in shared.items():
+        if name in file.names or first not in floats:
+            raise about.damaged(f"'shared' must name a stored tensor for each other name, got '{first}' for '{name}'")
+    nbytes = sum(layer.size_bytes for layer in layers) + sum(file.nbytes(name) for name in floats)
+    if about.integer("size_bytes") != nbytes:
+        raise about.damaged(f"its tensors have {nbytes:,} bytes, but size_bytes is {about.integer('size_bytes'):,}")
+    return layers, floats, shared
 
 
-def _stored_layer(file: Any, name: str, about: Mapping[str, Any]) -> QuantizedLayer:
-    tensors = {key: file.get_tensor(f"{name}.weight.{key}") for key in about["tensors"]}
-    weight = QuantizedTensor(scheme_from_fields(about["scheme"]), tuple(about["shape"]), tensors)
-    return QuantizedLayer(about["kind"], tuple(about["modules"]), weight)
+def _tensor_of(file: TensorFile, layer: str, key: str) -> Tensor:
+    tensor = file.tensor(f"{layer}.weight.{key}")
+    return tensor.clone() if key.startswith("input_") else tensor  # modules keep those, and with a view all of the file

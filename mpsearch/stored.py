@@ -1,8 +1,8 @@
-"""The layers of a file that holds quantized weights, checked: as described, as their schemes store them, as the model has them."""
+"""The layers of a file with quantized weights, checked: their description, their tensors, and that they fit a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,6 @@ from mpsearch.errors import InputError
 from mpsearch.layer import KINDS, kind_of, rows_shape
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme, scheme_from_fields
 from mpsearch.strict_json import JsonObject, canonical
-
-FIELDS = ("kind", "modules", "shape", "scheme", "tensors")
 
 
 @dataclass(frozen=True)
@@ -37,24 +35,30 @@ class StoredLayer:
         try:
             scheme = scheme_from_fields(fields)
             same = canonical(scheme.fields()) == canonical(fields)
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            scheme.layout(shape)
+        except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise about.damaged(f"'{about.place}.scheme' is no scheme ({type(error).__name__}: {error})") from None
         except InputError as error:
             raise about.damaged(f"'{about.place}.scheme' is no scheme: {str(error).rstrip('.')}") from None
         if not same:
             raise about.damaged(f"'{about.place}.scheme' lacks fields of a {fields['class']}, or has them in another type")
-        if about.texts("tensors") != tuple(sorted(scheme.layout(shape))):
-            raise about.damaged(f"'{about.place}.tensors' must be {', '.join(sorted(scheme.layout(shape)))}")
-        return cls(name, kind, modules, shape, scheme, about)
+        layer = cls(name, kind, modules, shape, scheme, about)
+        if about.texts("tensors") != layer.keys:
+            raise about.damaged(f"'{about.place}.tensors' must be {', '.join(layer.keys)}")
+        return layer
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the stored tensors."""
         return self.scheme.storage_bits(self.shape) // 8
 
-    def weight(self, tensor: Callable[[str], Tensor]) -> QuantizedTensor:
-        """From the file's tensors, by their names there without the layer's; `InputError` where one is not as the scheme says."""
-        tensors = {key: tensor(key) for key in sorted(self.scheme.layout(self.shape))}
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of the stored tensors, without the layer's."""
+        return tuple(sorted(self.scheme.layout(self.shape)))
+
+    def weight(self, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
+        """From the tensors of `keys`; `InputError` where one is not as the scheme stores it."""
         try:
             self.scheme.check(tensors, self.shape)
         except InputError as error:
@@ -78,13 +82,18 @@ def check_used(about: JsonObject, stored: Sequence[str], used: Sequence[str]) ->
 def check_fits(model: nn.Module, layers: Sequence[StoredLayer], where: object) -> None:
     """Raise `InputError` where the model lacks a module, or has one of another kind or shape than the file at `where` says."""
     modules: Mapping[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    seen: set[str] = set()
     for layer in layers:
         for name in layer.modules:
+            if name in seen:
+                raise layer.about.damaged(f"the module '{name}' is in two layers")
+            seen.add(name)
             if name not in modules:
                 raise InputError(f"{where} belongs to another model: this {type(model).__name__} has no module '{name}'.")
             module = modules[name]
             kind = kind_of(module)
-            if kind != layer.kind or rows_shape(module) != layer.shape:
+            same_kind = kind == layer.kind if name == layer.modules[0] else kind is not None  # an embedding tied to a Linear
+            if not same_kind or rows_shape(module) != layer.shape:
                 found = f"{kind} {list(rows_shape(module))}" if kind else type(module).__name__
                 raise InputError(
                     f"{where} belongs to another model: the layer '{name}' is a {layer.kind} with a weight of shape "

@@ -61,9 +61,9 @@ class TensorFile:
         except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
             raise self.about.damaged(f"the tensor '{name}' cannot be read ({error})") from None
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, from the header."""
-        return tuple(self._file.get_slice(name).get_shape())
+    def nbytes(self, name: str) -> int:
+        """Bytes of a tensor."""
+        return self.tensor(name).nbytes
 
     def verify(self) -> None:
         """Raise `InputError` where the digest is not that of the content; one pass over the file, a tensor at a time."""
@@ -98,7 +98,7 @@ def check_regular(path: Path, remedy: str) -> None:
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
-        raise InputError(f"There is no file {str(path)!r}. {remedy}") from None
+        raise InputError(f"{str(path)!r} does not exist. {remedy}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}). {remedy}") from None
     if not stat.S_ISREG(mode):

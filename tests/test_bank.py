@@ -1,6 +1,8 @@
 """What was quantized is found again, to the last bit, and never where it does not belong."""
 
 import copy
+import os
+import stat
 
 import pytest
 import torch
@@ -49,7 +51,7 @@ def test_nothing_is_quantized_twice(tiny, tmp_path):
     allocation = first.space.uniform("w3g5")
     assert first.score(allocation).loss == again.score(allocation).loss
     assert not list((tmp_path / "bank").glob(".*")), "nothing is left half written"
-    assert not list((tmp_path / "bank").glob("*bf16*")), "rounding to floats is quicker than a file"
+    assert not list((tmp_path / "bank").glob("*bf16.safetensors")), "rounding to floats is quicker than a file"
 
 
 def test_other_settings_and_damage_are_quantized_anew(tiny, tmp_path):
@@ -60,12 +62,56 @@ def test_other_settings_and_damage_are_quantized_anew(tiny, tmp_path):
     assert Bank(tmp_path, {"run": 2}).read(layer, name, SCHEMES[name], shape) is None
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
-    for damage in (b"", whole[:20], whole[:-3]):
+    flipped = [bytes(byte ^ (i == at) for i, byte in enumerate(whole)) for at in (60, len(whole) // 2, len(whole) - 1)]
+    for damage in (b"", whole[:20], whole[:-3], *flipped):
         file.write_bytes(damage)
-        assert Bank(tmp_path, {"run": 1}).read(layer, name, SCHEMES[name], shape) is None
         other = engine_with(tiny, Bank(tmp_path, {"run": 1}), ClipSearch())
-        assert torch.equal(other.quantized(layer, name).dequantize(), right.dequantize())
+        with pytest.warns(UserWarning, match=r"w3g5.safetensors is damaged .* It is quantized again"):
+            assert torch.equal(other.quantized(layer, name).dequantize(), right.dequantize())
         assert file.read_bytes() == whole
+
+
+def test_damaged_files_are_one_warning_a_run(tiny, tmp_path):
+    engine = engine_with(tiny, Bank(tmp_path, {"run": 1}), ClipSearch())
+    pairs = [(layer.name, name) for layer in engine.space.layers for name in ("w3g5", "nvfp4", "w2o")]
+    right = [engine.quantized(*pair).dequantize() for pair in pairs]
+    for file in tmp_path.iterdir():
+        data = bytearray(file.read_bytes())
+        data[-2] ^= 4
+        file.write_bytes(data)
+    again = engine_with(tiny, Bank(tmp_path, {"run": 1}), ClipSearch())
+    with pytest.warns(UserWarning) as warned:
+        found = [again.quantized(*pair).dequantize() for pair in pairs]
+    assert len(warned) == 1
+    assert all(map(torch.equal, found, right))
+
+
+def test_an_entry_under_another_layers_name_is_not_taken(tiny, tmp_path):
+    """Whole, of this run, and of the right shape, but not that layer's."""
+    bank = Bank(tmp_path, {"run": 1})
+    engine = engine_with(tiny, bank, ClipSearch())
+    engine.quantized("last", "w3g5")
+    (file,) = tmp_path.iterdir()
+    file.rename(tmp_path / "other.w3g5.safetensors")
+    assert bank.read("other", "w3g5", SCHEMES["w3g5"], (5, 6)) is None
+
+
+def test_corrected_biases_are_kept(tiny, tmp_path):
+    first = engine_with(tiny, Bank(tmp_path, {"run": 1}), ClipSearch())
+    second = engine_with(tiny, Bank(tmp_path, {"run": 1}), ClipSearch())
+    right = first.biases("first", "w4a8")
+    second.moments = {}  # from which nothing could be corrected
+    assert right.keys() == {"first"}
+    assert torch.equal(second.biases("first", "w4a8")["first"], right["first"])
+
+
+def test_files_have_the_mode_of_any_other(tiny, tmp_path):
+    before = os.umask(0o022)
+    try:
+        engine_with(tiny, Bank(tmp_path, {"run": 1}), ClipSearch()).biases("last", "w3g5")
+        assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o644}
+    finally:
+        os.umask(before)
 
 
 def test_a_folder_that_cannot_be_written_is_said_once(tiny, tmp_path):

@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 from mpsearch.cli.build import build_object
 from mpsearch.commands.export import export
 from mpsearch.commands.prepare import engine_elsewhere, prepare
-from mpsearch.equalization import FILE, Equalization, recorded
+from mpsearch.equalization import Equalization, recorded
 from mpsearch.errors import InputError
-from mpsearch.exporters.native import Native, load_allocation
+from mpsearch.exported import load_allocation
+from mpsearch.exporters.native import Native
 from mpsearch.models.digits import digits
 from mpsearch.result import RunFolder
 from mpsearch.tasks.digits import Digits
@@ -73,7 +74,7 @@ def test_a_run_of_an_equalized_network(tmp_path):
     exported = load_allocation(folder / "allocation.json")
     assert exported.data["equalization"] == {
         "equalizer": "CrossLayer",
-        "file": FILE,
+        "file": f"equalization-{found.sha256[:12]}.safetensors",
         "sha256": found.sha256,
         **found.names,
     }
@@ -81,10 +82,11 @@ def test_a_run_of_an_equalized_network(tmp_path):
     with torch.no_grad():
         hits = torch.cat([(task.forward(model, x).argmax(-1) == y).float() for x, y in task.batches("confirm")])
     assert float(hits.mean()) > 0.9  # at 4 bits in all layers the network as it came has 0.98
-    (folder / FILE).unlink()
+    file = folder / exported.data["equalization"]["file"]
+    file.unlink()
     with pytest.raises(InputError, match="does not exist"):
         load_allocation(folder / "allocation.json")
-    found.save(folder / FILE)
-    (folder / FILE).write_bytes((folder / FILE).read_bytes().replace(b"CrossLayer", b"CrossLaser"))
-    with pytest.raises(InputError, match="is not the file that the allocation was written with"):
+    found.save(file)
+    file.write_bytes(file.read_bytes().replace(b"CrossLayer", b"CrossLaser"))
+    with pytest.raises(InputError, match="is not the file that allocation.json was written with"):
         load_allocation(folder / "allocation.json")

@@ -12,7 +12,7 @@ from mpsearch import kernels
 from mpsearch.allocation import Allocation
 from mpsearch.cli import main
 from mpsearch.errors import InputError
-from mpsearch.exporters.native import load_allocation
+from mpsearch.exported import load_allocation
 from mpsearch.fake_quantize import rotate_back
 from mpsearch.finetune import Training, checkpoint_name, finetune
 from mpsearch.models.digits import digits

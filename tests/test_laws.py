@@ -122,14 +122,16 @@ def test_the_exported_file_weighs_what_was_counted(tiny, tmp_path, seed):
         allocation = engine.space.allocation(rng.integers(0, len(engine.space.schemes), len(engine.space.groups)))
         e = evaluate(allocation, "sampler")
         path = Native().export(Picked(e, {"search": e}, {}, "accuracy", "0" * 64, ()), engine, tmp_path)
-        tensors = load_file(tmp_path / "allocation.safetensors")
+        said = json.loads(path.read_text())
+        file = tmp_path / said["tensors"]["file"]
+        assert {file.name for file in tmp_path.iterdir()} == {path.name, file.name}, "earlier tensors are removed"
+        tensors = load_file(file)
         biases = {f"{name}.bias" for group, s in allocation.items() for name in engine.biases(group, s)}
         weights = sum(tensor.nbytes for name, tensor in tensors.items() if name not in biases)
         assert 8 * weights + engine.space.other_bits == 8 * e.size_bytes
-        header = int.from_bytes((tmp_path / "allocation.safetensors").read_bytes()[:8], "little")
+        header = int.from_bytes(file.read_bytes()[:8], "little")
         in_biases = sum(tensors[name].nbytes for name in biases)
-        assert (tmp_path / "allocation.safetensors").stat().st_size == 8 + header + weights + in_biases
-        said = json.loads(path.read_text())
+        assert file.stat().st_size == 8 + header + weights + in_biases
         assert said["size_bytes"] == e.size_bytes
         assert sum(layer["size_bytes"] for layer in said["layers"].values()) == weights
 

@@ -360,7 +360,7 @@ def test_a_loaded_model_takes_the_memory_that_was_counted(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (lambda path: path.unlink(), "There is no file"),
+        (lambda path: path.unlink(), "does not exist"),
         (lambda path: path.write_bytes(b"no tensors"), "is damaged"),
         (lambda path: path.write_bytes(path.read_bytes()[:-9]), "is damaged"),
         (lambda path: save_file({"x": torch.zeros(1)}, path), "is no packed model of mpsearch"),
@@ -378,11 +378,13 @@ def test_another_network_is_refused(engine, tmp_path):
     path = save(
         pack(copy.deepcopy(engine.model), quantized_layers(engine, engine.space.uniform("w1"))), tmp_path / "model.safetensors"
     )
-    with pytest.raises(InputError, match="belongs to another model: this Linear has no module 'embed'"):
+    with pytest.raises(InputError, match="belongs to another model: this Linear has no module '"):
         load(path, nn.Linear(3, 3))
     other = every()
     other.embed = nn.Embedding(11, 13)
-    with pytest.raises(InputError, match=r"Layer 'embed' has a weight of shape \[11, 13\]"):
+    with pytest.raises(
+        InputError, match=r"the layer 'embed' is a embedding with a weight of shape \[11, 12\] .* has a embedding \[11, 13\]"
+    ):
         load(path, other)
     other = every()
     other.norm = nn.LayerNorm(12, bias=False)

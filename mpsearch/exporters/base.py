@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import nn
 
 from mpsearch.engine import QuantEngine
 from mpsearch.equalization import Equalization
 from mpsearch.evaluation import Evaluation
+from mpsearch.files import file_errors
+
+# Also the one name that tensors had before they were named by their content.
+CONTENT_NAMED = re.compile(r"allocation\.safetensors|(allocation|equalization)-[0-9a-f]{12}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,45 @@ class Picked:
 
 
 class Exporter(ABC):
-    """Writes files into a folder; what they weigh is what the budget counted."""
+    """Writes files into a folder; what their tensors weigh is what the budget counted."""
 
     @abstractmethod
     def export(self, picked: Picked, engine: QuantEngine, folder: Path) -> Path:
-        """Write the files and return the path of the one that names all others."""
+        """Write the files and return the path of the one that names all others, which is written last.
+
+        Files that it names carry names of their content, so that earlier ones stay whole: see `remove_unreferenced`.
+        """
+
+    @abstractmethod
+    def load(self, path: Path, model: nn.Module) -> nn.Module:
+        """Make of the float `model`, in place, the exported one at `path`; returns it in eval mode."""
+
+
+def publish(path: Path, folder: Path) -> Path:
+    """Move the files that were exported next to `path` into `folder`, `path` itself last; returns its new path.
+
+    Where that fails, an earlier export in `folder` is left as it was; `InputError` where the file system is the cause.
+    """
+    new: list[Path] = []
+    try:
+        with file_errors(folder):
+            for file in sorted(path.parent.iterdir(), key=lambda file: file == path):
+                target = folder / file.name
+                if not target.exists():
+                    new.append(target)
+                os.replace(file, target)
+    except BaseException:
+        for file in new:
+            file.unlink(missing_ok=True)
+        raise
+    remove_unreferenced(folder)
+    return folder / path.name
+
+
+def remove_unreferenced(folder: Path) -> None:
+    """Remove tensor files, named by their content, that no JSON file of the folder names any more."""
+    with suppress(OSError):
+        named = "".join(file.read_text(encoding="utf-8", errors="replace") for file in folder.glob("*.json"))
+        for file in folder.glob("*.safetensors"):
+            if CONTENT_NAMED.fullmatch(file.name) and file.name not in named:
+                file.unlink()

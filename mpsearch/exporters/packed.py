@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import nn
+
 from mpsearch import packed
 from mpsearch.engine import QuantEngine
 from mpsearch.exporters.base import Exporter, Picked
@@ -16,3 +18,7 @@ class Packed(Exporter):
         """The path of `packed.safetensors`."""
         with packed.packed(engine, picked.evaluation.allocation) as model:
             return packed.save(model, folder / "packed.safetensors", picked.folds)
+
+    def load(self, path: Path, model: nn.Module) -> nn.Module:
+        """See `mpsearch.packed.load`."""
+        return packed.load(path, model)
