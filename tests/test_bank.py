@@ -80,7 +80,7 @@ def test_damaged_files_are_one_warning_a_run(tiny, tmp_path):
         data[-2] ^= 4
         file.write_bytes(data)
     again = engine_with(tiny, Bank(tmp_path, {"run": 1}), ClipSearch())
-    with pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning, match="is damaged") as warned:
         found = [again.quantized(*pair).dequantize() for pair in pairs]
     assert len(warned) == 1
     assert all(map(torch.equal, found, right))

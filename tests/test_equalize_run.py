@@ -88,5 +88,5 @@ def test_a_run_of_an_equalized_network(tmp_path):
         load_allocation(folder / "allocation.json")
     found.save(file)
     file.write_bytes(file.read_bytes().replace(b"CrossLayer", b"CrossLaser"))
-    with pytest.raises(InputError, match="is not the file that allocation.json was written with"):
+    with pytest.raises(InputError, match=r"is not the file that allocation.json was written with"):
         load_allocation(folder / "allocation.json")

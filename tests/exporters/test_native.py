@@ -200,7 +200,7 @@ def test_damage_to_the_json_is_said(exported, damage, sentence):
 
 def test_a_folder_is_no_allocation(exported):
     path, _, _ = exported
-    with pytest.raises(InputError, match="is a folder, not a regular file. Give the allocation.json"):
+    with pytest.raises(InputError, match=r"is a folder, not a regular file. Give the allocation.json"):
         load_allocation(path.parent)
 
 
