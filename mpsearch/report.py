@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,15 +13,17 @@ from mpsearch import charts
 from mpsearch.allocation import SearchSpace
 from mpsearch.confirm import Confirmed
 from mpsearch.costs.latency import FLOAT, Latency
-from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
+from mpsearch.evaluation_rows import SCORED
 from mpsearch.files import write_atomically
 from mpsearch.intervals import is_approximate
 from mpsearch.page import page
-from mpsearch.result import SCORED, SearchResult
+from mpsearch.result import SearchResult
+from mpsearch.rows import Row, read_rows, write_rows
 
 # At most this many rows in layers.png; a longer front is thinned evenly, the pick always kept.
 MAX_LAYER_ROWS = 24
+DROPS = ("drop", "drop_low", "drop_high")
 
 
 def write_report(result: SearchResult, folder: Path, picked: Evaluation, confirmed: Sequence[Confirmed] | None = None) -> Path:
@@ -32,7 +35,8 @@ def write_report(result: SearchResult, folder: Path, picked: Evaluation, confirm
     _write_csv(front, folder / "front.csv")
     _write_csv(uniform.drop(columns="scheme"), folder / "uniform.csv")
     if confirmed is not None:
-        _write_csv(confirm_table(result, confirmed), folder / "confirm.csv")
+        table = confirm_table(result, confirmed)
+        write_rows(folder / "confirm.csv", list(table.columns), table.values.tolist())
     draw_sensitivity(result.sensitivity, folder)
     draw_interactions(result.sensitivity, picked, folder)
     charts.pareto(
@@ -55,7 +59,7 @@ def write_report(result: SearchResult, folder: Path, picked: Evaluation, confirm
     position = next((i for i, e in enumerate(shown) if e.allocation == picked.allocation), None)
     charts.layers(bits, schemes, folder, position)
     file = folder / "report.md"
-    write_atomically(file, page(result, picked, _read_confirm(folder)))
+    write_atomically(file, page(result, picked, _read_confirm(result, folder)))
     return file
 
 
@@ -123,6 +127,12 @@ def trained_table(result: SearchResult) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def confirm_columns(quality_name: str) -> tuple[str, ...]:
+    """The columns of `confirm.csv`."""
+    measured = ("scheme", "size_bytes", "average_bits", "loss", quality_name)
+    return (*measured, *DROPS, "approximate", "significant", "verified", "overtaken_by_bytes", "overtaken_surely", "allocation")
+
+
 def confirm_table(result: SearchResult, confirmed: Sequence[Confirmed]) -> pd.DataFrame:
     """Each confirmed point's drop from the float model with its paired interval, and what overtakes it there."""
     q = result.quality_name
@@ -140,12 +150,14 @@ def confirm_table(result: SearchResult, confirmed: Sequence[Confirmed]) -> pd.Da
                 "approximate": is_approximate(c.evaluation.n_samples),
                 "significant": c.significant,
                 "verified": c.evaluation.verified,
-                "overtaken_by_bytes": c.overtaken_by.size_bytes if c.overtaken_by else "",
+                "overtaken_by_bytes": c.overtaken_by.size_bytes if c.overtaken_by else None,
                 "overtaken_surely": c.overtaken_surely,
                 "allocation": c.evaluation.allocation.to_json(),
             }
             for c in confirmed
-        ]
+        ],
+        columns=list(confirm_columns(q)),
+        dtype=object,
     )
 
 
@@ -178,16 +190,27 @@ def _limits(result: SearchResult, objective: str) -> Mapping[str, float]:
     return limits
 
 
-def _read_confirm(folder: Path) -> pd.DataFrame | None:
-    file = folder / "confirm.csv"
+def _read_confirm(result: SearchResult, folder: Path) -> pd.DataFrame | None:
+    """The table of `confirm.csv`, `None` where there is none; every row must be of an evaluation on the confirm split."""
+    file, columns = folder / "confirm.csv", confirm_columns(result.quality_name)
     if not file.exists():
         return None
-    try:
-        table = pd.read_csv(file, dtype={"scheme": str}).fillna({"scheme": ""})
-        table["significant"] = table["significant"].astype(bool)
-        return table
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{file} is damaged ({error}). Delete it and confirm again: mpsearch search run={folder}.") from None
+    measured = {e.allocation.to_json(): e for e in result.on("confirm").values()}
+
+    def parse(row: Row) -> tuple[Any, ...]:
+        e = measured[row.one_of("allocation", list(measured))]
+        known = {"size_bytes": e.size_bytes, "average_bits": e.average_bits, "loss": e.loss, result.quality_name: e.quality}
+        for column, value in known.items():
+            row.one_of(column, [str(value)])
+        drops = {column: row.number(column, -np.inf, infinite=True, nan=not np.isfinite(e.loss)) for column in DROPS}
+        by = row.integer("overtaken_by_bytes") if row.cells["overtaken_by_bytes"] else None
+        statements = {column: row.boolean(column) for column in ("approximate", "significant", "verified", "overtaken_surely")}
+        scheme = row.one_of("scheme", ["", *result.space.scheme_names])
+        values = {**row.cells, **known, **drops, **statements, "scheme": scheme, "overtaken_by_bytes": by}
+        return tuple(values[column] for column in columns)
+
+    remedy = f"Delete it and confirm again: mpsearch search run={folder}"
+    return pd.DataFrame(read_rows(file, columns, parse, at_once=True, remedy=remedy), columns=list(columns))
 
 
 def _write_csv(table: pd.DataFrame, file: Path) -> None:

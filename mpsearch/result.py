@@ -2,19 +2,18 @@
 
 `space.json` says what was searched, on which model and data; a folder whose identity differs is not gone on with.
 `sensitivity.csv` and `evaluations.csv` grow by whole rows that are on disk before the next measurement begins. A row that a kill
-cut short (no line end) is dropped; anything else that cannot be read is an error, never a guess.
+cut short (no line end) is dropped; anything else that was changed is an error: every file that is read back has a checksum.
 """
 
 from __future__ import annotations
 
-import csv
 import fcntl
+import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,15 @@ from numpy.typing import NDArray
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation, SensitivityTable
-from mpsearch.files import append_durably, write_atomically
-from mpsearch.layer import Activations, LayerGroup, LayerSpec
+from mpsearch.evaluation_rows import SCORED, EvaluationReader, evaluation_columns, evaluation_row
+from mpsearch.files import file_errors, read_regular, write_atomically
 from mpsearch.pareto import non_dominated
 from mpsearch.quality import Quality
-from mpsearch.schemes.base import QuantScheme, scheme_from_fields
+from mpsearch.rows import Row, append_row, mend, read_rows
+from mpsearch.schemes.base import QuantScheme
+from mpsearch.space_json import read_identity, read_space, write_identity
 
 SENSITIVITY_COLUMNS = ("group", "scheme", "metric", "value", "size_bits")
-ORIGINS = ("float", "uniform", "knapsack", "sampler", FINETUNED)
-SCORED = ("search", "confirm")
 
 
 class RunFolder:
@@ -46,8 +45,11 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """The folder is this process's while the block runs; `InputError` where another one writes to it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / ".lock", "w") as lock:
+        with file_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with file_errors(self.path / ".lock"):
+            lock = (self.path / ".lock").open("w")  # errors of the block are not the lock's
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -59,7 +61,7 @@ class RunFolder:
         file = self.path / "space.json"
         identity = json.loads(json.dumps(identity))
         if not file.exists():
-            write_atomically(file, json.dumps(identity, indent=1) + "\n")
+            write_identity(file, identity)
             return
         there = self.read_identity()
         for key, value in identity.items():
@@ -72,140 +74,71 @@ class RunFolder:
     def read_identity(self) -> dict[str, Any]:
         """The contents of `space.json`."""
         file = self.path / "space.json"
-        try:
-            identity = json.loads(file.read_text(encoding="utf-8"))
-            if not isinstance(identity, dict) or not {"space", "quality_name", "metric"} <= set(identity):
-                raise ValueError("keys are missing")
-            return identity
-        except FileNotFoundError:
-            raise InputError(
-                f"{self.path} is no run folder: it holds no space.json. Give the folder that a search printed."
-            ) from None
-        except ValueError as error:
-            raise InputError(f"{file} is damaged ({error}). Restore it, or start a new run.") from None
+        if not file.exists():
+            raise InputError(f"{self.path} is not a run folder: it has no space.json. Give the folder that a search printed.")
+        return read_identity(file)
 
     def recorder(self, space: SearchSpace, quality_name: str, costs: Sequence[str]) -> Callable[[Evaluation], None]:
         """What adds an evaluation to `evaluations.csv`."""
         return lambda evaluation: self.append("evaluations", evaluation_row(evaluation, space, quality_name, costs))
 
     def append(self, table: str, row: Mapping[str, Any]) -> None:
-        """Add one row to `<table>.csv`, in one write, and wait until it is on disk."""
-        file = self.path / f"{table}.csv"
-        new = not file.exists() or file.stat().st_size == 0
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if new:
-            writer.writerow(row.keys())
-        writer.writerow(
-            ["" if value is None else repr(float(value)) if isinstance(value, float) else value for value in row.values()]
-        )
-        append_durably(file, text.getvalue())
+        """Add one row to `<table>.csv`; it is on disk when this returns."""
+        append_row(self.path / f"{table}.csv", row)
 
     def mend(self, table: str) -> None:
         """Cut off a last row that was not written to its end."""
-        file = self.path / f"{table}.csv"
-        if file.exists() and not (data := file.read_bytes()).endswith(b"\n"):
-            os.truncate(file, data.rfind(b"\n") + 1)
-
-    def rows(self, table: str, columns: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
-        """(line number, row) of `<table>.csv`; empty where the file is absent; `InputError` where it is damaged."""
-        file = self.path / f"{table}.csv"
-        if not file.exists():
-            return []
-        try:
-            data = file.read_bytes()
-            text = data[: data.rfind(b"\n") + 1].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{file} is damaged: {error}. Restore it, or start a new run.") from None
-        lines = list(csv.reader(io.StringIO(text)))
-        if not lines:
-            return []
-        if tuple(lines[0]) != tuple(columns):
-            raise InputError(f"{file} is damaged: its first line is not {','.join(columns)}. Restore it, or start a new run.")
-        for number, line in enumerate(lines[1:], start=2):
-            if len(line) != len(columns):
-                raise damaged(file, number, f"{len(line)} values for {len(columns)} columns")
-        return [(number, dict(zip(columns, line, strict=True))) for number, line in enumerate(lines[1:], start=2)]
+        mend(self.path / f"{table}.csv")
 
     def read_sensitivity(self, space: SearchSpace, metric: str) -> dict[tuple[str, str], float]:
         """(group, scheme) -> value, of what was measured so far."""
-        known = {}
-        for number, row in self.rows("sensitivity", SENSITIVITY_COLUMNS):
-            file = self.path / "sensitivity.csv"
-            if row["group"] not in space.names or row["scheme"] not in space.schemes or row["metric"] != metric:
-                raise damaged(file, number, f"no {metric} of a group and scheme of this run")
-            known[row["group"], row["scheme"]] = _number(file, number, row["value"])
+        known: dict[tuple[str, str], float] = {}
+        bits = dict(zip(space.names, space.storage_bits.tolist(), strict=True))
+
+        def parse(row: Row) -> None:
+            pair = row.one_of("group", space.names), row.one_of("scheme", space.scheme_names)
+            if pair in known:
+                raise row.damage("scheme", "a group and scheme that no earlier row has")
+            row.one_of("metric", [metric])
+            row.one_of("size_bits", [str(bits[pair[0]][space.scheme_names.index(pair[1])])])
+            known[pair] = row.number("value", -np.inf, infinite=True, nan=True)
+
+        if (file := self.path / "sensitivity.csv").exists():
+            read_rows(file, SENSITIVITY_COLUMNS, parse)
         return known
 
     def write_effects(self, effects: NDArray[np.float32]) -> None:
-        """`effects.npy`: `SensitivityTable.effects`."""
+        """`effects.npy`: `SensitivityTable.effects`, followed by the SHA-256 of the file up to there."""
         content = io.BytesIO()
         np.save(content, effects, allow_pickle=False)
-        write_atomically(self.path / "effects.npy", content.getvalue())
+        write_atomically(self.path / "effects.npy", content.getvalue() + hashlib.sha256(content.getvalue()).digest())
 
     def read_effects(self, space: SearchSpace) -> NDArray[np.float32] | None:
         """What `write_effects` wrote; `None` where there are none."""
         file = self.path / "effects.npy"
         if not file.exists():
             return None
+        content = read_regular(file)
+        content, digest = content[:-32], content[-32:]
+        if hashlib.sha256(content).digest() != digest:
+            raise InputError(f"{file} is damaged: it does not end with its SHA-256. Delete it, and it is measured again.")
         try:
-            effects: NDArray[np.float32] = np.load(file, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
+            effects: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, EOFError) as error:
             raise InputError(f"{file} is damaged ({error}). Delete it, and it is measured again.") from None
         if effects.dtype != np.float32 or effects.shape[1:] != space.allowed.shape or not np.isfinite(effects).all():
             raise InputError(
-                f"{file} is of another run: {effects.dtype} {list(effects.shape)} for {len(space.names)} groups and "
+                f"{file} is of another run: got {effects.dtype} {list(effects.shape)} for {len(space.names)} groups and "
                 f"{len(space.scheme_names)} schemes. Delete it, and it is measured again."
             )
         return effects
 
-    def read_evaluations(self, space: SearchSpace, quality_name: str, costs: Sequence[str] = ()) -> list[Evaluation]:
-        """All evaluations so far, in the order in which they were made; `costs` are the columns beside the size."""
+    def read_evaluations(self, space: SearchSpace, quality: Quality, costs: Sequence[str] = ()) -> list[Evaluation]:
+        """All evaluations so far, in the order in which they were made; `costs` are the columns in addition to the size."""
         file = self.path / "evaluations.csv"
-        found: list[Evaluation] = []
-        trials: set[tuple[str, int]] = set()
-        for number, row in self.rows("evaluations", evaluation_columns(quality_name, costs)):
-            try:
-                found.append(
-                    Evaluation(
-                        trial=int(row["trial"]) if row["trial"] else None,
-                        origin=_one_of(row["origin"], ORIGINS),
-                        allocation=space.decode(row["allocation"]) if row["allocation"] else Allocation(),
-                        split=_one_of(row["split"], SCORED),
-                        loss=float(row["loss"]),
-                        cross_entropy=float(row["cross_entropy"]),
-                        quality=float(row[quality_name]),
-                        quality_low=float(row[f"{quality_name}_low"]),
-                        quality_high=float(row[f"{quality_name}_high"]),
-                        size_bytes=int(row["size_bytes"]),
-                        average_bits=float(row["average_bits"]),
-                        fraction=float(row["fraction"]),
-                        feasible=_one_of(row["feasible"], ("True", "False")) == "True",
-                        n_samples=int(row["n_samples"]),
-                        seconds=float(row["seconds"]),
-                        packed=_one_of(row["packed"], ("True", "False")) == "True",
-                        measured_ms=float(row["measured_ms"]) if row["measured_ms"] else None,
-                        verified=_one_of(row["verified"], ("True", "False")) == "True",
-                        costs={name: float(row[name]) for name in costs if row[name]},
-                    )
-                )
-                _check_row(found[-1], space, trials)
-            except ValueError as error:
-                raise damaged(file, number, str(error)) from None
-        return found
-
-
-def evaluation_columns(quality_name: str, costs: Sequence[str] = ()) -> tuple[str, ...]:
-    """The columns of `evaluations.csv`: the fields of `Evaluation`, the quality under its own name, each cost on its own."""
-    return (*(f.name.replace("quality", quality_name) for f in fields(Evaluation) if f.name != "costs"), *costs)
-
-
-def evaluation_row(evaluation: Evaluation, space: SearchSpace, quality_name: str, costs: Sequence[str] = ()) -> dict[str, Any]:
-    """An evaluation as a row of `evaluations.csv`; the float model's allocation is empty, and its costs but the size."""
-    values = {f.name: getattr(evaluation, f.name) for f in fields(Evaluation) if f.name != "costs"}
-    values["allocation"] = space.encode(evaluation.allocation) if evaluation.allocation else ""
-    of_costs = (evaluation.costs.get(name) for name in costs)
-    return dict(zip(evaluation_columns(quality_name, costs), (*values.values(), *of_costs), strict=True))
+        if not file.exists():
+            return []
+        return read_rows(file, evaluation_columns(quality.name, costs), EvaluationReader(space, quality, costs))
 
 
 @dataclass(frozen=True)
@@ -230,6 +163,7 @@ class SearchResult:
         run = RunFolder(folder)
         identity = run.read_identity()
         space = read_space(identity["space"], schemes, run.path / "space.json")
+        quality = Quality(identity["quality_name"], identity.get("quality_kind", "share"))
         metric, unit = identity["metric"]["name"], identity["metric"]["unit"]
         known = run.read_sensitivity(space, metric)
         pairs = int(space.allowed.sum())
@@ -240,10 +174,10 @@ class SearchResult:
             )
         values = np.array([[known.get((g, s), np.inf) for s in space.scheme_names] for g in space.names])
         costs, objectives = identity.get("costs", []), identity.get("objectives", ["size_bytes"])
-        evaluations = run.read_evaluations(space, identity["quality_name"], costs)
+        evaluations = run.read_evaluations(space, quality, costs)
         table = SensitivityTable(metric, unit, values, space, identity["metric"].get("exact", False), run.read_effects(space))
         budgets = identity.get("budgets", {})
-        return cls(space, identity["quality_name"], evaluations, table, budgets, identity, objectives, costs)
+        return cls(space, quality.name, evaluations, table, budgets, identity, objectives, costs)
 
     @property
     def quality(self) -> Quality:
@@ -291,66 +225,6 @@ class SearchResult:
         """All evaluations, tidy: one row each, columns as in `evaluations.csv`."""
         rows = [evaluation_row(e, self.space, self.quality_name, self.costs) for e in self.evaluations]
         return pd.DataFrame(rows, columns=list(evaluation_columns(self.quality_name, self.costs)))
-
-
-def read_space(
-    data: Mapping[str, Any], schemes: Mapping[str, QuantScheme] | None = None, file: Path | str = "space.json"
-) -> SearchSpace:
-    """The space that `SearchSpace.to_dict` wrote."""
-    try:
-        if schemes is None:
-            saved = {name: {k: v for k, v in fields.items() if k != "code"} for name, fields in data["schemes"].items()}
-            schemes = {name: scheme_from_fields(fields) for name, fields in saved.items()}
-        schemes = {name: schemes[name] for name in data["schemes"]}  # a runtime may have left some out
-        groups = tuple(
-            LayerGroup(
-                g["name"],
-                tuple(_read_layer(layer) for layer in g["layers"]),
-            )
-            for g in data["groups"]
-        )
-        return SearchSpace(groups, schemes, tuple(tuple(g["choices"]) for g in data["groups"]), data["other_bits"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is damaged ({type(error).__name__}: {error}). Restore it, or start a new run.") from None
-
-
-def _read_layer(data: dict[str, Any]) -> LayerSpec:
-    activations = Activations(**data["activations"]) if "activations" in data else None
-    return LayerSpec(
-        **{**data, "shape": tuple(data["shape"]), "modules": tuple(data["modules"]), "activations": activations},
-    )
-
-
-def damaged(file: Path, line: int, what: str) -> InputError:
-    """The sentence for a row that cannot be read."""
-    return InputError(f"{file} is damaged: line {line}: {what}. Delete that line and what follows it, or start a new run.")
-
-
-def _number(file: Path, line: int, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise damaged(file, line, f"'{text}' is no number") from None
-
-
-def _check_row(evaluation: Evaluation, space: SearchSpace, trials: set[tuple[str, int]]) -> None:
-    """What a row says of itself must be what its allocation weighs, and no trial stands twice."""
-    choice = space.choice(evaluation.allocation) if evaluation.allocation else None
-    if choice is not None and not space.allowed[np.arange(len(choice)), choice].all():
-        raise ValueError("its allocation has a scheme where it is not allowed")
-    size = (space.size_bits(choice) + 7) // 8
-    if evaluation.size_bytes != size:
-        raise ValueError(f"size_bytes is {evaluation.size_bytes}, but its allocation weighs {size}")
-    if evaluation.trial is not None:
-        if (evaluation.split, evaluation.trial) in trials:
-            raise ValueError(f"trial {evaluation.trial} stands there twice")
-        trials.add((evaluation.split, evaluation.trial))
-
-
-def _one_of(text: str, allowed: Sequence[str]) -> str:
-    if text not in allowed:
-        raise ValueError(f"'{text}' is none of {', '.join(allowed)}")
-    return text
 
 
 def _difference(there: Any, here: Any) -> str:

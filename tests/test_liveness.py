@@ -11,8 +11,8 @@ from mpsearch.allocation import SearchSpace
 from mpsearch.group import share
 from mpsearch.layer import Activations
 from mpsearch.liveness import measure_activations
-from mpsearch.result import read_space
 from mpsearch.schemes.integer import Integer
+from mpsearch.space_json import read_space
 from mpsearch.trace import trace_layers
 
 

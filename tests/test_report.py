@@ -18,12 +18,13 @@ from mpsearch.budget import read_budgets
 from mpsearch.confirm import confirm
 from mpsearch.costs.size import AverageBits, Bytes, Fraction
 from mpsearch.errors import InputError
+from mpsearch.evaluation_rows import evaluation_row
 from mpsearch.metrics.kl import KL
 from mpsearch.page import run_hypervolume, summary_rows
 from mpsearch.pareto import hypervolume
 from mpsearch.pick import pick
 from mpsearch.report import MAX_LAYER_ROWS, write_report
-from mpsearch.result import SENSITIVITY_COLUMNS, RunFolder, SearchResult, evaluation_row
+from mpsearch.result import SENSITIVITY_COLUMNS, RunFolder, SearchResult
 from mpsearch.search import Evaluator, search
 from mpsearch.sensitivity import measure_sensitivity
 
@@ -254,5 +255,5 @@ def test_a_damaged_confirm_table_is_named(reported, tmp_path, monkeypatch):
         monkeypatch.setattr(f"mpsearch.charts.{figure}", lambda *args, **kwargs: None)
     for text in ("", "\x00\x00", "scheme,drop\n,0.1\n"):
         (tmp_path / "confirm.csv").write_text(text)
-        with pytest.raises(InputError, match=r"confirm.csv is damaged \(.*\). Delete it and confirm again"):
+        with pytest.raises(InputError, match=r"confirm.csv is damaged: .*\. Delete it and confirm again"):
             write_report(result, tmp_path, pick(result))

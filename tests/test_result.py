@@ -1,6 +1,9 @@
 """A run's folder: every row as it was, the torn one dropped, and anything else that is damaged named with file and line."""
 
+import csv
 import dataclasses
+import hashlib
+import io
 import json
 import math
 import subprocess
@@ -14,10 +17,13 @@ import pytest
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
+from mpsearch.evaluation_rows import evaluation_columns, evaluation_row
 from mpsearch.layer import LayerSpec
-from mpsearch.result import SENSITIVITY_COLUMNS, RunFolder, SearchResult, evaluation_columns, evaluation_row
+from mpsearch.quality import Quality
+from mpsearch.result import SENSITIVITY_COLUMNS, RunFolder, SearchResult
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
+from mpsearch.space_json import write_identity
 
 SPACE = SearchSpace.build(
     [LayerSpec(name, "linear", (4, 6), 24, name, (name,)) for name in ("a", 'b, quoted "c"', "ü")],
@@ -35,21 +41,21 @@ IDENTITY = {
 
 def evaluation(choice=(0, 1, 2), trial=0, split="search", origin="sampler", **values):
     rng = np.random.default_rng(zlib.crc32(repr((choice, trial)).encode()))  # hash(None) differs from run to run
-    numbers = dict(
-        zip(("loss", "cross_entropy", "quality", "quality_low", "quality_high", "fraction"), rng.random(6), strict=True)
-    )
-    numbers = {key: float(value) for key, value in numbers.items()}
+    loss, cross_entropy, *qualities = map(float, rng.random(5))
+    low, quality, high = sorted(qualities)
+    numbers = {"loss": loss, "cross_entropy": cross_entropy, "quality": quality, "quality_low": low, "quality_high": high}
+    bits = SPACE.size_bits(np.array(choice) if choice else None)
+    sizes = {"size_bytes": (bits + 7) // 8, "average_bits": (bits - 96) / SPACE.numel, "fraction": bits / SPACE.size_bits()}
+    fixed = {"feasible": True, "n_samples": 400, "seconds": 0.1 + 0.2}
     allocation = SPACE.allocation(choice) if choice else Allocation()
-    size = (SPACE.size_bits(np.array(choice) if choice else None) + 7) // 8
-    fixed = {"size_bytes": size, "average_bits": 10 / 3, "feasible": True, "n_samples": 400, "seconds": 0.1 + 0.2}
-    return Evaluation(trial=trial, origin=origin, allocation=allocation, split=split, **{**numbers, **fixed, **values})
+    return Evaluation(trial=trial, origin=origin, allocation=allocation, split=split, **{**numbers, **sizes, **fixed, **values})
 
 
 EVALUATIONS = [
     evaluation((), None, origin="float", loss=0.0),
     evaluation((2, 2, 2), None, origin="uniform", feasible=False, loss=math.inf),
-    evaluation((0, 0, 0), 0, origin="uniform", loss=5e-324, fraction=1e300),
-    evaluation((0, 1, 0), 1, origin="knapsack", quality=0.1 + 0.7),
+    evaluation((0, 0, 0), 0, origin="uniform", loss=5e-324),
+    evaluation((0, 1, 0), 1, origin="knapsack", quality=0.1 + 0.7, quality_low=0.1, quality_high=1.1),
     evaluation((0, 1, 0), 2),
     evaluation((0, 1, 0), None, split="confirm", packed=True),
 ]
@@ -71,7 +77,7 @@ def run(tmp_path):
 
 
 def test_evaluations_come_back_exactly(run):
-    assert run.read_evaluations(SPACE, "accuracy") == EVALUATIONS
+    assert run.read_evaluations(SPACE, Quality()) == EVALUATIONS
 
 
 def test_sensitivities_come_back_exactly(run):
@@ -88,13 +94,15 @@ def test_effects_come_back_exactly_and_what_is_damaged_is_refused(run):
     assert np.array_equal(run.read_effects(SPACE), effects)
     assert np.array_equal(SearchResult.load(run.path).sensitivity.effects, effects)
     run.write_effects(effects[:, :2])
-    with pytest.raises(InputError, match=r"effects.npy is of another run: float32 \[2, 2, 3\] for 3 groups and 3 schemes"):
+    with pytest.raises(InputError, match=r"effects.npy is of another run: got float32 \[2, 2, 3\] for 3 groups and 3 schemes"):
         run.read_effects(SPACE)
     (run.path / "effects.npy").write_bytes(b"\x93NUMPY")
-    with pytest.raises(InputError, match=r"effects.npy is damaged .* Delete it, and it is measured again"):
+    with pytest.raises(InputError, match=r"effects.npy is damaged: .* Delete it, and it is measured again"):
         run.read_effects(SPACE)
-    np.save(run.path / "effects.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match=r"damaged"):
+    pickled = io.BytesIO()
+    np.save(pickled, np.array([{}], dtype=object), allow_pickle=True)
+    (run.path / "effects.npy").write_bytes(pickled.getvalue() + hashlib.sha256(pickled.getvalue()).digest())
+    with pytest.raises(InputError, match=r"effects.npy is damaged .*allow_pickle"):
         run.read_effects(SPACE)
 
 
@@ -148,7 +156,7 @@ def test_a_torn_last_row_is_dropped(run, table):
     lines = whole.splitlines(keepends=True)
     start = len(whole) - len(lines[-1])
     read = {
-        "evaluations": lambda: run.read_evaluations(SPACE, "accuracy"),
+        "evaluations": lambda: run.read_evaluations(SPACE, Quality()),
         "sensitivity": lambda: run.read_sensitivity(SPACE, "kl"),
     }
     for cut in range(start, len(whole)):
@@ -166,9 +174,9 @@ def test_a_torn_header_is_written_again(run):
     file.write_bytes(b"trial,orig")
     run.mend("evaluations")
     assert file.read_bytes() == b""
-    assert run.read_evaluations(SPACE, "accuracy") == []
+    assert run.read_evaluations(SPACE, Quality()) == []
     run.append("evaluations", evaluation_row(EVALUATIONS[0], SPACE, "accuracy"))
-    assert run.read_evaluations(SPACE, "accuracy") == EVALUATIONS[:1]
+    assert run.read_evaluations(SPACE, Quality()) == EVALUATIONS[:1]
 
 
 def test_a_tail_of_zeros_or_noise_is_a_torn_row(run):
@@ -188,32 +196,49 @@ def test_what_is_whole_is_not_touched(run):
     assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
 
 
-DAMAGE = {
-    "allocation": (",010,", ",0100,", r"line 5: '0100' is no allocation of 3 groups and 3 schemes"),
-    "scheme": (",010,", ",013,", r"line 5: '013' is no allocation"),
-    "number": (",300,", ",3x0,", r"line 2: invalid literal for int\(\) with base 10: '3x0'"),
-    "origin": ("knapsack", "knapsock", r"line 5: 'knapsock' is none of float, uniform, knapsack, sampler"),
-    "split": ("search", "serch", r"line 2: 'serch' is none of search, confirm"),
-    "truth": ("False", "Falsch", r"line 2: 'Falsch' is none of True, False"),
-    "size": (",300,", ",1,", r"line 2: size_bytes is 1, but its allocation weighs 300"),
-    "twice": ("\n1,knapsack", "\n0,knapsack", r"line 5: trial 0 stands there twice"),
-    "too few": (",300,", ",", r"line 2: 17 values for 18 columns"),
-    "too many": (",300,", ",1,2,", r"line 2: 19 values for 18 columns"),
-    "header": ("trial,origin", "origin,trial", r"its first line is not trial,origin,allocation"),
-}
-
-
-@pytest.mark.parametrize("what", DAMAGE)
-def test_damaged_evaluations_are_named_with_their_line(run, what):
-    before, after, sentence = DAMAGE[what]
+@pytest.mark.parametrize(
+    ("line", "column", "text", "sentence"),
+    [
+        (5, "allocation", "0100", "expected 3 characters, one of 3 schemes for each group"),
+        (5, "allocation", "013", "expected 3 characters"),
+        (2, "allocation", "000", "expected nothing, for the float model"),
+        (2, "size_bytes", "3x0", "expected an integer from 0"),
+        (2, "size_bytes", "1", "expected 300, which its allocation and the other rows give"),
+        (3, "average_bits", "16.1", "expected 16.0"),
+        (3, "fraction", "0.6", r"expected 0\.52"),
+        (5, "origin", "knapsock", "expected one of float, uniform, knapsack, sampler"),
+        (2, "split", "serch", "expected one of search, confirm"),
+        (2, "feasible", "Falsch", "expected one of True, False"),
+        (3, "feasible", " False", "expected one of True, False"),
+        (5, "trial", "0", "expected a number that no earlier row has"),
+        (5, "trial", "-1", "expected an integer from 0"),
+        (5, "trial", "+1", "expected an integer from 0"),
+        (5, "trial", "1_0", "expected an integer from 0"),
+        (5, "accuracy", "3.5", "expected a finite number from 0 to 1"),
+        (5, "accuracy_low", "1.2", "expected at least accuracy_low, 1.2"),
+        (5, "loss", "nan", "expected a number from 0"),
+        (5, "loss", "-0.5", "expected a number from 0"),
+        (5, "cross_entropy", "nan", "expected a number"),
+        (5, "seconds", "inf", "expected a finite number from 0"),
+        (5, "measured_ms", "-1.0", "expected a finite number from 0"),
+        (5, "n_samples", "399", "expected 400, which its allocation and the other rows give"),
+        (5, "n_samples", "0", "expected an integer from 1"),
+        (5, "seconds", "9" * 1000, r"… \(1,000 characters\), expected a finite number"),
+        (5, "seconds", "1\0", r"1\\x00', expected a finite number"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_line_and_column(run, line, column, text, sentence):
     file = run.path / "evaluations.csv"
-    text = file.read_text()
-    assert before in text
-    file.write_text(text.replace(before, after, 1))
-    with pytest.raises(
-        InputError, match=rf"evaluations.csv is damaged: {sentence}.*(Delete that line|Restore it).* start a new run"
-    ):
-        run.read_evaluations(SPACE, "accuracy")
+    rows = list(csv.reader(io.StringIO(file.read_text())))
+    rows[line - 1][rows[0].index(column)] = text
+    written = io.StringIO()
+    csv.writer(written, lineterminator="\n").writerows(rows)
+    file.write_text(written.getvalue())
+    column = "accuracy_high" if column == "accuracy_low" else column
+    expected = rf"evaluations.csv is damaged: line {line}, column '{column}': got .*{sentence}.*\. Delete that line and"
+    with pytest.raises(InputError, match=expected) as caught:
+        run.read_evaluations(SPACE, Quality())
+    assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=str(file)):
         SearchResult.load(run.path)
 
@@ -221,58 +246,148 @@ def test_damaged_evaluations_are_named_with_their_line(run, what):
 @pytest.mark.parametrize(
     ("before", "after", "sentence"),
     [
-        ("a,w2,", "z,w2,", "line 2: no kl of a group and scheme of this run"),
-        ("a,w4g3,kl", "a,w4g3,fisher", "line 3: no kl of a group"),
-        ("a,w2,kl,1.0", "a,w2,kl,one", "line 2: 'one' is no number"),
-        ("group,scheme", "group;scheme", "first line is not group,scheme,metric,value,size_bits"),
+        (",300,", ",", "line 2: got 18 values for 19 columns"),
+        (",300,", ",1,2,", "line 2: got 20 values for 19 columns"),
+        ("trial,origin", "origin,trial", "line 1: expected the columns trial,origin,allocation"),
+        ("trial,origin", "\ufefftrial,origin", "line 1: expected the columns"),
+        (",knapsack,", ',"knapsack,', "line 5: unexpected end of data"),
+        (",knapsack,", ',"knap"sack,', "line 5: ',' expected after '\"'"),
+        (",knapsack,", f",{'k' * 200_000},", "line 5: field larger than field limit"),
+        (",knapsack,", ",sampler,", "line 5: its values do not match its checksum"),
+        ("\n1,knapsack", "\n\n1,knapsack", "line 5: got 0 values"),
+    ],
+)
+def test_a_damaged_line_is_named(run, before, after, sentence):
+    file = run.path / "evaluations.csv"
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after, 1))
+    with pytest.raises(InputError, match=rf"evaluations.csv is damaged: {sentence}"):
+        run.read_evaluations(SPACE, Quality())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: [*lines[:3], *lines[4:]],
+        lambda lines: [*lines[:3], lines[4], lines[3], *lines[5:]],
+        lambda lines: [*lines[:4], lines[3], *lines[4:]],
+        lambda lines: [lines[0], *lines],
+        lambda lines: lines[1:],
+    ],
+    ids=["removed", "swapped", "repeated", "second header", "no header"],
+)
+def test_lines_that_were_moved_are_found(run, change):
+    for table, read in (
+        ("evaluations", lambda: run.read_evaluations(SPACE, Quality())),
+        ("sensitivity", lambda: run.read_sensitivity(SPACE, "kl")),
+    ):
+        file = run.path / f"{table}.csv"
+        file.write_text("".join(change(file.read_text().splitlines(keepends=True))))
+        with pytest.raises(InputError, match=rf"{table}.csv is damaged: line \d"):
+            read()
+
+
+def test_a_row_follows_the_last_one_only(run):
+    file = run.path / "sensitivity.csv"
+    file.write_text(file.read_text()[:-3] + "\n")
+    with pytest.raises(InputError, match=r"sensitivity.csv is damaged: it does not end with a whole row"):
+        run.append("sensitivity", dict.fromkeys(SENSITIVITY_COLUMNS, 0))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ("a,w2,", "z,w2,", "line 2, column 'group': got 'z', expected one of a, b, quoted \"c\", ü"),
+        ("a,w4g3,kl", "a,w4g3,fisher", "line 3, column 'metric': got 'fisher', expected one of kl"),
+        ("a,w2,kl,1.0", "a,w2,kl,one", "line 2, column 'value': got 'one', expected a number"),
+        ("a,w4g3,", "a,w2,", "line 3, column 'scheme': got 'w2', expected a group and scheme that no earlier row has"),
+        ("group,scheme", "group;scheme", "line 1: expected the columns group,scheme,metric,value,size_bits"),
     ],
 )
 def test_damaged_sensitivities_are_named_with_their_line(run, before, after, sentence):
     file = run.path / "sensitivity.csv"
     file.write_text(file.read_text().replace(before, after, 1))
-    with pytest.raises(InputError, match=f"sensitivity.csv is damaged: .*{sentence}"):
+    with pytest.raises(InputError, match=f"sensitivity.csv is damaged: {sentence}"):
         run.read_sensitivity(SPACE, "kl")
 
 
 def test_bytes_that_are_no_text_are_named(run):
     file = run.path / "evaluations.csv"
     file.write_bytes(file.read_bytes().replace(b"sampler", b"s\xffmpler"))
-    with pytest.raises(InputError, match=r"evaluations.csv is damaged: 'utf-8' codec"):
-        run.read_evaluations(SPACE, "accuracy")
+    with pytest.raises(InputError, match=r"evaluations.csv is damaged: line 6: it is not UTF-8 text"):
+        run.read_evaluations(SPACE, Quality())
+
+
+def changed(**values):
+    """`space.json` with other values, and the digest of those."""
+    return lambda text: {**json.loads(text), **values}
+
+
+def first_layer(**values):
+    data = json.loads(json.dumps(IDENTITY))
+    data["space"]["groups"][0]["layers"][0].update(values)
+    return lambda text: data
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "sentence"),
     [
-        lambda text: text[: len(text) // 2],
-        lambda text: "",
-        lambda text: "[1, 2]",
-        lambda text: "\x00",
-        lambda text: json.dumps({key: value for key, value in json.loads(text).items() if key != "space"}),
-        lambda text: json.dumps({key: value for key, value in json.loads(text).items() if key != "metric"}),
-        lambda text: json.dumps({**json.loads(text), "space": []}),
-        lambda text: json.dumps({**json.loads(text), "space": {"schemes": {}, "groups": [{}], "other_bits": 0}}),
-        lambda text: text.replace('"bits": 2', '"wits": 2', 1),
-        lambda text: text.replace('"kind"', '"kinds"', 1),
+        (lambda text: text[: len(text) // 2], r"\(.*\)"),
+        (lambda text: "", r"\(Expecting value.*\)"),
+        (lambda text: "[1, 2]", r": \$: got \[1, 2\], expected an object"),
+        (lambda text: "\x00", r"\(.*\)"),
+        (lambda text: "[" * 100_000, r"\(it is nested too deeply\)"),
+        (lambda text: text.replace("{", '{"metric": 1, ', 1), r"\(the key 'metric' stands twice in an object\)"),
+        (lambda text: text.replace('"bits": 3.5', '"bits": 3.25'), r": its contents do not match their sha256"),
+        (lambda text: text.replace('"sha256"', '"sha255"'), r": \$.sha256 is missing"),
+        (lambda text: text.replace('"space"', '"spice"', 1), r": \$.space is missing"),
+        (changed(metric=3), r": \$.metric: got 3, expected an object"),
+        (changed(metric={"name": "kl"}), r": \$.metric.unit is missing"),
+        (changed(quality_name=None), r": \$.quality_name: got None, expected a string"),
+        (changed(budgets={"bits": math.inf}), r": \$.budgets.bits: got inf, expected a finite number"),
+        (changed(space=[]), r": \$.space: got \[\], expected an object"),
+        (changed(space={"schemes": {}, "groups": [{}], "other_bits": 0}), r": \$.space.groups\[0\].name is missing"),
+        (changed(space={**SPACE.to_dict(), "other_bits": True}), r": \$.space.other_bits: got True, expected an integer from 0"),
+        (first_layer(shape=[4, -6]), r": \$.space.groups\[0\].layers\[0\].shape\[1\]: got -6, expected an integer from 1"),
+        (
+            first_layer(shape=[2**40]),
+            r": \$.space.groups\[0\].layers\[0\].shape: .*, expected fewer than [0-9,]+ weights",
+        ),
+        (first_layer(modules="a"), r": \$.space.groups\[0\].layers\[0\].modules: got 'a', expected an array"),
+        (first_layer(name="\ud800"), r": \$.space.groups\[0\].layers\[0\].name: got '\\ud800', expected a string"),
     ],
 )
-def test_a_damaged_identity_is_named(run, damage):
+def test_a_damaged_identity_is_named(run, damage, sentence):
     file = run.path / "space.json"
-    file.write_text(damage(file.read_text()))
-    with pytest.raises(InputError, match=r"space.json is damaged \(.*\). Restore it, or start a new run"):
+    new = damage(file.read_text())
+    if isinstance(new, str):
+        file.write_text(new)
+    else:
+        write_identity(file, {key: value for key, value in new.items() if key != "sha256"})
+    with pytest.raises(InputError, match=rf"space.json is damaged ?{sentence}.*\. Restore it, or start a new run"):
+        SearchResult.load(run.path)
+
+
+def test_a_scheme_with_other_fields_is_named(run):
+    space = SPACE.to_dict()
+    space["schemes"]["w2"]["wits"] = space["schemes"]["w2"].pop("bits")
+    write_identity(run.path / "space.json", {**IDENTITY, "space": space})
+    with pytest.raises(InputError, match=r"space.json is damaged: \$.space.schemes.w2: .*expected the fields of a scheme"):
         SearchResult.load(run.path)
 
 
 def test_schemes_that_are_not_ours_must_be_given(run):
-    file = run.path / "space.json"
-    file.write_text(file.read_text().replace('"class": "Float"', '"class": "Posit"'))
+    space = SPACE.to_dict()
+    space["schemes"]["bf16"]["class"] = "Posit"
+    write_identity(run.path / "space.json", {**IDENTITY, "space": space})
     with pytest.raises(InputError, match="'Posit' is no known scheme"):
         SearchResult.load(run.path)
     assert SearchResult.load(run.path, SPACE.schemes).space == SPACE
 
 
 def test_a_folder_that_is_no_run(tmp_path):
-    with pytest.raises(InputError, match=r"is no run folder: it holds no space.json"):
+    with pytest.raises(InputError, match=r"is not a run folder: it has no space.json"):
         SearchResult.load(tmp_path)
 
 

@@ -8,11 +8,12 @@ from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
 from mpsearch.commands.show import relative, summary
 from mpsearch.equalization import recorded
 from mpsearch.errors import InputError
+from mpsearch.evaluation_rows import SCORED
 from mpsearch.exporters.base import Picked
 from mpsearch.finetune import restored
 from mpsearch.pick import pick
 from mpsearch.report import write_report
-from mpsearch.result import SCORED, RunFolder, SearchResult
+from mpsearch.result import RunFolder, SearchResult
 
 
 def export(settings: Settings, build: Build, folder: Path) -> None:

@@ -15,12 +15,13 @@ from mpsearch.commands.show import paths, relative, summary
 from mpsearch.equalization import recorded
 from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation
+from mpsearch.evaluation_rows import SCORED
 from mpsearch.finetune import Finetuned, Training
 from mpsearch.finetune import finetune as run_finetune
 from mpsearch.intervals import paired_interval
 from mpsearch.pick import pick
 from mpsearch.report import write_report
-from mpsearch.result import SCORED, RunFolder, SearchResult
+from mpsearch.result import RunFolder, SearchResult
 from mpsearch.search import Evaluator
 
 

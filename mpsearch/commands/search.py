@@ -28,6 +28,7 @@ from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.mirror import Mirror
 from mpsearch.pick import pick
 from mpsearch.progress import phase, quiet
+from mpsearch.quality import Quality
 from mpsearch.report import write_report
 from mpsearch.result import RunFolder, SearchResult
 from mpsearch.samplers.base import complete
@@ -94,10 +95,11 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         prepared.record(folder)
         run.identify(identity)
         quality = prepared.task.quality_name
+        kind = Quality(quality, prepared.task.quality_kind)
         for table in ("sensitivity", "evaluations"):
             run.mend(table)
         known_sensitivity = run.read_sensitivity(space, metric.name)
-        known = run.read_evaluations(space, quality, identity["costs"])
+        known = run.read_evaluations(space, kind, identity["costs"])
 
         url, name = settings["study"]["mirror"], "/".join(folder.parts[-2:])  # the runs of a sweep are 0, 1, 2
         mirror = Mirror(url, name, space, identity["objectives"]) if url else None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import numpy as np
 from mpsearch.allocation import SearchSpace
 from mpsearch.costs.base import Cost, CostTable
 from mpsearch.errors import InputError
-from mpsearch.files import write_atomically
+from mpsearch.rows import Row, read_rows, write_rows
 
 FLOAT, REST = "float", ""  # in the column scheme: the float layer; in the column layer: what is no searched layer
 
@@ -34,6 +32,9 @@ class Latency:
     threads: int
     backend: str
     milliseconds: float
+
+
+COLUMNS = tuple(field.name for field in fields(Latency))
 
 
 @dataclass(frozen=True)
@@ -76,23 +77,24 @@ class LatencyMs(Cost):
 
 def write_latency(path: Path, rows: Sequence[Latency]) -> None:
     """`latency.csv`, replaced in one step."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [f.name for f in fields(Latency)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
-    write_atomically(path, text.getvalue())
+    write_rows(path, COLUMNS, [astuple(row) for row in rows])
 
 
 def read_latency(path: Path | str) -> list[Latency]:
-    """The rows of a `latency.csv`; `InputError` where it is missing or damaged."""
-    types = {"batch_size": int, "threads": int, "milliseconds": float}
-    try:
-        with open(path, newline="", encoding="utf-8") as stream:
-            rows = [Latency(**{key: types.get(key, str)(value) for key, value in row.items()}) for row in csv.DictReader(stream)]
-    except (FileNotFoundError, IsADirectoryError):
-        raise InputError(f"There is no latency table {path}. Measure one: mpsearch hardware.") from None
-    except (TypeError, ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no table of latencies, or damaged ({error}). Measure it again: mpsearch hardware.") from None
-    if bad := [row for row in rows if not row.milliseconds >= 0]:
-        raise InputError(f"{path} is damaged: layer '{bad[0].layer}' takes {bad[0].milliseconds} ms. Measure it again.")
-    return rows
+    """The rows of a `latency.csv`, or of a table that was made by hand and has no checksums; `InputError` where it is damaged."""
+    if not Path(path).exists():
+        raise InputError(f"There is no latency table {path}. Measure one: mpsearch hardware.")
+    measured: set[tuple[str, str, int]] = set()
+
+    def parse(row: Row) -> Latency:
+        cells, batch_size = row.cells, row.integer("batch_size", least=1)
+        key = cells["layer"], cells["scheme"], batch_size
+        if key in measured:
+            raise row.damage("scheme", "a layer, scheme and batch size that no earlier row has")
+        measured.add(key)
+        threads, milliseconds = row.integer("threads", least=1), row.number("milliseconds")
+        return Latency(
+            cells["layer"], cells["op"], cells["shape"], cells["scheme"], batch_size, threads, cells["backend"], milliseconds
+        )
+
+    return read_rows(Path(path), COLUMNS, parse, at_once=True, unchecked=True, remedy="Measure it again: mpsearch hardware")

@@ -38,14 +38,57 @@ def test_a_network_is_the_sum_of_its_layers_and_the_rest(tmp_path):
         (lambda rows: rows[:-1], "has no latency of layer 'o' in scheme 'w8' for a batch of 3"),
         (lambda rows: rows[1:], "has no latency of layer 'qk' in scheme 'w2'"),
         (lambda rows: [dataclasses.replace(row, batch_size=1) for row in rows], "for a batch of 3. Measure this model"),
-        (lambda rows: [dataclasses.replace(rows[0], milliseconds=-1.0), *rows[1:]], "layer '' takes -1.0 ms"),
-        (lambda rows: [dataclasses.replace(rows[0], threads="two"), *rows[1:]], "is no table of latencies, or damaged"),
+        (
+            lambda rows: [dataclasses.replace(rows[0], milliseconds=-1.0), *rows[1:]],
+            "line 2, column 'milliseconds': got '-1.0', expected a",
+        ),
+        (
+            lambda rows: [dataclasses.replace(rows[0], threads="two"), *rows[1:]],
+            "line 2, column 'threads': got 'two', expected an",
+        ),
     ],
 )
 def test_a_table_that_does_not_fit(tmp_path, change, sentence):
     write_latency(tmp_path / "latency.csv", change(ROWS))
     with pytest.raises(InputError, match=sentence):
         LatencyMs(3, str(tmp_path / "latency.csv")).table(SPACE)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "sentence"),
+    [
+        ("16.0", "17.0", "line 7: its values do not match its checksum"),
+        (
+            "k,linear,3x4,w2,3,2,avx2,2.0,",
+            "k,linear,3x4,w2,3,2,avx2,nan,",
+            "line 4, column 'milliseconds': got 'nan'",
+        ),
+        (
+            "q,linear,3x4,w8",
+            "q,linear,3x4,w2",
+            "line 5, column 'scheme': got 'w2'",
+        ),
+    ],
+)
+def test_a_damaged_table_is_named(tmp_path, before, after, sentence):
+    path = tmp_path / "latency.csv"
+    write_latency(path, ROWS)
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+    with pytest.raises(InputError, match=f"latency.csv is damaged: {sentence}"):
+        read_latency(path)
+    for cut in (text[:-1], text[: text[:-1].rindex("\n") + 1], text.replace(",crc", "", 1), ""):
+        path.write_text(cut)
+        with pytest.raises(InputError, match=r"latency.csv is damaged: line \d"):
+            read_latency(path)
+
+
+def test_a_table_made_by_hand_needs_no_checksum(tmp_path):
+    path = tmp_path / "latency.csv"
+    write_latency(path, ROWS)
+    path.write_text("".join(line.rpartition(",")[0] + "\n" for line in path.read_text().splitlines()))
+    assert read_latency(path) == ROWS
 
 
 def test_no_table(tmp_path):
@@ -56,5 +99,8 @@ def test_no_table(tmp_path):
     with pytest.raises(InputError, match=r"batch_size is a whole number from 1; 0 came"):
         LatencyMs(0)
     (tmp_path / "front.csv").write_text("size_bytes,loss\n3,0.5\n")
-    with pytest.raises(InputError, match="is no table of latencies"):
+    with pytest.raises(
+        InputError,
+        match=r"front.csv is damaged: line 1: expected the columns layer,op,shape,",
+    ):
         LatencyMs(1, str(tmp_path / "front.csv")).table(SPACE)

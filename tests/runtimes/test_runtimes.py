@@ -10,7 +10,6 @@ from mpsearch.allocation import SearchSpace
 from mpsearch.errors import InputError
 from mpsearch.group import share
 from mpsearch.layer import LayerSpec
-from mpsearch.result import read_space
 from mpsearch.runtimes.base import Runtime
 from mpsearch.runtimes.vllm import VLLM
 from mpsearch.schemes.codebook import Codebook
@@ -20,6 +19,7 @@ from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.level_input import LevelInput
 from mpsearch.schemes.outliers import Outliers
 from mpsearch.schemes.rotated import Rotated
+from mpsearch.space_json import read_space
 
 CONF = Path(__file__).parents[2] / "conf" / "runtime"
 SCHEMES = {
