@@ -43,7 +43,7 @@ class Node:
 
     def elements(self) -> list[Node]:
         """The elements of an array."""
-        if not isinstance(self.value, list):
+        if not isinstance(self.value, list | tuple):
             raise self.damage("an array")
         return [self._at(value, f"[{i}]") for i, value in enumerate(self.value)]
 
