@@ -36,7 +36,7 @@ Batches = Sequence[tuple[Any, Tensor]]
 def calibrate(
     model: nn.Module, task: Task, layers: Sequence[LayerSpec], batches: Batches, *, rotated: bool = False
 ) -> dict[str, InputMoments]:
-    """Module name -> moments of its input, float32 on the CPU; `InputError` where one is NaN or infinite.
+    """Reader (`LayerSpec.readers`) -> moments of its input, float32 on the CPU; `InputError` where one is NaN or infinite.
 
     With `rotated` also those of the rotated inputs of Linear layers, which rotated schemes ask for.
 
@@ -46,6 +46,7 @@ def calibrate(
     sums: dict[str, InputMoments] = {}
     inputs_of: dict[str, Histogram] = {}
     names = [name for layer in layers for name in layer.modules]
+    weights = {layer.weight_name for layer in layers}
 
     def called(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -58,6 +59,8 @@ def calibrate(
         return hook
 
     def see(name: str, product: Product, output: Tensor) -> None:
+        if name in weights:  # a use outside of the module, whose input no hook has seen
+            called(name)(model, (product.input,), {})
         found = _moments(product, product.input)
         if rotated and not product.kernel:
             turned = kernels.rotate(product.input)
@@ -71,7 +74,7 @@ def calibrate(
         if not isinstance(module, nn.Embedding):
             hooks.append(module.register_forward_pre_hook(called(name), with_kwargs=True))
     try:
-        with watched(model, names, see), phase("calibrate", len(batches)) as advance:
+        with watched(model, [*names, *weights], see), phase("calibrate", len(batches)) as advance:
             for inputs, _ in batches:
                 task.forward(model, inputs)
                 advance("")

@@ -106,7 +106,7 @@ class QuantEngine:
         """By the scheme's quantizer, with what calibration found."""
         try:
             weight = weight_rows(self._modules[layer][0]).float().cpu()
-            found = [self.moments[name] for name in self._layers[layer].modules if name in self.moments]
+            found = [self.moments[name] for name in self._layers[layer].readers if name in self.moments]
             moments = InputMoments.pooled(found) if found else None
             self._check_input(layer, scheme, moments)
             quantizer = self.quantizers[scheme]
@@ -126,7 +126,7 @@ class QuantEngine:
         data for as many layers, in forward order, as `hessian_max_bytes` holds (at least one), and kept until another layer is
         asked for.
         """
-        names = self._layers[layer].modules
+        names = self._read_by(layer)
         if not all(name in self._hessians for name in names):
             self._hessians, self._fishers = {}, {}  # what was held goes first
             wanted, size = list(names), self._held(layer)
@@ -134,13 +134,14 @@ class QuantEngine:
                 size += self._held(other)
                 if size > self.hessian_max_bytes:
                     break
-                wanted += self._layers[other].modules
+                wanted += self._read_by(other)
             self._hessians = dict.fromkeys(wanted) | hessians(self.model, self.task, wanted, self.batches("calibration"))
             if self._needs_fisher:
-                small = [name for name in wanted if fisher_bytes(self.model.get_submodule(name)) <= self.hessian_max_bytes]
+                layers = [la for la in self._layers if fisher_bytes(self._modules[la][0]) <= self.hessian_max_bytes]
+                small = [name for la in layers for name in self._read_by(la) if name in self._hessians]
                 self._fishers = output_fishers(self.model, self.task, small, self.batches("calibration"))
         found = []
-        for name, module in zip(names, self._modules[layer], strict=True):
+        for name, module in itertools.zip_longest(names, self._modules[layer]):  # none of a use outside of them
             if name in self.moments:
                 moments = replace(self.moments[name], hessian=self._hessians[name], fisher=self._fishers.get(name))
                 corrected = self.bias_correction and getattr(module, "bias", None) is not None
@@ -150,8 +151,14 @@ class QuantEngine:
         return InputMoments.pooled(found) if found else None
 
     def _held(self, layer: str) -> int:
-        """Bytes of the matrices of the layer's modules."""
-        return sum(hessian_bytes(module) + (fisher_bytes(module) if self._needs_fisher else 0) for module in self._modules[layer])
+        """Bytes of the matrices of all that read the layer's weight."""
+        module = self._modules[layer][0]
+        return len(self._read_by(layer)) * (hessian_bytes(module) + (fisher_bytes(module) if self._needs_fisher else 0))
+
+    def _read_by(self, layer: str) -> tuple[str, ...]:
+        """The layer's modules, and its weight's name where it is used outside of them."""
+        of = self._layers[layer]
+        return of.readers if of.weight_name in self.moments else of.modules
 
     def _check_input(self, layer: str, scheme: str, moments: InputMoments | None) -> None:
         wanted = self.space.schemes[scheme].input_format

@@ -69,6 +69,16 @@ class LayerSpec:
         return math.prod(self.shape)
 
     @property
+    def weight_name(self) -> str:
+        """The qualified name of the parameter, which stands for its uses outside of `modules` (`mpsearch.uses`)."""
+        return f"{self.name}.weight".removeprefix(".")
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """The names under which products with the weight are known: its modules', and its own for uses outside of them."""
+        return (*self.modules, self.weight_name)
+
+    @property
     def tokens(self) -> float:
         """How often the whole weight meets an input in one sample: the tokens of a Linear layer."""
         return self.macs / self.numel if self.numel else 0.0

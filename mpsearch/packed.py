@@ -32,6 +32,7 @@ from mpsearch.packed_layer import (
     PackedModule,
     QuantizedLayer,
     kernel_for,
+    read_from,
 )
 from mpsearch.projections import block_fused_paths, expose_projections
 from mpsearch.schemes.base import QuantizedTensor
@@ -39,6 +40,7 @@ from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.rotated import Rotated
 from mpsearch.stored import StoredLayer, check_fits, check_used
 from mpsearch.tensor_file import TensorFile, opened, tensor_file
+from mpsearch.uses import holders
 
 FORMAT, VERSION = "mpsearch-packed", 2
 REMEDY = "Give the file that save() or mpsearch export exporter=packed wrote."
@@ -108,6 +110,7 @@ def _install(model: nn.Module, layers: Iterable[QuantizedLayer]) -> Callable[[],
             modules: list[Any] = [model.get_submodule(name) for name in layer.modules]
             _check_shape(layer, modules[0])
             layer = layer.on(modules[0].weight.device)
+            others = holders(model, modules[0].weight, modules)
             runs = runs_packed(layer, modules) and not any("" in names[module] for module in modules)
             packed = packed_weight(modules[0], layer.weight) if runs else None
             for module in modules:
@@ -119,7 +122,9 @@ def _install(model: nn.Module, layers: Iterable[QuantizedLayer]) -> Callable[[],
                         model.set_submodule(name, new)
                         undo.append(functools.partial(model.set_submodule, name, module))
                 else:
+                    new = module
                     undo.append(_dequantize_when_called(module, layer, bias))
+            undo += [read_from(holder, name, new) for holder, name in others]
     except BaseException:
         run_backwards()
         raise

@@ -1,4 +1,5 @@
-"""The products of a model's layers, seen where they happen: `F.linear` and `F.conv*` with a module's own weight and bias.
+"""The products of a model's layers, seen where they happen: `F.linear` and `F.conv*` with a module's own weight and bias, and
+products with a layer's weight outside of its modules (`mpsearch.uses`).
 
 What is seen are the call's own arguments, so that a module which pads its input first, or does anything else before or after the
 product, is understood as well as torch's own. A weight that is changed before the product (standardized, say) is another tensor,
@@ -18,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from mpsearch.uses import MATMULS, Use, watched_uses
 
 PATCH_BYTES = 2**26
 CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -118,37 +121,65 @@ def _each(value: int | Sequence[int], n: int) -> tuple[int, ...]:
     return found * n if len(found) == 1 else found
 
 
+def _product_of(use: Use) -> Product | None:
+    """The product with the whole weight that a use is; `None` for any other."""
+    if use.func in ARGUMENTS:
+        given = dict(zip(ARGUMENTS[use.func], use.args, strict=False)) | dict(use.kwargs)
+        is_whole = _is_same_view(given["weight"], use.weight)
+        return Product.of(given, use.output, ARGUMENTS[use.func] is TRANSPOSED) if is_whole else None
+    if use.func in (*MATMULS, torch.addmm) and use.weight.dim() == 2 and not use.kwargs:
+        x, weight = use.args[-2:]
+        is_whole = isinstance(weight, Tensor) and weight.dim() == 2 and _is_same_view(weight.t(), use.weight)
+        return Product.of({"input": x, "weight": use.weight}, use.output, False) if is_whole else None
+    return None
+
+
+def _is_same_view(x: Tensor, weight: Tensor) -> bool:
+    return x.data_ptr() == weight.data_ptr() and x.shape == weight.shape and x.stride() == weight.stride()
+
+
 See = Callable[[str, Product, Tensor], Tensor | None]
 
 
 @contextmanager
 def watched(model: nn.Module, names: Sequence[str], see: See) -> Iterator[None]:
-    """While the block runs, `see(module's name, product, output)` is told each product; what it returns takes the output's place.
+    """While the block runs, `see(name, product, output)` gets each product; what it returns takes the output's place.
 
-    A product belongs to the module that was last called of those that own its weight.
+    `names` are those of modules, whose products are those with their own weight and bias while they run, and of weights
+    (`LayerSpec.weight_name`), whose products are those outside of the modules that own them.
     """
-    last: dict[int, tuple[str, Any]] = {}
+    modules = dict(model.named_modules())
+    running: dict[int, list[tuple[str, Any]]] = {}
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             output = func(*args, **(kwargs or {}))
             if func in ARGUMENTS:
                 given = dict(zip(ARGUMENTS[func], args, strict=False)) | (kwargs or {})
-                name, module = last.get(id(given["weight"]), ("", None))
+                name, module = (running.get(id(given["weight"])) or [("", None)])[-1]
                 if module is not None and given.get("bias") is module.bias:
                     seen = see(name, Product.of(given, output, ARGUMENTS[func] is TRANSPOSED), output)
                     return output if seen is None else seen
             return output
 
-    def called(name: str) -> Callable[..., None]:
-        def hook(module: Any, args: Any) -> None:
-            last[id(module.weight)] = (name, module)
+    def enter(name: str) -> Callable[..., None]:
+        return lambda module, args: running.setdefault(id(module.weight), []).append((name, module))
 
-        return hook
+    def leave(module: Any, args: Any, output: Any) -> None:
+        running[id(module.weight)].pop()
 
-    hooks = [model.get_submodule(name).register_forward_pre_hook(called(name)) for name in names]
+    def see_use(name: str, use: Use) -> Tensor | None:
+        product = _product_of(use)
+        return None if product is None else see(name, product, use.output)
+
+    hooks = []
+    for name in names:
+        if name in modules:
+            hooks.append(modules[name].register_forward_pre_hook(enter(name)))
+            hooks.append(modules[name].register_forward_hook(leave, always_call=True))
+    weights = {name: model.get_parameter(name) for name in names if name not in modules}
     try:
-        with Watch():
+        with Watch(), watched_uses(model, weights, see_use):
             yield
     finally:
         for handle in hooks:

@@ -26,6 +26,7 @@ from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import SCALE_DTYPES, Integer
 from mpsearch.schemes.rotated import Rotated
+from mpsearch.uses import holders
 
 INSIDE = 0.25  # of a step: no latent weight starts farther from its code, or the first steps would undo the quantizer's choice
 PACE = 0.1  # of a scale to its weights: at two bits one that moves as fast as they do changes too many codes at once
@@ -158,7 +159,8 @@ class Student:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The model runs on these weights and biases, and its inputs are quantized, while the block runs."""
-        undo, handles = [], []
+        undo: list[tuple[nn.Module, dict[str, Any], tuple[str, ...]]] = []
+        handles = []
         try:
             for layer, scheme in self.layers:
                 stored = self._stored[layer.name, scheme]
@@ -170,8 +172,12 @@ class Student:
                 else:
                     rows = stored.dequantize().to(self.base.device)
                 weight_of_modules = from_rows(modules[0], rows)
+                for holder, name in holders(self.base.model, modules[0].weight, modules):
+                    undo.append((holder, dict(holder._parameters), (name,)))
+                    del holder._parameters[name]
+                    setattr(holder, name, weight_of_modules)
                 for module in modules:
-                    undo.append((module, dict(module._parameters)))
+                    undo.append((module, dict(module._parameters), ("weight", "bias")))
                     handles.append(self._quantize_input(layer, module, stored))
                     bias = module._parameters.pop("bias", None)
                     del module._parameters["weight"]
@@ -179,8 +185,8 @@ class Student:
                     module.bias = None if bias is None else self.value(self._biases[id(bias)])
             yield
         finally:
-            for module, parameters in reversed(undo):
-                for name in ("weight", "bias"):
+            for module, parameters, names in reversed(undo):
+                for name in names:
                     module.__dict__.pop(name, None)
                 module._parameters.clear()
                 module._parameters.update(parameters)

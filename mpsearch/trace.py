@@ -15,21 +15,23 @@ from torch import Tensor, nn
 
 from mpsearch.errors import InputError
 from mpsearch.layer import LayerSpec, kind_of, rows_shape
+from mpsearch.uses import Use, watched_uses
 
 Forward = Callable[[nn.Module, Any], Any]
 
 
 def trace_layers(model: nn.Module, forward: Forward, inputs: Any) -> tuple[LayerSpec, ...]:
-    """The quantizable layers (`layer.KINDS`) that `forward(model, inputs)` reaches, in the order of their first call.
+    """The quantizable layers (`layer.KINDS`) that `forward(model, inputs)` reaches, in the order of their first call or use.
 
     `inputs` hold a batch of n samples: n is the first size of the first tensor in them (a tensor, or a tuple, list or mapping
-    that holds tensors). `macs` are those of one sample, summed over all calls of a layer; an embedding's are 0. A weight that
-    several modules own is one layer under the name of the first one called, its `modules` those called and then those not.
-    Every layer is its own group.
+    that holds tensors). `macs` are those of one sample, summed over all calls and uses of a layer; an embedding's calls have 0.
+    A weight that several modules own is one layer under the name of the first one called, its `modules` those called and then
+    those not. A weight that other code multiplies by (`F.linear(h, embedding.weight)`, `mpsearch.uses`) is reached too; the input
+    of such a product is not quantized. Every layer is its own group.
 
-    Left out, so that they stay float: layers that are never called (also those whose weight a parent reads directly, as
-    `nn.MultiheadAttention` does with `out_proj`), and layers whose `weight` is computed from other parameters at each call
-    (`nn.utils.parametrize`, `weight_norm`). The model runs in eval mode without gradients and is left as it was.
+    Left out, so that they stay float: layers that are never reached (as `out_proj` of a subclass of `nn.MultiheadAttention`), and
+    layers whose `weight` is computed from other parameters at each call (`nn.utils.parametrize`, `weight_norm`). The model runs
+    in eval mode without gradients and is left as it was.
 
     Raises `InputError` for a weight that is not float32, for inputs without a tensor, and where no layer is found.
     """
@@ -46,9 +48,19 @@ def trace_layers(model: nn.Module, forward: Forward, inputs: Any) -> tuple[Layer
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         total_macs[module] = total_macs.get(module, 0) + _macs(module, (*args, kwargs), output)
 
+    first_of: dict[int, nn.Module] = {}
+    for module in modules:
+        first_of.setdefault(id(module.weight), module)
+
+    def count_use(name: str, use: Use) -> None:
+        module = first_of[id(use.weight)]
+        if use.macs:
+            total_macs[module] = total_macs.get(module, 0) + use.macs
+
+    weights: dict[str, Any] = {modules[module]: module.weight for module in first_of.values()}
     hooks = [module.register_forward_hook(count, with_kwargs=True) for module in modules]
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad(), watched_uses(model, weights, count_use):
             forward(model, inputs)
     finally:
         for hook in hooks:

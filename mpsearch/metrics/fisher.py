@@ -12,7 +12,7 @@ Fisher and not the empirical one (Kunstner et al. 2019). Runs on the calibration
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from mpsearch.calibrate import drawn_loss
 from mpsearch.engine import QuantEngine
 from mpsearch.errors import InputError
 from mpsearch.metrics.base import Pair, SensitivityMetric
+from mpsearch.uses import Use, watched_uses
 
 
 class Fisher(SensitivityMetric):
@@ -39,7 +40,7 @@ class Fisher(SensitivityMetric):
         sums = dict.fromkeys(sorted(wanted), 0.0)
         generator = torch.Generator().manual_seed(0)
         n_samples = 0
-        of_module = {name: layer.name for layer in engine.space.layers for name in layer.modules}
+        of_module = {name: layer.name for layer in engine.space.layers for name in layer.readers}
         for inputs, targets in engine.batches("calibration"):
             n_samples += len(targets)
             with seen_calls(engine, list(of_module), inputs) as (logits, calls):
@@ -56,28 +57,42 @@ class Fisher(SensitivityMetric):
 
 @dataclass(frozen=True)
 class Call:
-    """What a module was called with, and what came out."""
+    """The inputs and the output of a module's call, or of a `use` of its weight outside of it."""
 
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    kwargs: Mapping[str, Any]
     output: Tensor
+    use: Use | None = None
 
 
 @contextmanager
-def seen_calls(engine: QuantEngine, modules: Sequence[str], inputs: Any) -> Iterator[tuple[Tensor, list[tuple[str, Call]]]]:
-    """(logits, (module name, call) in their order) of the float model on one batch; gradients reach every output."""
+def seen_calls(engine: QuantEngine, readers: Sequence[str], inputs: Any) -> Iterator[tuple[Tensor, list[tuple[str, Call]]]]:
+    """(logits, (reader, call) in their order) of the float model on one batch; gradients reach every output.
+
+    `readers` are names of modules and of weights (`LayerSpec.readers`).
+    """
     calls: list[tuple[str, Call]] = []
     hooks = []
-    for name in modules:
+    modules = dict(engine.model.named_modules())
+
+    def see(name: str, use: Use) -> Tensor:
+        output = use.output if use.output.requires_grad else use.output.detach().requires_grad_()
+        calls.append((name, Call(use.args, use.kwargs, output, use)))
+        return output.clone()
+
+    for name in readers:
+        if name not in modules:
+            continue
 
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> Tensor:
             output = output if output.requires_grad else output.detach().requires_grad_()
             calls.append((name, Call(args, kwargs, output)))
             return output.clone()  # what follows may work in place
 
-        hooks.append(engine.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+        hooks.append(modules[name].register_forward_hook(hook, with_kwargs=True))
     try:
-        with torch.enable_grad():
+        weights = {name: engine.model.get_parameter(name) for name in readers if name not in modules}
+        with torch.enable_grad(), watched_uses(engine.model, weights, see):
             logits = engine.task.forward(engine.model, inputs)
     finally:
         for handle in hooks:
@@ -100,10 +115,15 @@ def gradients_at(calls: Sequence[tuple[str, Call]], loss: Tensor) -> tuple[Tenso
 
 
 @torch.no_grad()
-def changed(engine: QuantEngine, module: str, layer: str, scheme: str, call: Call) -> Tensor:
-    """The change of a call's output where the module runs on the layer's quantized weight and input and its corrected bias."""
-    of_module = engine.model.get_submodule(module)
+def changed(engine: QuantEngine, reader: str, layer: str, scheme: str, call: Call) -> Tensor:
+    """The change of a call's output where the module runs on the layer's quantized weight and input and its corrected bias.
+
+    Of a use outside of its modules: on the quantized weight.
+    """
+    if call.use is not None:
+        return call.use.run_with(engine.swaps(layer, scheme)[0][1]) - call.output
+    of_module = engine.model.get_submodule(reader)
     own = dict(of_module.named_parameters(recurse=False))
     swapped = {name: value for parameter, value in engine.swaps(layer, scheme) for name, p in own.items() if p is parameter}
     with engine.input_quantized(layer, scheme):
-        return torch.func.functional_call(of_module, swapped, call.args, call.kwargs) - call.output
+        return torch.func.functional_call(of_module, swapped, call.args, dict(call.kwargs)) - call.output

@@ -75,7 +75,7 @@ class GaussNewton(SensitivityMetric):
         layers = {group.name: group.layers for group in engine.space.groups}
         for column, (group, scheme) in enumerate(pairs):
             for layer in layers[group]:
-                for module in layer.modules:
+                for module in layer.readers:
                     columns.setdefault(module, {}).setdefault((layer, scheme), []).append(column)
         batches, n_rows = engine.batches("search"), len(engine.float_logits("search"))
         n_probes = min(MOST_PROBES, math.ceil(FEWEST_FEATURES / n_rows))
@@ -128,7 +128,7 @@ def _by_row(product: Tensor, layer: LayerSpec, n_rows: int) -> NDArray[np.float6
     """
     if layer.kind.startswith("conv"):
         product = product.movedim(1, -1)
-    of_positions = product.double().flatten(0, -2).sum(-1).cpu().numpy()
+    of_positions = product.double().reshape(-1, product.shape[-1] if product.ndim else 1).sum(-1).cpu().numpy()
     if len(of_positions) % n_rows == 0:
         return of_positions.reshape(n_rows, -1).sum(1)
     signs = np.random.default_rng(0).choice([-1.0, 1.0], len(of_positions))
