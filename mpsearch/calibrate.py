@@ -16,10 +16,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch import kernels
+from mpsearch.divergence import Divergence
 from mpsearch.errors import InputError
 from mpsearch.layer import LayerSpec, check_finite, rows_shape
 from mpsearch.products import Product, watched
@@ -27,7 +27,7 @@ from mpsearch.progress import phase
 from mpsearch.quantizers.base import InputMoments
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.tasks.base import Task
-from mpsearch.trace import tensors_in
+from mpsearch.tree import tensors_in
 
 Batches = Sequence[tuple[Any, Tensor]]
 
@@ -125,11 +125,13 @@ def hessians(model: nn.Module, task: Task, modules: Sequence[str], batches: Batc
     return {name: total.cpu() for name, total in sums.items()}
 
 
-def output_fishers(model: nn.Module, task: Task, modules: Sequence[str], batches: Batches) -> dict[str, Tensor]:
+def output_fishers(
+    model: nn.Module, task: Task, modules: Sequence[str], batches: Batches, divergence: Divergence
+) -> dict[str, Tensor]:
     """Module name -> E[g g^T] of the gradient g at its output, float32 `[groups, rows, rows]` on the CPU, rows of a group.
 
-    The mean over output positions, of the modules of which a product is seen and reaches the loss: `drawn_loss`, by one backward
-    pass a batch. Beside the result, what is held is a batch's outputs and gradients.
+    The mean over output positions, of the modules of which a product is seen and reaches the loss: the divergence's
+    `drawn_loss`, by one backward pass per batch. Beside the result, what is held is a batch's outputs and gradients.
     """
     sums: dict[str, Tensor] = {}
     counts: Counter[str] = Counter()
@@ -146,7 +148,7 @@ def output_fishers(model: nn.Module, task: Task, modules: Sequence[str], batches
             with torch.enable_grad(), watched(model, modules, see):
                 logits = task.forward(model, inputs)
             outputs = [output for *_, output in seen]
-            gradients = _gradients(logits, outputs, generator)
+            gradients = _gradients(logits, outputs, lambda logits: divergence.drawn_loss(logits, generator))
             for (name, product, _), gradient in zip(seen, gradients, strict=True):
                 if gradient is not None:
                     rows = gradient.reshape(product.output.shape).movedim(1 if product.kernel else -1, -1)
@@ -159,23 +161,14 @@ def output_fishers(model: nn.Module, task: Task, modules: Sequence[str], batches
     return {name: total.div_(counts[name]).cpu() for name, total in sums.items()}
 
 
-def _gradients(logits: Tensor, outputs: Sequence[Tensor], generator: torch.Generator) -> Sequence[Tensor | None]:
-    """Of the drawn loss; none, and a warning, where the model gives none."""
+def _gradients(logits: Tensor, outputs: Sequence[Tensor], loss: Callable[[Tensor], Tensor]) -> Sequence[Tensor | None]:
+    """Of the loss; none, and a warning, where the model gives none."""
     try:
         with torch.enable_grad():  # whoever asks for a quantized layer may be in no_grad
-            return torch.autograd.grad(drawn_loss(logits, generator), outputs, allow_unused=True)
+            return torch.autograd.grad(loss(logits), outputs, allow_unused=True)
     except RuntimeError as error:
         warnings.warn(f"No gradient can be had of the model, so that layers are quantized without: {error}", stacklevel=3)
         return [None] * len(outputs)
-
-
-def drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """The summed negative log-likelihood of labels drawn from the prediction itself, `[n, classes]`; no label is used.
-
-    The second moment of its gradient is the true Fisher information and not the empirical one (Kunstner et al. 2019).
-    """
-    labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
-    return F.cross_entropy(logits, labels, reduction="sum")
 
 
 @torch.no_grad()

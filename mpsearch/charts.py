@@ -18,11 +18,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
+from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.files import write_atomically
 from mpsearch.quality import Quality
 
-# Nats; below it a KL divergence measured in float32 is rounding.
-KL_FLOOR = 1e-6
 SEARCH, CONFIRM, UNIFORM, FLOAT, PICK = "#1f6feb", "#d1561a", "#6e7781", "#1a7f37", "#bf3989"
 
 
@@ -38,13 +37,14 @@ def pareto(
     trained: pd.DataFrame,
     objectives: Sequence[str] = ("size_bytes",),
     picked: str | None = None,
+    loss_label: str = "softmax KL (nats)",
 ) -> None:
     """`pareto.png` and `.svg`: loss and quality against cost, both splits, uniform allocations, budgets, float, the pick.
 
     `front` and `uniform` have the columns of `front.csv`, `uniform` also `scheme`; `evaluations` those of `evaluations.csv`;
     `trained` is `report.trained_table`'s; `objectives` are the columns of one or two costs, a row of panels for each, and
-    `limits` the positions of the budgets on their axes; `picked` is the allocation (JSON) to mark. Where forward passes were
-    timed, a third panel shows quality against their time.
+    `limits` the positions of the budgets on their axes; `picked` is the allocation (JSON) to mark;
+    `loss_label` names the loss and its unit. Where forward passes were timed, a third panel shows quality against their time.
     """
     timed = not pd.concat([front, uniform]).query("split == 'confirm'").measured_ms.dropna().empty
     rows = len(objectives)
@@ -57,6 +57,7 @@ def pareto(
             label = f"float model, {split} split: {quality.text(value)}"
             row[1].axhline(quality.scale * value, color=color, lw=1, ls="-.", alpha=0.8, label=label)
         _zoom(row[1], front, quality, float_quality)
+        row[0].set_ylabel(f"loss: {loss_label}")
         row[0].legend(fontsize=9)
         row[1].legend(fontsize=9, loc="lower right" if quality.sign > 0 else "upper right")
     if timed:
@@ -134,7 +135,7 @@ def _against_cost(
         axes.grid(alpha=0.25)
     _mark_trained(left, right, trained, quality, objective, scale)
     _mark_pick(left, right, front, picked, quality, objective, scale)
-    left.set(yscale="log", ylabel="loss: KL to the float model (nats)", title="Loss against cost (lower left is better)")
+    left.set(yscale="log", title="Loss against cost (lower left is better)")
     better = "" if quality.sign > 0 else " (lower is better)"
     right.set(ylabel=f"{quality.label}, 95 % interval paired with float", title=f"{_title(quality)} against cost{better}")
 
@@ -285,7 +286,7 @@ def _title(quality: Quality) -> str:
 
 
 def _floor(loss: pd.Series) -> pd.Series:
-    return loss.clip(lower=KL_FLOOR)
+    return loss.clip(lower=LOSS_FLOOR)
 
 
 def _save(figure: Figure, folder: Path, name: str, svg: bool = False) -> None:

@@ -16,9 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -27,7 +25,7 @@ from mpsearch.bank import Bank
 from mpsearch.calibrate import fisher_bytes, hessian_bytes, hessians, mean_shifts, output_fishers
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score
-from mpsearch.intervals import cluster_values, paired_interval
+from mpsearch.inplace import cloned_inputs, overwritten_inputs
 from mpsearch.layer import LayerSpec, check_finite, from_rows, weight_rows
 from mpsearch.prefix import PrefixReuse
 from mpsearch.products import Product
@@ -35,7 +33,9 @@ from mpsearch.quality import Quality
 from mpsearch.quantizers.base import InputMoments, Quantizer
 from mpsearch.schemes.base import QuantizedTensor
 from mpsearch.schemes.input import InputFormat
+from mpsearch.scoring import score_outputs
 from mpsearch.tasks.base import Task
+from mpsearch.tree import map_tensors
 
 FLOAT = Allocation()
 
@@ -79,6 +79,7 @@ class QuantEngine:
         self._dense_bytes = 0
         self._hessians: dict[str, Tensor | None] = {}
         self._fishers: dict[str, Tensor] = {}
+        self._overwritten: tuple[str, ...] | None = None
         self._n_applied = 0  # allocations that are swapped in just now
         self._needs_fisher = any(quantizer.needs_fisher for quantizer in quantizers.values())
         self._shifts: dict[InputFormat, dict[str, Tensor]] = {}
@@ -87,12 +88,22 @@ class QuantEngine:
         self._scores: dict[tuple[Allocation, str], Score] = {}
         for layer in space.layers:
             check_finite(layer.name, self._modules[layer.name][0].weight)
+        self.divergence = task.chosen_divergence(model, self.batches("calibration"))[0]
 
     def batches(self, split: str) -> list[tuple[Any, Tensor]]:
         """The split's (inputs, targets), on the engine's device; an `InputError` where it is empty."""
         if split not in self._batches:
             self._batches[split] = load_batches(self.task, split, self.device)
         return self._batches[split]
+
+    @contextmanager
+    def own_inputs(self) -> Iterator[None]:
+        """While the block runs, layers whose input the network writes into later (`inplace.py`) read a copy of it."""
+        if self._overwritten is None:
+            inputs, names = self.batches("calibration")[0][0], [name for layer in self.space.layers for name in layer.modules]
+            self._overwritten = overwritten_inputs(self.model, names, lambda: self.task.forward(self.model, inputs))
+        with cloned_inputs(self.model, self._overwritten):
+            yield
 
     def quantized(self, layer: str, scheme: str) -> QuantizedTensor:
         """The layer's weight in the scheme, from the bank; quantized at the first call."""
@@ -139,7 +150,8 @@ class QuantEngine:
             if self._needs_fisher:
                 layers = [la for la in self._layers if fisher_bytes(self._modules[la][0]) <= self.hessian_max_bytes]
                 small = [name for la in layers for name in self._read_by(la) if name in self._hessians]
-                self._fishers = output_fishers(self.model, self.task, small, self.batches("calibration"))
+                with self.own_inputs():
+                    self._fishers = output_fishers(self.model, self.task, small, self.batches("calibration"), self.divergence)
         found = []
         for name, module in itertools.zip_longest(names, self._modules[layer]):  # none of a use outside of them
             if name in self.moments:
@@ -315,56 +327,15 @@ class QuantEngine:
     def _logits(self, model: nn.Module, split: str) -> Tensor:
         return torch.cat([self.task.forward(model, inputs) for inputs, _ in self.batches(split)])
 
-    @torch.no_grad()
     def _compare(self, logits: Tensor | None, reference: Tensor, split: str) -> Score:
-        """`logits` `[n, classes]` of the split's samples against the float model's; `None`: the float model itself."""
-        itself = logits is None
-        logits = reference if logits is None else logits
+        """Of the split's outputs `[n, columns]` against the float model's; `None`: of the float model itself."""
         targets = torch.cat([target for _, target in self.batches(split)])
-        baseline = self._qualities(reference, targets, split)
-        qualities = baseline if itself else self._qualities(logits, targets, split)
-        low, high = (0.0, 0.0) if itself else paired_interval(qualities, baseline)
-        noise = (logits - reference).double().square().sum() / reference.double().square().sum()
-        return Score(
-            loss=_divergence(logits, reference),
-            cross_entropy=self.task.cross_entropy(logits, targets).double().mean().item(),
-            quality=self.quality.score(qualities.mean()),
-            quality_low=self.quality.score(baseline.mean() + low),
-            quality_high=self.quality.score(baseline.mean() + high),
-            noise=noise.item() if torch.isfinite(noise) else float("inf"),
-            n_samples=len(qualities),
-            qualities=qualities.astype(np.float32),
-        )
-
-    def _qualities(self, logits: Tensor, targets: Tensor, split: str) -> NDArray[np.float64]:
-        """The quality of each independent sample, `[n_samples]`."""
-        values = self.task.quality(logits, targets).double().cpu().numpy()
-        clusters = self.task.clusters(split)
-        if clusters is None:
-            return values
-        if clusters.shape != values.shape:
-            raise InputError(
-                f"The task's clusters of the {split} split must be one integer for each of its {len(values):,} quality values; "
-                f"got shape {tuple(clusters.shape)}."
-            )
-        return cluster_values(values, clusters.numpy())
+        return score_outputs(self.task, self.divergence, logits, reference, targets, split)
 
 
 def _mean_product(weight: Tensor, mean: Tensor) -> Tensor:
     """float64 `[rows]`: what rows, first dimension of `weight`, make of the mean `[k, columns]` of what meets their columns."""
     return torch.einsum("krc,kc->kr", weight.double().reshape(len(mean), -1, mean.shape[1]), mean).flatten()
-
-
-def _divergences(logits: Tensor, reference: Tensor) -> Tensor:
-    """float64 [n] KL(reference || logits) in nats of each row."""
-    log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).double()
-
-
-def _divergence(logits: Tensor, reference: Tensor) -> float:
-    """Mean KL(reference || logits) in nats, infinite where it is not a number."""
-    loss = _divergences(logits, reference).mean().item()
-    return max(loss, 0.0) if np.isfinite(loss) else float("inf")
 
 
 def quantize_input(
@@ -392,7 +363,7 @@ def quantize_input(
 
 def load_batches(task: Task, split: str, device: str) -> list[tuple[Any, Tensor]]:
     """A split's batches on `device`; an `InputError` where there is none."""
-    batches = [(to_device(inputs, device), targets.to(device)) for inputs, targets in task.batches(split)]
+    batches = [(map_tensors(lambda x: x.to(device), inputs), targets.to(device)) for inputs, targets in task.loaded(split)]
     if not batches:
         raise InputError(f"The task gives no batch for its {split} split. Give it data, or a size above 0.")
     return batches
@@ -403,14 +374,3 @@ def other_bits(model: nn.Module, layers: Sequence[LayerSpec]) -> int:
     searched = {id(model.get_submodule(layer.modules[0]).weight) for layer in layers}
     others = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in searched}
     return sum(8 * tensor.nbytes for tensor in others.values())
-
-
-def to_device(inputs: Any, device: str) -> Any:
-    """The inputs of a batch on `device`."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device)
-    if isinstance(inputs, Mapping):
-        return {key: to_device(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, list | tuple):
-        return type(inputs)(to_device(value, device) for value in inputs)
-    return inputs

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from mpsearch.allocation import Allocation, SearchSpace
+from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation
 from mpsearch.quality import Quality
-from mpsearch.rows import Row
+from mpsearch.rows import CRC, Row
 
 ORIGINS = ("float", "uniform", "knapsack", "sampler", FINETUNED)
 SCORED = ("search", "confirm")
@@ -21,7 +22,14 @@ ROUNDING = 1e-6  # of the mean of float32 shares
 
 def evaluation_columns(quality_name: str, costs: Sequence[str] = ()) -> tuple[str, ...]:
     """The columns of `evaluations.csv`: the fields of `Evaluation`, the quality under its own name, each cost on its own."""
-    return (*(f.name.replace("quality", quality_name) for f in fields(Evaluation) if f.name != "costs"), *costs)
+    columns = (*(f.name.replace("quality", quality_name) for f in fields(Evaluation) if f.name != "costs"), *costs)
+    taken = {name for name in columns if columns.count(name) > 1} | ({quality_name} & {"scheme", CRC})
+    if taken:
+        raise InputError(
+            f"The quality cannot be named '{quality_name}': {', '.join(sorted(taken))} is a column of the run's tables already. "
+            f"Give the task another quality_name, as in 'task_{quality_name}'."
+        )
+    return columns
 
 
 def evaluation_row(evaluation: Evaluation, space: SearchSpace, quality_name: str, costs: Sequence[str] = ()) -> dict[str, Any]:

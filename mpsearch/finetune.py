@@ -1,7 +1,7 @@
 """Quantization-aware training of one allocation: its codes, scales and biases learn to give the float model's predictions.
 
 Every step runs the network on the weights as they would be stored (`student.py`), its inputs quantized as the schemes say, and
-lowers the KL divergence from the float model on the task's training data (knowledge distillation, Hinton et al. 2015,
+lowers the divergence from the float model on the task's training data (knowledge distillation, Hinton et al. 2015,
 https://arxiv.org/abs/1503.02531). Training starts at what the search stored, so that epoch 0 is that point itself; the epoch with
 the lowest loss on the search split is kept. Batch norms were folded before the search: their shifts learn as biases, their
 factors as scales, and no statistics of a batch come in.
@@ -23,16 +23,17 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpsearch.allocation import Allocation
-from mpsearch.engine import QuantEngine, to_device
+from mpsearch.engine import QuantEngine
 from mpsearch.errors import InputError
 from mpsearch.files import file_errors, write_atomically
 from mpsearch.progress import phase
 from mpsearch.schemes.base import QuantScheme
 from mpsearch.student import Student, learns
 from mpsearch.tasks.base import Batch, Task
+from mpsearch.tree import map_tensors
 
 FORMAT = "mpsearch-finetuning"
 STEPS = 50  # of an epoch of a training that is given in steps
@@ -42,8 +43,8 @@ STEPS = 50  # of an epoch of a training that is given in steps
 class Training:
     """How to train: `batches` of `batch_size` samples an epoch (`None`: all there are), by Adam, the rate falling as a cosine.
 
-    `learning_rate` is in units of what is trained: of each weight matrix's root mean square, of each scale. `loss` is the "kl"
-    divergence from the float model's predictions, or the "cross_entropy" of the task's targets.
+    `learning_rate` is in units of what is trained: of each weight matrix's root mean square, of each scale. `loss` is "kl",
+    the task's divergence from the float model's outputs, or "cross_entropy", the task's own loss of its targets.
     """
 
     epochs: int = 20
@@ -84,7 +85,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What came of it: an engine whose bank holds the best epoch, the search loss (nats) after each epoch, and seconds trained.
+    """What came of it: an engine whose bank holds the best epoch, the search loss after each epoch, and seconds trained.
 
     `losses[0]` is the loss before training.
     """
@@ -132,7 +133,7 @@ def finetune(engine: QuantEngine, allocation: Allocation, training: Training, fo
             seconds += time.perf_counter() - start
             about = {"allocation": allocation.to_json(), **asdict(training), "losses": losses, "seconds": seconds}
             _save(path, student, optimizer, best, about)
-            advance(f"KL on the search split {loss:.3g}, before {losses[0]:.3g}")
+            advance(f"loss on the search split {loss:.3g}, before {losses[0]:.3g}")
     student.set(best)
     return Finetuned(student.engine(), tuple(losses), seconds)
 
@@ -149,20 +150,20 @@ def restored(engine: QuantEngine, allocation: Allocation, loss: float, folder: P
 
 
 def train_epoch(student: Student, optimizer: torch.optim.Optimizer, training: Training, epoch: int) -> float:
-    """One epoch of steps; the mean loss (nats) over its batches."""
+    """One epoch of steps; the mean loss over its batches."""
     engine, latents = student.base, list(student.latents.values())
     task, total, n = engine.task, 0.0, 0
     for batch, targets in _some(training.batches_of(task, epoch)):
         optimizer.param_groups[0]["lr"] = training.rate(epoch, n)
-        inputs = to_device(batch, engine.device)
+        inputs = map_tensors(lambda x: x.to(engine.device), batch)
         if training.loss == "kl":
             inputs = _mixed(inputs, np.random.default_rng([training.seed, epoch, n]))
             with torch.no_grad():
-                wanted = task.forward(engine.model, inputs).log_softmax(-1)
-        with student.installed():
+                wanted = task.forward(engine.model, inputs)
+        with engine.own_inputs(), student.installed():
             logits = task.forward(engine.model, inputs)
             if training.loss == "kl":
-                loss = nn.functional.kl_div(logits.log_softmax(-1), wanted, reduction="batchmean", log_target=True)
+                loss = engine.divergence.distillation(logits, wanted)
             else:
                 loss = task.cross_entropy(logits, targets.to(engine.device)).mean()
             gradients = torch.autograd.grad(loss, latents, allow_unused=True)  # not backward: the model's own get none

@@ -29,14 +29,15 @@ Pair = tuple[str, str]
 TOLERANCE = 1e-4
 
 
-def fold_batch_norms(model: nn.Module, forward: Forward, inputs: Any) -> tuple[Pair, ...]:
+def fold_batch_norms(model: nn.Module, forward: Forward, *batches: Any) -> tuple[Pair, ...]:
     """Fold in place every batch norm that directly follows a layer; return (layer name, batch norm name) in forward order.
 
-    `forward(model, inputs)`, which returns the output tensor, is run to see which layer's output tensor is a batch norm's
-    input. Folded are those that are each called once, keep running statistics and share no parameters with other modules; the
-    layer gains a bias where it had none, and `nn.Identity` takes the batch norm's place (a batch norm that holds modules to
-    apply after it, as timm's BatchNormAct2d does, leaves these). The output must stay the same to within `TOLERANCE`; pairs for
-    which it does not, as where the layer's output is used elsewhere too, are undone bit for bit.
+    `forward(model, inputs)`, which returns the output tensor, is run on the first of `batches` to see which layer's output tensor
+    is a batch norm's input. Folded are those that are each called once, keep running statistics and share no parameters with
+    other modules; the layer gains a bias where it had none, and `nn.Identity` takes the batch norm's place (a batch norm that
+    holds modules to apply after it, as timm's BatchNormAct2d does, leaves these). The outputs for all `batches` must stay the
+    same to within `TOLERANCE`; pairs for which they do not, as where the layer's output is used elsewhere too, perhaps only for
+    some inputs, are undone bit for bit.
 
     Raises `InputError` for a model in training mode: there a batch norm depends on the batch, and running would change it.
     """
@@ -46,15 +47,16 @@ def fold_batch_norms(model: nn.Module, forward: Forward, inputs: Any) -> tuple[P
         raise InputError(f"Batch norms are folded in eval mode, and {where} is in training mode. Call model.eval() before.")
     # cuDNN may round a convolution's inputs to 10 bits (TF32), which would drown what is compared here.
     with torch.no_grad(), cudnn.flags(enabled=cudnn.enabled, allow_tf32=False):
-        before, followers = _run_and_watch(model, forward, inputs)
+        first, followers = _run_and_watch(model, forward, batches[0])
         uses = uses_of_tensors(model)
         candidates = [pair for pair in followers if _is_foldable(model, *pair, uses)]
-        bound = TOLERANCE * before.abs().max()
+        before = [first, *(forward(model, inputs) for inputs in batches[1:])] if candidates else []
         kept: list[Pair] = []
 
         def holds() -> bool:
             try:
-                return bool((forward(model, inputs) - before).abs().max() <= bound)
+                pairs = zip(batches, before, strict=True)
+                return all((forward(model, x) - y).abs().max() <= TOLERANCE * y.abs().max() for x, y in pairs)
             except Exception:  # it ran before folding: the model's code looks into a batch norm that is gone
                 return False
 

@@ -31,7 +31,7 @@ from mpsearch.packed_layer import QuantizedLayer, kernel_for
 from mpsearch.progress import phase
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.schemes.base import QuantScheme
-from mpsearch.trace import tensors_in
+from mpsearch.tree import tensors_in
 
 LEAST_ROUNDS, MOST_ROUNDS = 7, 100
 READ_BYTES = 256 * 2**20

@@ -23,7 +23,8 @@ from mpsearch.equalization import SIX, ChannelClip, scale
 from mpsearch.fold import uses_of_tensors
 from mpsearch.layer import kind_of, rows_shape, runs_as_usual
 from mpsearch.progress import phase
-from mpsearch.trace import evaluating, tensors_in
+from mpsearch.trace import evaluating
+from mpsearch.tree import tensors_in
 
 Forward = Callable[[nn.Module, Any], Any]
 

@@ -20,7 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpsearch.layer import Activations, LayerSpec
-from mpsearch.trace import Forward, evaluating, tensors_in
+from mpsearch.trace import Forward, evaluating
+from mpsearch.tree import tensors_in
 
 
 @dataclass(eq=False)

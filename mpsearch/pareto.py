@@ -9,9 +9,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.errors import InputError
-
-KL_FLOOR = 1e-5  # nats; below it a KL divergence over some thousand samples is noise, and equal to none at all
 
 
 def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
@@ -57,7 +56,7 @@ def nearest_front(costs: ArrayLike, losses: ArrayLike, n: int) -> NDArray[np.int
 
 
 def hypervolume(average_bits: ArrayLike, kl: ArrayLike, reference_bits: float, reference_kl: float) -> float:
-    """Area (bits x decades) that the points dominate below the reference, on the axes average bits and log10 max(KL, 1e-5).
+    """Area (bits x decades) that the points dominate below the reference: average bits and log10 max(KL, `LOSS_FLOOR`).
 
     `average_bits` [n] and `kl` [n], nats. The reference is the worst corner: (bits of uniform 8-bit, KL of uniform 2-bit). Points
     beyond it contribute nothing. More is better.
@@ -72,7 +71,7 @@ def hypervolume(average_bits: ArrayLike, kl: ArrayLike, reference_bits: float, r
         raise ValueError(f"average_bits and kl must be [n] alike, not {bits.shape} and {kl.shape}.")
     for name, values in (("average_bits", bits), ("kl", kl), ("the reference", np.array([reference_bits, reference_kl]))):
         _no_nan(name, values)
-    log_kl, log_reference = np.log10(np.maximum(kl, KL_FLOOR)), np.log10(max(reference_kl, KL_FLOOR))
+    log_kl, log_reference = np.log10(np.maximum(kl, LOSS_FLOOR)), np.log10(max(reference_kl, LOSS_FLOOR))
     inside = (bits < reference_bits) & (log_kl < log_reference)
     points = np.stack([bits, log_kl], axis=1)[inside]
     points = points[non_dominated(points)]
@@ -84,14 +83,14 @@ def hypervolume(average_bits: ArrayLike, kl: ArrayLike, reference_bits: float, r
 def knee(cost: ArrayLike, loss: ArrayLike) -> int:
     """Index of the point of a front that lies farthest below the chord between its ends, the cheapest and the dearest point.
 
-    `cost` [n] and `loss` [n] of the front's points, in any order; the axes are the cost and log10 max(loss, 1e-5), each
-    normalised to the ends. Where no point lies below the chord, an end is returned.
+    `cost` [n] and `loss` [n] of the front's points, in any order; the axes are the cost and log10 max(loss, `LOSS_FLOOR`),
+    each normalised to the ends. Where no point lies below the chord, an end is returned.
 
     Raises:
         InputError: there is no point, or something is NaN.
     """
     cost = np.asarray(cost, dtype=np.float64)
-    log_loss = np.log10(np.maximum(np.asarray(loss, dtype=np.float64), KL_FLOOR))
+    log_loss = np.log10(np.maximum(np.asarray(loss, dtype=np.float64), LOSS_FLOOR))
     if not len(cost):
         raise InputError("There is no point on the front to choose from.")
     _no_nan("cost", cost)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mpsearch.errors import InputError, did_you_mean
 
-KINDS = ("share", "number", "perplexity")
+KINDS = ("share", "number", "error", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Quality:
     kind          a sample                          the score          written
     "share"       from 0 to 1, higher is better     the mean           in percent; differences in points
     "number"      finite, higher is better          the mean           as it is
+    "error"       finite, lower is better           the mean           as it is
     "perplexity"  mean nats a token, lower better   exp of the mean    as it is
 
     Tables and files hold the score as it is (a share from 0 to 1, a perplexity). Raises `InputError` for another kind.
@@ -32,7 +33,7 @@ class Quality:
     @property
     def sign(self) -> int:
         """1 where higher is better, -1 where lower is."""
-        return -1 if self.kind == "perplexity" else 1
+        return -1 if self.kind in ("error", "perplexity") else 1
 
     @property
     def scale(self) -> float:
@@ -66,7 +67,7 @@ class Quality:
     @property
     def drop_label(self) -> str:
         """What a difference for the worse is called."""
-        return {"share": "drop, points", "number": "drop", "perplexity": "rise"}[self.kind]
+        return {"share": "drop, points", "number": "drop", "error": "rise", "perplexity": "rise"}[self.kind]
 
     @property
     def drop_word(self) -> str:

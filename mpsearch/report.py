@@ -50,6 +50,7 @@ def write_report(result: SearchResult, folder: Path, picked: Evaluation, confirm
         trained=trained_table(result),
         objectives=result.objectives,
         picked=picked.allocation.to_json(),
+        loss_label=result.loss_label,
     )
     shown = _thin(result.front, picked)
     labels = [f"{e.average_bits:.2f}" for e in shown]

@@ -23,6 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from mpsearch.allocation import Allocation, SearchSpace
+from mpsearch.divergence import SoftmaxKL
 from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation, SensitivityTable
 from mpsearch.evaluation_rows import SCORED, EvaluationReader, evaluation_columns, evaluation_row
@@ -183,6 +184,12 @@ class SearchResult:
     def quality(self) -> Quality:
         """How the quality is read."""
         return Quality(self.quality_name, self.identity.get("quality_kind", "share"))
+
+    @property
+    def loss_label(self) -> str:
+        """The loss and its unit, as in "softmax KL (nats)"."""
+        divergence = self.identity.get("divergence", {"label": SoftmaxKL.label, "unit": SoftmaxKL.unit})
+        return f"{divergence['label']} ({divergence['unit']})"
 
     def baseline(self, split: str = "search") -> Evaluation | None:
         """The float model's evaluation."""

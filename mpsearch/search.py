@@ -22,6 +22,7 @@ from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.budget import Budget, feasible, narrowed
 from mpsearch.costs.base import CostTable, mixed
 from mpsearch.costs.size import Bytes
+from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.engine import FLOAT, QuantEngine
 from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation, Score, SensitivityTable
@@ -37,7 +38,6 @@ from mpsearch.samplers.repaired import Repaired
 from mpsearch.trace import first_samples
 
 LATENCY_SECONDS = 0.1  # spent on timing each confirmed point
-LOSS_FLOOR = 1e-9  # nats: below it float rounding is all there is
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

@@ -35,7 +35,7 @@ def measure_sensitivity(
     if executor is None:
         executor = InProcess()
         executor.start(engine)
-    space = engine.space
+    space, unit = engine.space, metric.unit_for(engine.divergence)
     known = dict(known or {})
     pairs = [(name, scheme) for name, choices in zip(space.names, space.choices, strict=True) for scheme in choices]
     todo = [pair for pair in pairs if pair not in known]
@@ -55,6 +55,6 @@ def measure_sensitivity(
         for (group, scheme), value in metric.measure_on(executor, engine, todo) if todo else ():
             known[group, scheme] = value
             record(group, scheme, value)
-            advance(f"{group} at {scheme}: {value:.3g} {metric.unit}")
+            advance(f"{group} at {scheme}: {value:.3g} {unit}")
     values = np.array([[known.get((name, scheme), np.inf) for scheme in space.scheme_names] for name in space.names])
-    return SensitivityTable(metric.name, metric.unit, values, space, metric.exact, effects)
+    return SensitivityTable(metric.name, unit, values, space, metric.exact, effects)

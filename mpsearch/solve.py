@@ -15,10 +15,11 @@ from mpsearch import knapsack
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.budget import Budget, feasible, narrowed
 from mpsearch.costs.base import CostTable
+from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation, SensitivityTable
 from mpsearch.pareto import nearest_front
-from mpsearch.search import LOSS_FLOOR, Evaluator
+from mpsearch.search import Evaluator
 from mpsearch.surrogate import Surrogate
 
 FEWEST = 8  # evaluations that a surrogate is fitted to

@@ -95,6 +95,7 @@ def _check(root: Node) -> None:
     metric["unit"].text()
     checks: dict[str, Callable[[Node], object]] = {
         "quality_kind": Node.text,
+        "divergence": lambda node: [node[key].text() for key in ("name", "label", "unit")],
         "model_name": Node.text,
         "task_name": Node.text,
         "objectives": Node.texts,

@@ -6,15 +6,16 @@ Running tells what reading a module tree cannot: the order, how often a layer is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mpsearch.errors import InputError
 from mpsearch.layer import LayerSpec, kind_of, rows_shape
+from mpsearch.tree import map_tensors, tensors_in
 from mpsearch.uses import Use, watched_uses
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -117,18 +118,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists and mappings, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from tensors_in(item)
-
-
 def batch_length(inputs: Any) -> int:
     """The number of samples in a batch of inputs: the first size of the first tensor that has one."""
     length = next((len(tensor) for tensor in tensors_in(inputs) if tensor.ndim), 0)
@@ -139,14 +128,5 @@ def batch_length(inputs: Any) -> int:
 
 def first_samples(inputs: Any, n: int) -> Any:
     """The first `n` samples of a batch of inputs; tensors of another length than the batch's stay whole."""
-    return _first(inputs, batch_length(inputs), n)
-
-
-def _first(inputs: Any, length: int, n: int) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs[:n] if inputs.ndim and len(inputs) == length else inputs
-    if isinstance(inputs, Mapping):
-        return {key: _first(value, length, n) for key, value in inputs.items()}
-    if isinstance(inputs, list | tuple):
-        return type(inputs)(_first(value, length, n) for value in inputs)
-    return inputs
+    length = batch_length(inputs)
+    return map_tensors(lambda tensor: tensor[:n] if tensor.ndim and len(tensor) == length else tensor, inputs)

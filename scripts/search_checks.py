@@ -15,11 +15,10 @@ from mpsearch import knapsack
 from mpsearch.allocation import Allocation
 from mpsearch.budget import Budget
 from mpsearch.costs.size import AverageBits
-from mpsearch.engine import _divergence
+from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.evaluation import Score, SensitivityTable
 from mpsearch.intervals import paired_interval
 from mpsearch.pareto import hypervolume, non_dominated
-from mpsearch.search import LOSS_FLOOR
 from mpsearch.solve import prediction
 from mpsearch.surrogate import Surrogate
 
@@ -182,7 +181,7 @@ def fronts(problem: Network, cache: Path, n_most: int = 500) -> None:
 
     truth = logits(Allocation())
     bits, _ = reference(problem)
-    worst = _divergence(logits(space.uniform(space.scheme_names[0])), truth)
+    worst = engine.divergence.mean(logits(space.uniform(space.scheme_names[0])), truth)
     rows, losses = [], {}
     for run in runs_of(problem.name, cache):
         if run["seed"] == 0 and run["run"] in (*METRIC_OF, "ILP on KL", "ILP on gauss_newton (values alone)"):
@@ -190,7 +189,7 @@ def fronts(problem: Network, cache: Path, n_most: int = 500) -> None:
             front = [trials[i] for i in np.flatnonzero(non_dominated(np.array([(t["bits"], t["loss"]) for t in trials])))]
             for trial in front:
                 if trial["code"] not in losses:
-                    losses[trial["code"]] = _divergence(logits(allocation_of(problem, trial["code"])), truth)
+                    losses[trial["code"]] = engine.divergence.mean(logits(allocation_of(problem, trial["code"])), truth)
             points = [(t["bits"], losses[t["code"]]) for t in front]
             value = hypervolume(*np.array(points).T, bits, worst)
             rows.append({"run": run["run"], "total": run["before"] + len(trials), "points": points, "hypervolume": value})

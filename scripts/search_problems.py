@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.calibrate import calibrate
-from mpsearch.engine import QuantEngine, _divergence, load_batches, other_bits
+from mpsearch.engine import QuantEngine, load_batches, other_bits
 from mpsearch.evaluation import Score
 from mpsearch.fold import fold_batch_norms
 from mpsearch.group import share
@@ -171,7 +171,7 @@ def enumerate_digits(problem: Network) -> None:
         if depth == len(parts):
             logits = torch.cat(outputs)
             quality = problem.task.quality(logits, targets).double().mean().item()
-            problem.remember(chosen, _divergence(logits, reference), quality, seconds)
+            problem.remember(chosen, engine.divergence.mean(logits, reference), quality, seconds)
             return
         for schemes in itertools.product(problem.space.scheme_names, repeat=len(parts[depth])):
             here = Allocation({names[i]: scheme for i, scheme in zip(parts[depth], schemes, strict=True)})

@@ -7,6 +7,7 @@ from torch import nn
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.calibrate import calibrate, fisher_bytes, hessian_bytes, hessians, output_fishers
+from mpsearch.divergence import SoftmaxKL
 from mpsearch.engine import QuantEngine, load_batches
 from mpsearch.errors import InputError
 from mpsearch.layer import weight_rows
@@ -390,10 +391,10 @@ def test_the_fisher_information_of_outputs_is_that_of_their_gradients(conv, monk
     outputs = [model[0](x).detach().requires_grad_()]
     outputs.append(model[3](outputs[0].relu().flatten(1)))
     gradients = torch.autograd.grad(F.cross_entropy(outputs[1], torch.ones(10).long(), reduction="sum"), outputs)
-    found = output_fishers(model, task, ["0", "3"], load_batches(task, "calibration", "cpu"))
+    found = output_fishers(model, task, ["0", "3"], load_batches(task, "calibration", "cpu"), SoftmaxKL())
     assert all(parameter.grad is None for parameter in model.parameters())
     with torch.no_grad():  # as where a metric asks for a layer that is not quantized yet
-        again = output_fishers(model, task, ["0", "3"], load_batches(task, "calibration", "cpu"))
+        again = output_fishers(model, task, ["0", "3"], load_batches(task, "calibration", "cpu"), SoftmaxKL())
     assert all(torch.equal(found[name], again[name]) for name in found)
     for name, gradient, k in (("0", gradients[0], model[0].groups), ("3", gradients[1], 1)):
         rows = gradient.flatten(2).transpose(1, 2).flatten(0, 1) if gradient.ndim == 4 else gradient

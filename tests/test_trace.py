@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations
 
 from mpsearch.errors import InputError
 from mpsearch.layer import KINDS, from_rows, rows_shape, weight_rows
-from mpsearch.trace import first_samples, tensors_in, trace_layers
+from mpsearch.trace import first_samples, trace_layers
+from mpsearch.tree import tensors_in
 
 
 def call(model, inputs):

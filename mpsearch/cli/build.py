@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 COUNTS = ("n_trials", "n_seeds", "seed")
 LINES = ("pin", "share")
 SWITCHES = ("fold_batch_norms", "bias_correction")
+ATTRIBUTES = {"task": ("divergence",)}  # keys that are set on the object, whatever its class takes
 
 
 def plain_settings(config: DictConfig) -> dict[str, Any]:
@@ -80,6 +81,8 @@ def build_object(config: DictConfig, key: str, /, **extra: Any) -> Any:
     node = OmegaConf.select(config, key)
     if not OmegaConf.is_dict(node) or "_target_" not in node:
         raise InputError(f"{key} must be given: {key}=NAME, or {key}._target_=PACKAGE.NAME.")
+    attributes = {name: node[name] for name in ATTRIBUTES.get(key, ()) if node.get(name) is not None}
+    node = OmegaConf.masked_copy(node, [name for name in node if name not in ATTRIBUTES.get(key, ())])
     with _sentences(f"{key} ({node._target_})"):
         # Collected here and called below: Hydra would turn dataclasses among the extra arguments into configs.
         deferred = instantiate(node, _partial_=True, _convert_="object")
@@ -97,7 +100,12 @@ def build_object(config: DictConfig, key: str, /, **extra: Any) -> Any:
         if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and name not in call.keywords:
             raise InputError(must_be_given(f"{key}.{name}", add="+"))
     finish = _sentences(f"{key} ({node._target_})")(call)
-    return finish if node.get("_partial_") else finish()
+    if node.get("_partial_"):
+        return finish
+    built = finish()
+    for name, value in attributes.items():
+        setattr(built, name, value)
+    return built
 
 
 @contextlib.contextmanager

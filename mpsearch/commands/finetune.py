@@ -57,7 +57,7 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
     gain, least, most = (result.quality.difference(result.quality.sign * x) for x in (float(gains.mean()), low, high))
     gain += f" ({least} to {most})" if result.quality.sign > 0 else f" ({most} to {least})"
     print(
-        f"epoch {trained.epoch} of {training.epochs} is kept: KL on search {trained.losses[0]:.4g} -> {min(trained.losses):.4g}"
+        f"epoch {trained.epoch} of {training.epochs} is kept: loss on search {trained.losses[0]:.4g} -> {min(trained.losses):.4g}"
     )
     print(
         f"{result.quality.label} on confirm: {was} -> {result.quality.text(confirmed.quality)}, a gain of {gain} a sample "

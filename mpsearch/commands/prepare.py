@@ -16,14 +16,17 @@ from torch import nn
 from mpsearch.allocation import SearchSpace
 from mpsearch.bank import Bank
 from mpsearch.calibrate import calibrate
+from mpsearch.commands.check import check_classes, check_model, check_output, check_qualities, check_repeatable
 from mpsearch.costs.activation_bytes import ActivationBytes
 from mpsearch.costs.size import parse_bytes
+from mpsearch.divergence import Divergence, SoftmaxKL
 from mpsearch.engine import QuantEngine, load_batches, other_bits
 from mpsearch.equalization import FILE, Equalization
 from mpsearch.errors import InputError
+from mpsearch.evaluation_rows import evaluation_columns
 from mpsearch.fold import TOLERANCE, fold_batch_norms
 from mpsearch.group import check_reached, share
-from mpsearch.layer import check_finite, weights_sha256
+from mpsearch.layer import weights_sha256
 from mpsearch.liveness import measure_activations
 from mpsearch.projections import expose_projections
 from mpsearch.quality import Quality
@@ -44,6 +47,7 @@ class Prepared:
 
     model: nn.Module
     task: Task
+    divergence: Divergence
     space: SearchSpace
     quantizers: Mapping[str, Quantizer]
     model_sha256: str
@@ -57,6 +61,7 @@ class Prepared:
             "space": self.space.to_dict(),
             "quality_name": self.task.quality_name,
             "quality_kind": self.task.quality_kind,
+            "divergence": {"name": self.divergence.name, "label": self.divergence.describe(), "unit": self.divergence.unit},
             "model_name": _short(settings["model"]),
             "task_name": type(self.task).__name__,
             "model_sha256": self.model_sha256,
@@ -105,20 +110,21 @@ def prepare(settings: Settings, build: Build, equalization: Equalization | None 
     task = build("task")
     if not isinstance(task, Task):
         raise InputError(f"The task is a {type(task).__name__}; it must be a subclass of mpsearch.Task.")
-    model = build("model")
-    if not isinstance(model, nn.Module):
-        raise InputError(f"The model is a {type(model).__name__}; it must be (a function that returns) a torch.nn.Module.")
-    model.eval().requires_grad_(True)
-    for name, parameter in model.named_parameters():
-        check_finite(name, parameter.detach())
+    evaluation_columns(task.quality_name)  # a name that is taken is refused before anything is measured
+    model = check_model(build("model")).eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     sha256 = weights_sha256(model)
     model.to(device)
     calibration = load_batches(task, "calibration", device)
     inputs, targets = calibration[0]
     try:
+        check_repeatable(task, model, inputs)
         with torch.no_grad():
             logits = task.forward(model, inputs)
-            _check_output(logits)
+            check_output(logits)
+            task.divergence, why = task.chosen_divergence(model, calibration)
+            print(f"loss: {task.divergence.describe()} ({why})")
             qualities = task.quality(logits, targets)
             task.cross_entropy(logits, targets)
     except InputError:
@@ -126,10 +132,12 @@ def prepare(settings: Settings, build: Build, equalization: Equalization | None 
     except Exception as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise InputError(f"The model, its input and its targets do not fit together ({what}). Check shapes and types.") from error
-    _check_qualities(qualities, len(logits), Quality(task.quality_name, task.quality_kind))
-    _check_targets(task, logits.shape[1])
+    check_qualities(qualities, len(logits), Quality(task.quality_name, task.quality_kind))
+    if isinstance(task.divergence, SoftmaxKL):
+        for split in SPLITS:
+            check_classes(task.loaded(split), split, logits.shape[1])
     _expose_projections(model, task, inputs, logits)
-    folds = fold_batch_norms(model, task.forward, inputs) if settings["fold_batch_norms"] else ()
+    folds = fold_batch_norms(model, task.forward, *(x for x, _ in calibration)) if settings["fold_batch_norms"] else ()
     if settings.get("equalizer") and equalization is None:
         equalization = build("equalizer").equalize(model, task, calibration, schemes)
     elif equalization is not None:
@@ -144,7 +152,7 @@ def prepare(settings: Settings, build: Build, equalization: Equalization | None 
     if dropped := [name for name in schemes if name not in space.schemes]:
         print(f"not searched, as no layer may take it: {', '.join(dropped)}")
     quantizers = {name: quantizers[name] for name in space.schemes}
-    return Prepared(model, task, space, quantizers, sha256, tuple(folds), calibration, equalization)
+    return Prepared(model, task, task.divergence, space, quantizers, sha256, tuple(folds), calibration, equalization)
 
 
 def engine_elsewhere(
@@ -184,37 +192,6 @@ def _expose_projections(model: nn.Module, task: Task, inputs: Any, logits: torch
             f"{largest:.3g}): it depends on what torch's fused paths leave at masked positions. The search runs without them.",
             stacklevel=2,
         )
-
-
-def _check_output(logits: Any) -> None:
-    if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
-        came = f"shape {tuple(logits.shape)}" if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-        raise InputError(
-            f"The model's output must be logits [samples, classes]; {came} came. Override the task's forward to give them."
-        )
-
-
-def _check_qualities(qualities: torch.Tensor, n: int, quality: Quality) -> None:
-    right = ((qualities >= 0) & (qualities <= 1)) if quality.kind == "share" else qualities.isfinite()
-    if qualities.ndim != 1 or not 1 <= len(qualities) <= n or not right.all():
-        of = "from 0 to 1" if quality.kind == "share" else "that are finite"
-        raise InputError(
-            f"The task's quality must be [{n}] numbers {of}, one a sample (fewer where a sample has several rows); "
-            f"shape {tuple(qualities.shape)} came, from {float(qualities.min()):g} to {float(qualities.max()):g}."
-        )
-
-
-def _check_targets(task: Task, n_classes: int) -> None:
-    for split in SPLITS:
-        for _, targets in load_batches(task, split, "cpu"):
-            if not targets.numel() or targets.is_floating_point():
-                continue
-            low, high = int(targets.min()), int(targets.max())
-            if low < 0 or high >= n_classes:
-                raise InputError(
-                    f"Labels of the {split} split run from {low} to {high}; the model has {n_classes} outputs: they must "
-                    f"lie in 0..{n_classes - 1}."
-                )
 
 
 def _short(node: Mapping[str, Any]) -> str:

@@ -64,7 +64,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     beside_size = [table for table in tables.values() if table.column not in SIZES]
     metric: SensitivityMetric = build("metric")
     make_sampler = build("sampler")
-    nothing = SensitivityTable(metric.name, metric.unit, np.zeros(space.allowed.shape), space)
+    nothing = SensitivityTable(metric.name, metric.unit_for(prepared.divergence), np.zeros(space.allowed.shape), space)
     check_sampler(complete(make_sampler, nothing, objectives, budgets, settings["seed"]), space, budgets)
     executor: Executor = build("executor")
     in_flight = settings["study"]["in_flight"]
@@ -84,7 +84,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         identity = {
             **prepared.identity(settings),
             "metric": {
-                **{"name": metric.name, "unit": metric.unit, "exact": metric.exact},
+                **{"name": metric.name, "unit": metric.unit_for(prepared.divergence), "exact": metric.exact},
                 **(asdict(metric) if is_dataclass(metric) else {}),
             },
             "trials": {"in_flight": in_flight},

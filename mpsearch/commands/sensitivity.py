@@ -26,11 +26,12 @@ def sensitivity(settings: Settings, build: Build, folder: Path) -> None:
     run = RunFolder(folder)
     with run.locked():
         prepared.record(folder)
-        run.identify({**prepared.identity(settings), "metric": {"name": metric.name, "unit": metric.unit, "exact": metric.exact}})
+        unit = metric.unit_for(prepared.divergence)
+        run.identify({**prepared.identity(settings), "metric": {"name": metric.name, "unit": unit, "exact": metric.exact}})
         table = measured_sensitivity(prepared.engine(settings, folder), metric, run, {})
     draw_sensitivity(table, folder)
     space = prepared.space
-    shown = Table(title=f"{metric.name} ({metric.unit}) of each layer alone")
+    shown = Table(title=f"{metric.name} ({table.unit}) of each layer alone")
     for column in ("layer", *space.scheme_names):
         shown.add_column(column, justify="left" if column == "layer" else "right")
     for name, values in zip(space.names, table.values, strict=True):

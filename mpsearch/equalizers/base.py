@@ -17,7 +17,8 @@ from mpsearch.layer import kind_of, weight_rows
 from mpsearch.links import Link, find_links
 from mpsearch.schemes.base import QuantScheme
 from mpsearch.tasks.base import Batch, Task
-from mpsearch.trace import first_samples, tensors_in
+from mpsearch.trace import first_samples
+from mpsearch.tree import tensors_in
 
 N_PROBED = 1  # sample by which links are found
 LIMIT = 2.0**10  # a channel is scaled by no more than this: one that asks for more is as good as dead

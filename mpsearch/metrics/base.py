@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsearch.allocation import Allocation
+from mpsearch.divergence import Divergence
 from mpsearch.engine import QuantEngine
 from mpsearch.evaluation import Score
 from mpsearch.executors.base import Executor
@@ -24,6 +25,10 @@ class SensitivityMetric(ABC):
 
     name: ClassVar[str]
     unit: ClassVar[str]
+
+    def unit_for(self, divergence: Divergence) -> str:
+        """The unit of the values: `unit`, or the divergence's own for metrics that estimate the loss."""
+        return divergence.unit if self.unit == "nats" else self.unit
 
     @property
     def exact(self) -> bool:

@@ -6,8 +6,8 @@ close to the Fisher information E[g g^T], and its diagonal gives
     sensitivity(layer, scheme) = 1/2 E_x sum_i g_i^2 dy_i^2,        g = dL/dy,  dy = (W' x' + b') - (W x + b)
 
 (LeCun et al. 1990, "Optimal Brain Damage", eq. 3 with the Fisher in place of the Hessian; on layer outputs as in Li et al. 2021,
-"BRECQ", eq. 10). L is the negative log-likelihood of labels drawn from the model's own prediction, which makes E[g g^T] the true
-Fisher and not the empirical one (Kunstner et al. 2019). Runs on the calibration split.
+"BRECQ", eq. 10). L is the negative log-likelihood of targets drawn from the model's own prediction (`Divergence.drawn_loss`),
+which makes E[g g^T] the true Fisher and not the empirical one (Kunstner et al. 2019). Runs on the calibration split.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpsearch.calibrate import drawn_loss
 from mpsearch.engine import QuantEngine
 from mpsearch.errors import InputError
 from mpsearch.metrics.base import Pair, SensitivityMetric
@@ -28,7 +27,7 @@ from mpsearch.uses import Use, watched_uses
 
 
 class Fisher(SensitivityMetric):
-    """Half the Fisher-weighted squared change of the layers' outputs, in nats; no label is used."""
+    """Half the Fisher-weighted squared change of the layers' outputs, in the unit of the loss; no label is used."""
 
     name = "fisher"
     unit = "nats"
@@ -44,7 +43,7 @@ class Fisher(SensitivityMetric):
         for inputs, targets in engine.batches("calibration"):
             n_samples += len(targets)
             with seen_calls(engine, list(of_module), inputs) as (logits, calls):
-                gradients = gradients_at(calls, drawn_loss(logits, generator))
+                gradients = gradients_at(calls, engine.divergence.drawn_loss(logits, generator))
             for (name, call), gradient in zip(calls, gradients, strict=True):
                 if gradient is None:  # what came out reached no logit
                     continue
@@ -92,7 +91,7 @@ def seen_calls(engine: QuantEngine, readers: Sequence[str], inputs: Any) -> Iter
         hooks.append(modules[name].register_forward_hook(hook, with_kwargs=True))
     try:
         weights = {name: engine.model.get_parameter(name) for name in readers if name not in modules}
-        with torch.enable_grad(), watched_uses(engine.model, weights, see):
+        with torch.enable_grad(), engine.own_inputs(), watched_uses(engine.model, weights, see):
             logits = engine.task.forward(engine.model, inputs)
     finally:
         for handle in hooks:

@@ -2,9 +2,10 @@
 
 A layer's quantization changes its output by dy, and the logits by dz = J dy to first order. The KL divergence from the float
 model's predictions p is then dz^T F dz / 2, F = diag(p) - p p^T (the Gauss-Newton form; Martens 2020, "New Insights and
-Perspectives on the Natural Gradient Method", section 8), and F = B B^T with B = diag(sqrt p) - p sqrt(p)^T. For random signs v
-the gradient g of the probe (B v)^T z at the layer's output has E[(g . dy)^2] = dz^T F dz (Martens, Sutskever and Swersky 2012,
-"Estimating the Hessian by Back-propagating Curvature"), so that with e = g . dy, a feature a row of logits and probe,
+Perspectives on the Natural Gradient Method", section 8), and F = B B^T with B = diag(sqrt p) - p sqrt(p)^T; other divergences
+have other B (`Divergence.probe`). For random signs v the gradient g of the probe (B v)^T z at the layer's output has
+E[(g . dy)^2] = dz^T F dz (Martens, Sutskever and Swersky 2012, "Estimating the Hessian by Back-propagating Curvature"), so that
+with e = g . dy, a feature a row of logits and probe,
 
     L(x) = E (sum_g e_g(x_g))^2 / 2 = |sum_g e_g(x_g)|^2 / 2:
 
@@ -40,7 +41,7 @@ HELD = 2**28  # bytes of gradients at once
 
 
 class GaussNewton(SensitivityMetric):
-    """Half the squared first-order change of the predictions, in nats, in the metric of the KL divergence."""
+    """Half the squared first-order change of the outputs, in the metric and unit of the divergence."""
 
     name = "gauss_newton"
     unit = "nats"
@@ -86,7 +87,9 @@ class GaussNewton(SensitivityMetric):
                     held = sum(call.output.numel() * call.output.element_size() for _, call in calls)
                     at_once = max(1, HELD // max(held, 1))
                     for start in range(0, n_probes, at_once):
-                        probes = [_probe(logits, generator) for _ in range(start, min(start + at_once, n_probes))]
+                        probes = [
+                            engine.divergence.probe(logits, generator) for _ in range(start, min(start + at_once, n_probes))
+                        ]
                         gradients = [gradients_at(calls, probe) for probe in probes]
                         features = np.zeros((len(probes), len(logits), len(pairs)))  # the change is run once for all of them
                         for (module, call), *here in zip(calls, *gradients, strict=True):
@@ -98,14 +101,6 @@ class GaussNewton(SensitivityMetric):
                                     feature[:, where] += _by_row(change * gradient, layer, len(logits))[:, None]
                         yield from features / math.sqrt(n_rows * n_probes)
                 advance("")
-
-
-def _probe(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """(B v)^T z of the module's docstring, summed over the rows."""
-    p = logits.detach().float().softmax(-1)
-    signs = (torch.randint(0, 2, p.shape, generator=generator) * 2 - 1).to(p)
-    root = p.sqrt() * signs
-    return (logits * (root - p * root.sum(-1, keepdim=True))).sum()
 
 
 def _carried_over(halves: NDArray[np.float64], groups: NDArray[np.str_]) -> float:

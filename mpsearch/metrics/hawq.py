@@ -3,8 +3,8 @@
     sensitivity(layer, scheme) = 1/2 tr(H_layer) / n_layer * ||dW||^2
 
 (Dong et al. 2020, "HAWQ-V2", https://arxiv.org/abs/1911.03852, eq. 9: the average trace; Yao et al. 2021, "HAWQ-V3"). H is the
-Hessian of the mean cross-entropy with respect to the layer's weights, its trace estimated by Hutchinson's method, E[v^T H v] over
-random signs v. Labels are drawn from the model's own prediction, as in `fisher.py`. Runs on the calibration split.
+Hessian of the mean log-likelihood with respect to the layer's weights, its trace estimated by Hutchinson's method, E[v^T H v]
+over random signs v. Targets are drawn from the model's own prediction, as in `fisher.py`. Runs on the calibration split.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mpsearch.calibrate import drawn_loss
 from mpsearch.engine import QuantEngine
 from mpsearch.layer import weight_rows
 from mpsearch.metrics.base import Pair, SensitivityMetric
@@ -48,8 +47,9 @@ class HAWQ(SensitivityMetric):
         sums, n_samples = [0.0] * len(names), 0
         for inputs, targets in engine.batches("calibration"):
             with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                logits = engine.task.forward(engine.model, inputs)
-                loss = drawn_loss(logits, generator)
+                with engine.own_inputs():
+                    logits = engine.task.forward(engine.model, inputs)
+                loss = engine.divergence.drawn_loss(logits, generator)
                 slopes = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
                 # One layer at a time: the blocks between layers would drown the trace of a layer that minds little.
                 for i, (weight, slope) in enumerate(zip(weights, slopes, strict=True)):

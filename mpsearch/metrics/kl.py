@@ -1,4 +1,4 @@
-"""Measured KL divergence: quantize one group, run the search split, compare the predictions with the float model's."""
+"""Measured loss: quantize one group, run the search split, compare outputs with the float model's by the task's divergence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from mpsearch.metrics.base import MeasuredMetric
 
 
 class KL(MeasuredMetric):
-    """Mean KL(float || quantized) in nats; needs neither labels nor gradients."""
+    """The mean divergence from the float model (by default the KL divergence, in nats); needs neither labels nor gradients."""
 
     name = "kl"
     unit = "nats"

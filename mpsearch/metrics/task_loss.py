@@ -1,4 +1,4 @@
-"""Measured task loss: the rise of the cross-entropy on the search split's labels; may be negative, is noisy where small."""
+"""Measured task loss: the rise of the task's own loss on the search split's targets; may be negative, is noisy where small."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from mpsearch.metrics.base import MeasuredMetric
 
 
 class TaskLoss(MeasuredMetric):
-    """Rise of the mean cross-entropy in nats."""
+    """Rise of the mean cross-entropy in nats, or of what the task has in its place."""
 
     name = "task_loss"
     unit = "nats"
 
     def value(self, score: Score, baseline: Score) -> float:
-        """Cross-entropy less the float model's."""
+        """The task loss minus the float model's."""
         return score.cross_entropy - baseline.cross_entropy

@@ -22,7 +22,8 @@ import numpy as np
 from scipy.special import ndtr
 
 from mpsearch import knapsack
-from mpsearch.pareto import KL_FLOOR, nearest_front, non_dominated
+from mpsearch.divergence import LOSS_FLOOR
+from mpsearch.pareto import nearest_front, non_dominated
 from mpsearch.samplers.levels import Levels
 from mpsearch.samplers.proposer import Choice, Floats, History
 from mpsearch.surrogate import Surrogate
@@ -145,7 +146,7 @@ class _Staircase:
     """The front of measured points, and what a new one would add to it: axes size and ln loss (above the floor)."""
 
     def __init__(self, choices: Choice, sizes: Floats, log_losses: Floats, end: float) -> None:
-        log_losses = np.maximum(log_losses, np.log(KL_FLOOR))
+        log_losses = np.maximum(log_losses, np.log(LOSS_FLOOR))
         keep = np.flatnonzero(non_dominated(np.stack([sizes, log_losses], axis=1)))
         keep = keep[np.argsort(sizes[keep], kind="stable")]
         self.choices, self.sizes, self.levels = choices[keep], sizes[keep], log_losses[keep]
@@ -163,7 +164,7 @@ class _Staircase:
         ends = np.append(self.sizes, self.end)
         levels = np.append(self.worst, self.levels)
         widths = np.maximum(ends - np.maximum(starts, sizes[:, None]), 0.0)
-        floor = np.log(KL_FLOOR)
+        floor = np.log(LOSS_FLOOR)
 
         def improvement(level: Floats) -> Floats:
             z = (level - means[:, None]) / deviations[:, None]

@@ -9,21 +9,20 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpsearch.trace import tensors_in
+from mpsearch.batches import Batch, checked_batches
+from mpsearch.divergence import Divergence, RelativeMSE, choose
+from mpsearch.errors import InputError
+from mpsearch.tree import map_tensors, tensors_in
 
 # Calibration data set scales, search data score proposals, confirmation data are never seen by the search.
 SPLITS = ("calibration", "search", "confirm")
-
-# Inputs (a tensor, or a tuple or mapping that holds tensors) and targets, both with n samples first, on the CPU.
-Batch = tuple[Any, Tensor]
 
 
 class Task(ABC):
@@ -33,11 +32,21 @@ class Task(ABC):
     """What is measured, as a reader would say it."""
 
     quality_kind: str = "share"
-    """How it is read, "share", "number" or "perplexity": see `mpsearch.quality.Quality`."""
+    """How it is read, "share", "number", "error" or "perplexity": see `mpsearch.quality.Quality`."""
+
+    divergence: str | Divergence | None = None
+    """The loss: "softmax_kl", "sigmoid_kl", "relative_mse", or an object; `None`: see `mpsearch.divergence.choose`."""
 
     @abstractmethod
     def batches(self, split: str) -> Sequence[Batch]:
-        """The batches of one of `SPLITS`: the same ones in the same order every time, no sample in two splits."""
+        """The batches of one of `SPLITS`: the same ones in the same order every time, no sample in two splits.
+
+        Pairs (inputs, targets) of tensors or NumPy arrays with n samples first; inputs may be nested (`mpsearch.tree`).
+        """
+
+    def loaded(self, split: str) -> list[Batch]:
+        """`batches(split)`, checked, with tensors in the place of arrays; `InputError` for what is no pair."""
+        return checked_batches(self.batches(split), split)
 
     def training(self, epoch: int, batch_size: int, seed: int) -> Iterator[Batch]:
         """Batches to train on, of at most `batch_size` samples and in another order each epoch; never of search or confirm.
@@ -45,23 +54,37 @@ class Task(ABC):
         Here the calibration split: its batches shuffled, the samples in each too. The same arguments give the same batches.
         """
         random = np.random.default_rng([seed, epoch])
-        batches = self.batches("calibration")
+        batches = self.loaded("calibration")
         for i in random.permutation(len(batches)):
             inputs, targets = batches[i]
             for index in torch.from_numpy(random.permutation(len(targets))).split(batch_size):
-                yield _taken(inputs, index), targets[index]
+                yield map_tensors(partial(_taken, index), inputs), targets[index]
 
     def forward(self, model: nn.Module, inputs: Any) -> Tensor:
-        """The model's logits [n, classes] for the inputs of one batch."""
-        return model(inputs)
+        """The outputs that are compared and measured, [n, columns] (logits, as a rule), for the inputs of one batch.
+
+        Here what `model(inputs)` returns: a tensor (one of n numbers is taken for one column), or the tensor `logits` of a
+        mapping or an object that has one. Raises `InputError` for anything else.
+        """
+        output = model(inputs)
+        if not isinstance(output, Tensor):
+            output = _logits_of(output)
+        return output[:, None] if output.dim() == 1 else output
+
+    def chosen_divergence(self, model: nn.Module, batches: Sequence[Batch]) -> tuple[Divergence, str]:
+        """(what the loss is, why), from the float model's outputs on some batches and their targets."""
+        with torch.no_grad():
+            outputs = (self.forward(model, inputs) for inputs, _ in batches)
+            return choose(self.divergence, outputs, [targets for _, targets in batches])
 
     def quality(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Quality of each sample, float32 [samples]; here 1 where the largest logit is the target's, else 0.
+        """Quality of each sample, float32 [samples]; here the accuracy that fits the divergence: 1 where the largest logit is the
+        target's, else 0; of binary outputs the share that are on the target's side.
 
         `quality_kind` says how to read it. Where the n rows of logits are not independent (the tokens of a text), give either one
         number for each text, or one for each token and the texts by `clusters`. It is given all of a split at once.
         """
-        return (logits.argmax(-1) == targets).float()
+        return self._criterion(logits, targets).accuracy(logits, targets)
 
     def clusters(self, split: str) -> Tensor | None:
         """Which independent unit (a text, a patient) each number of `quality` belongs to, int64 [samples]; `None`: each its own.
@@ -71,12 +94,17 @@ class Task(ABC):
         return None
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy of each sample in nats, float32 [n]."""
-        return F.cross_entropy(logits.float(), targets, reduction="none")
+        """The task's own loss of each row, float32 [n]; here cross-entropy in nats, or the squared error of a regression."""
+        return self._criterion(logits, targets).task_loss(logits, targets)
+
+    def _criterion(self, outputs: Tensor, targets: Tensor) -> Divergence:
+        """The divergence that fits the targets too; relative MSE compares outputs of any kind, and says nothing of targets."""
+        compared = self.divergence if isinstance(self.divergence, str | None) else self.divergence.name
+        return choose(None if compared == RelativeMSE.name else self.divergence, [outputs], [targets])[0]
 
     def describe(self, split: str) -> str:
         """One short phrase for the report, as in "400 samples"."""
-        return f"{sum(len(targets) for _, targets in self.batches(split)):,} samples"
+        return f"{sum(len(targets) for _, targets in self.loaded(split)):,} samples"
 
     def fingerprint(self) -> str:
         """SHA-256 (64 hex digits) over the data of all splits: tells two data sets apart when a run is resumed.
@@ -87,28 +115,36 @@ class Task(ABC):
 
     @cached_property
     def _fingerprint(self) -> str:
-        total = hashlib.sha256()
-        for split in SPLITS:
-            # One hash for each tensor of a batch, fed batch after batch, so that the batch size does not matter.
-            streams: dict[int, Any] = {}
-            for batch in self.batches(split):
-                for i, tensor in enumerate(tensors_in(batch)):
-                    start = hashlib.sha256(f"{split} {i} {tensor.dtype} {list(tensor.shape[1:])}".encode())
-                    streams.setdefault(i, start).update(_bytes(tensor))
-            for stream in streams.values():
-                total.update(stream.digest())
-        return total.hexdigest()
+        return hashlib.sha256("".join(map(self.digest, SPLITS)).encode()).hexdigest()
+
+    def digest(self, split: str) -> str:
+        """The same of one split, computed at every call."""
+        # One hash for each tensor of a batch, fed batch after batch, so that the batch size does not matter.
+        streams: dict[int, Any] = {}
+        for batch in self.loaded(split):
+            for i, tensor in enumerate(tensors_in(batch)):
+                start = hashlib.sha256(f"{split} {i} {tensor.dtype} {list(tensor.shape[1:])}".encode())
+                streams.setdefault(i, start).update(_bytes(tensor))
+        return "".join(stream.hexdigest() for stream in streams.values())
 
 
-def _taken(inputs: Any, index: Tensor) -> Any:
-    """The samples `index` of what may be a tensor, or a tuple or mapping that holds tensors."""
-    if isinstance(inputs, Tensor):
-        return inputs[index] if inputs.dim() else inputs
-    if isinstance(inputs, Mapping):
-        return {key: _taken(value, index) for key, value in inputs.items()}
-    if isinstance(inputs, list | tuple):
-        return type(inputs)(_taken(value, index) for value in inputs)
-    return inputs
+def _logits_of(output: Any) -> Tensor:
+    """The tensor `logits` of a model's output that is no tensor itself."""
+    keys = list(output) if isinstance(output, Mapping) else list(vars(output)) if hasattr(output, "__dict__") else []
+    keys = keys or list(getattr(output, "_fields", ()))
+    logits = output["logits"] if isinstance(output, Mapping) and "logits" in keys else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    parts = f"with {', '.join(map(str, keys))}" if keys else f"of {len(output)} parts" if isinstance(output, list | tuple) else ""
+    raise InputError(
+        f"The model's output must be a tensor [n, columns] or have a tensor 'logits'; got a {type(output).__name__} {parts}. "
+        "Override the task's forward to return the tensor that is to be compared, as in: return model(inputs)"
+        f"{f'[{keys[0]!r}]' if isinstance(output, Mapping) and keys else f'.{keys[0]}' if keys else '[0]'}."
+    )
+
+
+def _taken(index: Tensor, x: Tensor) -> Tensor:
+    return x[index] if x.dim() else x
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -36,6 +36,7 @@ class STSBenchmark(Task):
 
     quality_name = "spearman"
     quality_kind = "number"
+    divergence = "softmax_kl"
 
     def __init__(
         self,
