@@ -1,7 +1,7 @@
 """The front and the uniform allocations, scored again on data that the search never saw: packed, on the compiled kernels.
 
-Confirmation never filters, for that would be selecting on it: a point that is overtaken there is marked, and whether the
-difference is more than chance is said beside it.
+Nothing is filtered here, for that would select points on the confirm split: a point that is dominated there is marked, together
+with whether the difference in quality is significant.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from mpsearch.engine import FLOAT
 from mpsearch.evaluation import Evaluation
-from mpsearch.intervals import paired_interval
 from mpsearch.progress import phase
 from mpsearch.result import SearchResult
 from mpsearch.search import Evaluator
@@ -19,11 +18,12 @@ from mpsearch.search import Evaluator
 
 @dataclass(frozen=True)
 class Confirmed:
-    """A point on the confirm split, beside the float model and its rivals there.
+    """A point on the confirm split, compared with the float model and with the other points there.
 
-    `scheme` names a uniform allocation, `None` a point of the front. `drop` is how much worse than the float model it is, with
-    its paired 95 % interval. `overtaken_by` is the cheapest measured point that costs no more and has a lower loss (`None`: not
-    overtaken), `overtaken_surely` says that its quality is better by more than the paired interval of their difference.
+    `scheme` names a uniform allocation, `None` a point of the front. `drop` is how much worse than the float model it is
+    (`Quality.drop`), with its paired 95 % interval. `dominated_by` is the cheapest measured point that costs at most as much and
+    has a lower loss (`None`: not dominated); `significantly_dominated` says that its quality is better as well, by more than the
+    paired interval of their difference.
     """
 
     evaluation: Evaluation
@@ -31,13 +31,8 @@ class Confirmed:
     drop: float
     drop_low: float
     drop_high: float
-    overtaken_by: Evaluation | None
-    overtaken_surely: bool
-
-    @property
-    def significant(self) -> bool:
-        """Whether there is a drop beyond chance: its interval lies above 0. That it is not is no proof that there is none."""
-        return self.drop_low > 0
+    dominated_by: Evaluation | None
+    significantly_dominated: bool
 
 
 def confirm(evaluate: Evaluator, result: SearchResult) -> list[Confirmed]:
@@ -63,11 +58,10 @@ def _compare(
     result: SearchResult,
 ) -> Confirmed:
     quality = result.quality
-    rivals = [e for e in points if e.no_dearer(point, result.objectives) and e.loss < point.loss and e.feasible]
+    rivals = [e for e in points if e.costs_at_most(point, result.objectives) and e.loss < point.loss and e.feasible]
     rival = min(rivals, key=lambda e: e.cost(result.objectives[0]), default=None)
-    surely = False
+    significant = False
     if rival is not None:
         ours, theirs = (evaluate.qualities(e.allocation) for e in (point, rival))
-        low, high = paired_interval(theirs, ours)
-        surely = low > 0 if quality.sign > 0 else high < 0
-    return Confirmed(point, scheme, *point.drop_from(baseline, quality), overtaken_by=rival, overtaken_surely=surely)
+        significant = quality.paired_drop(theirs, ours)[2] < 0
+    return Confirmed(point, scheme, *point.drop_from(baseline, quality), rival, significant)

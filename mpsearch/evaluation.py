@@ -74,12 +74,15 @@ class Evaluation:
         """A cost by its column: "size_bytes", "average_bits", "fraction", or one of `costs`."""
         return self.costs[column] if column in self.costs else getattr(self, column)
 
-    def no_dearer(self, other: Evaluation, columns: Sequence[str]) -> bool:
+    def costs_at_most(self, other: Evaluation, columns: Sequence[str]) -> bool:
         """Whether it costs at most what the other does, by each of these columns."""
         return all(self.cost(column) <= other.cost(column) for column in columns)
 
     def drop_from(self, baseline: Evaluation, quality: Quality) -> tuple[float, float, float]:
-        """(drop, its low, its high): how much worse than the baseline this one is, with the paired 95 % interval."""
+        """(drop, its low, its high): how much worse than the baseline this one is, with the paired 95 % interval.
+
+        See `Quality.drop` for its unit.
+        """
         return quality.drop(baseline.quality, self.quality, self.quality_low, self.quality_high)
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from mpsearch.evaluation import Evaluation
+from mpsearch.evaluation import FINETUNED, Evaluation
+from mpsearch.findings import drop_text, findings
 from mpsearch.intervals import FEWEST, is_approximate, proportion_interval
 from mpsearch.packed_layer import kernel_for
-from mpsearch.pareto import hypervolume
 from mpsearch.quality import Quality
 from mpsearch.result import SearchResult
 
@@ -40,7 +39,7 @@ def page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | Non
         "",
         "## What was found",
         "",
-        *_findings(result, picked, confirmed),
+        *findings(result, picked, confirmed),
         "",
         _markdown_table(summary_header(result.quality), summary_rows(result, picked)),
         "",
@@ -51,11 +50,11 @@ def page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | Non
         *[f"- `{name}`: {scheme.describe()}" for name, scheme in space.schemes.items()],
         "",
         *([INPUTS_ALONE, ""] if any(scheme.input_format is not None for scheme in space.schemes.values()) else []),
-        "## Which layer got how many bits",
+        "## Bits of each layer",
         "",
         "![Bits of each layer](layers.png)",
         "",
-        "## How much each layer minds",
+        "## Layer sensitivity",
         "",
         "![Sensitivity](sensitivity.png)",
         "",
@@ -71,59 +70,28 @@ def page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | Non
     return "\n".join(lines) + "\n"
 
 
-def _findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | None) -> list[str]:
-    q, quality = result.quality_name, result.quality
-    said = [
-        f"- The picked point has {picked.average_bits:.2f} bits a weight on average and {picked.size_bytes:,} bytes, "
-        f"{100 * picked.fraction:.1f} % of the float32 model."
-    ]
-    for scheme, uniform in result.uniform:
-        better = [e.loss for e in result.front if e.no_dearer(uniform, result.objectives) and e.loss < uniform.loss]
-        if better:
-            said.append(
-                f"- Uniform {scheme} is dominated: at no more {_unit(result)} the front has a loss of {min(better):.3g} "
-                f"instead of {uniform.loss:.3g}."
-            )
-    volume = run_hypervolume(result)
-    if volume is not None:
-        said.append(
-            f"- Hypervolume (average bits x log10 KL, against the largest and the smallest uniform allocation): {volume:.3f}."
-        )
-    if confirmed is not None and len(confirmed):
-        ours = confirmed[confirmed.scheme == ""]
-        same = ours[~ours.significant]
-        if len(same):
-            least = same.iloc[0]
-            said.append(
-                f"- The smallest point of the front without a significant {quality.drop_word} in {q} on the confirm split has "
-                f"{least.average_bits:.2f} bits ({quality.drop_label}: {quality.difference(least['drop'])}, 95 % interval "
-                f"{quality.difference(least.drop_low)} to {quality.difference(least.drop_high)})."
-            )
-        overtaken = ours[ours.overtaken_by_bytes.notna()]
-        surely = int(overtaken.overtaken_surely.sum())
-        said.append(
-            f"- On the confirm split {len(overtaken)} of {len(ours)} points of the front are overtaken in loss by one that "
-            f"costs no more; for {surely} of them that one's {q} is better by more than chance."
-        )
-    return said
-
-
 def summary_rows(result: SearchResult, picked: Evaluation) -> list[tuple[str, ...]]:
-    """Of float, uniform and pick: what, bits, bytes; loss and quality on the search split; quality and drop on confirm."""
+    """Of float, uniform and pick: what, bits, bytes; loss and quality on the search split; quality and drop on confirm.
+
+    `picked` may be a finetuned evaluation: its row is then that of the trained weights.
+    """
     confirmed, q = result.on("confirm"), result.quality
     rows: list[tuple[str, ...]] = []
-    named = [("float", result.baseline()), *((f"uniform {s}", e) for s, e in result.uniform), ("picked", picked)]
+    of_picked = "picked, trained" if picked.origin == FINETUNED else "picked"
+    named = [("float", result.baseline()), *((f"uniform {s}", e) for s, e in result.uniform), (of_picked, picked)]
     for what, e in named:
         if e is None:
             continue
         c = result.baseline("confirm") if e.origin == "float" else confirmed.get(e.allocation)
+        if e.origin == FINETUNED:
+            c = result.finetuned("confirm").get(e.allocation)
         quality = drop = "not measured"
         milliseconds = ""
         if c is not None:
             quality = q.text(c.quality)
             milliseconds = "" if c.measured_ms is None else f"{c.measured_ms:.3g}"
             base = result.baseline("confirm")
-            drop = _drop(q, *c.drop_from(base, q)) if base and e.origin != "float" else ""
+            drop = drop_text(q, *c.drop_from(base, q)) if base and e.origin != "float" else ""
         on_search = (f"{e.average_bits:.2f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", q.text(e.quality))
         rows.append((what, *on_search, quality, drop, milliseconds))
     return rows
@@ -132,7 +100,7 @@ def summary_rows(result: SearchResult, picked: Evaluation) -> list[tuple[str, ..
 def summary_header(quality: Quality) -> tuple[str, ...]:
     """The columns of `summary_rows`."""
     q = quality.label
-    return ("", "bits", "bytes", "KL search", f"{q} search", f"{q} confirm", f"{quality.drop_label} (95 %)", "ms")
+    return ("", "bits", "bytes", "KL search", f"{q} search", f"{q} confirm", f"{quality.drop_label}, confirm (95 %)", "ms")
 
 
 def _front_markdown(result: SearchResult, confirmed: pd.DataFrame | None, picked: Evaluation) -> str:
@@ -146,18 +114,18 @@ def _front_markdown(result: SearchResult, confirmed: pd.DataFrame | None, picked
         notes = ["picked"] if e.allocation == picked.allocation else []
         drop = ""
         if mark is not None:
-            drop = _drop(quality, mark.drop, mark.drop_low, mark.drop_high)
-            notes += [] if mark.significant else [f"no significant {quality.drop_word}"]
-            if not pd.isna(mark.overtaken_by_bytes):
+            drop = drop_text(quality, mark.drop, mark.drop_low, mark.drop_high)
+            notes += ["not inferior"] if mark.non_inferior == "yes" else []
+            if not pd.isna(mark.dominated_by_bytes):
                 notes.append(
-                    f"overtaken by {int(mark.overtaken_by_bytes):,} bytes"
-                    + (f", whose {q} is surely better" if mark.overtaken_surely else "")
+                    f"dominated by {int(mark.dominated_by_bytes):,} bytes"
+                    + (f", whose {q} is significantly better" if mark.significantly_dominated else "")
                 )
         rows.append(
             (f"{e.average_bits:.3f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", quality.text(e.quality), drop, "; ".join(notes))
         )
     return _markdown_table(
-        ["bits", "bytes", "KL search", f"{quality.label} search", f"{quality.drop_label}, on confirm (95 %)", ""], rows
+        ["bits", "bytes", "KL search", f"{quality.label} search", f"{quality.drop_label}, confirm (95 %)", ""], rows
     )
 
 
@@ -172,7 +140,7 @@ def _trained(result: SearchResult) -> list[str]:
         was, searched = before[allocation], on_search[allocation]
         losses = f"{was.loss:.4g}", f"{after.loss:.4g}"
         qualities = quality.text(was.quality), quality.text(after.quality)
-        drops = (_drop(quality, *e.drop_from(baseline, quality)) for e in (was, after))
+        drops = (drop_text(quality, *e.drop_from(baseline, quality)) for e in (was, after))
         sizes = f"{after.average_bits:.3f}", f"{after.size_bytes:,}"
         rows.append((*sizes, *losses, *qualities, *drops, f"{searched.seconds:.0f}"))
     header = ["bits", "bytes", "KL before", "KL after", f"{quality.label} before", f"{quality.label} after"]
@@ -213,16 +181,6 @@ def _equalizer(identity: Mapping[str, Any]) -> str:
     return name + (f" ({', '.join(f'{key}={value}' for key, value in fields.items())})" if fields else "")
 
 
-def run_hypervolume(result: SearchResult) -> float | None:
-    """Hypervolume (`pareto.hypervolume`) of a front of sizes; `None` where fewer than two uniform allocations were measured."""
-    uniform = result.uniform
-    if len(uniform) < 2 or not result.front or not np.isfinite(uniform[0][1].loss) or list(result.objectives) != ["size_bytes"]:
-        return None
-    reference_bits, reference_kl = uniform[-1][1].average_bits, uniform[0][1].loss
-    front = result.front
-    return hypervolume(np.array([e.average_bits for e in front]), np.array([e.loss for e in front]), reference_bits, reference_kl)
-
-
 def _intervals(result: SearchResult) -> str:
     """What the intervals are, and what the samples of the confirm split can show at all."""
     said = "Intervals are 95 % intervals of the difference from the float model on the same samples."
@@ -236,15 +194,6 @@ def _intervals(result: SearchResult) -> str:
     if is_approximate(n):
         said += f" They are approximate: the confirm split has {n} independent samples, and coverage needs at least {FEWEST}."
     return said
-
-
-def _drop(quality: Quality, drop: float, low: float, high: float) -> str:
-    return f"{quality.difference(drop)} ({quality.difference(low)} to {quality.difference(high)})"
-
-
-def _unit(result: SearchResult) -> str:
-    known = {"size_bytes": "bytes", "latency_ms": "milliseconds (predicted)"}
-    return " and ".join(known.get(column, column.replace("_", " ")) for column in result.objectives)
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -1,4 +1,4 @@
-"""What makes one set of measured allocations better than another: the non-dominated ones, their hypervolume, and their knee.
+"""What makes one set of measured allocations better than another: the non-dominated ones, and their hypervolume.
 
 Everything is minimized. Losses that span decades (KL divergences) are compared in log10: in linear KL even random search scores
 95 % of the hypervolume, so linear axes say nothing.
@@ -78,28 +78,6 @@ def hypervolume(average_bits: ArrayLike, kl: ArrayLike, reference_bits: float, r
     points = points[np.argsort(points[:, 0])]  # bits rise, KL falls
     widths = np.diff(points[:, 0], append=reference_bits)
     return float((widths * (log_reference - points[:, 1])).sum())
-
-
-def knee(cost: ArrayLike, loss: ArrayLike) -> int:
-    """Index of the point of a front that lies farthest below the chord between its ends, the cheapest and the dearest point.
-
-    `cost` [n] and `loss` [n] of the front's points, in any order; the axes are the cost and log10 max(loss, `LOSS_FLOOR`),
-    each normalised to the ends. Where no point lies below the chord, an end is returned.
-
-    Raises:
-        InputError: there is no point, or something is NaN.
-    """
-    cost = np.asarray(cost, dtype=np.float64)
-    log_loss = np.log10(np.maximum(np.asarray(loss, dtype=np.float64), LOSS_FLOOR))
-    if not len(cost):
-        raise InputError("There is no point on the front to choose from.")
-    _no_nan("cost", cost)
-    _no_nan("loss", log_loss)
-    first, last = np.argmin(cost), np.argmax(cost)
-    across, down = cost[last] - cost[first], log_loss[first] - log_loss[last]
-    if not (across > 0 and down > 0):
-        return int(np.lexsort((cost, log_loss))[0])
-    return int(np.argmax(1 - (cost - cost[first]) / across - (log_loss - log_loss[last]) / down))
 
 
 def _no_nan(name: str, values: NDArray[np.float64]) -> None:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from mpsearch.errors import InputError, did_you_mean
+from mpsearch.intervals import paired_interval
 
 KINDS = ("share", "number", "error", "perplexity")
 
@@ -20,7 +24,9 @@ class Quality:
     "error"       finite, lower is better           the mean           as it is
     "perplexity"  mean nats a token, lower better   exp of the mean    as it is
 
-    Tables and files hold the score as it is (a share from 0 to 1, a perplexity). Raises `InputError` for another kind.
+    Tables and files hold the score as it is (a share from 0 to 1, a perplexity). A *drop* is how much worse a score is than a
+    baseline, positive for the worse: a difference for "share" and "number", relative to the baseline for all others.
+    Raises `InputError` for another kind.
     """
 
     name: str = "accuracy"
@@ -46,10 +52,28 @@ class Quality:
             return mean
         return math.exp(mean) if mean < 709 else math.inf  # what a float64 holds
 
+    @property
+    def relative(self) -> bool:
+        """Whether drops are relative to the baseline."""
+        return self.kind not in ("share", "number")
+
+    @property
+    def max_drop(self) -> float:
+        """The largest drop that counts as none, where nothing else is said: 1 % of a perplexity, half a point of accuracy."""
+        return 0.01 if self.relative else 0.005
+
     def drop(self, baseline: float, score: float, low: float, high: float) -> tuple[float, float, float]:
-        """(how much worse a score is than the baseline, its low, its high), of a score and its interval."""
-        ends = sorted((self.sign * (baseline - low), self.sign * (baseline - high)))
-        return self.sign * (baseline - score), ends[0], ends[1]
+        """(drop of a score from the baseline, its low, its high), of a score and the ends of its interval."""
+        unit = self.sign / (abs(baseline) if self.relative and baseline else 1.0)
+        drop, *ends = (unit * (baseline - x) for x in (score, low, high))
+        return drop, min(ends), max(ends)
+
+    def paired_drop(self, values: ArrayLike, reference: ArrayLike) -> tuple[float, float, float]:
+        """(drop, its low, its high) of one model from another, of both models' values of the same samples, `[n]` each."""
+        base, mean = (float(np.asarray(x, dtype=np.float64).mean()) for x in (reference, values))
+        low, high = paired_interval(values, reference)
+        score = self.score(mean)
+        return self.drop(self.score(base), score, self.score(base + low), self.score(base + high))
 
     def text(self, score: float) -> str:
         """A score as it is written, without a unit."""
@@ -57,7 +81,7 @@ class Quality:
 
     def difference(self, value: float) -> str:
         """A drop as it is written."""
-        return f"{100 * value:.2f}" if self.kind == "share" else f"{value:.3g}"
+        return f"{value:.3g}" if self.kind == "number" else f"{100 * value:.2f}"
 
     @property
     def label(self) -> str:
@@ -66,10 +90,19 @@ class Quality:
 
     @property
     def drop_label(self) -> str:
-        """What a difference for the worse is called."""
-        return {"share": "drop, points", "number": "drop", "error": "rise", "perplexity": "rise"}[self.kind]
+        """What a difference for the worse is called, with its unit."""
+        return {"share": "drop, points", "number": "drop"}.get(self.kind, "rise, %")
 
     @property
     def drop_word(self) -> str:
         """The first word of it."""
         return self.drop_label.partition(",")[0]
+
+    def drop_text(self, drop: float) -> str:
+        """A drop with its unit, in a sentence."""
+        return self.difference(drop) + self.drop_unit
+
+    @property
+    def drop_unit(self) -> str:
+        """What follows a drop in a sentence."""
+        return {"share": " points", "number": ""}.get(self.kind, " %")

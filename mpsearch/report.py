@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 
 from mpsearch import charts
-from mpsearch.allocation import SearchSpace
+from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.confirm import Confirmed
 from mpsearch.costs.latency import FLOAT, Latency
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.evaluation_rows import SCORED
 from mpsearch.files import write_atomically
 from mpsearch.intervals import is_approximate
+from mpsearch.noninferiority import smallest_non_inferior
 from mpsearch.page import page
 from mpsearch.result import SearchResult
 from mpsearch.rows import Row, read_rows, write_rows
@@ -24,6 +25,7 @@ from mpsearch.rows import Row, read_rows, write_rows
 # At most this many rows in layers.png; a longer front is thinned evenly, the pick always kept.
 MAX_LAYER_ROWS = 24
 DROPS = ("drop", "drop_low", "drop_high")
+STATEMENTS = ("non_inferior", "dominated_by_bytes", "significantly_dominated")
 
 
 def write_report(result: SearchResult, folder: Path, picked: Evaluation, confirmed: Sequence[Confirmed] | None = None) -> Path:
@@ -131,12 +133,17 @@ def trained_table(result: SearchResult) -> pd.DataFrame:
 def confirm_columns(quality_name: str) -> tuple[str, ...]:
     """The columns of `confirm.csv`."""
     measured = ("scheme", "size_bytes", "average_bits", "loss", quality_name)
-    return (*measured, *DROPS, "approximate", "significant", "verified", "overtaken_by_bytes", "overtaken_surely", "allocation")
+    return (*measured, *DROPS, "approximate", "verified", *STATEMENTS, "allocation")
 
 
 def confirm_table(result: SearchResult, confirmed: Sequence[Confirmed]) -> pd.DataFrame:
-    """Each confirmed point's drop from the float model with its paired interval, and what overtakes it there."""
+    """Each confirmed point's drop from the float model with its paired interval, and what dominates it there.
+
+    `non_inferior` is "yes" for the points that passed the sequence of `noninferiority`, "no" for the one that ended it, and empty
+    for those that were not tested.
+    """
     q = result.quality_name
+    passed = _passed(result)
     return pd.DataFrame(
         [
             {
@@ -149,10 +156,10 @@ def confirm_table(result: SearchResult, confirmed: Sequence[Confirmed]) -> pd.Da
                 "drop_low": c.drop_low,
                 "drop_high": c.drop_high,
                 "approximate": is_approximate(c.evaluation.n_samples),
-                "significant": c.significant,
                 "verified": c.evaluation.verified,
-                "overtaken_by_bytes": c.overtaken_by.size_bytes if c.overtaken_by else None,
-                "overtaken_surely": c.overtaken_surely,
+                "non_inferior": passed.get(c.evaluation.allocation, "") if c.scheme is None else "",
+                "dominated_by_bytes": c.dominated_by.size_bytes if c.dominated_by else None,
+                "significantly_dominated": c.significantly_dominated,
                 "allocation": c.evaluation.allocation.to_json(),
             }
             for c in confirmed
@@ -160,6 +167,16 @@ def confirm_table(result: SearchResult, confirmed: Sequence[Confirmed]) -> pd.Da
         columns=list(confirm_columns(q)),
         dtype=object,
     )
+
+
+def _passed(result: SearchResult) -> dict[Allocation, str]:
+    """Allocation -> "yes" or "no", of the points that were tested for non-inferiority."""
+    if not result.front or result.baseline() is None:
+        return {}
+    found = smallest_non_inferior(result, result.max_drop)
+    tested = list(reversed(result.front))[: found.n_tested]
+    last = [e.allocation for e in tested].index(found.point.allocation) if found.decided else -1
+    return {e.allocation: "yes" if i <= last else "no" for i, e in enumerate(tested)}
 
 
 def _group_bits(result: SearchResult, evaluation: Evaluation) -> np.ndarray:
@@ -204,10 +221,13 @@ def _read_confirm(result: SearchResult, folder: Path) -> pd.DataFrame | None:
         for column, value in known.items():
             row.one_of(column, [str(value)])
         drops = {column: row.number(column, -np.inf, infinite=True, nan=not np.isfinite(e.loss)) for column in DROPS}
-        by = row.integer("overtaken_by_bytes") if row.cells["overtaken_by_bytes"] else None
-        statements = {column: row.boolean(column) for column in ("approximate", "significant", "verified", "overtaken_surely")}
+        by = row.integer("dominated_by_bytes") if row.cells["dominated_by_bytes"] else None
+        statements: dict[str, Any] = {
+            column: row.boolean(column) for column in ("approximate", "verified", "significantly_dominated")
+        }
+        statements["non_inferior"] = row.one_of("non_inferior", ["", "yes", "no"])
         scheme = row.one_of("scheme", ["", *result.space.scheme_names])
-        values = {**row.cells, **known, **drops, **statements, "scheme": scheme, "overtaken_by_bytes": by}
+        values = {**row.cells, **known, **drops, **statements, "scheme": scheme, "dominated_by_bytes": by}
         return tuple(values[column] for column in columns)
 
     remedy = f"Delete it and confirm again: mpsearch search run={folder}"

@@ -191,6 +191,11 @@ class SearchResult:
         divergence = self.identity.get("divergence", {"label": SoftmaxKL.label, "unit": SoftmaxKL.unit})
         return f"{divergence['label']} ({divergence['unit']})"
 
+    @property
+    def max_drop(self) -> float:
+        """The largest drop of the quality that counts as none, as the run was started with."""
+        return self.identity.get("max_drop", self.quality.max_drop)
+
     def baseline(self, split: str = "search") -> Evaluation | None:
         """The float model's evaluation."""
         return next((e for e in self.evaluations if e.origin == "float" and e.split == split), None)

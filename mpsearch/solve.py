@@ -75,18 +75,23 @@ def prediction(sensitivity: SensitivityTable, measured: Sequence[Evaluation], bu
     return space.allocation(_descended(best, surrogate, space, others))
 
 
-def best_within(evaluate: Evaluator, sensitivity: SensitivityTable, budgets: Sequence[Budget]) -> Evaluation:
-    """Measure the additive solution for `budgets` and the predicted one; of all measured within them, that of lowest loss."""
+def best_within(
+    evaluate: Evaluator, sensitivity: SensitivityTable, budgets: Sequence[Budget], objectives: Sequence[str] = ("size_bytes",)
+) -> Evaluation:
+    """Measure the additive solution for `budgets` and the predicted one; of all measured within them, that of lowest loss.
+
+    No other one within them dominates it: of equal losses the cheapest by `objectives`, the columns of costs, counts.
+    """
     space = sensitivity.space
     evaluate(solution(space, sensitivity.losses(), budgets), "knapsack")
     evaluate(prediction(sensitivity, _measured(evaluate), budgets), "knapsack")
-    return min(_within(evaluate, space, budgets), key=lambda e: (e.loss, e.size_bytes))
+    return min(_within(evaluate, space, budgets), key=lambda e: (e.loss, [e.cost(column) for column in objectives]))
 
 
 def cheapest_within(
     evaluate: Evaluator, sensitivity: SensitivityTable, budgets: Sequence[Budget], objective: CostTable, max_drop: float
 ) -> Evaluation:
-    """Of all that was measured within `budgets`, the cheapest whose quality is at most `max_drop` worse than the float model's.
+    """The cheapest point within `budgets` that keeps to `max_drop`, of all that were measured and are not dominated there.
 
     Bisects the cost between the cheapest allocation that keeps to it so far and the costliest below that does not, and measures
     the solution at each limit. The drop is that on the search split, on which the point is chosen, so that it flatters: what it
@@ -107,7 +112,12 @@ def cheapest_within(
         return bool(np.isfinite(e.loss)) and drop(e) <= max_drop + 1e-9
 
     def cheapest() -> Evaluation | None:
-        return min((e for e in _within(evaluate, space, budgets) if keeps(e)), key=lambda e: (cost(e), e.loss), default=None)
+        lowest = np.inf
+        for e in sorted(_within(evaluate, space, budgets), key=lambda e: (cost(e), e.loss)):
+            if e.loss < lowest and keeps(e):  # else one that costs at most as much has at most this loss
+                return e
+            lowest = min(lowest, e.loss)
+        return None
 
     best = cheapest()
     if best is None:
@@ -116,8 +126,9 @@ def cheapest_within(
     if best is None:
         drops = [drop(e) for e in _within(evaluate, space, budgets)]
         raise InputError(
-            f"No allocation within the budgets has a {quality.drop_word} of at most {max_drop:g}; the least is "
-            f"{min(drops, default=np.nan):.4g}. Allow more, raise a budget, or search with larger schemes."
+            f"No allocation within the budgets has a {quality.drop_word} of at most {quality.drop_text(max_drop)} on the search "
+            f"split; the least is {quality.drop_text(min(drops, default=np.nan))}. Allow more, raise a budget, or search with "
+            "larger schemes."
         )
     low = objective.of(np.where(space.allowed, objective.values, np.inf).argmin(axis=1))
     for _ in range(MOST_STEPS):

@@ -473,8 +473,10 @@ class TestRun:
             "max_bytes": "120kB",
             "bits": 3.2,
             "max_ms": None,
-            "min_accuracy": None,
-            "max_perplexity": None,
+            "max_drop": None,
+            "min_quality": None,
+            "max_quality": None,
+            "point": None,
         }
         assert door.last.settings["exporter"]["_target_"].startswith("mpsearch.exporters.")
         assert (door.last.settings["device"], door.last.settings["seed"]) == ("cuda", 3)

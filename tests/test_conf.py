@@ -61,8 +61,10 @@ def test_the_defaults() -> None:
         "max_bytes": None,
         "bits": None,
         "max_ms": None,
-        "min_accuracy": None,
-        "max_perplexity": None,
+        "max_drop": None,
+        "min_quality": None,
+        "max_quality": None,
+        "point": None,
     }
 
 

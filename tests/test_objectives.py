@@ -107,7 +107,7 @@ def test_from_the_front_door(mpsearch):
     assert mpsearch("search", "run=run", "n_trials=16")[0] == 0
     assert mpsearch("report", "run=run")[0] == 0
     assert mpsearch("solve", "run=run", "budget.bytes=30kB", "budget.bit_operations=4e7")[0] == 0
-    assert mpsearch("export", "run=run", "pick=knee")[0] == 0
+    assert mpsearch("export", "run=run", "pick=non_inferior")[0] == 0
     front = pd.read_csv("run/front.csv").query("split == 'search'")
     assert non_dominated(front[["size_bytes", "bit_operations", "loss"]].to_numpy()).all()
     for words, sentence in (

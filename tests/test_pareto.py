@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from mpsearch.errors import InputError
-from mpsearch.pareto import hypervolume, knee, nearest_front, non_dominated
+from mpsearch.pareto import hypervolume, nearest_front, non_dominated
 
 coordinates = st.integers(0, 5).map(float) | st.sampled_from([np.inf, -np.inf, 0.5])
 
@@ -57,26 +57,15 @@ def test_hypervolume_counts_the_cells_of_a_grid(points):
     assert hypervolume(bits, 10.0**decades, 8, 10) == pytest.approx(cells)
 
 
-def test_knee_by_hand():
-    # 1 decade down in 1 bit of 6, then 1 in 5: the point at 3 bits lies farthest below the chord
-    assert knee([8, 2, 3, 5], [1e-4, 1e-2, 1e-3, 5e-4]) == 2
-    assert knee([4], [0.1]) == 0
-    assert knee([2, 8], [0.1, 0.01]) == 0
-    assert knee([2, 2, 8], [0.1, 0.05, 0.05]) == 1  # nothing to gain in cost: the cheapest of the lowest loss
-
-
 def test_nan_is_refused():
     for call in (
         lambda: non_dominated([[0, np.nan]]),
         lambda: hypervolume([4, np.nan], [0.1, 0.1], 8, 1),
         lambda: hypervolume([4], [np.nan], 8, 1),
         lambda: hypervolume([4], [0.1], 8, np.nan),
-        lambda: knee([1, 2], [0.1, np.nan]),
     ):
         with pytest.raises(InputError, match="NaN"):
             call()
-    with pytest.raises(InputError, match="no point"):
-        knee([], [])
     with pytest.raises(ValueError, match="must be"):
         non_dominated([1, 2])
     with pytest.raises(ValueError, match="alike"):

@@ -34,7 +34,14 @@ def test_each_kind_reads_a_mean_and_a_drop():
     assert perplexity.score(math.log(4.5)) == pytest.approx(4.5)
     assert perplexity.score(1e4) == math.inf
     assert share.drop(0.9, 0.8, 0.7, 0.85) == pytest.approx((0.1, 0.05, 0.2))
-    assert perplexity.drop(4.5, 5.0, 4.8, 5.3) == pytest.approx((0.5, 0.3, 0.8))
+    nats = np.log([[4.0, 5, 6, 7], [4.4, 5.4, 6.8, 7.7]])
+    drop, low, high = perplexity.paired_drop(nats[1], nats[0])
+    half = t.ppf(0.975, 3) * (nats[1] - nats[0]).std(ddof=1) / 2
+    assert (drop, low, high) == pytest.approx(tuple(np.exp((nats[1] - nats[0]).mean() + x) - 1 for x in (0, -half, half)))
+    assert perplexity.drop(4.0, 5.0, 4.8, 5.2) == pytest.approx((0.25, 0.2, 0.3)), "relative"
+    assert number.drop(0.8, 0.79, 0.7, 0.81) == pytest.approx((0.01, -0.01, 0.1))
+    assert [q.max_drop for q in (share, number, perplexity)] == [0.005, 0.005, 0.01]
+    assert [q.drop_text(0.0123) for q in (share, number, perplexity)] == ["1.23 points", "0.0123", "1.23 %"]
     assert (share.text(0.9148), number.text(0.86716), perplexity.text(4.51546)) == ("91.48", "0.8672", "4.515")
     assert (share.label, number.label) == ("accuracy %", "spearman")
     assert [q.drop_word for q in (share, number, perplexity)] == ["drop", "drop", "rise"]
@@ -126,15 +133,17 @@ def test_lower_is_better_in_picks(run):
     evaluate, result = run
     confirm(evaluate, result)
     w3 = result.on("confirm")[result.space.uniform("w3")]
-    assert pick(result, max_perplexity=w3.quality).allocation == w3.allocation
-    assert pick(result, max_perplexity=w3.quality * 0.999).allocation == result.space.uniform("w8")
-    with pytest.raises(InputError, match=r"No point of the front that fits has perplexity <= 1; the best has \d"):
-        pick(result, max_perplexity=1)
-    with pytest.raises(InputError, match=r"quality of this run is perplexity: give pick\.max_perplexity, not pick\.min_accuracy"):
-        pick(result, min_accuracy=0.9)
+    assert pick(result, max_quality=w3.quality).allocation == w3.allocation
+    assert pick(result, max_quality=w3.quality * 0.999).allocation == result.space.uniform("w8")
+    with pytest.raises(
+        InputError, match=r"No point of the front that fits has perplexity <= 1 on the confirm split; the best has \d"
+    ):
+        pick(result, max_quality=1)
+    with pytest.raises(InputError, match=r"is perplexity, and lower is better: give pick\.max_quality, not pick\.min_quality"):
+        pick(result, min_quality=0.9)
     accuracy = replace(result, identity={})
-    with pytest.raises(InputError, match=r"give pick\.min_accuracy, not pick\.max_perplexity"):
-        pick(accuracy, max_perplexity=5)
+    with pytest.raises(InputError, match=r"higher is better: give pick\.min_quality, not pick\.max_quality"):
+        pick(accuracy, max_quality=5)
 
 
 def test_the_cheapest_within_a_rise(run):
@@ -143,11 +152,11 @@ def test_the_cheapest_within_a_rise(run):
     baseline = result.baseline()
     w3 = result.on("search")[result.space.uniform("w3")]
     objective = Bytes().table(result.space)
-    found = cheapest_within(evaluate, table, (), objective, w3.quality - baseline.quality)
+    found = cheapest_within(evaluate, table, (), objective, w3.quality / baseline.quality - 1)
     assert found.quality <= w3.quality + 1e-9
     assert found.size_bytes <= w3.size_bytes
     budget = [Budget(objective, result.on("search")[result.space.uniform("w2")].size_bytes)]
-    with pytest.raises(InputError, match=r"has a rise of at most 0\.001; the least is \d"):
+    with pytest.raises(InputError, match=r"has a rise of at most 0\.10 % on the search split; the least is \d"):
         cheapest_within(evaluate, table, budget, objective, 0.001)
 
 

@@ -37,5 +37,5 @@ def export(settings: Settings, build: Build, folder: Path) -> None:
     what = Picked(scored, scores, result.baselines, result.quality_name, *before)
     path = exporter.export(what, engine, folder)
     write_report(result, folder, picked)
-    summary(result, picked)
+    summary(result, scored)
     print(relative(path))

@@ -18,8 +18,7 @@ from mpsearch.evaluation import FINETUNED, Evaluation
 from mpsearch.evaluation_rows import SCORED
 from mpsearch.finetune import Finetuned, Training
 from mpsearch.finetune import finetune as run_finetune
-from mpsearch.intervals import paired_interval
-from mpsearch.pick import pick
+from mpsearch.pick import pick, point_id
 from mpsearch.report import write_report
 from mpsearch.result import RunFolder, SearchResult
 from mpsearch.search import Evaluator
@@ -49,23 +48,21 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
         trained, confirmed, after = train_point(evaluate, allocation, training, folder)
         result = replace(result, evaluations=evaluate.evaluations)
         page = write_report(result, folder, picked)
-    summary(result, picked)
+    summary(result, result.finetuned("search")[allocation])
     before = evaluate.qualities(allocation)
-    gains = after.qualities(allocation) - before
-    low, high = paired_interval(after.qualities(allocation), before)
     was = result.quality.text(result.quality.score(float(before.mean(dtype="float64"))))
-    gain, least, most = (result.quality.difference(result.quality.sign * x) for x in (float(gains.mean()), low, high))
-    gain += f" ({least} to {most})" if result.quality.sign > 0 else f" ({most} to {least})"
+    drop, low, high = result.quality.paired_drop(after.qualities(allocation), before)
+    gain, least, most = (result.quality.difference(-x) for x in (drop, high, low))
     print(
         f"epoch {trained.epoch} of {training.epochs} is kept: loss on search {trained.losses[0]:.4g} -> {min(trained.losses):.4g}"
     )
     print(
-        f"{result.quality.label} on confirm: {was} -> {result.quality.text(confirmed.quality)}, a gain of {gain} a sample "
-        f"(paired 95 %), in {trained.seconds:.0f} s of training"
+        f"{result.quality.label} on confirm: {was} -> {result.quality.text(confirmed.quality)}, a gain of "
+        f"{gain}{result.quality.drop_unit} ({least} to {most}, paired 95 %), in {trained.seconds:.0f} s of training"
     )
     paths(folder, page, "pareto.png")
     check_verified([confirmed])
-    print(f"export it: mpsearch export run={relative(folder)} pick.max_bytes={picked.size_bytes} finetuned=true")
+    print(f"export it: mpsearch export run={relative(folder)} pick.point={point_id(allocation)} finetuned=true")
 
 
 def train_point(

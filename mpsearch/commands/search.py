@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +28,7 @@ from mpsearch.executors.base import Executor, at_least_one
 from mpsearch.finetune import Training, check_trainable
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.mirror import Mirror
-from mpsearch.pick import pick
+from mpsearch.pick import pick, point_id
 from mpsearch.progress import phase, quiet
 from mpsearch.quality import Quality
 from mpsearch.report import write_report
@@ -34,6 +36,7 @@ from mpsearch.result import RunFolder, SearchResult
 from mpsearch.samplers.base import complete
 from mpsearch.search import Evaluator, check_sampler
 from mpsearch.search import search as run_search
+from mpsearch.tasks.base import Task
 
 SIZES = ("size_bytes", "average_bits", "fraction")  # every evaluation has them
 
@@ -71,6 +74,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     if in_flight is not None:
         at_least_one("study.in_flight", in_flight)
     training = _training(settings, prepared)
+    max_drop = _max_drop(settings["max_drop"], prepared.task)
     run = RunFolder(folder)
     with run.locked(), executor:
         if in_flight is None and (folder / "space.json").exists():  # a run goes on as it began
@@ -90,6 +94,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
             "trials": {"in_flight": in_flight},
             "budgets": {budget.table.name: budget.limit for budget in budgets},
             "objectives": [table.column for table in objectives],
+            "max_drop": max_drop,
             "costs": [table.column for table in beside_size],
         }
         prepared.record(folder)
@@ -145,7 +150,16 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         summary(result, picked)
         paths(folder, page, "pareto.png", "front.csv")
         check_verified(result.on("confirm").values())
-        print(f"export a point: mpsearch export run={relative(folder)} pick.max_bytes={picked.size_bytes}")
+        print(f"export a point: mpsearch export run={relative(folder)} pick.point={point_id(picked.allocation)}")
+
+
+def _max_drop(asked: Any, task: Task) -> float:
+    """The drop that counts as none: as it was asked for, else the task's own, else that of the quality's kind."""
+    if asked is None:
+        return Quality(task.quality_name, task.quality_kind).max_drop if task.max_drop is None else task.max_drop
+    if isinstance(asked, bool) or not isinstance(asked, int | float) or not 0 <= asked < math.inf:
+        raise InputError(f"max_drop must be a number of 0 or more, 0.01 for a point of accuracy; got '{asked}'.")
+    return float(asked)
 
 
 def _training(settings: Settings, prepared: Prepared) -> Training | None:

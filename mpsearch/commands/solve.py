@@ -15,6 +15,7 @@ from mpsearch.costs.activation_bytes import ActivationBytes
 from mpsearch.costs.size import Bytes
 from mpsearch.equalization import recorded
 from mpsearch.errors import InputError
+from mpsearch.pick import point_id
 from mpsearch.report import write_report
 from mpsearch.result import RunFolder, SearchResult
 from mpsearch.search import Evaluator
@@ -27,11 +28,11 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
         raise InputError("This folder holds a sensitivity table alone; there is no run to solve. Run: mpsearch search.")
     max_drop, asked = settings.get("max_drop"), {k: v for k, v in settings["budget"].items() if v is not None}
     if max_drop is None and not asked:
-        raise InputError("Nothing to solve for came. Give a budget, as budget.bytes=100kB, or max_drop=0.01.")
+        raise InputError("Nothing to solve for: got neither a budget nor max_drop. Give budget.bytes=100kB, or max_drop=0.01.")
     result = SearchResult.load(folder, build_schemes(settings, build))
     most = 1 if result.quality.kind == "share" else float("inf")
     if max_drop is not None and (type(max_drop) not in (int, float) or not 0 <= max_drop < most):
-        raise InputError(f"max_drop is a number from 0 to {most}, in units of the {result.quality_name}; '{max_drop}' came.")
+        raise InputError(f"max_drop must be a number from 0 to {most}, 0.01 for a point of accuracy; got '{max_drop}'.")
     space, quality = result.space, result.quality_name
     if not result.front:
         raise InputError(f"The run has no front to start from yet. Let it go on: mpsearch search run={relative(folder)}.")
@@ -56,7 +57,7 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
         record = run.recorder(space, quality, result.costs)
         evaluate = Evaluator(prepared.engine(settings, folder), own, record, result.evaluations, tables, batch_size)
         if max_drop is None:
-            picked = best_within(evaluate, result.sensitivity, budgets)
+            picked = best_within(evaluate, result.sensitivity, budgets, result.objectives)
         else:
             picked = cheapest_within(evaluate, result.sensitivity, budgets, objective, max_drop)
         result = replace(result, evaluations=evaluate.evaluations)
@@ -65,7 +66,4 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
         page = write_report(result, folder, picked, confirmed)
         summary(result, picked)
         paths(folder, page, "pareto.png", "front.csv")
-        if any(e.allocation == picked.allocation for e in result.front):
-            print(f"export it: mpsearch export run={relative(folder)} pick.max_bytes={picked.size_bytes}")
-        else:
-            print("another point has a lower loss and costs no more: this one is not on the front that export picks from")
+        print(f"export it: mpsearch export run={relative(folder)} pick.point={point_id(picked.allocation)}")

@@ -37,6 +37,9 @@ class Task(ABC):
     divergence: str | Divergence | None = None
     """The loss: "softmax_kl", "sigmoid_kl", "relative_mse", or an object; `None`: see `mpsearch.divergence.choose`."""
 
+    max_drop: float | None = None
+    """The largest drop of the quality that counts as none, where `max_drop` does not say; `None`: `Quality.max_drop`."""
+
     @abstractmethod
     def batches(self, split: str) -> Sequence[Batch]:
         """The batches of one of `SPLITS`: the same ones in the same order every time, no sample in two splits.

@@ -29,7 +29,8 @@ class Digits(Classification):
     digits model was trained on.
     """
 
-    def __init__(self, n_calibration: int = 500, seed: int = 0, batch_size: int = 200) -> None:
+    def __init__(self, n_calibration: int = 500, seed: int = 0, batch_size: int = 200, max_drop: float | None = 0.02) -> None:
+        self.max_drop = max_drop
         pixels, labels = read_digits()
         indices = read_split()
         trained_on = indices["train"]

@@ -1,0 +1,119 @@
+"""What a run found, in sentences: each number with its split and, where it is a quality, its interval."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+
+from mpsearch.evaluation import Evaluation
+from mpsearch.noninferiority import NonInferior, smallest_non_inferior
+from mpsearch.pareto import hypervolume
+from mpsearch.quality import Quality
+from mpsearch.result import SearchResult
+
+
+def findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | None) -> list[str]:
+    """A list item each; `confirmed` is the table of `confirm.csv`, where there is one."""
+    said = [
+        f"The picked point has {picked.average_bits:.2f} bits per weight on average and {picked.size_bytes:,} bytes, "
+        f"{100 * picked.fraction:.1f} % of the float32 model."
+    ]
+    if result.baseline() is not None:
+        said.append(non_inferior_sentence(result, smallest_non_inferior(result, result.max_drop)))
+    said += uniform_sentences(result)
+    volume = run_hypervolume(result)
+    if volume is not None:
+        said.append(
+            "Hypervolume on the search split (average bits x log10 KL, against the largest and the smallest uniform "
+            f"allocation): {volume:.3f}."
+        )
+    if confirmed is not None and len(confirmed):
+        front = confirmed[confirmed.scheme == ""]
+        dominated = front[front.dominated_by_bytes.notna()]
+        said.append(
+            f"On the confirm split {len(dominated)} of {len(front)} points of the front are dominated in loss by a point that "
+            f"costs at most as much; for {int(dominated.significantly_dominated.sum())} of them that point's "
+            f"{result.quality_name} is significantly better, too."
+        )
+    return [f"- {sentence}" for sentence in said]
+
+
+def non_inferior_sentence(result: SearchResult, found: NonInferior) -> str:
+    """Which point is the smallest non-inferior one, what decided it, and what the samples cannot decide."""
+    quality, point = result.quality, found.point
+    margin = quality.drop_text(found.max_drop)
+    measured = f"{quality.drop_text(found.drop)} (95 % interval {_interval(quality, found.drop_low, found.drop_high)})"
+    what = f"{point.average_bits:.2f} bits ({point.size_bytes:,} bytes)"
+    if found.decided:
+        return (
+            f"The smallest point that is not inferior to the float model by more than {margin} has {what}: on the confirm split "
+            f"its {result.quality_name} has a {quality.drop_word} of {measured}. The search split fixed the order of the points; "
+            f"the confirm split decided: {found.n_tested} of {len(result.front)} points were tested on it, from the largest "
+            f"down, until the upper limit of a {quality.drop_word} exceeded {margin}."
+        )
+    undecided = f"Undecided: no point is shown to be within a {quality.drop_word} of {margin} of the float model"
+    if found.split == "search":
+        why = f"{undecided}, for the front is not confirmed. "
+    else:
+        why = f"{undecided} by the {found.n_samples:,} samples of the confirm split. "
+    if not found.within:
+        return (
+            f"{why}The largest point of the front, {what}, has an estimated {quality.drop_word} of {measured} on the "
+            f"{found.split} split, which is more already."
+        )
+    enough = f"; about {found.n_needed:,} samples would decide on it" if found.n_needed and found.split == "confirm" else ""
+    return (
+        f"{why}The smallest point before the estimated {quality.drop_word} exceeds that, from the largest down, has {what}: "
+        f"{measured} on the {found.split} split{enough}."
+    )
+
+
+def uniform_sentences(result: SearchResult) -> list[str]:
+    """Of each uniform allocation: whether the front dominates it, on the confirm split, or on the search split without one."""
+    said, quality = [], result.quality
+    for split in ("confirm", "search"):
+        measured = result.on(split)
+        front = [measured[e.allocation] for e in result.front if e.allocation in measured]
+        uniform = [(name, measured[e.allocation]) for name, e in result.uniform if e.allocation in measured]
+        for scheme, e in uniform:
+            better = [x for x in front if x.costs_at_most(e, result.objectives) and x.loss < e.loss]
+            if better:
+                best = min(better, key=lambda x: x.loss)
+                said.append(
+                    f"On the {split} split uniform {scheme} is dominated: with no more {_unit(result)} a point of the front "
+                    f"has a loss of {best.loss:.3g} instead of {e.loss:.3g}, and {quality.name} {_score(quality, best)} "
+                    f"instead of {_score(quality, e)}."
+                )
+        if uniform:
+            break
+    return said
+
+
+def run_hypervolume(result: SearchResult) -> float | None:
+    """Hypervolume (`pareto.hypervolume`) of a front of sizes; `None` where fewer than two uniform allocations were measured."""
+    uniform = result.uniform
+    if len(uniform) < 2 or not result.front or not np.isfinite(uniform[0][1].loss) or list(result.objectives) != ["size_bytes"]:
+        return None
+    reference_bits, reference_kl = uniform[-1][1].average_bits, uniform[0][1].loss
+    front = result.front
+    return hypervolume(np.array([e.average_bits for e in front]), np.array([e.loss for e in front]), reference_bits, reference_kl)
+
+
+def drop_text(quality: Quality, drop: float, low: float, high: float) -> str:
+    """As in "0.25 (-0.10 to 0.60)"."""
+    return f"{quality.difference(drop)} ({_interval(quality, low, high)})"
+
+
+def _interval(quality: Quality, low: float, high: float) -> str:
+    return f"{quality.difference(low)} to {quality.difference(high)}"
+
+
+def _score(quality: Quality, e: Evaluation) -> str:
+    return quality.text(e.quality) + (" %" if quality.kind == "share" else "")
+
+
+def _unit(result: SearchResult) -> str:
+    known: Mapping[str, str] = {"size_bytes": "bytes", "latency_ms": "milliseconds (predicted)"}
+    return " and ".join(known.get(column, column.replace("_", " ")) for column in result.objectives)
