@@ -47,11 +47,14 @@ def non_inferior_sentence(result: SearchResult, found: NonInferior) -> str:
     measured = f"{quality.drop_text(found.drop)} (95 % interval {_interval(quality, found.drop_low, found.drop_high)})"
     what = f"{point.average_bits:.2f} bits ({point.size_bytes:,} bytes)"
     if found.decided:
+        until = f"until the upper limit of a {quality.drop_word} exceeded {margin}"
+        if found.n_tested == len(result.front) and point == result.front[0]:
+            until = "and all of them passed"
         return (
             f"The smallest point that is not inferior to the float model by more than {margin} has {what}: on the confirm split "
             f"its {result.quality_name} has a {quality.drop_word} of {measured}. The search split fixed the order of the points; "
             f"the confirm split decided: {found.n_tested} of {len(result.front)} points were tested on it, from the largest "
-            f"down, until the upper limit of a {quality.drop_word} exceeded {margin}."
+            f"down, {until}."
         )
     undecided = f"Undecided: no point is shown to be within a {quality.drop_word} of {margin} of the float model"
     if found.split == "search":

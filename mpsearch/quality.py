@@ -81,7 +81,7 @@ class Quality:
 
     def difference(self, value: float) -> str:
         """A drop as it is written."""
-        return f"{value:.3g}" if self.kind == "number" else f"{100 * value:.2f}"
+        return f"{value:z.3g}" if self.kind == "number" else f"{100 * value:z.2f}"
 
     @property
     def label(self) -> str:

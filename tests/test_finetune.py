@@ -1,6 +1,7 @@
 """Training from what was searched: what is scored is what is stored, a kill changes nothing, and the search is left alone."""
 
 import itertools
+import re
 import sys
 
 import pytest
@@ -264,6 +265,11 @@ def test_the_command_trains_records_draws_and_exports(tmp_path, monkeypatch, cap
     assert gone_on.on("search")[allocation] == before.on("search")[allocation]
     assert "## After training" in (folder / "report.md").read_text()
 
+    said = command("export", "run=run", "pick.bits=2.5", "finetuned=true")
+    (cells,) = (re.split(r" *[│┃] *", line) for line in said.splitlines() if "picked" in line)
+    assert cells[1:5] == ["picked, trained", f"{row.average_bits:.2f}", f"{row.size_bytes:,}", f"{row.loss:.4g}"]
+    assert cells[6] == f"{100 * confirmed.quality:.2f}"
+    assert "picked, trained" not in command("export", "run=run", "pick.bits=2.5")
     command("export", "run=run", "pick.bits=2.5", "finetuned=true")
     exported = load_allocation(folder / "allocation.json")
     assert exported.data["scores"]["search"]["loss"] == row.loss
