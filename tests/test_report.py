@@ -19,8 +19,9 @@ from mpsearch.confirm import confirm
 from mpsearch.costs.size import AverageBits, Bytes, Fraction
 from mpsearch.errors import InputError
 from mpsearch.evaluation_rows import evaluation_row
+from mpsearch.findings import run_hypervolume
 from mpsearch.metrics.kl import KL
-from mpsearch.page import run_hypervolume, summary_rows
+from mpsearch.page import summary_rows
 from mpsearch.pareto import hypervolume
 from mpsearch.pick import pick
 from mpsearch.report import MAX_LAYER_ROWS, write_report
