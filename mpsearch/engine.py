@@ -11,7 +11,7 @@ import itertools
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -26,7 +26,7 @@ from mpsearch.calibrate import fisher_bytes, hessian_bytes, hessians, mean_shift
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score
 from mpsearch.inplace import cloned_inputs, overwritten_inputs
-from mpsearch.layer import LayerSpec, check_finite, from_rows, weight_rows
+from mpsearch.layer import check_finite, from_rows, weight_rows
 from mpsearch.prefix import PrefixReuse
 from mpsearch.products import Product
 from mpsearch.quality import Quality
@@ -367,10 +367,3 @@ def load_batches(task: Task, split: str, device: str) -> list[tuple[Any, Tensor]
     if not batches:
         raise InputError(f"The task gives no batch for its {split} split. Give it data, or a size above 0.")
     return batches
-
-
-def other_bits(model: nn.Module, layers: Sequence[LayerSpec]) -> int:
-    """Bits of all parameters and buffers but the searched layers' weights; what is shared is counted once."""
-    searched = {id(model.get_submodule(layer.modules[0]).weight) for layer in layers}
-    others = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in searched}
-    return sum(8 * tensor.nbytes for tensor in others.values())

@@ -21,7 +21,7 @@ from torch import nn
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.calibrate import calibrate
-from mpsearch.engine import FLOAT, QuantEngine, load_batches, other_bits
+from mpsearch.engine import FLOAT, QuantEngine, load_batches
 from mpsearch.equalizers.awq import AWQ
 from mpsearch.equalizers.base import Equalizer, input_ranges
 from mpsearch.equalizers.cross_layer import CrossLayer
@@ -42,6 +42,7 @@ from mpsearch.tasks.imagenet import ImageNetSample
 from mpsearch.tasks.language import Stories
 from mpsearch.tasks.stsb import STSBenchmark
 from mpsearch.trace import trace_layers
+from mpsearch.unsearched import other_bits
 
 FOLDER = REPORTS / "bench_equalizers"
 EQUALIZERS: dict[str, Equalizer | None] = {

@@ -32,7 +32,7 @@ from torch.ao.quantization import FakeQuantize, MovingAveragePerChannelMinMaxObs
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.calibrate import calibrate
-from mpsearch.engine import FLOAT, QuantEngine, load_batches, other_bits
+from mpsearch.engine import FLOAT, QuantEngine, load_batches
 from mpsearch.evaluation import Score
 from mpsearch.finetune import Training, finetune, train_epoch
 from mpsearch.fold import fold_batch_norms
@@ -50,6 +50,7 @@ from mpsearch.student import Student
 from mpsearch.tasks.cifar10 import Cifar10
 from mpsearch.tasks.language import Stories
 from mpsearch.trace import trace_layers
+from mpsearch.unsearched import other_bits
 
 FOLDER = Path(__file__).parent.parent / "build" / "bench_finetune"
 SCHEMES: dict[str, QuantScheme] = {

@@ -21,7 +21,7 @@ from torch import nn
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.calibrate import calibrate
-from mpsearch.engine import FLOAT, QuantEngine, load_batches, other_bits
+from mpsearch.engine import FLOAT, QuantEngine, load_batches
 from mpsearch.fold import fold_batch_norms
 from mpsearch.layer import weight_rows
 from mpsearch.models.llama import stories260k
@@ -38,6 +38,7 @@ from mpsearch.tasks.base import Task
 from mpsearch.tasks.cifar10 import Cifar10
 from mpsearch.tasks.language import Stories
 from mpsearch.trace import trace_layers
+from mpsearch.unsearched import other_bits
 
 QUANTIZERS: dict[str, Quantizer] = {
     "round_to_nearest": RoundToNearest(),

@@ -18,7 +18,7 @@ from pages import Row, machine, write
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.calibrate import calibrate
-from mpsearch.engine import QuantEngine, load_batches, other_bits
+from mpsearch.engine import QuantEngine, load_batches
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.schemes.base import QuantScheme
 from mpsearch.schemes.codebook import Codebook
@@ -27,6 +27,7 @@ from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.level_input import LevelInput
 from mpsearch.schemes.rotated import Rotated
 from mpsearch.trace import trace_layers
+from mpsearch.unsearched import other_bits
 
 FP8, MXFP8, MXFP4, NVFP4 = (
     ("e4m3", "channel", "float32"),

@@ -23,7 +23,7 @@ from pages import Row, machine, write
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.calibrate import calibrate
 from mpsearch.costs.size import Bytes
-from mpsearch.engine import FLOAT, QuantEngine, load_batches, other_bits
+from mpsearch.engine import FLOAT, QuantEngine, load_batches
 from mpsearch.fold import fold_batch_norms
 from mpsearch.metrics.kl import KL
 from mpsearch.models.digits import digits
@@ -35,6 +35,7 @@ from mpsearch.search import Evaluator, search
 from mpsearch.sensitivity import measure_sensitivity
 from mpsearch.tasks.digits import Digits
 from mpsearch.trace import trace_layers
+from mpsearch.unsearched import other_bits
 
 MAX_BYTES = 10**9
 N_PROPOSALS = 100

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from mpsearch import kernels
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.calibrate import calibrate
-from mpsearch.engine import FLOAT, QuantEngine, load_batches, other_bits
+from mpsearch.engine import FLOAT, QuantEngine, load_batches
 from mpsearch.fold import fold_batch_norms
 from mpsearch.knapsack import solve
 from mpsearch.metrics.fisher import Fisher
@@ -53,6 +53,7 @@ from mpsearch.tasks.imagenet import ImageNetSample
 from mpsearch.tasks.language import Language, Stories, read_tokens
 from mpsearch.tasks.stsb import STSBenchmark
 from mpsearch.trace import trace_layers
+from mpsearch.unsearched import other_bits
 
 QUANTIZERS: dict[str, Quantizer] = {
     "round_to_nearest": RoundToNearest(),

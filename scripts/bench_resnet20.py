@@ -27,7 +27,7 @@ from scipy.stats import kendalltau
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.calibrate import calibrate
-from mpsearch.engine import FLOAT, QuantEngine, load_batches, other_bits
+from mpsearch.engine import FLOAT, QuantEngine, load_batches
 from mpsearch.fold import fold_batch_norms
 from mpsearch.metrics.fisher import Fisher
 from mpsearch.metrics.gauss_newton import GaussNewton
@@ -43,6 +43,7 @@ from mpsearch.search import Evaluator, search
 from mpsearch.sensitivity import measure_sensitivity
 from mpsearch.tasks.cifar10 import Cifar10
 from mpsearch.trace import trace_layers
+from mpsearch.unsearched import other_bits
 
 BITS = (2, 3, 4, 5, 6, 8)
 DATA = Path(os.environ.get("MPSEARCH_DATA", "../shared/data")) / "cifar10"

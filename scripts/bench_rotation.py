@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from mpsearch import kernels
 from mpsearch.allocation import SearchSpace
 from mpsearch.calibrate import calibrate
-from mpsearch.engine import FLOAT, QuantEngine, load_batches, other_bits
+from mpsearch.engine import FLOAT, QuantEngine, load_batches
 from mpsearch.intervals import paired_interval
 from mpsearch.kernels import reference_rotation
 from mpsearch.models.bert import minilm
@@ -48,6 +48,7 @@ from mpsearch.tasks.base import Task
 from mpsearch.tasks.language import Stories
 from mpsearch.tasks.stsb import STSBenchmark
 from mpsearch.trace import trace_layers
+from mpsearch.unsearched import other_bits
 
 QUANTIZERS: dict[str, Quantizer] = {
     "round_to_nearest": RoundToNearest(),

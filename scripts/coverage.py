@@ -21,13 +21,14 @@ from bench_resnet20 import DATA
 from scipy.stats import binom, bootstrap
 
 from mpsearch.allocation import SearchSpace
-from mpsearch.engine import QuantEngine, other_bits
+from mpsearch.engine import QuantEngine
 from mpsearch.intervals import cluster_values, paired_interval, proportion_interval
 from mpsearch.models.llama import stories260k
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.language import Stories
 from mpsearch.trace import trace_layers
+from mpsearch.unsearched import other_bits
 
 REPORT = Path(__file__).parents[1] / "reports" / "coverage"
 SAMPLES = (100, 200, 400, 1000, 5000)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.calibrate import calibrate
-from mpsearch.engine import QuantEngine, load_batches, other_bits
+from mpsearch.engine import QuantEngine, load_batches
 from mpsearch.fold import fold_batch_norms
 from mpsearch.models.resnet import resnet
 from mpsearch.quantizers.base import Quantizer
@@ -39,6 +39,7 @@ from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.outliers import Outliers
 from mpsearch.tasks.cifar10 import Cifar10
 from mpsearch.trace import trace_layers
+from mpsearch.unsearched import other_bits
 
 METHODS: dict[str, tuple[Quantizer, float]] = {  # the quantizer, and the share of outliers beside it
     "round to nearest": (RoundToNearest(), 0.0),

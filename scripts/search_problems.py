@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.calibrate import calibrate
-from mpsearch.engine import QuantEngine, load_batches, other_bits
+from mpsearch.engine import QuantEngine, load_batches
 from mpsearch.evaluation import Score
 from mpsearch.fold import fold_batch_norms
 from mpsearch.group import share
@@ -39,6 +39,7 @@ from mpsearch.tasks.imagenet import ImageNetSample
 from mpsearch.tasks.language import Stories
 from mpsearch.tasks.stsb import STSBenchmark
 from mpsearch.trace import trace_layers
+from mpsearch.unsearched import other_bits
 
 DATA = Path(os.environ.get("MPSEARCH_DATA", "../shared/data"))
 COLUMNS = "allocation,loss,quality,seconds"

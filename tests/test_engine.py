@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mpsearch.allocation import Allocation
-from mpsearch.engine import FLOAT, other_bits
+from mpsearch.engine import FLOAT
 from mpsearch.errors import InputError
 from mpsearch.intervals import paired_interval
 from mpsearch.layer import from_rows
@@ -16,6 +16,7 @@ from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
+from mpsearch.unsearched import other_bits
 
 
 def watched(task):

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mpsearch.allocation import Allocation
-from mpsearch.engine import other_bits
 from mpsearch.errors import InputError
 from mpsearch.fold import fold_batch_norms
 from mpsearch.layer import kind_of
@@ -29,6 +28,7 @@ from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.outliers import Outliers
 from mpsearch.schemes.rotated import Rotated
 from mpsearch.tasks.cifar10 import Cifar10
+from mpsearch.unsearched import other_bits
 
 A8, STATIC = {"bits": 8}, {"bits": 8, "scale": "static"}
 SHIFTED = {"bits": 8, "scale": "static", "symmetric": False, "range": "mse"}

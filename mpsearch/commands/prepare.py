@@ -20,7 +20,7 @@ from mpsearch.commands.check import check_classes, check_model, check_output, ch
 from mpsearch.costs.activation_bytes import ActivationBytes
 from mpsearch.costs.size import parse_bytes
 from mpsearch.divergence import Divergence, SoftmaxKL
-from mpsearch.engine import QuantEngine, load_batches, other_bits
+from mpsearch.engine import QuantEngine, load_batches
 from mpsearch.equalization import FILE, Equalization
 from mpsearch.errors import InputError
 from mpsearch.evaluation_rows import evaluation_columns
@@ -36,6 +36,7 @@ from mpsearch.runtimes.native import Native
 from mpsearch.schemes.rotated import Rotated
 from mpsearch.tasks.base import SPLITS, Batch, Task
 from mpsearch.trace import first_samples, trace_layers
+from mpsearch.unsearched import other_bits, unsearched
 
 Settings = Mapping[str, Any]
 Build = Callable[..., Any]
@@ -54,6 +55,7 @@ class Prepared:
     folds: tuple[tuple[str, str], ...]
     calibration: Sequence[Batch]
     equalization: Equalization | None
+    not_searched: Mapping[str, Any]
 
     def identity(self, settings: Settings) -> dict[str, Any]:
         """What a run folder is known by; it is not gone on with under another one."""
@@ -68,6 +70,7 @@ class Prepared:
             "data_sha256": self.task.fingerprint(),
             "data": {split: self.task.describe(split) for split in SPLITS},
             "quantizers": {name: _fields(quantizer) for name, quantizer in self.quantizers.items()},
+            "not_searched": self.not_searched,
             "folded_batch_norms": [list(pair) for pair in self.folds],
             "equalizer": self.equalization and {**settings["equalizer"], "sha256": self.equalization.sha256},
             "bias_correction": settings["bias_correction"],
@@ -152,7 +155,8 @@ def prepare(settings: Settings, build: Build, equalization: Equalization | None 
     if dropped := [name for name in schemes if name not in space.schemes]:
         print(f"not searched, as no layer may take it: {', '.join(dropped)}")
     quantizers = {name: quantizers[name] for name in space.schemes}
-    return Prepared(model, task, task.divergence, space, quantizers, sha256, tuple(folds), calibration, equalization)
+    left = unsearched(model, layers)
+    return Prepared(model, task, task.divergence, space, quantizers, sha256, tuple(folds), calibration, equalization, left)
 
 
 def engine_elsewhere(

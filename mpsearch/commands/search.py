@@ -37,6 +37,7 @@ from mpsearch.samplers.base import complete
 from mpsearch.search import Evaluator, check_sampler
 from mpsearch.search import search as run_search
 from mpsearch.tasks.base import Task
+from mpsearch.unsearched import sentence
 
 SIZES = ("size_bytes", "average_bits", "fraction")  # every evaluation has them
 
@@ -44,6 +45,7 @@ SIZES = ("size_bytes", "average_bits", "fraction")  # every evaluation has them
 def search(settings: Settings, build: Build, folder: Path) -> None:
     """Measure, search, confirm, report; or go on where an interrupted run stopped."""
     prepared = prepare(settings, build, recorded(folder))
+    print(sentence(prepared.not_searched))
     space = prepared.space
     costs = {name: build(f"cost.{name}") for name in settings["cost"]}
     asked = settings["objective"]

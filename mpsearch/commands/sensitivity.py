@@ -17,11 +17,13 @@ from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.report import draw_sensitivity
 from mpsearch.result import RunFolder
 from mpsearch.sensitivity import measure_sensitivity
+from mpsearch.unsearched import sentence
 
 
 def sensitivity(settings: Settings, build: Build, folder: Path) -> None:
     """The sensitivity table and its chart, and nothing else."""
     prepared = prepare(settings, build, recorded(folder))
+    print(sentence(prepared.not_searched))
     metric: SensitivityMetric = build("metric")
     run = RunFolder(folder)
     with run.locked():
