@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from mpsearch.layer import kind_of
+from mpsearch.tree import map_tensors, tensors_in
 
 # The axis of output channels, of functions that are products with the weight.
 MATMULS = (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
@@ -50,12 +50,12 @@ class Use:
     def run_with(self, weight: Tensor) -> Tensor:
         """The output with `weight`, of the parameter's shape and strides, in its place."""
 
-        def swapped(x: Any) -> Any:
-            if not isinstance(x, Tensor) or not _reads(x, self.weight):
+        def swapped(x: Tensor) -> Tensor:
+            if not _reads(x, self.weight):
                 return x
             return weight.as_strided(x.shape, x.stride(), x.storage_offset() - self.weight.storage_offset())
 
-        args, kwargs = pytree.tree_map(swapped, (self.args, dict(self.kwargs)))
+        args, kwargs = map_tensors(swapped, (self.args, dict(self.kwargs)))
         return next(_tensors(self.func(*args, **kwargs)))
 
 
@@ -86,7 +86,7 @@ def watched_uses(model: nn.Module, weights: Mapping[str, nn.Parameter], see: See
             if of is None or first is None or read(first) is not None or func is torch.empty_like:
                 return output
             seen = see(of, Use(func, args, kwargs or {}, weights[of], first))
-            return output if seen is None else pytree.tree_map(lambda x: seen if x is first else x, output)
+            return output if seen is None else map_tensors(lambda x: seen if x is first else x, output)
 
     handles = []
     for module in model.modules():
@@ -115,7 +115,7 @@ def holders(model: nn.Module, weight: nn.Parameter, modules: Sequence[nn.Module]
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    return (x for x in pytree.tree_iter(value) if isinstance(x, Tensor) and x.is_floating_point())
+    return (x for x in tensors_in(value) if x.is_floating_point())
 
 
 def _reads(x: Tensor, weight: Tensor) -> bool:

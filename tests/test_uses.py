@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mpsearch.calibrate import calibrate, hessians, output_fishers
+from mpsearch.divergence import SoftmaxKL
 from mpsearch.metrics.fisher import Fisher
 from mpsearch.metrics.gauss_newton import GaussNewton
 from mpsearch.metrics.hawq import HAWQ
@@ -133,7 +134,7 @@ def test_what_calibration_finds_is_of_the_use(tiny, cls):
     found = [hessians(model, task, [name], batches)[name] for name, model in of]
     torch.testing.assert_close(found[1][0], inputs.T @ inputs / len(inputs))
     torch.testing.assert_close(*found)
-    torch.testing.assert_close(*[output_fishers(model, task, [name], batches)[name] for name, model in of])
+    torch.testing.assert_close(*[output_fishers(model, task, [name], batches, SoftmaxKL())[name] for name, model in of])
 
 
 @pytest.mark.parametrize("quantizer", [GPTQ(), KroneckerDescent()], ids=lambda q: type(q).__name__)
