@@ -13,17 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError, did_you_mean
 from mpsearch.files import file_errors, write_atomically
 from mpsearch.layer import from_rows, kind_of, weight_rows
 from mpsearch.strict_json import damaged
-from mpsearch.tensor_file import check_regular
+from mpsearch.tensor_file import opened, tensor_file
 
 FILE = "equalization.safetensors"
+FORMAT = "mpsearch-equalization"
 SIX = 6.0
 PARTS = ("outputs", "inputs", "high")  # of what a module is scaled by
 
@@ -98,25 +97,21 @@ class Equalization:
     @property
     def content(self) -> bytes:
         """What `save` writes."""
-        return save({name: tensor.cpu().contiguous() for name, tensor in self.tensors.items()}, {"equalizer": self.equalizer})
+        return tensor_file(self.tensors, FORMAT, {"equalizer": self.equalizer})
 
 
 def load_equalization(path: Path) -> Equalization:
     """What `Equalization.save` wrote; `InputError` where it is missing or damaged."""
     remedy = "It says how the network's channels were scaled: restore it, or start a new run."
-    check_regular(path, remedy)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            equalizer = (file.metadata() or {}).get("equalizer")
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError, AttributeError) as error:
-        raise damaged(path, error, remedy) from None
-    if equalizer is None:
-        raise damaged(path, "it names no equalizer", remedy)
-    for name, tensor in tensors.items():
-        if name.rpartition(".")[2] not in PARTS or not tensor.is_floating_point():
-            raise damaged(path, f"'{name}' ({tensor.dtype}) is none of {', '.join(PARTS)} of a module", remedy)
-    return Equalization(equalizer, tensors)
+    with opened(path, FORMAT, remedy) as file:
+        if file is None:
+            raise damaged(path, f"it has no {FORMAT} metadata", remedy)
+        file.verify()
+        tensors = {name: file.tensor(name).clone() for name in file.names}
+        for name, tensor in tensors.items():
+            if name.rpartition(".")[2] not in PARTS or not tensor.is_floating_point():
+                raise damaged(path, f"'{name}' ({tensor.dtype}) is none of {', '.join(PARTS)} of a module", remedy)
+        return Equalization(file.about.text("equalizer"), tensors)
 
 
 def recorded(folder: Path) -> Equalization | None:

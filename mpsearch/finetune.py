@@ -21,8 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from mpsearch.allocation import Allocation
@@ -31,8 +29,10 @@ from mpsearch.errors import InputError
 from mpsearch.files import file_errors, write_atomically
 from mpsearch.progress import phase
 from mpsearch.schemes.base import QuantScheme
+from mpsearch.strict_json import JsonObject, damaged
 from mpsearch.student import Student, learns
 from mpsearch.tasks.base import Batch, Task
+from mpsearch.tensor_file import opened, tensor_file
 from mpsearch.tree import map_tensors
 
 FORMAT = "mpsearch-finetuning"
@@ -131,8 +131,8 @@ def finetune(engine: QuantEngine, allocation: Allocation, training: Training, fo
                 best = {name: latent.detach().clone() for name, latent in student.latents.items()}
             losses.append(loss)
             seconds += time.perf_counter() - start
-            about = {"allocation": allocation.to_json(), **asdict(training), "losses": losses, "seconds": seconds}
-            _save(path, student, optimizer, best, about)
+            about = {"allocation": allocation.to_json(), **asdict(training), "seconds": seconds}
+            _save(path, student, optimizer, best, losses, about)
             advance(f"loss on the search split {loss:.3g}, before {losses[0]:.3g}")
     student.set(best)
     return Finetuned(student.engine(), tuple(losses), seconds)
@@ -141,8 +141,8 @@ def finetune(engine: QuantEngine, allocation: Allocation, training: Training, fo
 def restored(engine: QuantEngine, allocation: Allocation, loss: float, folder: Path) -> QuantEngine:
     """The engine of a training in `folder` whose best loss on the search split was this; `InputError` where there is none."""
     for path in sorted(folder.glob("*.safetensors")):
-        about, tensors = _read(path)
-        if about["allocation"] == allocation.to_json() and min(about["losses"]) == loss:
+        about, losses, tensors = _read(path)
+        if about.text("allocation") == allocation.to_json() and min(losses) == loss:
             student = Student(engine, allocation)
             student.set({name: tensors[f"best/{name}"] for name in student.latents})
             return student.engine()
@@ -203,21 +203,28 @@ def _some(batches: Iterator[Batch]) -> Iterator[Batch]:
     return itertools.chain([first], batches)
 
 
-def _save(path: Path, student: Student, optimizer: torch.optim.Optimizer, best: dict[str, Tensor], about: dict[str, Any]) -> None:
+def _save(
+    path: Path,
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    best: dict[str, Tensor],
+    losses: list[float],
+    about: dict[str, Any],
+) -> None:
     """One file, the old one or the new, never half."""
     tensors = {f"latent/{name}": latent.detach() for name, latent in student.latents.items()}
     tensors |= {f"best/{name}": latent for name, latent in best.items()}
     for name, latent in student.latents.items():
         tensors |= {f"{key}/{name}": value for key, value in optimizer.state[latent].items()}
+    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)  # a tensor: JSON has no infinite loss
     with file_errors(path.parent):
         path.parent.mkdir(exist_ok=True)
-    content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, {FORMAT: json.dumps(about)})
-    write_atomically(path, content)
+    write_atomically(path, tensor_file(tensors, FORMAT, about))
 
 
 def _restore(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> tuple[list[float], float, dict[str, Tensor]]:
     """Losses, seconds and the best latents so far; the student and the optimizer go on from where they were."""
-    about, tensors = _read(path)
+    about, losses, tensors = _read(path)
     try:
         student.set({name: tensors[f"latent/{name}"] for name in student.latents})
         best = {name: tensors[f"best/{name}"] for name in student.latents}
@@ -225,16 +232,20 @@ def _restore(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> 
             found = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
             if found:
                 optimizer.state[latent] = {k: v if k == "step" else v.to(latent.device) for k, v in found.items()}
-        return list(about["losses"]), float(about["seconds"]), best
+        return losses, about.number("seconds"), best
     except (KeyError, RuntimeError) as error:
         raise InputError(f"{path} is of another model ({type(error).__name__}: {error}). Delete it, and train again.") from None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a checkpoint says of itself, and its tensors."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})[FORMAT])
-            return about, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}). Delete it, and train again.") from None
+def _read(path: Path) -> tuple[JsonObject, list[float], dict[str, Tensor]]:
+    """What a checkpoint says of itself, the losses so far, and its tensors."""
+    remedy = "Delete it, and train again."
+    with opened(path, FORMAT, remedy) as file:
+        if file is None:
+            raise damaged(path, f"it has no {FORMAT} metadata", remedy)
+        file.verify()
+        tensors = {name: file.tensor(name).clone() for name in file.names}
+        losses = file.tensor("losses").tolist()
+        if not losses:
+            raise damaged(path, "it has no losses", remedy)
+        return file.about, losses, tensors

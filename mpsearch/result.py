@@ -60,10 +60,10 @@ class RunFolder:
     def identify(self, identity: Mapping[str, Any]) -> None:
         """Write `space.json`, or compare with the one that is there."""
         file = self.path / "space.json"
-        identity = json.loads(json.dumps(identity))
         if not file.exists():
             write_identity(file, identity)
             return
+        identity = json.loads(json.dumps(identity))
         there = self.read_identity()
         for key, value in identity.items():
             if there.get(key) != value:

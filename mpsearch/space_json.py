@@ -12,27 +12,32 @@ from typing import Any
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.errors import InputError
-from mpsearch.files import write_atomically
-from mpsearch.json_files import Node, read_json
+from mpsearch.files import read_regular, write_atomically
 from mpsearch.layer import Activations, LayerGroup, LayerSpec
 from mpsearch.schemes.base import QuantScheme, scheme_from_fields
+from mpsearch.strict_json import JsonObject, canonical, parse
 
 DIGEST = "sha256"
+REMEDY = "Restore it, or start a new run."
 MOST_WEIGHTS = 2**40  # of one layer: sizes in bits then fit an int64
 
 
 def write_identity(file: Path, identity: Mapping[str, Any]) -> None:
-    """Write it with its digest."""
-    write_atomically(file, json.dumps({**identity, DIGEST: _digest(identity)}, indent=1) + "\n")
+    """Write it with its digest; `InputError` for a number that is not finite, which JSON does not have."""
+    try:
+        digest = _digest(identity)
+    except ValueError as error:
+        raise InputError(f"A setting of this run cannot be written to {file}: {error}. Give finite numbers.") from None
+    write_atomically(file, json.dumps({**identity, DIGEST: digest}, indent=1) + "\n")
 
 
 def read_identity(file: Path) -> dict[str, Any]:
     """What `write_identity` wrote, without the digest; `InputError` where it is damaged."""
-    root = read_json(file)
+    root = JsonObject(parse(read_regular(file), file, REMEDY), file, REMEDY)
     _check(root)
-    identity = {key: value for key, value in root.mapping().items() if key != DIGEST}
-    if root[DIGEST].text() != _digest(identity):
-        raise InputError(f"{file} is damaged: its contents do not match their {DIGEST}. {root.remedy}.")
+    identity = {key: value for key, value in root.data.items() if key != DIGEST}
+    if root.text(DIGEST) != _digest(identity):
+        raise root.damaged(f"its contents do not match their {DIGEST}")
     return identity
 
 
@@ -40,76 +45,75 @@ def read_space(
     data: Mapping[str, Any], schemes: Mapping[str, QuantScheme] | None = None, file: Path | str = "space.json"
 ) -> SearchSpace:
     """The space that `SearchSpace.to_dict` wrote; `schemes` are needed only where some are not our own classes."""
-    node = Node(data, file, "$.space")
+    about = JsonObject(data, file, REMEDY, "space")
+    known = about.object("schemes")
     if schemes is None:
-        schemes = {name: _scheme(fields) for name, fields in node["schemes"].items()}
-    missing = [name for name in node["schemes"].mapping() if name not in schemes]
-    if missing:
-        raise node["schemes"].damage(f"schemes of the run's config: {', '.join(schemes)}")
-    schemes = {name: schemes[name] for name in node["schemes"].mapping()}  # a runtime may have left some out
+        schemes = {name: _scheme(known.object(name)) for name in known.data}
+    if missing := [name for name in known.data if name not in schemes]:
+        raise known.damaged(f"the run's config has no scheme '{missing[0]}', only {', '.join(schemes)}")
+    schemes = {name: schemes[name] for name in known.data}  # a runtime may have left some out
     groups, choices = [], []
-    for group in node["groups"].elements():
-        groups.append(LayerGroup(group["name"].text(), tuple(_layer(layer) for layer in group["layers"].elements())))
-        choices.append(group["choices"].texts())
+    for group in about.objects("groups"):
+        groups.append(LayerGroup(group.text("name"), tuple(_layer(layer) for layer in group.objects("layers"))))
+        choices.append(group.texts("choices"))
         if not choices[-1] or not set(choices[-1]) <= set(schemes):
-            raise group["choices"].damage(f"some of {', '.join(schemes)}")
+            raise group.damaged(f"'{group.place}.choices' must be some of {', '.join(schemes)}, got {', '.join(choices[-1])}")
     if not groups or len({group.name for group in groups}) < len(groups):
-        raise node["groups"].damage("groups of different names")
-    return SearchSpace(tuple(groups), schemes, tuple(choices), node["other_bits"].integer())
+        raise about.damaged("'space.groups' must have different names")
+    return SearchSpace(tuple(groups), schemes, tuple(choices), about.integer("other_bits"))
 
 
-def _scheme(node: Node) -> QuantScheme:
-    fields = {key: value for key, value in node.mapping().items() if key != "code"}
-    node["class"].text()
+def _scheme(about: JsonObject) -> QuantScheme:
+    about.text("class")
     try:
-        return scheme_from_fields(fields)
+        return scheme_from_fields({key: value for key, value in about.data.items() if key != "code"})
     except (TypeError, AttributeError, KeyError) as error:
-        raise node.damage(f"the fields of a scheme ({type(error).__name__}: {error})") from None
+        raise about.damaged(f"'{about.place}' must have the fields of a scheme ({type(error).__name__}: {error})") from None
 
 
-def _layer(node: Node) -> LayerSpec:
-    shape = node["shape"].integers(least=1)
-    if math.prod(shape) >= MOST_WEIGHTS:
-        raise node["shape"].damage(f"fewer than {MOST_WEIGHTS:,} weights")
+def _layer(about: JsonObject) -> LayerSpec:
+    shape = about.integers("shape")
+    if not 0 < math.prod(shape) < MOST_WEIGHTS:
+        raise about.damaged(f"'{about.place}.shape' must be of 1 to {MOST_WEIGHTS:,} weights, got {list(shape)}")
     return LayerSpec(
-        name=node["name"].text(),
-        kind=node["kind"].text(),
+        name=about.text("name"),
+        kind=about.text("kind"),
         shape=shape,
-        macs=node["macs"].integer(),
-        group=node["group"].text(),
-        modules=node["modules"].texts(),
-        activations=_activations(node["activations"]) if "activations" in node.mapping() else None,
+        macs=about.integer("macs"),
+        group=about.text("group"),
+        modules=about.texts("modules"),
+        activations=_activations(about.object("activations")) if "activations" in about.data else None,
     )
 
 
-def _activations(node: Node) -> Activations:
-    return Activations(**{field.name: node[field.name].integer() for field in dataclasses.fields(Activations)})
+def _activations(about: JsonObject) -> Activations:
+    return Activations(**{field.name: about.integer(field.name) for field in dataclasses.fields(Activations)})
 
 
-def _check(root: Node) -> None:
+def _check(root: JsonObject) -> None:
     """The types of what is read from it; only `space`, `quality_name` and `metric` are always there."""
-    root["space"].mapping()
-    root["quality_name"].text()
-    metric = root["metric"]
-    metric["name"].text()
-    metric["unit"].text()
-    checks: dict[str, Callable[[Node], object]] = {
-        "quality_kind": Node.text,
-        "divergence": lambda node: [node[key].text() for key in ("name", "label", "unit")],
-        "model_name": Node.text,
-        "task_name": Node.text,
-        "objectives": Node.texts,
-        "costs": Node.texts,
-        "budgets": lambda node: [limit.number() for _, limit in node.items()],
-        "data": lambda node: [description.text() for _, description in node.items()],
-        "equalizer": lambda node: node.value is None or node["_target_"].text(),
-        "trials": lambda node: node["in_flight"].integer(least=1),
+    root.object("space")
+    root.text("quality_name")
+    metric = root.object("metric")
+    metric.text("name")
+    metric.text("unit")
+    if "exact" in metric.data:
+        metric.boolean("exact")
+    checks: dict[str, Callable[[str], object]] = {
+        "quality_kind": root.text,
+        "divergence": lambda key: [root.object(key).text(name) for name in ("name", "label", "unit")],
+        "model_name": root.text,
+        "task_name": root.text,
+        "objectives": root.texts,
+        "costs": root.texts,
+        "budgets": lambda key: [root.object(key).number(name) for name in root.object(key).data],
+        "data": root.mapping,
+        "equalizer": lambda key: root.data[key] is None or root.object(key).text("_target_"),
+        "trials": lambda key: root.object(key).integer("in_flight"),
     }
-    for key in checks.keys() & root.mapping().keys():
-        checks[key](root[key])
-    if "exact" in metric.mapping():
-        metric["exact"].boolean()
+    for key in checks.keys() & root.data.keys():
+        checks[key](key)
 
 
 def _digest(identity: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(canonical(identity).encode()).hexdigest()

@@ -67,9 +67,27 @@ class JsonObject:
         """The object at `key`."""
         return JsonObject(self._get(key), self.path, self.remedy, self._at(key))
 
+    def objects(self, key: str) -> list[JsonObject]:
+        """The list of objects at `key`."""
+        values = self._typed(key, list, "a list of objects")
+        return [JsonObject(value, self.path, self.remedy, f"{self._at(key)}[{i}]") for i, value in enumerate(values)]
+
     def text(self, key: str) -> str:
         """The string at `key`."""
-        return self._typed(key, str, "a string")
+        value = self._typed(key, str, "a string")
+        if any("\ud800" <= character <= "\udfff" for character in value):  # half of a pair, which no file can be named by
+            raise self._wrong(key, "a string of Unicode characters")
+        return value
+
+    def boolean(self, key: str) -> bool:
+        """`true` or `false` at `key`."""
+        return self._typed(key, bool, "true or false")
+
+    def number(self, key: str) -> float:
+        """The finite number at `key`."""
+        if type(value := self._get(key)) not in (int, float) or not math.isfinite(value):
+            raise self._wrong(key, "a finite number")
+        return float(value)
 
     def integer(self, key: str) -> int:
         """The integer at `key`, 0 or more."""

@@ -1,5 +1,7 @@
 """Allocations, and the space of all there are: pins, uniform allocations, one character a group."""
 
+import json
+
 import pytest
 
 from mpsearch.allocation import ALPHABET, Allocation, SearchSpace
@@ -135,7 +137,7 @@ def test_a_space_is_the_same_when_read_back():
         "bf16": Float("bfloat16"),
     }
     space = SearchSpace.build([*LAYERS, layer("tied", "head", ("tied", "other"))], schemes, ["stem:w8|bf16"], other_bits=77)
-    again = read_space(space.to_dict())
+    again = read_space(json.loads(json.dumps(space.to_dict())))
     assert again == space
     assert again.to_dict() == space.to_dict()
     assert (again.storage_bits == space.storage_bits).all()

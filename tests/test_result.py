@@ -333,29 +333,28 @@ def first_layer(**values):
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda text: text[: len(text) // 2], r"\(.*\)"),
-        (lambda text: "", r"\(Expecting value.*\)"),
-        (lambda text: "[1, 2]", r": \$: got \[1, 2\], expected an object"),
-        (lambda text: "\x00", r"\(.*\)"),
-        (lambda text: "[" * 100_000, r"\(it is nested too deeply\)"),
-        (lambda text: text.replace("{", '{"metric": 1, ', 1), r"\(the key 'metric' stands twice in an object\)"),
-        (lambda text: text.replace('"bits": 3.5', '"bits": 3.25'), r": its contents do not match their sha256"),
-        (lambda text: text.replace('"sha256"', '"sha255"'), r": \$.sha256 is missing"),
-        (lambda text: text.replace('"space"', '"spice"', 1), r": \$.space is missing"),
-        (changed(metric=3), r": \$.metric: got 3, expected an object"),
-        (changed(metric={"name": "kl"}), r": \$.metric.unit is missing"),
-        (changed(quality_name=None), r": \$.quality_name: got None, expected a string"),
-        (changed(budgets={"bits": math.inf}), r": \$.budgets.bits: got inf, expected a finite number"),
-        (changed(space=[]), r": \$.space: got \[\], expected an object"),
-        (changed(space={"schemes": {}, "groups": [{}], "other_bits": 0}), r": \$.space.groups\[0\].name is missing"),
-        (changed(space={**SPACE.to_dict(), "other_bits": True}), r": \$.space.other_bits: got True, expected an integer from 0"),
-        (first_layer(shape=[4, -6]), r": \$.space.groups\[0\].layers\[0\].shape\[1\]: got -6, expected an integer from 1"),
-        (
-            first_layer(shape=[2**40]),
-            r": \$.space.groups\[0\].layers\[0\].shape: .*, expected fewer than [0-9,]+ weights",
-        ),
-        (first_layer(modules="a"), r": \$.space.groups\[0\].layers\[0\].modules: got 'a', expected an array"),
-        (first_layer(name="\ud800"), r": \$.space.groups\[0\].layers\[0\].name: got '\\ud800', expected a string"),
+        (lambda text: text[: len(text) // 2], ".*"),
+        (lambda text: "", "Expecting value.*"),
+        (lambda text: "[1, 2]", r"the file must be a JSON object, got \[1, 2\]"),
+        (lambda text: "\x00", "Expecting value.*"),
+        (lambda text: "[" * 100_000, "its JSON is nested too deeply"),
+        (lambda text: text.replace("{", '{"metric": 1, ', 1), "the key 'metric' appears twice"),
+        (lambda text: text.replace('"bits": 3.5', '"bits": Infinity'), "the number Infinity is not finite"),
+        (lambda text: text.replace('"bits": 3.5', '"bits": 3.25'), "its contents do not match their sha256"),
+        (lambda text: text.replace('"sha256"', '"sha255"'), "'sha256' is missing"),
+        (lambda text: text.replace('"space"', '"spice"', 1), "'space' is missing"),
+        (changed(metric=3), "metric must be a JSON object, got 3"),
+        (changed(metric={"name": "kl"}), "'metric.unit' is missing"),
+        (changed(quality_name=None), "'quality_name' must be a string, got null"),
+        (changed(budgets={"bits": "3"}), "'budgets.bits' must be a finite number, got \"3\""),
+        (changed(space=[]), r"space must be a JSON object, got \[\]"),
+        (changed(space={"schemes": {}, "groups": [{}], "other_bits": 0}), r"'space.groups\[0\].name' is missing"),
+        (changed(space={**SPACE.to_dict(), "other_bits": True}), "'space.other_bits' must be an integer, 0 or more, got true"),
+        (first_layer(shape=[4, -6]), r"'space.groups\[0\].layers\[0\].shape' must be a list of integers, 0 or more, got .*"),
+        (first_layer(shape=[4, 0]), r"'space.groups\[0\].layers\[0\].shape' must be of 1 to [0-9,]+ weights, got \[4, 0\]"),
+        (first_layer(shape=[2**40]), r"'space.groups\[0\].layers\[0\].shape' must be of 1 to [0-9,]+ weights, got .*"),
+        (first_layer(modules="a"), r"'space.groups\[0\].layers\[0\].modules' must be a list of strings, got \"a\""),
+        (first_layer(name="\ud800"), r"'space.groups\[0\].layers\[0\].name' must be a string of Unicode characters, got .*"),
     ],
 )
 def test_a_damaged_identity_is_named(run, damage, sentence):
@@ -365,7 +364,7 @@ def test_a_damaged_identity_is_named(run, damage, sentence):
         file.write_text(new)
     else:
         write_identity(file, {key: value for key, value in new.items() if key != "sha256"})
-    with pytest.raises(InputError, match=rf"space.json is damaged ?{sentence}.*\. Restore it, or start a new run"):
+    with pytest.raises(InputError, match=rf"space.json is damaged or was edited: {sentence}\. Restore it, or start a new run\."):
         SearchResult.load(run.path)
 
 
@@ -373,8 +372,14 @@ def test_a_scheme_with_other_fields_is_named(run):
     space = SPACE.to_dict()
     space["schemes"]["w2"]["wits"] = space["schemes"]["w2"].pop("bits")
     write_identity(run.path / "space.json", {**IDENTITY, "space": space})
-    with pytest.raises(InputError, match=r"space.json is damaged: \$.space.schemes.w2: .*expected the fields of a scheme"):
+    with pytest.raises(InputError, match=r"'space.schemes.w2' must have the fields of a scheme \(TypeError: "):
         SearchResult.load(run.path)
+
+
+def test_a_setting_that_json_does_not_have_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"cannot be written to .*space.json: Out of range float .*\. Give finite numbers"):
+        RunFolder(tmp_path).identify({**IDENTITY, "bias": math.inf})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_schemes_that_are_not_ours_must_be_given(run):

@@ -247,6 +247,12 @@ def test_damage_is_a_sentence(tiny, tmp_path):
     (tmp_path / "some").write_bytes(b"nothing of the kind")
     with pytest.raises(InputError, match="damaged"):
         load_equalization(tmp_path / "some")
+    done.save(tmp_path / "some")
+    content = (tmp_path / "some").read_bytes()
+    for place in range(0, len(content), 97):  # of a byte with one flipped bit
+        (tmp_path / "some").write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(InputError, match="some is damaged or was edited: "):
+            load_equalization(tmp_path / "some")
     with pytest.raises(InputError, match="has no module 'act0'"):
         done.apply(nn.Sequential(nn.Linear(2, 2)))
     wrong = Equalization("CrossLayer", {"up.outputs": torch.ones(3)})
