@@ -40,6 +40,15 @@ def test_allocation_is_a_value():
         one["a"] = "w8"
 
 
+def test_a_uniform_allocation_takes_its_own_scheme_and_not_another_of_its_size():
+    """`w4` and `w4b` weigh the same; only a group that may not take the scheme falls back to the nearest in size."""
+    schemes = {"w4": Integer(4), "w4b": Integer(4, scale_dtype="float16"), "w8": Integer(8)}
+    space = SearchSpace.build(LAYERS, schemes, ["head:w4|w8"])
+    assert space.storage_bits[:, 0].tolist() == space.storage_bits[:, 1].tolist()
+    assert set(space.uniform("w4").values()) == {"w4"}
+    assert dict(space.uniform("w4b")) == {**dict.fromkeys(space.names, "w4b"), "head": "w4"}
+
+
 def test_layers_of_one_group_share_a_choice():
     space = SearchSpace.build([layer("q", "qkv"), layer("o"), layer("k", "qkv", shape=(3, 5))], SCHEMES)
     assert space.names == ("qkv", "o")

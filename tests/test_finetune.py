@@ -247,6 +247,7 @@ def test_the_command_trains_records_draws_and_exports(tmp_path, monkeypatch, cap
     picked = pick(before, bits=2.5)
     assert allocation == picked.allocation
     assert row.loss < picked.loss
+    assert f"loss on search {picked.loss:.4g} -> {row.loss:.4g}" in said
     assert (row.size_bytes, row.feasible, row.packed) == (picked.size_bytes, picked.feasible, False)
     confirmed = after.finetuned("confirm")[allocation]
     assert confirmed.packed

@@ -417,3 +417,29 @@ def test_resnet20_tells_the_same_packed_and_simulated(tiny, data_dir, schemes):
             assert all(isinstance(m, PackedModule) for m in model.modules() if hasattr(m, "scheme"))
             ours = outputs(engine, model, "confirm")
         assert (ours.argmax(-1) == simulated.argmax(-1)).float().mean() >= 0.999
+
+
+class Bounded(nn.Module):
+    """Rows of the embedding are scaled to a norm of at most 1 when they are looked up."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 12, max_norm=1.0)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.head(self.embed((x.flatten(1).abs() * 10).long() % 11).mean(1))
+
+
+def test_an_embedding_with_a_largest_norm_keeps_it(tiny):
+    torch.manual_seed(0)
+    engine = tiny.engine(Bounded().eval(), tiny.task(shape=(6,)), {"w4": Integer(4)}, quantizer=RoundToNearest())
+    weight = engine.quantized("embed", "w4").dequantize()
+    assert weight.norm(dim=1).max() > 1.0001, "quantized, rows are longer than allowed"
+    head = engine.quantized("head", "w4").dequantize()
+    rows = weight / weight.norm(dim=1, keepdim=True).clamp(min=1)
+    allocation = engine.space.uniform("w4")
+    bias = engine.biases("head", "w4")["head"]
+    expected = [F.linear(rows[(x.flatten(1).abs() * 10).long() % 11].mean(1), head, bias) for x, _ in engine.batches("search")]
+    with packed(engine, allocation) as model:
+        assert torch.allclose(outputs(engine, model), torch.cat(expected), atol=1e-5)

@@ -18,6 +18,7 @@ from mpsearch.budget import read_budgets
 from mpsearch.confirm import confirm
 from mpsearch.costs.size import AverageBits, Bytes, Fraction
 from mpsearch.errors import InputError
+from mpsearch.evaluation import FINETUNED
 from mpsearch.evaluation_rows import evaluation_row
 from mpsearch.findings import run_hypervolume
 from mpsearch.metrics.kl import KL
@@ -258,3 +259,31 @@ def test_a_damaged_confirm_table_is_named(reported, tmp_path, monkeypatch):
         (tmp_path / "confirm.csv").write_text(text)
         with pytest.raises(InputError, match=r"confirm.csv is damaged: .*\. Delete it and confirm again"):
             write_report(result, tmp_path, pick(result))
+
+
+def test_what_is_drawn_is_computed_by_hand(reported, tmp_path, monkeypatch):
+    """The positions of the budgets in bytes, and the losses and qualities of a trained point before and after."""
+    result, _ = reported
+    picked = pick(result)
+    rows = {split: result.on(split)[picked.allocation] for split in ("search", "confirm")}
+    after = {
+        split: replace(e, trial=None, origin=FINETUNED, loss=e.loss / 3, quality=e.quality + 0.25) for split, e in rows.items()
+    }
+    result = replace(result, evaluations=[*result.evaluations, *after.values()])
+    drawn = {}
+    monkeypatch.setattr(charts, "pareto", lambda *tables, **named: drawn.update(named))
+    write_report(result, tmp_path, picked)
+
+    (limits,) = drawn["limits"]
+    n_weights = sum(layer.numel for layer in result.space.layers)
+    rest = result.space.other_bits / 8
+    assert limits == {
+        "budget.bits = 7.5": pytest.approx(7.5 * n_weights / 8 + rest),
+        "budget.bytes = 420": 420,
+        "budget.fraction = 0.45": pytest.approx(0.45 * (4 * n_weights + rest)),
+    }
+    for row in drawn["trained"].to_dict("records"):
+        was, became = rows[row["split"]], after[row["split"]]
+        assert (row["loss_before"], row["loss"]) == (was.loss, became.loss)
+        assert (row["accuracy_before"], row["accuracy"]) == (was.quality, became.quality)
+    assert len(drawn["trained"]) == 2

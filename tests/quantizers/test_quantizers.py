@@ -465,3 +465,30 @@ def test_moments_that_are_centred_or_pooled():
     assert torch.allclose(centred.hessian, deviation.transpose(1, 2) @ deviation / 40, atol=1e-4)
     assert torch.allclose(centred.second_moment, deviation.square().mean(1), atol=1e-4)
     assert InputMoments.pooled([a, replace(b, hessian=None)]).hessian is None
+
+
+def rounded_by_definition(weight, hessian, scale, columns):
+    """Codes of a 3-bit channel-wise grid: columns in this order, each to where the later ones can best make up for the others."""
+    codes, error = torch.empty_like(weight), torch.zeros_like(weight)
+    for at, column in enumerate(columns):
+        done, left = columns[:at], columns[at:]
+        # The errors of the remaining columns that minimize e^T H e, those of the done ones being fixed.
+        best = -torch.linalg.solve(hessian[left][:, left], hessian[left][:, done] @ error[:, done].T).T
+        codes[:, column] = ((weight[:, column] + best[:, 0]) / scale[:, 0] + 4).round().clamp(0, 7)
+        error[:, column] = (codes[:, column] - 4) * scale[:, 0] - weight[:, column]
+    return codes
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_gptq_takes_the_columns_of_largest_inputs_first(act_order):
+    weight, (given, _) = weights((10, 16)), correlated(16)
+    scheme = Integer(3, scale_dtype="float32")
+    quantized = GPTQ(act_order=act_order).quantize(weight, scheme, given)
+    codes, scales, _, _ = scheme.unpacked(quantized.tensors, quantized.shape)
+    hessian = given.hessian[0].double()
+    hessian += 0.01 * hessian.diagonal().mean() * torch.eye(16)
+    columns = sorted(range(16), key=lambda j: -hessian[j, j].item()) if act_order else list(range(16))
+    expected = rounded_by_definition(weight.double(), hessian, scales.double(), columns)
+    assert (codes == expected).double().mean() > 0.99, "but for ties"
+    other = rounded_by_definition(weight.double(), hessian, scales.double(), columns[::-1])
+    assert (codes == other).double().mean() < 0.95

@@ -202,3 +202,23 @@ def test_a_proposal_stays_cheap(n_groups, seconds):
     for _ in range(2):
         sampler.propose(history, rng)
     assert (time.process_time() - start) / 2 < seconds
+
+
+def test_a_broken_network_counts_as_the_worst_that_was_measured(problem):
+    """Its infinite loss teaches the surrogate the largest finite one, whichever trial had it."""
+    engine, table = problem
+    study = optuna.create_study(directions=["minimize"] * 2)
+    space = distributions(engine.space.names, engine.space.choices)
+    for loss in (0.5, np.inf, 40.0, 0.01):
+        trial = optuna.create_trial(
+            values=(float(np.log10(loss)), 1.0),
+            params={name: choices[0] for name, choices in zip(engine.space.names, engine.space.choices, strict=True)},
+            distributions=space,
+        )
+        study.add_trial(trial)
+    seen = []
+    sampler = make("front", table)
+    sampler.propose = lambda history, rng: seen.append(history) or sampler.smallest
+    study.sampler = sampler
+    study.ask(space)
+    assert np.exp(seen[0].log_losses[:4]) == pytest.approx([0.5, 40.0, 40.0, 0.01])
