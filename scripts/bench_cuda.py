@@ -47,7 +47,7 @@ BARS = {  # of the goals: what, case -> least ratio
     ("to cuBLAS", f"4 bits, 1 token, {LARGE}"): 3.2,
     ("to cuBLAS", f"4 bits, 64 tokens, {LARGE}"): 1.6,
     ("1 token to 16", f"4 bits, {LARGE}"): 1 / 1.15,
-    ("of copy", "fake-quantize, 4 bits, min-max"): 0.8,
+    ("of copy", "quantize, 4 bits, min-max"): 0.8,
 }
 
 rows: list[dict[str, object]] = []
@@ -197,21 +197,24 @@ def bench_products(shape: tuple[int, int], widths: list[int], all_tokens: list[i
 
 
 def bench_quantize(copy_rate: float) -> None:
-    """The kernel alone: `fake_quantize` also asks whether all was finite, for which it waits."""
+    """The kernel alone: `quantize` also asks whether all was finite, for which it waits."""
     weight = torch.randn(LARGE, device="cuda")
-    out, flag = torch.empty_like(weight), torch.zeros(1, dtype=torch.int32, device="cuda")
+    codes, flag = torch.empty_like(weight, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32, device="cuda")
+    scales = torch.empty(LARGE[0], LARGE[1] // GROUP_SIZE, dtype=torch.float16, device="cuda")
+    zero_points = torch.empty_like(scales, dtype=torch.uint8)
     ratios = torch.linspace(1, 0.4, 80, device="cuda")
 
     def run(ratios: Tensor | None) -> None:
         library = cuda_backend.library
         assert library is not None
-        addresses = [weight.data_ptr(), 0, 0 if ratios is None else ratios.data_ptr(), 0, out.data_ptr(), 0, 0, flag.data_ptr()]
+        written = [codes.data_ptr(), 0, scales.data_ptr(), zero_points.data_ptr(), flag.data_ptr()]
+        addresses = [weight.data_ptr(), 0, 0 if ratios is None else ratios.data_ptr(), *written]
         n_ratios = 0 if ratios is None else len(ratios)
         library.call("quantize", weight, *addresses, *LARGE, GROUP_SIZE, 1, n_ratios, 4, False, True)
 
     times = measure({"min-max": Graph(lambda _: run(None), 2), "search": Graph(lambda _: run(ratios), 1)})
-    rate = 8 * weight.numel() / times["min-max"]
-    report("of copy", "fake-quantize, 4 bits, min-max", rate / 1e9, "GB/s", "copy", copy_rate / 1e9, rate / copy_rate)
+    rate = 5 * weight.numel() / times["min-max"]
+    report("of copy", "quantize, 4 bits, min-max", rate / 1e9, "GB/s", "copy", copy_rate / 1e9, rate / copy_rate)
     tries = weight.numel() * len(ratios) / times["search"]
     print(f"clip search, 80 ratios: {1e3 * times['search']:.2f} ms for {LARGE}, {tries / 1e12:.2f} T tries a second", flush=True)
 

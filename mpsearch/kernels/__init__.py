@@ -35,7 +35,6 @@ __all__ = [
     "conv_a8",
     "dequantize",
     "embedding",
-    "fake_quantize",
     "half_quadratic",
     "linear",
     "linear_a8",
@@ -97,60 +96,11 @@ def quantize(
         scales = weight.new_empty(weight.shape[0], n_groups, dtype=scale_dtype)
         zero_points = None if symmetric else torch.empty_like(scales, dtype=torch.uint8)
         finite = _run_quantize(
-            backend, weight, bits, group_size, symmetric, scale_dtype, ratios, importance, codes, None, scales, zero_points
+            backend, weight, bits, group_size, symmetric, scale_dtype, ratios, importance, codes, scales, zero_points
         )
     if not finite:
         _raise_not_finite(weight, bits, scale_dtype)
     return codes, scales, zero_points
-
-
-def fake_quantize(
-    weight: Tensor,
-    *,
-    bits: int,
-    group_size: int,
-    symmetric: bool,
-    scale_dtype: torch.dtype = torch.float16,
-    ratios: Tensor | None = None,
-    importance: Tensor | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """What `weight` becomes by quantizing: float32 `[rows, columns]`, bit for bit the dequantized result of `quantize`.
-
-    Takes and raises what `quantize` does, in one pass over the weight. The result is written to `out` (shaped and stored like
-    `weight`; may be `weight` itself): for a large weight that takes half the time of a fresh tensor, whose memory the system must
-    clear first. Where an `InputError` comes of NaN or infinite weights, `out` has been written to.
-    """
-    weight = readable("weight", weight.detach())
-    ratios, importance = readable("ratios", ratios), readable("importance", importance)
-    _check_quantize(weight, bits, group_size, symmetric, scale_dtype, ratios, importance)
-    if out is not None and (out.shape, out.dtype, out.device, out.is_contiguous()) != (
-        weight.shape,
-        weight.dtype,
-        weight.device,
-        True,
-    ):
-        raise InputError(
-            f"out must be contiguous float32 {list(weight.shape)} on {weight.device}, like the weight; "
-            f"{out.dtype} {list(out.shape)} on {out.device} came."
-        )
-    group_size = min(group_size, max(weight.shape[1], 1))
-    backend = backend_of(weight)
-    if backend == "reference":
-        codes, scales, zero_points, finite = reference.quantize(
-            weight, bits, group_size, symmetric, scale_dtype, ratios, importance
-        )
-        dequantized = reference.dequantize_codes(codes, scales, zero_points, bits, group_size)
-        if out is not None:
-            dequantized = out.copy_(dequantized)
-    else:
-        dequantized = torch.empty_like(weight) if out is None else out
-        finite = _run_quantize(
-            backend, weight, bits, group_size, symmetric, scale_dtype, ratios, importance, None, dequantized, None, None
-        )
-    if not finite:
-        _raise_not_finite(weight, bits, scale_dtype)
-    return dequantized
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -301,26 +251,25 @@ def _run_quantize(
     scale_dtype: torch.dtype,
     ratios: Tensor | None,
     importance: Tensor | None,
-    codes: Tensor | None,
-    dequantized: Tensor | None,
-    scales: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
     zero_points: Tensor | None,
 ) -> bool:
-    """Fill those of `codes`, `dequantized`, `scales` and `zero_points` that are given; whether all was finite."""
+    """Fill `codes`, `scales` and, where given, `zero_points`; whether all was finite."""
     rows, columns = weight.shape
     importance = None if ratios is None else importance  # min-max minds no errors
     if backend == "cuda":
         return cuda_backend.quantize(
-            weight, bits, group_size, symmetric, scale_dtype, ratios, importance, codes, dequantized, scales, zero_points
+            weight, bits, group_size, symmetric, scale_dtype, ratios, importance, codes, None, scales, zero_points
         )
     return compiled.quantize(
         backend_index(backend),
         weight.data_ptr(),
         0 if importance is None else importance.data_ptr(),
         0 if ratios is None else ratios.data_ptr(),
-        0 if codes is None else codes.data_ptr(),
-        0 if dequantized is None else dequantized.data_ptr(),
-        0 if scales is None else scales.data_ptr(),
+        codes.data_ptr(),
+        0,  # no dequantized floats
+        scales.data_ptr(),
         0 if zero_points is None else zero_points.data_ptr(),
         rows,
         columns,

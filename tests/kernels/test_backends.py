@@ -14,7 +14,7 @@ import torch
 
 from mpsearch import kernels
 from mpsearch.errors import InputError
-from mpsearch.kernels import backends, cuda_backend
+from mpsearch.kernels import backends, cuda_backend, reference
 
 HOW = {"bits": 3, "group_size": 64, "symmetric": False}
 RATIOS = torch.linspace(1, 0.4, 13)
@@ -52,8 +52,7 @@ def test_thread_counts_agree(backend: str, threads) -> None:
             codes, scales, zero_points = kernels.quantize(weight, ratios=RATIOS, **HOW)
             packed = kernels.pack(codes, 3)
             restored = kernels.dequantize(packed, scales, zero_points, bits=3, rows=rows, columns=1003, group_size=64)
-            fake = kernels.fake_quantize(weight, **HOW)
-            results.append((codes, scales, zero_points, packed, restored, fake, kernels.unpack(packed, 3, codes.numel())))
+            results.append((codes, scales, zero_points, packed, restored, kernels.unpack(packed, 3, codes.numel())))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -65,28 +64,28 @@ def test_large_outputs_written_past_the_caches(threads) -> None:
     for columns in (2049, 2048):
         weight = torch.randn(4200, columns)
         codes, scales, zero_points = kernels.quantize(weight, **HOW)
-        fake = kernels.fake_quantize(weight, **HOW)
         restored = kernels.dequantize(
             kernels.pack(codes, 3), scales, zero_points, bits=3, rows=4200, columns=columns, group_size=64
         )
-        assert torch.equal(fake, restored)
-        assert torch.equal(fake[:50], kernels.fake_quantize(weight[:50], **HOW))
-        assert torch.equal(fake[-50:], kernels.fake_quantize(weight[-50:], **HOW))
+        assert torch.equal(restored, reference.dequantize_codes(codes, scales, zero_points, 3, 64))
+        for part in (slice(50), slice(-50, None)):
+            found = kernels.quantize(weight[part], **HOW)
+            assert all(torch.equal(a, b[part]) for a, b in zip(found, (codes, scales, zero_points), strict=True))
 
 
 def test_calls_from_several_python_threads(threads) -> None:
     threads(2)
     torch.manual_seed(0)
     weights = [torch.randn(100 + i, 700) for i in range(8)]
-    expected = [kernels.fake_quantize(w, ratios=RATIOS, **HOW) for w in weights]
+    expected = [kernels.quantize(w, ratios=RATIOS, **HOW)[0] for w in weights]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5):
-            got = list(pool.map(lambda w: kernels.fake_quantize(w, ratios=RATIOS, **HOW), weights))
+            got = list(pool.map(lambda w: kernels.quantize(w, ratios=RATIOS, **HOW)[0], weights))
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def _bytes_of(weight: torch.Tensor) -> bytes:
-    return kernels.fake_quantize(weight, ratios=RATIOS, **HOW).numpy().tobytes()
+    return kernels.quantize(weight, ratios=RATIOS, **HOW)[0].numpy().tobytes()
 
 
 def _send_bytes(weight: torch.Tensor, queue) -> None:
@@ -138,9 +137,9 @@ def test_operators_of_pytorch_do_not_hang_in_a_forked_child() -> None:
 
 def test_gradients_are_not_followed() -> None:
     weight = torch.randn(4, 64, requires_grad=True)
-    assert not kernels.fake_quantize(weight, **HOW).requires_grad
+    assert not kernels.quantize(weight, **HOW)[1].requires_grad
     with kernels.use_backend("reference"):
-        assert not kernels.fake_quantize(weight, **HOW).requires_grad
+        assert not kernels.quantize(weight, **HOW)[1].requires_grad
 
 
 BLOCK_COMPILED = "import sys; sys.modules['mpsearch.kernels._cpu'] = None\n"
@@ -157,7 +156,7 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_missing_kernels_warn_once_at_first_use() -> None:
-    call = "k.fake_quantize(torch.ones(2, 8), **how)\n"
+    call = "k.quantize(torch.ones(2, 8), **how)\n"
     asked_for = "with k.use_backend('reference'): " + call + "print('no warning yet', file=sys.stderr)\n"
     run = run_python(BLOCK_COMPILED + USE + "print(k.available_backends())\n" + asked_for + 2 * call)
     assert run.returncode == 0, run.stderr
