@@ -1,7 +1,7 @@
 """A small residual network for handwritten digits whose weights come with the package: the example that needs no download.
 
-55,664 weights in 10 layers of 144 to 20,736: large enough that the layers differ in how much they mind, small enough that
-an evaluation takes milliseconds. `scripts/train_digits.py` trains it and writes `digits.safetensors` beside this file.
+7,864 weights in 10 layers of 72 to 2,304: just enough for the task, so that 2 bits in every layer cost several points of accuracy
+and 3 bits none. An evaluation takes milliseconds. `scripts/train_digits.py` trains it and writes `digits.safetensors`.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class DigitsNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, 16, 3, padding=1, bias=False)
-        self.stem_bn = nn.BatchNorm2d(16)
-        self.block1 = Block(16, 16, stride=1)
-        self.block2 = Block(16, 32, stride=2)
-        self.block3 = Block(32, 48, stride=2)
-        self.linear = nn.Linear(48, 10)
+        self.stem = nn.Conv2d(1, 8, 3, padding=1, bias=False)
+        self.stem_bn = nn.BatchNorm2d(8)
+        self.block1 = Block(8, 8, stride=1)
+        self.block2 = Block(8, 12, stride=2)
+        self.block3 = Block(12, 16, stride=2)
+        self.linear = nn.Linear(16, 10)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [n, 10]."""
