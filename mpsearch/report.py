@@ -62,7 +62,7 @@ def write_report(result: SearchResult, folder: Path, picked: Evaluation, confirm
     position = next((i for i, e in enumerate(shown) if e.allocation == picked.allocation), None)
     charts.layers(bits, schemes, folder, position)
     file = folder / "report.md"
-    write_atomically(file, page(result, picked, _read_confirm(result, folder)))
+    write_atomically(file, page(result, picked, read_confirm(result, folder)))
     return file
 
 
@@ -208,7 +208,7 @@ def _limits(result: SearchResult, objective: str) -> Mapping[str, float]:
     return limits
 
 
-def _read_confirm(result: SearchResult, folder: Path) -> pd.DataFrame | None:
+def read_confirm(result: SearchResult, folder: Path) -> pd.DataFrame | None:
     """The table of `confirm.csv`, `None` where there is none; every row must be of an evaluation on the confirm split."""
     file, columns = folder / "confirm.csv", confirm_columns(result.quality_name)
     if not file.exists():

@@ -151,6 +151,8 @@ def read_rows(
     header = lines[0][1] if lines else []
     if header != [*columns, CRC] and not (unchecked and header == list(columns)):
         raise damaged(1, f"expected the columns {','.join([*columns, CRC])}")
+    if at_once and len(lines) == 1:
+        raise damaged(2, "expected at least one row")
     items, crc = [], _begin(columns, len(lines) - 1 if at_once else None)
     for number, cells in lines[1:]:
         if len(cells) != len(header):

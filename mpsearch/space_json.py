@@ -15,7 +15,7 @@ from mpsearch.errors import InputError
 from mpsearch.files import read_regular, write_atomically
 from mpsearch.layer import Activations, LayerGroup, LayerSpec
 from mpsearch.schemes.base import QuantScheme, scheme_from_fields
-from mpsearch.strict_json import JsonObject, canonical, parse
+from mpsearch.strict_json import JsonObject, parse
 
 DIGEST = "sha256"
 REMEDY = "Restore it, or start a new run."
@@ -116,4 +116,5 @@ def _check(root: JsonObject) -> None:
 
 
 def _digest(identity: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical(identity).encode()).hexdigest()
+    text = json.dumps(identity, allow_nan=False)  # keys in their order, which numbers the schemes
+    return hashlib.sha256(text.encode()).hexdigest()
