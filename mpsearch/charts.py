@@ -38,15 +38,15 @@ def pareto(
     objectives: Sequence[str] = ("size_bytes",),
     picked: str | None = None,
     loss_label: str = "softmax KL (nats)",
+    timed: bool = False,
 ) -> None:
     """`pareto.png` and `.svg`: loss and quality against cost, both splits, uniform allocations, budgets, float, the pick.
 
     `front` and `uniform` have the columns of `front.csv`, `uniform` also `scheme`; `evaluations` those of `evaluations.csv`;
     `trained` is `report.trained_table`'s; `objectives` are the columns of one or two costs, a row of panels for each, and
     `limits` the positions of the budgets on their axes; `picked` is the allocation (JSON) to mark;
-    `loss_label` names the loss and its unit. Where forward passes were timed, a third panel shows quality against their time.
+    `loss_label` names the loss and its unit. `timed`: a third panel shows quality against the time of a forward pass.
     """
-    timed = not pd.concat([front, uniform]).query("split == 'confirm'").measured_ms.dropna().empty
     rows = len(objectives)
     figure, panels = plt.subplots(rows, 2 + timed, figsize=(19 if timed else 13, 5.4 * rows), layout="constrained", squeeze=False)
     for row, objective, at in zip(panels, objectives, limits, strict=True):
@@ -84,9 +84,8 @@ def _against_cost(
     """Loss (left) and quality (right) against one cost. Where there is an `other`, the front is no line: its colour tells it."""
     scale, label = _axis(objective, front[objective].max())
     tried = evaluations[(evaluations.split == "search") & ~evaluations.origin.isin(["float", "finetuned"])]
-    left.scatter(
-        tried[objective] / scale, _floor(tried.loss), s=9, c=SEARCH, alpha=0.2, lw=0, label=f"{len(tried)} allocations tried"
-    )
+    label_of_tried = f"{len(tried)} allocations tried, search split"
+    left.scatter(tried[objective] / scale, _floor(tried.loss), s=9, c=SEARCH, alpha=0.2, lw=0, label=label_of_tried)
     for split, color, marker, fill in (("search", SEARCH, "o", True), ("confirm", CONFIRM, "D", False)):
         points = front[front.split == split]
         if points.empty:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,13 +40,23 @@ class Score:
 FINETUNED = "finetuned"
 
 
+class Timing(NamedTuple):
+    """Milliseconds of a forward pass: median and quartiles of repeated ones; `where` names machine, threads and batch size."""
+
+    median: float
+    low: float
+    high: float
+    where: str
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """An allocation with its measured score and costs; a row of `evaluations.csv`.
 
     `origin` says who proposed it: float (the baseline: an empty allocation), uniform, knapsack or sampler, or finetuned: trained
     after the search, `seconds` those of the training on the search split. `packed` says that it
-    ran on packed weights, and not on dequantized ones; `measured_ms` is the median time of a forward pass, where one was timed.
+    ran on packed weights, and not on dequantized ones; `measured_ms` is the median time of a forward pass, where one was timed,
+    `measured_ms_low` and `measured_ms_high` the quartiles of repeated ones, `measured_on` machine, threads and batch size.
     `verified` is false where its packed outputs were compared with the simulated ones and differed (`mpsearch.agreement`).
     `costs` are those beside the size, by their column, as their tables predict them.
     """
@@ -67,6 +78,9 @@ class Evaluation:
     seconds: float
     packed: bool = False
     measured_ms: float | None = None
+    measured_ms_low: float | None = None
+    measured_ms_high: float | None = None
+    measured_on: str = ""
     verified: bool = True
     costs: Mapping[str, float] = field(default_factory=dict)
 

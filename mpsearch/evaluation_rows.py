@@ -40,6 +40,17 @@ def evaluation_row(evaluation: Evaluation, space: SearchSpace, quality_name: str
     return dict(zip(evaluation_columns(quality_name, costs), (*values.values(), *of_costs), strict=True))
 
 
+def _timing(row: Row) -> dict[str, Any]:
+    """The fields of a timed forward pass: all of them, or none."""
+    columns = ("measured_ms", "measured_ms_low", "measured_ms_high")
+    found = {column: row.number(column) if row.cells[column] else None for column in columns}
+    timed = found["measured_ms"] is not None
+    for column in (*columns, "measured_on"):
+        if bool(row.cells[column]) != timed:
+            raise row.damage(column, "a value, as there is a measured_ms" if timed else "nothing, as there is no measured_ms")
+    return {**found, "measured_on": row.cells["measured_on"]}
+
+
 class EvaluationReader:
     """Reads the rows of one table, in their order: called with a `Row`, returns its `Evaluation`.
 
@@ -76,7 +87,7 @@ class EvaluationReader:
             n_samples=self._samples(row, split),
             seconds=row.number("seconds"),
             packed=row.boolean("packed"),
-            measured_ms=row.number("measured_ms") if row.cells["measured_ms"] else None,
+            **_timing(row),
             verified=row.boolean("verified"),
             costs=self._costs(row, origin),
         )

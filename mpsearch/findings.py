@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from mpsearch.evaluation import Evaluation
+from mpsearch.intervals import Z
 from mpsearch.noninferiority import NonInferior, smallest_non_inferior
 from mpsearch.pareto import hypervolume
 from mpsearch.quality import Quality
@@ -20,6 +23,8 @@ def findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame |
         f"The picked point has {picked.average_bits:.2f} bits per weight on average and {picked.size_bytes:,} bytes, "
         f"{100 * picked.fraction:.1f} % of the float32 model."
     ]
+    if warning := overfit_warning(result):
+        said.append(f"**{warning}**")
     if result.baseline() is not None:
         said.append(non_inferior_sentence(result, smallest_non_inferior(result, result.max_drop)))
     said += uniform_sentences(result)
@@ -102,6 +107,79 @@ def run_hypervolume(result: SearchResult) -> float | None:
     reference_bits, reference_kl = uniform[-1][1].average_bits, uniform[0][1].loss
     front = result.front
     return hypervolume(np.array([e.average_bits for e in front]), np.array([e.loss for e in front]), reference_bits, reference_kl)
+
+
+def times_differ(result: SearchResult) -> bool:
+    """Whether the forward passes of the confirmed points differ by more than repeated passes of one point do."""
+    difference, spread = _times(result)
+    return difference > spread
+
+
+def times_sentence(result: SearchResult) -> str:
+    """Where forward passes were timed, and how much repeated ones differ; nothing where none was."""
+    where = sorted({e.measured_on for e in result.on("confirm").values() if e.measured_on})
+    if not where:
+        return ""
+    difference, spread = _times(result)
+    said = f" on {' and '.join(where)}; the quartiles of repeated passes are {spread:.2g} ms apart (median over the points)."
+    if difference > spread:
+        return f" Times are medians of forward passes{said}"
+    return f" Times are left out, for the points differ by {difference:.2g} ms at most: medians of forward passes{said}"
+
+
+def _times(result: SearchResult) -> tuple[float, float]:
+    """(largest difference of the confirmed points' median times, median of their interquartile ranges), milliseconds."""
+    timed = [e for e in result.on("confirm").values() if e.measured_ms is not None]
+    medians = [e.measured_ms or 0.0 for e in timed]
+    spreads = [(e.measured_ms_high or 0.0) - (e.measured_ms_low or 0.0) for e in timed]
+    return (max(medians) - min(medians), float(np.median(spreads))) if timed else (0.0, 0.0)
+
+
+def overfit_warning(result: SearchResult) -> str | None:
+    """Where the float model is much better on the search split than on the confirm split; `None` where it is not.
+
+    A share is compared by the 95 % interval of the difference of two independent proportions (Agresti and Caffo 2000), other
+    qualities by a tenth of their value on the confirm split.
+    """
+    search, confirm, quality = result.baseline("search"), result.baseline("confirm"), result.quality
+    if search is None or confirm is None:
+        return None
+    better = quality.sign * (search.quality - confirm.quality)
+    if quality.kind == "share":
+        p, q = ((e.quality * e.n_samples + 1) / (e.n_samples + 2) for e in (search, confirm))
+        half = Z * math.sqrt(p * (1 - p) / (search.n_samples + 2) + q * (1 - q) / (confirm.n_samples + 2))
+        significant, interval = p - q > half, f", {100 * better:.1f} points more (95 % interval from {100 * (p - q - half):.1f})"
+    else:
+        significant, interval = better > 0.1 * abs(confirm.quality), ""
+    if not significant:
+        return None
+    return (
+        f"The float model does much better on the search split ({result.quality_name} {_score(quality, search)}, "
+        f"{search.n_samples:,} samples) than on the confirm split ({_score(quality, confirm)}, {confirm.n_samples:,} samples)"
+        f"{interval}: it was probably trained on the search data. Losses on such data are too low, 5 to 13 times on the "
+        "networks that this was measured on, and a front that is searched there need not hold elsewhere. Search on data that "
+        "the model was not trained on."
+    )
+
+
+def warnings(result: SearchResult) -> list[str]:
+    """What makes the run's statements less than they seem: a float model trained on the search data, splits that overlap."""
+    found, shared = overfit_warning(result), result.identity.get("overlap")
+    overlapping = [splits_sentence(shared).replace("**", "")] if shared and any(shared["shared"].values()) else []
+    return [*([found] if found else []), *overlapping]
+
+
+def splits_sentence(overlap: Mapping[str, Any] | None) -> str:
+    """Whether the splits are disjoint, from what `tasks.overlap.overlap` found (`None`: they could not be compared)."""
+    chosen = "The search split selects the front; the confirm split only measures it, except where a sentence says otherwise."
+    if overlap is None:
+        return f"Whether the splits share samples was not checked, for their samples cannot be told apart. {chosen}"
+    n, shared = overlap["samples"], overlap["shared"]
+    sizes = ", ".join(f"{count:,} {split}" for split, count in n.items())
+    if not any(shared.values()):
+        return f"The splits are disjoint: no input occurs in two of them ({sizes} samples, compared by hashes). {chosen}"
+    found = "; ".join(f"{count:,} of the {pair} split" for pair, count in shared.items() if count)
+    return f"**The splits are not disjoint** ({sizes} samples, compared by hashes): {found}. {chosen}"
 
 
 def drop_text(quality: Quality, drop: float, low: float, high: float) -> str:

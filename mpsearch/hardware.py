@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from mpsearch import kernels
 from mpsearch.allocation import SearchSpace
 from mpsearch.costs.latency import FLOAT, REST, Latency
 from mpsearch.engine import quantize_input
+from mpsearch.evaluation import Timing
 from mpsearch.layer import LayerSpec, from_rows, kind_of, weight_rows
 from mpsearch.packed import RUNS, installed, packed_weight, runs_packed
 from mpsearch.packed_layer import QuantizedLayer, kernel_for
@@ -88,9 +89,17 @@ def measure_latency(
 
 
 @torch.no_grad()
-def model_latency(models: Mapping[str, nn.Module], forward: Forward, inputs: Any, seconds: float) -> dict[str, float]:
-    """Milliseconds of one forward pass of each model on `inputs`: medians of interleaved calls, about `seconds` together."""
-    return _medians({name: functools.partial(forward, model, inputs) for name, model in models.items()}, seconds)
+def model_latency(models: Mapping[str, nn.Module], forward: Forward, inputs: Any, seconds: float) -> dict[str, Timing]:
+    """One forward pass of each model on `inputs`, of interleaved calls that take about `seconds` together."""
+    runs = {name: functools.partial(forward, model, inputs) for name, model in models.items()}
+    tensor = next(tensors_in(inputs))
+    where = f"{_machine(tensor.device)}, batch of {len(tensor) if tensor.dim() else 1}"
+    taken = _rounds(runs, seconds)
+    found = {}
+    for name, values in taken.items():
+        low, middle, high = quantiles(values, n=4)
+        found[name] = Timing(middle, low, high, where)
+    return found
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,12 @@ def _quantized(model: nn.Module, layer: LayerSpec, quantizer: Quantizer, scheme:
 
 @torch.no_grad()
 def _medians(runs: Mapping[str, Run], seconds: float, what: str = "") -> dict[str, float]:
-    """Milliseconds of each, the median over rounds of all; the first round warms up and says how many there is time for."""
+    """Milliseconds of each, the median over rounds of all."""
+    return {name: median(values) for name, values in _rounds(runs, seconds, what).items()}
+
+
+def _rounds(runs: Mapping[str, Run], seconds: float, what: str = "") -> dict[str, list[float]]:
+    """Milliseconds of each in rounds of all; the first round warms up and says how many there is time for."""
     once = sum(_milliseconds(run) for run in runs.values())
     n_rounds = min(max(round(1e3 * seconds / max(once, 1e-3)), LEAST_ROUNDS), MOST_ROUNDS)
     taken: dict[str, list[float]] = {name: [] for name in runs}
@@ -174,7 +188,7 @@ def _medians(runs: Mapping[str, Run], seconds: float, what: str = "") -> dict[st
             for name, run in runs.items():
                 taken[name].append(_milliseconds(run))
             advance("")
-    return {name: median(values) for name, values in taken.items()}
+    return taken
 
 
 def _milliseconds(run: Run) -> float:
@@ -232,6 +246,12 @@ def _differs(backend: str, bits: int, symmetric: bool) -> bool:
     *exact, ours = zip(*found, strict=True)
     bound = 158 * 2**-24 * (x.abs() @ found[0][2].abs().T)
     return not all(torch.equal(a, b) for a, b in exact) or bool(((ours[0] - ours[1]).abs() > bound).any())
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
 
 
 def _processor() -> str:

@@ -8,10 +8,9 @@ from typing import Any
 import pandas as pd
 
 from mpsearch.evaluation import FINETUNED, Evaluation
-from mpsearch.findings import drop_text, findings
+from mpsearch.findings import drop_text, findings, splits_sentence, times_differ, times_sentence
 from mpsearch.intervals import FEWEST, is_approximate, proportion_interval
 from mpsearch.packed_layer import kernel_for
-from mpsearch.quality import Quality
 from mpsearch.result import SearchResult
 
 INPUTS_ALONE = (
@@ -33,7 +32,7 @@ def page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | Non
         f"{n_trials} trials measured {len(tried)} different ones; {len(front)} of them make the front.",
         *[f"{split.capitalize()} data: {what}." for split, what in identity.get("data", {}).items()],
         *([f"Channels were equalized beforehand: {_equalizer(identity)}."] if identity.get("equalizer") else []),
-        "The splits are disjoint: the front was chosen on the search split alone, and is only reported on the confirm split.",
+        *([splits_sentence(identity["overlap"])] if "overlap" in identity else []),
         "",
         "![Pareto front](pareto.png)",
         "",
@@ -41,9 +40,9 @@ def page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | Non
         "",
         *findings(result, picked, confirmed),
         "",
-        _markdown_table(summary_header(result.quality), summary_rows(result, picked)),
+        _markdown_table(summary_header(result), summary_rows(result, picked)),
         "",
-        f"{_intervals(result)} {_how_it_ran(result)}",
+        f"{_intervals(result)} {_how_it_ran(result)}{times_sentence(result)}",
         "",
         "## The schemes",
         "",
@@ -93,14 +92,15 @@ def summary_rows(result: SearchResult, picked: Evaluation) -> list[tuple[str, ..
             base = result.baseline("confirm")
             drop = drop_text(q, *c.drop_from(base, q)) if base and e.origin != "float" else ""
         on_search = (f"{e.average_bits:.2f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", q.text(e.quality))
-        rows.append((what, *on_search, quality, drop, milliseconds))
+        rows.append((what, *on_search, quality, drop, *([milliseconds] if times_differ(result) else [])))
     return rows
 
 
-def summary_header(quality: Quality) -> tuple[str, ...]:
-    """The columns of `summary_rows`."""
-    q = quality.label
-    return ("", "bits", "bytes", "KL search", f"{q} search", f"{q} confirm", f"{quality.drop_label}, confirm (95 %)", "ms")
+def summary_header(result: SearchResult) -> tuple[str, ...]:
+    """The columns of `summary_rows`; the times are left out where they do not tell the points apart."""
+    q = result.quality.label
+    drop = f"{result.quality.drop_label}, confirm (95 %)"
+    return ("", "bits", "bytes", "loss search", f"{q} search", f"{q} confirm", drop, *(["ms"] if times_differ(result) else []))
 
 
 def _front_markdown(result: SearchResult, confirmed: pd.DataFrame | None, picked: Evaluation) -> str:
@@ -125,7 +125,7 @@ def _front_markdown(result: SearchResult, confirmed: pd.DataFrame | None, picked
             (f"{e.average_bits:.3f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", quality.text(e.quality), drop, "; ".join(notes))
         )
     return _markdown_table(
-        ["bits", "bytes", "KL search", f"{quality.label} search", f"{quality.drop_label}, confirm (95 %)", ""], rows
+        ["bits", "bytes", "loss search", f"{quality.label} search", f"{quality.drop_label}, confirm (95 %)", ""], rows
     )
 
 
@@ -143,7 +143,7 @@ def _trained(result: SearchResult) -> list[str]:
         drops = (drop_text(quality, *e.drop_from(baseline, quality)) for e in (was, after))
         sizes = f"{after.average_bits:.3f}", f"{after.size_bytes:,}"
         rows.append((*sizes, *losses, *qualities, *drops, f"{searched.seconds:.0f}"))
-    header = ["bits", "bytes", "KL before", "KL after", f"{quality.label} before", f"{quality.label} after"]
+    header = ["bits", "bytes", "loss before", "loss after", f"{quality.label} before", f"{quality.label} after"]
     header += [f"{quality.drop_label}, before (95 %)", f"{quality.drop_label}, after (95 %)", "seconds of training"]
     return [
         "## After training",
@@ -162,7 +162,7 @@ def _how_it_ran(result: SearchResult) -> str:
     confirmed = result.on("confirm").values()
     if not any(e.packed for e in confirmed):
         return said
-    said += " On the confirm split the models ran on packed weights, and a forward pass of them was timed."
+    said += " On the confirm split the models ran on packed weights."
     if wrong := [e for e in confirmed if not e.verified]:
         sizes = ", ".join(f"{e.size_bytes:,}" for e in wrong)
         said += f" **Unverified: the points of {sizes} bytes.** Their packed outputs differ from the simulated ones."

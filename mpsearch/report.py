@@ -16,6 +16,7 @@ from mpsearch.costs.latency import FLOAT, Latency
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.evaluation_rows import SCORED
 from mpsearch.files import write_atomically
+from mpsearch.findings import times_differ
 from mpsearch.intervals import is_approximate
 from mpsearch.noninferiority import smallest_non_inferior
 from mpsearch.page import page
@@ -24,6 +25,7 @@ from mpsearch.rows import Row, read_rows, write_rows
 
 # At most this many rows in layers.png; a longer front is thinned evenly, the pick always kept.
 MAX_LAYER_ROWS = 24
+TIMES = ("measured_ms", "measured_ms_low", "measured_ms_high")
 DROPS = ("drop", "drop_low", "drop_high")
 STATEMENTS = ("non_inferior", "dominated_by_bytes", "significantly_dominated")
 
@@ -52,6 +54,7 @@ def write_report(result: SearchResult, folder: Path, picked: Evaluation, confirm
         trained=trained_table(result),
         objectives=result.objectives,
         picked=picked.allocation.to_json(),
+        timed=times_differ(result),
         loss_label=result.loss_label,
     )
     shown = _thin(result.front, picked)
@@ -104,11 +107,12 @@ def front_table(result: SearchResult, points: Sequence[Evaluation]) -> pd.DataFr
             if e is not None:
                 measured = {q: e.quality, f"{q}_low": e.quality_low, f"{q}_high": e.quality_high}
                 size = {"size_bytes": e.size_bytes, "average_bits": e.average_bits, **e.costs, "loss": e.loss}
-                rest = {"measured_ms": e.measured_ms, "split": e.split, "allocation": e.allocation.to_json()}
+                times = {column: getattr(e, column) for column in TIMES}
+                rest = {**times, "split": e.split, "allocation": e.allocation.to_json()}
                 rows.append({**size, **measured, **rest})
     sizes = ["size_bytes", "average_bits", *result.costs]
-    columns = [*sizes, "loss", q, f"{q}_low", f"{q}_high", "measured_ms", "split", "allocation"]
-    return pd.DataFrame(rows, columns=columns).astype({"measured_ms": float})
+    columns = [*sizes, "loss", q, f"{q}_low", f"{q}_high", *TIMES, "split", "allocation"]
+    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(TIMES, float))
 
 
 def uniform_table(result: SearchResult) -> pd.DataFrame:

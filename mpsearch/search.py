@@ -25,7 +25,7 @@ from mpsearch.costs.size import Bytes
 from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.engine import FLOAT, QuantEngine
 from mpsearch.errors import InputError
-from mpsearch.evaluation import FINETUNED, Evaluation, Score, SensitivityTable
+from mpsearch.evaluation import FINETUNED, Evaluation, Score, SensitivityTable, Timing
 from mpsearch.executors.base import Executor
 from mpsearch.executors.in_process import InProcess
 from mpsearch.hardware import model_latency
@@ -97,10 +97,10 @@ class Evaluator:
             return self.result(self.submit(allocation, origin, trial))
         if (split, allocation) not in self._measured:
             start = time.perf_counter()
-            score, milliseconds = self.run_packed(allocation)
+            score, timing = self.run_packed(allocation)
             self._qualities[allocation] = score.qualities
             score = replace(score, seconds=time.perf_counter() - start)
-            self._record(Pending(allocation, origin, None), score, milliseconds)
+            self._record(Pending(allocation, origin, None), score, timing)
         return self._measured[split, allocation]
 
     def submit(self, allocation: Allocation, origin: str, trial: int | None = None) -> Pending:
@@ -149,12 +149,12 @@ class Evaluator:
             found.append(self._trials["search", len(found)])
         return found
 
-    def _record(self, pending: Pending, score: Score | Evaluation, milliseconds: float | None = None) -> None:
-        """Make it an evaluation, on disk before anything else is measured; `milliseconds` come with the confirm split."""
+    def _record(self, pending: Pending, score: Score | Evaluation, timing: Timing | None = None) -> None:
+        """Make it an evaluation, on disk before anything else is measured; a `timing` comes with the confirm split."""
         space, allocation = self.engine.space, pending.allocation
         choice = space.choice(allocation) if allocation else None
         bits = space.size_bits(choice)
-        confirmed = milliseconds is not None
+        confirmed = timing is not None
         split = "confirm" if confirmed else "search"
         pending.evaluation = Evaluation(
             trial=pending.trial,
@@ -173,7 +173,10 @@ class Evaluator:
             n_samples=score.n_samples,
             seconds=score.seconds if isinstance(score, Score) else 0.0,
             packed=confirmed and choice is not None,
-            measured_ms=milliseconds,
+            measured_ms=timing and timing.median,
+            measured_ms_low=timing and timing.low,
+            measured_ms_high=timing and timing.high,
+            measured_on=timing.where if timing else "",
             verified=score.verified,
             costs={} if choice is None else {table.column: table.of(choice) for table in self.costs},
         )
@@ -181,8 +184,8 @@ class Evaluator:
         self.evaluations.append(pending.evaluation)
         self._measured.setdefault((split, allocation), pending.evaluation)
 
-    def run_packed(self, allocation: Allocation) -> tuple[Score, float]:
-        """Score on the confirm split on packed weights, and milliseconds of a forward pass there.
+    def run_packed(self, allocation: Allocation) -> tuple[Score, Timing]:
+        """Score on the confirm split on packed weights, and the time of a forward pass there.
 
         The score is `verified` where the packed outputs on the first batch are those that are simulated.
         """
@@ -199,8 +202,8 @@ class Evaluator:
                     ours = engine.task.forward(model, batch)
                 rounds = any(engine.space.schemes[scheme].input_format is not None for scheme in allocation.values())
                 score = replace(score, verified=agrees(ours, simulated, reference[: len(ours)], rounds))
-            milliseconds = model_latency({"": model}, engine.task.forward, inputs, LATENCY_SECONDS)[""]
-        return score, milliseconds
+            timing = model_latency({"": model}, engine.task.forward, inputs, LATENCY_SECONDS)[""]
+        return score, timing
 
 
 def search(

@@ -136,7 +136,8 @@ def main() -> None:
             torch.set_num_threads(n_threads)
             for batch_size in options.batch_sizes:
                 inputs = make(batch_size)
-                taken = model_latency({"float32": net, **variants}, forward, inputs, options.seconds)
+                timings = model_latency({"float32": net, **variants}, forward, inputs, options.seconds)
+                taken = {name: timing.median for name, timing in timings.items()}
                 base = taken.pop("float32")
                 case = f"{name}, batch {batch_size}, {n_threads} threads"
                 print(f"\n{case}: torch float32 {base:.3f} ms")
@@ -159,7 +160,7 @@ def predictions(net: nn.Module, whole: SearchSpace, inputs: Tensor, case: str, o
     errors = []
     for allocation in drawn:  # each alone: called in turn they would evict one another's weights
         model = packed_copy(net, space, allocation)
-        taken = model_latency({"": model}, forward, inputs, options.seconds / len(drawn))[""]
+        taken = model_latency({"": model}, forward, inputs, options.seconds / len(drawn))[""].median
         errors.append((found[REST, REST] + sum(found[pair] for pair in allocation.items())) / taken - 1)
     off = statistics.median(abs(error) for error in errors)
     print(f"  predicted: {100 * off:.1f} % off (median of {len(errors)}), mean bias {100 * statistics.fmean(errors):+.1f} %")

@@ -1,6 +1,7 @@
 """The front and the uniform allocations on data that the search never saw: nothing filtered, what is dominated marked."""
 
 import dataclasses
+import re
 
 import numpy as np
 import optuna
@@ -12,7 +13,7 @@ from mpsearch.confirm import confirm
 from mpsearch.costs.base import CostTable
 from mpsearch.costs.size import AverageBits
 from mpsearch.engine import FLOAT
-from mpsearch.evaluation import SensitivityTable
+from mpsearch.evaluation import SensitivityTable, Timing
 from mpsearch.intervals import paired_interval
 from mpsearch.metrics.kl import KL
 from mpsearch.result import SearchResult
@@ -54,7 +55,9 @@ def test_drops_are_paired_with_the_float_model(searched):
     baseline, _ = evaluate.run_packed(FLOAT)
     for c in confirmed:
         assert c.evaluation.packed
-        assert c.evaluation.measured_ms > 0
+        e = c.evaluation
+        assert 0 < e.measured_ms_low <= e.measured_ms <= e.measured_ms_high
+        assert re.fullmatch(r".+, \d+ threads, batch of 1", e.measured_on)
         score, _ = evaluate.run_packed(c.evaluation.allocation)
         low, high = paired_interval(score.qualities, baseline.qualities)
         assert c.drop == pytest.approx(baseline.quality - score.quality)
@@ -91,7 +94,9 @@ def test_significant_is_only_what_is_more_than_chance(tiny):
             qualities[: n_wrong if allocation == large else 0] = 0
             loss = {FLOAT: 0.0, large: 0.9}.get(allocation, 0.5)
             found = engine.score(allocation)
-            return dataclasses.replace(found, loss=loss, quality=float(qualities.mean()), qualities=qualities), 1.0
+            return dataclasses.replace(found, loss=loss, quality=float(qualities.mean()), qualities=qualities), Timing(
+                1.0, 1.0, 1.0, "here"
+            )
 
         evaluate = Evaluator(engine, [])
         evaluate.run_packed = spoilt
@@ -112,7 +117,10 @@ def test_what_is_beyond_the_budget_dominates_nothing(tiny):
     losses = {FLOAT: 0.0, small: 0.1, large: 0.9}
     evaluate = Evaluator(engine, [slow])
     run = evaluate.run_packed
-    evaluate.run_packed = lambda allocation: (dataclasses.replace(run(allocation)[0], loss=losses[allocation]), 1.0)
+    evaluate.run_packed = lambda allocation: (
+        dataclasses.replace(run(allocation)[0], loss=losses[allocation]),
+        Timing(1.0, 1.0, 1.0, "here"),
+    )
     rows = [evaluate(small, "uniform"), evaluate(large, "uniform", trial=0)]
     table = SensitivityTable("kl", "nats", np.ones((3, 3)), engine.space)
     confirmed = confirm(evaluate, SearchResult(engine.space, "accuracy", rows, table))

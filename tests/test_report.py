@@ -29,6 +29,7 @@ from mpsearch.report import MAX_LAYER_ROWS, write_report
 from mpsearch.result import SENSITIVITY_COLUMNS, RunFolder, SearchResult
 from mpsearch.search import Evaluator, search
 from mpsearch.sensitivity import measure_sensitivity
+from mpsearch.tasks.overlap import overlap
 
 COSTS = {"bytes": Bytes(), "bits": AverageBits(), "fraction": Fraction()}
 FRONT_COLUMNS = [
@@ -39,6 +40,8 @@ FRONT_COLUMNS = [
     "accuracy_low",
     "accuracy_high",
     "measured_ms",
+    "measured_ms_low",
+    "measured_ms_high",
     "split",
     "allocation",
 ]
@@ -60,6 +63,7 @@ def searched(engine, limits, n_trials=14):
         "model_name": "TinyNet",
         "task_name": "noise",
         "data": {"search": "30 samples", "confirm": "30 other samples"},
+        "overlap": overlap(engine.task),
     }
     result = SearchResult(engine.space, "accuracy", evaluate.evaluations, table, limits, identity)
     return result, confirm(evaluate, result)
@@ -114,14 +118,14 @@ def test_front_table_has_its_columns_and_two_rows_a_point(reported):
         header, *rows = csv.reader(stream)
     assert header == FRONT_COLUMNS
     assert [bool(row[6]) for row in rows] == [False, True] * len(result.front), "what is packed is timed"
-    assert [row[7] for row in rows] == ["search", "confirm"] * len(result.front)
+    assert [row[9] for row in rows] == ["search", "confirm"] * len(result.front)
     assert len(result.front) > 2
     confirmed = result.on("confirm")
     for e, of_search, of_confirm in zip(result.front, rows[::2], rows[1::2], strict=True):
         for measured, row in ((e, of_search), (confirmed[e.allocation], of_confirm)):
             scores = (measured.loss, measured.quality, measured.quality_low, measured.quality_high)
             assert [float(cell) for cell in row[:6]] == [e.size_bytes, e.average_bits, *scores], "floats to the last bit"
-            assert Allocation(json.loads(row[8])) == e.allocation
+            assert Allocation(json.loads(row[10])) == e.allocation
     assert [int(row[0]) for row in rows] == sorted(int(row[0]) for row in rows)
 
 
@@ -161,7 +165,11 @@ def test_the_page_says_what_was_found(reported):
     page = (folder / "report.md").read_text()
     assert page.startswith("# TinyNet on noise\n")
     assert re.findall(r"!\[[^]]+\]\((\S+)\)", page) == list(FIGURES)
-    for words in ("Confirm data: 30 other samples.", "The splits are disjoint", f"{len(result.front)} of them make the front"):
+    for words in (
+        "Confirm data: 30 other samples.",
+        "The splits are disjoint: no input",
+        f"{len(result.front)} of them make the front",
+    ):
         assert words in page
     picked = pick(result)
     assert f"The picked point has {picked.average_bits:.2f} bits" in page

@@ -221,6 +221,8 @@ def test_what_is_whole_is_not_touched(run):
         (5, "cross_entropy", "nan", "expected a number"),
         (5, "seconds", "inf", "expected a finite number from 0"),
         (5, "measured_ms", "-1.0", "expected a finite number from 0"),
+        (5, "measured_ms_low", "1.0", "expected nothing, as there is no measured_ms"),
+        (5, "measured_on", "here", "expected nothing, as there is no measured_ms"),
         (5, "n_samples", "399", "expected 400, which its allocation and the other rows give"),
         (5, "n_samples", "0", "expected an integer from 1"),
         (5, "seconds", "9" * 1000, r"… \(1,000 characters\), expected a finite number"),
@@ -246,8 +248,8 @@ def test_a_wrong_value_is_named_with_its_line_and_column(run, line, column, text
 @pytest.mark.parametrize(
     ("before", "after", "sentence"),
     [
-        (",300,", ",", "line 2: got 18 values for 19 columns"),
-        (",300,", ",1,2,", "line 2: got 20 values for 19 columns"),
+        (",300,", ",", "line 2: got 21 values for 22 columns"),
+        (",300,", ",1,2,", "line 2: got 23 values for 22 columns"),
         ("trial,origin", "origin,trial", "line 1: expected the columns trial,origin,allocation"),
         ("trial,origin", "\ufefftrial,origin", "line 1: expected the columns"),
         (",knapsack,", ',"knapsack,', "line 5: unexpected end of data"),

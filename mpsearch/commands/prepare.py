@@ -35,6 +35,7 @@ from mpsearch.runtimes.base import Runtime
 from mpsearch.runtimes.native import Native
 from mpsearch.schemes.rotated import Rotated
 from mpsearch.tasks.base import SPLITS, Batch, Task
+from mpsearch.tasks.overlap import overlap
 from mpsearch.trace import first_samples, trace_layers
 from mpsearch.unsearched import other_bits, unsearched
 
@@ -69,6 +70,7 @@ class Prepared:
             "model_sha256": self.model_sha256,
             "data_sha256": self.task.fingerprint(),
             "data": {split: self.task.describe(split) for split in SPLITS},
+            "overlap": overlap(self.task),
             "quantizers": {name: _fields(quantizer) for name, quantizer in self.quantizers.items()},
             "not_searched": self.not_searched,
             "folded_batch_norms": [list(pair) for pair in self.folds],

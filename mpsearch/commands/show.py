@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mpsearch.evaluation import Evaluation
+from mpsearch.findings import non_inferior_sentence, times_sentence, warnings
+from mpsearch.noninferiority import smallest_non_inferior
 from mpsearch.page import summary_header, summary_rows
 from mpsearch.result import SearchResult
 
@@ -21,13 +23,18 @@ def stdout() -> Console:
 
 
 def summary(result: SearchResult, picked: Evaluation) -> None:
-    """Print the front as a table, with the picked point marked."""
+    """Print the float model, the uniform allocations and the picked point as a table, and what the confirm split decided."""
     table = Table(title=f"{len(result.front)} points on the front")
-    for i, column in enumerate(summary_header(result.quality)):
+    for i, column in enumerate(summary_header(result)):
         table.add_column(column, justify="right" if i else "left")
     for row in summary_rows(result, picked):
         table.add_row(*row)
     stdout().print(table)
+    print(non_inferior_sentence(result, smallest_non_inferior(result, result.max_drop)))
+    if said := times_sentence(result):
+        print(said.strip())
+    for warning in warnings(result):
+        print(f"warning: {warning}")
 
 
 def paths(folder: Path, page: Path, *names: str) -> None:
