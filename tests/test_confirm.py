@@ -128,6 +128,36 @@ def test_what_is_beyond_the_budget_dominates_nothing(tiny):
     assert not any(c.dominated_by for c in confirmed)
 
 
+@pytest.mark.parametrize("better", [True, False])
+def test_dominance_by_another_cost_and_by_a_quality_where_lower_is_better(tiny, better):
+    """Quick is larger than slow, so that only by milliseconds it dominates; its errors on 30 samples are smaller, or larger."""
+    engine = tiny.engine(tiny.net(), tiny.task())
+    slow, quick = engine.space.uniform("w2"), engine.space.uniform("w8")
+    milliseconds = CostTable("latency", "milliseconds", np.array([[5.0, 3, 1]] * 3), 0.0)
+    on_search = {FLOAT: 0.0, slow: 0.1, quick: 0.5}
+    on_confirm = {FLOAT: 0.0, slow: 0.6, quick: 0.2}
+    errors = {FLOAT: 0.5, slow: 2.0, quick: 1.0 if better else 3.0}
+    spread = np.linspace(-0.1, 0.1, 30, dtype=np.float32)
+
+    def score(allocation, losses):
+        found = engine.score(allocation)
+        return dataclasses.replace(
+            found, loss=losses[allocation], quality=errors[allocation], qualities=errors[allocation] + spread
+        )
+
+    evaluate = Evaluator(engine, [], costs=[milliseconds])
+    evaluate.run_packed = lambda allocation: (score(allocation, on_confirm), Timing(1.0, 1.0, 1.0, "here"))
+    rows = [dataclasses.replace(evaluate(a, "sampler", trial=i), loss=on_search[a]) for i, a in enumerate((slow, quick))]
+    table = SensitivityTable("kl", "nats", np.ones((3, 3)), engine.space)
+    identity = {"quality_kind": "error"}
+    result = SearchResult(engine.space, "error", rows, table, {}, identity, ["milliseconds"], ["milliseconds"])
+    by_allocation = {c.evaluation.allocation: c for c in confirm(evaluate, result) if c.scheme is None}
+    assert by_allocation[slow].dominated_by.allocation == quick
+    assert by_allocation[slow].significantly_dominated is better
+    assert by_allocation[quick].dominated_by is None
+    assert by_allocation[slow].drop == pytest.approx(2.0 / 0.5 - 1), "relative to the float model's error"
+
+
 def test_confirming_again_measures_nothing(searched):
     evaluate, result, confirmed, _ = searched
     again = Evaluator(evaluate.engine, evaluate.budgets, known=evaluate.evaluations)

@@ -20,7 +20,7 @@ from mpsearch.costs.size import AverageBits, Bytes, Fraction
 from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED
 from mpsearch.evaluation_rows import evaluation_row
-from mpsearch.findings import run_hypervolume
+from mpsearch.findings import findings, run_hypervolume
 from mpsearch.metrics.kl import KL
 from mpsearch.page import summary_rows
 from mpsearch.pareto import hypervolume
@@ -295,3 +295,41 @@ def test_what_is_drawn_is_computed_by_hand(reported, tmp_path, monkeypatch):
         assert (row["loss_before"], row["loss"]) == (was.loss, became.loss)
         assert (row["accuracy_before"], row["accuracy"]) == (was.quality, became.quality)
     assert len(drawn["trained"]) == 2
+
+
+def test_the_counts_of_the_page_are_those_of_the_tables(reported):
+    """Trials, allocations, points of the front and what its samples cannot show, counted from `evaluations.csv` by hand."""
+    _, folder = reported
+    page = (folder / "report.md").read_text()
+    rows = pd.read_csv(folder / "evaluations.csv").to_dict("records")
+    tried = {e["allocation"]: e for e in rows if e["split"] == "search" and e["origin"] != "float"}
+    within = [e for e in tried.values() if e["feasible"]]
+    front = [
+        e
+        for e in within
+        if not any(
+            o["size_bytes"] <= e["size_bytes"]
+            and o["loss"] <= e["loss"]
+            and (o["size_bytes"], o["loss"]) != (e["size_bytes"], e["loss"])
+            for o in within
+        )
+    ]
+    n_trials = sum(e["trial"] == e["trial"] for e in rows)
+    assert f"{n_trials} trials measured {len(tried)} different ones; {len(front)} of them make the front." in page
+    (n,) = {e["n_samples"] for e in rows if e["split"] == "confirm"}
+    least = 100 * 1.959964**2 / (n + 1.959964**2)  # the score interval's end where no sample differs
+    assert f"{n} samples cannot show a drop below {least:.2g} points" in page
+
+
+def test_dominated_points_are_counted_on_the_front_alone(reported):
+    result, _ = reported
+    table = pd.DataFrame(
+        {
+            "scheme": ["", "", "", "", "w2"],
+            "dominated_by_bytes": [np.nan, 300, 310, 320, 330],
+            "significantly_dominated": [False, True, False, True, True],
+        }
+    )
+    said = " ".join(findings(result, pick(result), table))
+    assert "On the confirm split 3 of 4 points of the front are dominated in loss" in said
+    assert "for 2 of them that point's accuracy is significantly better" in said

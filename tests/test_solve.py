@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ from mpsearch.costs.bit_operations import BitOperations
 from mpsearch.costs.size import AverageBits, Bytes
 from mpsearch.engine import FLOAT
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Score, SensitivityTable
+from mpsearch.evaluation import FINETUNED, Score, SensitivityTable
 from mpsearch.layer import LayerSpec
 from mpsearch.metrics.kl import KL
 from mpsearch.schemes.integer import Integer
@@ -148,3 +149,21 @@ def test_a_drop_that_nothing_keeps_to_is_said(trained, table):
     evaluate, budgets = started(trained), read_budgets({"bits": 2.1}, COSTS, trained.space)
     with pytest.raises(InputError, match="No allocation within the budgets has a drop of at most 0; the least is"):
         cheapest_within(evaluate, table, budgets, Bytes().table(trained.space), 0.0)
+
+
+def test_rows_of_the_confirm_split_and_of_training_answer_nothing():
+    """Their losses are far below all that the search measured: neither are they the answer, nor do they teach the surrogate."""
+    engine, sensitivity = interacting()
+    rng, space = np.random.default_rng(0), engine.space
+    clean, mixed = Evaluator(engine, ()), Evaluator(engine, ())
+    for choice in np.clip(rng.normal(rng.uniform(0, 4, (40, 1)), 1.0, (40, 20)).round(), 0, 4).astype(np.intp):
+        e = clean(space.allocation(choice), "sampler")
+        mixed(e.allocation, "sampler")
+        mixed.evaluations.append(replace(e, split="confirm", loss=1e-6 * e.loss, packed=True))
+        mixed.evaluations.append(replace(e, origin=FINETUNED, loss=1e-7 * e.loss))
+    budgets = read_budgets({"bits": 4.0}, COSTS, space)
+    found = best_within(mixed, sensitivity, budgets)
+    assert (found.split, found.origin != FINETUNED) == ("search", True)
+    within = [e.loss for e in mixed.evaluations if e.split == "search" and e.origin != FINETUNED and e.average_bits <= 4.0]
+    assert found.loss == min(within)
+    assert replace(found, seconds=0.0) == replace(best_within(clean, sensitivity, budgets), seconds=0.0)
