@@ -84,6 +84,11 @@ class Evaluation:
     verified: bool = True
     costs: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def average_bits_all(self) -> float:
+        """Bits per parameter of the whole model, where its float32 form has 32; `average_bits` is that of searched weights."""
+        return 32 * self.fraction
+
     def cost(self, column: str) -> float:
         """A cost by its column: "size_bytes", "average_bits", "fraction", or one of `costs`."""
         return self.costs[column] if column in self.costs else getattr(self, column)

@@ -20,7 +20,8 @@ from mpsearch.result import SearchResult
 def findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | None) -> list[str]:
     """A list item each; `confirmed` is the table of `confirm.csv`, where there is one."""
     said = [
-        f"The picked point has {picked.average_bits:.2f} bits per weight on average and {picked.size_bytes:,} bytes, "
+        f"The picked point has {picked.average_bits:.2f} bits per weight on average ({picked.average_bits_all:.2f} over all "
+        f"parameters) and {picked.size_bytes:,} bytes, "
         f"{100 * picked.fraction:.1f} % of the float32 model."
     ]
     if warning := overfit_warning(result):

@@ -12,7 +12,9 @@ from mpsearch.findings import drop_text, findings, splits_sentence, times_differ
 from mpsearch.intervals import FEWEST, is_approximate, proportion_interval
 from mpsearch.packed_layer import kernel_for
 from mpsearch.result import SearchResult
+from mpsearch.unsearched import sentence
 
+SIZES = ("bits", "bits of all", "bytes")  # of the searched weights, of all parameters
 INPUTS_ALONE = (
     "Inputs are rounded just before a layer's product; its output, and all that lies between layers (activations, pooling, "
     "residual additions), is float32: no two operations pass integers on."
@@ -31,6 +33,7 @@ def page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | Non
         f"{len(space.groups)} layers or groups, {len(space.schemes)} schemes: 10^{space.log10_combinations:.1f} allocations. "
         f"{n_trials} trials measured {len(tried)} different ones; {len(front)} of them make the front.",
         *[f"{split.capitalize()} data: {what}." for split, what in identity.get("data", {}).items()],
+        *([sentence(identity["not_searched"])] if "not_searched" in identity else []),
         *([f"Channels were equalized beforehand: {_equalizer(identity)}."] if identity.get("equalizer") else []),
         *([splits_sentence(identity["overlap"])] if "overlap" in identity else []),
         "",
@@ -91,7 +94,8 @@ def summary_rows(result: SearchResult, picked: Evaluation) -> list[tuple[str, ..
             milliseconds = "" if c.measured_ms is None else f"{c.measured_ms:.3g}"
             base = result.baseline("confirm")
             drop = drop_text(q, *c.drop_from(base, q)) if base and e.origin != "float" else ""
-        on_search = (f"{e.average_bits:.2f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", q.text(e.quality))
+        sizes = f"{e.average_bits:.2f}", f"{e.average_bits_all:.2f}", f"{e.size_bytes:,}"
+        on_search = (*sizes, f"{e.loss:.4g}", q.text(e.quality))
         rows.append((what, *on_search, quality, drop, *([milliseconds] if times_differ(result) else [])))
     return rows
 
@@ -100,7 +104,7 @@ def summary_header(result: SearchResult) -> tuple[str, ...]:
     """The columns of `summary_rows`; the times are left out where they do not tell the points apart."""
     q = result.quality.label
     drop = f"{result.quality.drop_label}, confirm (95 %)"
-    return ("", "bits", "bytes", "loss search", f"{q} search", f"{q} confirm", drop, *(["ms"] if times_differ(result) else []))
+    return ("", *SIZES, "loss search", f"{q} search", f"{q} confirm", drop, *(["ms"] if times_differ(result) else []))
 
 
 def _front_markdown(result: SearchResult, confirmed: pd.DataFrame | None, picked: Evaluation) -> str:
@@ -121,12 +125,9 @@ def _front_markdown(result: SearchResult, confirmed: pd.DataFrame | None, picked
                     f"dominated by {int(mark.dominated_by_bytes):,} bytes"
                     + (f", whose {q} is significantly better" if mark.significantly_dominated else "")
                 )
-        rows.append(
-            (f"{e.average_bits:.3f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", quality.text(e.quality), drop, "; ".join(notes))
-        )
-    return _markdown_table(
-        ["bits", "bytes", "loss search", f"{quality.label} search", f"{quality.drop_label}, confirm (95 %)", ""], rows
-    )
+        sizes = f"{e.average_bits:.3f}", f"{e.average_bits_all:.3f}", f"{e.size_bytes:,}"
+        rows.append((*sizes, f"{e.loss:.4g}", quality.text(e.quality), drop, "; ".join(notes)))
+    return _markdown_table([*SIZES, "loss search", f"{quality.label} search", f"{quality.drop_label}, confirm (95 %)", ""], rows)
 
 
 def _trained(result: SearchResult) -> list[str]:
@@ -141,9 +142,9 @@ def _trained(result: SearchResult) -> list[str]:
         losses = f"{was.loss:.4g}", f"{after.loss:.4g}"
         qualities = quality.text(was.quality), quality.text(after.quality)
         drops = (drop_text(quality, *e.drop_from(baseline, quality)) for e in (was, after))
-        sizes = f"{after.average_bits:.3f}", f"{after.size_bytes:,}"
+        sizes = f"{after.average_bits:.3f}", f"{after.average_bits_all:.3f}", f"{after.size_bytes:,}"
         rows.append((*sizes, *losses, *qualities, *drops, f"{searched.seconds:.0f}"))
-    header = ["bits", "bytes", "loss before", "loss after", f"{quality.label} before", f"{quality.label} after"]
+    header = [*SIZES, "loss before", "loss after", f"{quality.label} before", f"{quality.label} after"]
     header += [f"{quality.drop_label}, before (95 %)", f"{quality.drop_label}, after (95 %)", "seconds of training"]
     return [
         "## After training",

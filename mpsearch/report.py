@@ -30,6 +30,9 @@ DROPS = ("drop", "drop_low", "drop_high")
 STATEMENTS = ("non_inferior", "dominated_by_bytes", "significantly_dominated")
 
 
+SIZES = ("size_bytes", "average_bits", "average_bits_all")  # of a point in the tables
+
+
 def write_report(result: SearchResult, folder: Path, picked: Evaluation, confirmed: Sequence[Confirmed] | None = None) -> Path:
     """Write `front.csv`, `uniform.csv`, `confirm.csv`, the figures and `report.md`; returns the page's path.
 
@@ -106,13 +109,16 @@ def front_table(result: SearchResult, points: Sequence[Evaluation]) -> pd.DataFr
         for e in (point, confirmed.get(point.allocation)):
             if e is not None:
                 measured = {q: e.quality, f"{q}_low": e.quality_low, f"{q}_high": e.quality_high}
-                size = {"size_bytes": e.size_bytes, "average_bits": e.average_bits, **e.costs, "loss": e.loss}
+                size = {**_sizes(e), **e.costs, "loss": e.loss}
                 times = {column: getattr(e, column) for column in TIMES}
                 rest = {**times, "split": e.split, "allocation": e.allocation.to_json()}
                 rows.append({**size, **measured, **rest})
-    sizes = ["size_bytes", "average_bits", *result.costs]
-    columns = [*sizes, "loss", q, f"{q}_low", f"{q}_high", *TIMES, "split", "allocation"]
+    columns = [*SIZES, *result.costs, "loss", q, f"{q}_low", f"{q}_high", *TIMES, "split", "allocation"]
     return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(TIMES, float))
+
+
+def _sizes(e: Evaluation) -> dict[str, float]:
+    return {column: getattr(e, column) for column in SIZES}
 
 
 def uniform_table(result: SearchResult) -> pd.DataFrame:
@@ -128,15 +134,15 @@ def trained_table(result: SearchResult) -> pd.DataFrame:
         before = result.on(split)
         for allocation, after in result.finetuned(split).items():
             if (e := before.get(allocation)) is not None:
-                costs = {"size_bytes": after.size_bytes, "average_bits": after.average_bits, **after.costs, "split": split}
+                costs = {**_sizes(after), **after.costs, "split": split}
                 rows.append({**costs, "loss": after.loss, "loss_before": e.loss, q: after.quality, f"{q}_before": e.quality})
-    columns = ["size_bytes", "average_bits", *result.costs, "split", "loss", "loss_before", q, f"{q}_before"]
+    columns = [*SIZES, *result.costs, "split", "loss", "loss_before", q, f"{q}_before"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def confirm_columns(quality_name: str) -> tuple[str, ...]:
     """The columns of `confirm.csv`."""
-    measured = ("scheme", "size_bytes", "average_bits", "loss", quality_name)
+    measured = ("scheme", *SIZES, "loss", quality_name)
     return (*measured, *DROPS, "approximate", "verified", *STATEMENTS, "allocation")
 
 
@@ -152,8 +158,7 @@ def confirm_table(result: SearchResult, confirmed: Sequence[Confirmed]) -> pd.Da
         [
             {
                 "scheme": c.scheme or "",
-                "size_bytes": c.evaluation.size_bytes,
-                "average_bits": c.evaluation.average_bits,
+                **_sizes(c.evaluation),
                 "loss": c.evaluation.loss,
                 q: c.evaluation.quality,
                 "drop": c.drop,
@@ -221,7 +226,7 @@ def read_confirm(result: SearchResult, folder: Path) -> pd.DataFrame | None:
 
     def parse(row: Row) -> tuple[Any, ...]:
         e = measured[row.one_of("allocation", list(measured))]
-        known = {"size_bytes": e.size_bytes, "average_bits": e.average_bits, "loss": e.loss, result.quality_name: e.quality}
+        known = {**_sizes(e), "loss": e.loss, result.quality_name: e.quality}
         for column, value in known.items():
             row.one_of(column, [str(value)])
         drops = {column: row.number(column, -np.inf, infinite=True, nan=not np.isfinite(e.loss)) for column in DROPS}

@@ -253,7 +253,8 @@ def test_the_command_trains_records_draws_and_exports(tmp_path, monkeypatch, cap
     assert confirmed.packed
     page = (folder / "report.md").read_text()
     start = before.on("confirm")[allocation].loss
-    assert f"| {row.average_bits:.3f} | {row.size_bytes:,} | {start:.4g} | {confirmed.loss:.4g} |" in page
+    sizes = f"{row.average_bits:.3f} | {row.average_bits_all:.3f} | {row.size_bytes:,}"
+    assert f"| {sizes} | {start:.4g} | {confirmed.loss:.4g} |" in page
     assert "trained, confirm split" in (folder / "pareto.svg").read_text()
     assert "8 trials" in page
 
@@ -268,8 +269,9 @@ def test_the_command_trains_records_draws_and_exports(tmp_path, monkeypatch, cap
 
     said = command("export", "run=run", "pick.bits=2.5", "finetuned=true")
     (cells,) = (re.split(r" *[│┃] *", line) for line in said.splitlines() if "picked" in line)
-    assert cells[1:5] == ["picked, trained", f"{row.average_bits:.2f}", f"{row.size_bytes:,}", f"{row.loss:.4g}"]
-    assert cells[6] == f"{100 * confirmed.quality:.2f}"
+    sizes = f"{row.average_bits:.2f}", f"{row.average_bits_all:.2f}", f"{row.size_bytes:,}"
+    assert cells[1:6] == ["picked, trained", *sizes, f"{row.loss:.4g}"]
+    assert cells[7] == f"{100 * confirmed.quality:.2f}"
     assert "picked, trained" not in command("export", "run=run", "pick.bits=2.5")
     command("export", "run=run", "pick.bits=2.5", "finetuned=true")
     exported = load_allocation(folder / "allocation.json")

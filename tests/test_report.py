@@ -35,6 +35,7 @@ COSTS = {"bytes": Bytes(), "bits": AverageBits(), "fraction": Fraction()}
 FRONT_COLUMNS = [
     "size_bytes",
     "average_bits",
+    "average_bits_all",
     "loss",
     "accuracy",
     "accuracy_low",
@@ -117,15 +118,16 @@ def test_front_table_has_its_columns_and_two_rows_a_point(reported):
     with open(folder / "front.csv", newline="") as stream:
         header, *rows = csv.reader(stream)
     assert header == FRONT_COLUMNS
-    assert [bool(row[6]) for row in rows] == [False, True] * len(result.front), "what is packed is timed"
-    assert [row[9] for row in rows] == ["search", "confirm"] * len(result.front)
+    assert [bool(row[7]) for row in rows] == [False, True] * len(result.front), "what is packed is timed"
+    assert [row[10] for row in rows] == ["search", "confirm"] * len(result.front)
     assert len(result.front) > 2
     confirmed = result.on("confirm")
     for e, of_search, of_confirm in zip(result.front, rows[::2], rows[1::2], strict=True):
         for measured, row in ((e, of_search), (confirmed[e.allocation], of_confirm)):
             scores = (measured.loss, measured.quality, measured.quality_low, measured.quality_high)
-            assert [float(cell) for cell in row[:6]] == [e.size_bytes, e.average_bits, *scores], "floats to the last bit"
-            assert Allocation(json.loads(row[10])) == e.allocation
+            sizes = [e.size_bytes, e.average_bits, 32 * e.fraction]
+            assert [float(cell) for cell in row[:7]] == [*sizes, *scores], "floats to the last bit"
+            assert Allocation(json.loads(row[11])) == e.allocation
     assert [int(row[0]) for row in rows] == sorted(int(row[0]) for row in rows)
 
 
@@ -172,10 +174,12 @@ def test_the_page_says_what_was_found(reported):
     ):
         assert words in page
     picked = pick(result)
-    assert f"The picked point has {picked.average_bits:.2f} bits" in page
+    everything = 8 * picked.size_bytes / (8 * result.baseline().size_bytes / 32)
+    said = f"The picked point has {picked.average_bits:.2f} bits per weight on average ({everything:.2f} over all parameters)"
+    assert said in page
     assert "the models ran on packed weights" in page
     for e in result.front:
-        assert f"| {e.average_bits:.3f} | {e.size_bytes:,} | {e.loss:.4g} |" in page
+        assert f"| {e.average_bits:.3f} | {32 * e.fraction:.3f} | {e.size_bytes:,} | {e.loss:.4g} |" in page
     assert page.count("| picked") >= 1
 
 
@@ -254,9 +258,10 @@ def test_summary_has_float_uniform_and_pick(reported):
     result, _ = reported
     rows = summary_rows(result, pick(result))
     assert [row[0] for row in rows] == ["float", "uniform w2", "uniform w4", "uniform w8", "picked"]
-    assert rows[0][1] == "32.00"
-    assert rows[0][6] == ""
-    assert all(" to " in row[6] for row in rows[1:])
+    assert rows[0][1:3] == ("32.00", "32.00")
+    assert rows[0][7] == ""
+    assert all(float(row[2]) > float(row[1]) for row in rows[1:]), "biases stay float"
+    assert all(" to " in row[7] for row in rows[1:])
 
 
 def test_a_damaged_confirm_table_is_named(reported, tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ def summary(result: SearchResult, picked: Evaluation) -> None:
     """Print the float model, the uniform allocations and the picked point as a table, and what the confirm split decided."""
     table = Table(title=f"{len(result.front)} points on the front")
     for i, column in enumerate(summary_header(result)):
-        table.add_column(column, justify="right" if i else "left")
+        table.add_column(column, justify="right" if i else "left", no_wrap=not i)
     for row in summary_rows(result, picked):
         table.add_row(*row)
     stdout().print(table)
