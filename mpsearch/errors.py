@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -17,3 +19,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if near:
         return " Did you mean " + " or ".join(f"'{name}'" for name in near) + "?"
     return " There is: " + ", ".join(known) + "."
+
+
+def run_option(folder: Path) -> str:
+    """`run=FOLDER` as a shell takes it, relative where it lies below the working directory."""
+    here = Path.cwd()
+    text = str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+    return shlex.quote(f"run=./{text}" if text.startswith("~") or text == "null" else f"run={text}")

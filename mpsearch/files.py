@@ -17,6 +17,8 @@ from pathlib import Path
 
 from mpsearch.errors import InputError
 
+LOCK = ".lock"
+
 # errno -> (reason, what to do)
 _REASONS = {
     errno.ENOSPC: ("no space is left on the disk", "Free some space, then run the command again"),
@@ -71,6 +73,26 @@ def write_atomically(path: Path | str, data: bytes | str) -> None:
         finally:
             os.close(descriptor)
         _sync_folder(path.parent)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """`folder`, made where it is absent, is this process's to write to while the block runs.
+
+    Raises `InputError`, without having changed anything, where another process has it.
+    """
+    with file_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+        descriptor = os.open(folder / LOCK, flags, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"Another process is at work in {folder}. Wait for it, or start a new run.") from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def append_durably(path: Path | str, data: bytes | str) -> None:

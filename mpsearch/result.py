@@ -7,7 +7,6 @@ cut short (no line end) is dropped; anything else that was changed is an error: 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
@@ -27,7 +26,7 @@ from mpsearch.divergence import SoftmaxKL
 from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation, SensitivityTable
 from mpsearch.evaluation_rows import SCORED, EvaluationReader, evaluation_columns, evaluation_row
-from mpsearch.files import file_errors, read_regular, write_atomically
+from mpsearch.files import locked, read_regular, write_atomically
 from mpsearch.pareto import non_dominated
 from mpsearch.quality import Quality
 from mpsearch.rows import Row, append_row, mend, read_rows
@@ -46,15 +45,7 @@ class RunFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """The folder is this process's while the block runs; `InputError` where another one writes to it."""
-        with file_errors(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-        with file_errors(self.path / ".lock"):
-            lock = (self.path / ".lock").open("w")  # errors of the block are not the lock's
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(f"Another process is at work in {self.path}. Wait for it, or start a run of its own.") from None
+        with locked(self.path):
             yield
 
     def identify(self, identity: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import types
@@ -14,8 +15,8 @@ import pytest
 
 import mpsearch
 from mpsearch import cli
-from mpsearch.cli.words import saved
-from mpsearch.errors import InputError
+from mpsearch.cli.saved import saved
+from mpsearch.errors import InputError, run_option
 
 # A fresh interpreter in which a command prints what it was given instead of working.
 DRIVER = """
@@ -141,7 +142,7 @@ def test_search_in_a_process_of_its_own(tmp_path: Path) -> None:
     folder = Path(told["folder"])
     assert folder.parent == tmp_path / "reports"
     assert folder.name.startswith("search-digits-2")
-    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "config.yaml"]
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
@@ -187,7 +188,7 @@ MISTAKES = {
     ("search", "pin=[a"): "'pin=[a' cannot be read. Quote special characters",
     ("search", "pin=fc:w8"): "pin is a list of lines, 'pin=[\"…\",\"…\"]'; 'fc:w8' came.",
     ("search", "share=[3]"): "share is a list of lines, 'share=[\"…\",\"…\"]'; '[3]' came.",
-    ("search", "shar=[]"): "There is no key 'shar'. Did you mean 'share'?",
+    ("search", "shar=[]"): "There is no key 'shar'. Did you mean 'share'",
     ("search", "model=custom"): "model._target_ must be given: model._target_=PACKAGE.NAME",
     ("search", "task=cifar10"): "task.data_dir must be given: task.data_dir=PATH",
     ("search", "--config-dir", "nowhere"): "nowhere' not found",
@@ -292,7 +293,8 @@ def test_config_dir_adds_options_and_configs(door: Door, tmp_path: Path) -> None
     assert (door.last.settings["n_trials"], list(door.last.settings["quantizer_of"])) == (11, ["w3"])
     assert "Did you mean 'n_trials'" in door("search", "--config-dir", "mine", "--config-name", "my", "n_trals=1").err
     run = door.last.folder
-    assert door("search", f"run={run}").code == 0, "what came from a config directory lies in the saved config"
+    assert "trust=true" in door("search", f"run={run}").err, "it names code of the user's"
+    assert door("search", f"run={run}", "trust=true").code == 0, "what came from a config directory lies in the saved config"
     assert door.last.settings["quantizer_of"]["w3"]["steps"] == 4
 
 
@@ -370,7 +372,7 @@ def test_interrupted(door: Door) -> None:
     door.then = interrupt
     ended = door("search", "hydra.run.dir=reports/a")
     assert ended.code == 130
-    assert ended.err == "mpsearch: interrupted. Go on with: mpsearch search run=reports/a\n"
+    assert ended.err == "mpsearch: interrupted. Resume with: mpsearch search run=reports/a\n"
     assert door("sensitivity").err == "mpsearch: interrupted.\n"
 
 
@@ -408,7 +410,7 @@ class TestRun:
                 "dask.Dask",
                 {"address": "tcp://a:1", "threads": 2},
             ),
-            ([], "dask.Dask", {"address": "tcp://a:1", "threads": 2}),
+            (["trust=true"], "dask.Dask", {"address": "tcp://a:1", "threads": 2}),
             (["executor=in_process"], "in_process.InProcess", {"threads": None}),
         ):
             assert door("search", "run=reports/a", *words).code == 0
@@ -423,7 +425,7 @@ class TestRun:
             ended = door("search", "run=reports/a", word)
             assert ended.code == 2
             may = "n_trials, max_seconds, device, executor, study.mirror, confirm.finetune_steps can."
-            assert f"'{word.partition('=')[0].lstrip('+')}' cannot change when a run goes on; {may}" in ended.err
+            assert f"'{word.partition('=')[0].lstrip('+')}' cannot change when a run is resumed; {may}" in ended.err
         assert "--multirun" in door("search", "run=reports/a", "--multirun").err
         assert "n_trials must be" in door("search", "run=reports/a", "n_trials=x").err
         assert saved(run)["n_trials"] == 7
@@ -431,12 +433,40 @@ class TestRun:
     def test_shows_the_saved_config(self, run: Path, door: Door) -> None:
         assert "\nseed: 3\n" in door("search", "--cfg", "job", "run=reports/a", "device=cuda").out
 
-    def test_strange_paths(self, run: Path, door: Door, tmp_path: Path) -> None:
-        strange = run.rename(run.with_name("it's (1), a=b"))
-        assert door("search", f"run={strange}").code == 0
-        assert door("report", f"run=reports/{strange.name}").code == 0
+    @pytest.mark.parametrize(
+        "name",
+        [
+            *(
+                "it's (1), a=b",
+                "~tilde",
+                "~",
+                "null",
+                "a\\b",
+                "a\\",
+                "a\\\\'b",
+                "${oc.env:HOME}",
+                "${",
+                "\\${x}",
+                "a b  c",
+                "'a'",
+            ),
+            *('"a"', "'", "a,b", "[a]", "{a: b}", "$HOME", "%s", "éß漢", "-x", "a:b", "=", "\t", "?"),
+        ],
+    )
+    def test_strange_names(self, name: str, run: Path, door: Door, tmp_path: Path) -> None:
+        strange = run.rename(run.with_name(name))
+        for command in ("search", "report", "export", "solve", "finetune"):
+            for word in (f"run={strange}", f"run=reports/{name}"):
+                ended = door(command, word)
+                assert (ended.code, ended.err) == (0, "")
+                assert (door.last.folder, door.last.settings["run"]) == (strange, str(strange))
+        assert [path.name for path in (tmp_path / "reports").iterdir()] == [name]
+        os.chdir("reports")
+        assert door("search", f"run=./{name}").code == 0
         assert door.last.folder == strange
-        assert [path.name for path in (tmp_path / "reports").iterdir()] == [strange.name]
+        told = shlex.split(f"mpsearch report {run_option(strange)}")[1:]
+        assert door(*told).code == 0
+        assert door.last.folder == strange
 
     @pytest.mark.parametrize("command", ["search", "report", "export"])
     @pytest.mark.parametrize(

@@ -10,15 +10,22 @@ from __future__ import annotations
 import functools
 import os
 import shlex
+import signal
 import sys
+import sysconfig
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from mpsearch.cli.build import build_object, check, plain_settings
 from mpsearch.cli.refusals import CONF, one_line, sentence
-from mpsearch.cli.words import complete, prepare, save, saved
-from mpsearch.errors import InputError, did_you_mean
+from mpsearch.cli.saved import FILE, save
+from mpsearch.cli.words import Words, complete, prepare
+from mpsearch.errors import InputError, did_you_mean, run_option
+from mpsearch.files import LOCK, locked
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -32,6 +39,7 @@ COMMANDS = {
     "report": "draw the tables, figures and page of a run again",
     "export": "write a point of a run's front to a file for another runtime",
 }
+SAVING = ("search", "sensitivity", "hardware")  # make a run, whose config is saved
 USAGE = f"""\
 usage: mpsearch <command> [key=value ...]
 
@@ -49,6 +57,10 @@ mpsearch <command> --help lists all there is to choose from; --cfg job shows wha
 eval "$(mpsearch -sc install=bash)" completes with the tab key (fish: install=fish)."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: all that an interrupt closes is closed."""
+
+
 @dataclass
 class Job:
     """What `main` has to know of the run when it ends."""
@@ -56,10 +68,10 @@ class Job:
     command: str
     wants_traceback: bool
     is_completion: bool = False
-    resumed: bool = False
+    words: Words = field(default_factory=lambda: Words([]))
     started: bool = False
     failed: bool = False
-    folder: Path | None = None
+    again: str = ""  # how the run is resumed
     process: int = field(default_factory=os.getpid)
 
 
@@ -68,18 +80,20 @@ def main() -> None:
     # PyTorch's OpenMP threads else spin for milliseconds after each of its operations, on the cores that the kernels then need,
     # and on a busy machine on everyone's. Read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # worker processes do not import from the working directory first either
     words = sys.argv[1:] or ["--help"]
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing
     job = Job(words[0], wants_traceback=before == "1")
     try:
-        _dispatch(job, words)
+        with _terminable():
+            _dispatch(job, words)
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        again = f" Go on with: mpsearch search {shlex.quote(f'run={os.path.relpath(job.folder)}')}" if job.folder else ""
-        _say("interrupted." + again)
-        sys.exit(130)
+    except KeyboardInterrupt as end:
+        is_terminated = isinstance(end, Terminated)
+        _say(f"{'terminated' if is_terminated else 'interrupted'}.{job.again and f' Resume with: {job.again}'}")
+        sys.exit(143 if is_terminated else 130)
     except Exception as error:
         said = str(error) if isinstance(error, InputError) else None if job.started else sentence(error, job.command)
         if said is None or job.wants_traceback:
@@ -97,6 +111,7 @@ def _dispatch(job: Job, words: list[str]) -> None:
     if words[0] in ("-h", "--help", "--version"):
         print(_version() if words[0] == "--version" else USAGE, flush=True)
         return
+    leave_working_directory()
     if words[0] in ("-sc", "--shell-completion"):
         words = complete(words, COMMANDS)
         if not words:
@@ -106,9 +121,8 @@ def _dispatch(job: Job, words: list[str]) -> None:
         raise InputError(f"There is no command '{job.command}'.{did_you_mean(job.command, COMMANDS)}")
     import hydra
 
-    sys.path.insert(0, os.getcwd())  # where the user's own models and tasks are
-    overrides, job.resumed = prepare(job.command, words[1:])
-    sys.argv = ["mpsearch", *overrides]
+    job.words = prepare(job.command, words[1:])
+    sys.argv = ["mpsearch", *job.words.overrides]
 
     def task(config: DictConfig) -> None:
         _run(job, config)
@@ -123,38 +137,88 @@ def _run(job: Job, config: DictConfig) -> None:
     from omegaconf import OmegaConf
 
     hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.output_dir)
+    # Not resolved: a folder may be named ${...}.
+    folder = job.words.run or Path(cast(Any, OmegaConf.to_container(hydra.runtime, resolve=False))["output_dir"])
     if hydra.mode == RunMode.MULTIRUN:
         print(f"#{hydra.job.num}: {' '.join(hydra.overrides.task)}", flush=True)
-    is_new = not any(folder.iterdir())
-    job.started, job.folder = True, None
+    if job.words.own_code:  # after Hydra looked for its plugins, and last, so that nothing there stands for an installed package
+        sys.path.append(os.getcwd())
+    job.started, job.again = True, ""
     try:
-        settings = plain_settings(config)
-        if job.command in ("solve", "finetune", "report", "export"):
-            run = saved(folder)
-            given = {key: value for key, value in settings.items() if value is not None}
-            if "cost" in given:  # the run's own costs are as they were
-                given["cost"] |= run.get("cost", {})
-            settings = run | given
-        else:
-            check(settings)
-            if not job.resumed and (folder / "config.yaml").exists():
-                raise InputError(f"'{folder}' already holds a run. Go on with it by run=, or choose another folder.")
-            save(settings | ({"run": None} if "run" in settings else {}), folder / "config.yaml")
-        job.folder = folder if job.command == "search" else None
-        from mpsearch import commands
+        with _saved(job, config, folder) if job.command in SAVING else nullcontext(_merged(job, config)) as settings:
+            nodes = OmegaConf.create({key: value for key, value in settings.items() if key != "run"})
+            from mpsearch import commands
 
-        getattr(commands, job.command)(settings, functools.partial(build_object, OmegaConf.create(settings)), folder)
+            getattr(commands, job.command)(settings, functools.partial(build_object, nodes), folder)
     except InputError as error:
         if job.wants_traceback:
             raise
         _say(str(error))
         job.failed = True  # not raised: the other runs of a --multirun go on
-        if is_new and {path.name for path in folder.iterdir()} <= {"config.yaml"}:
-            (folder / "config.yaml").unlink(missing_ok=True)
-            folder.rmdir()
         if os.getpid() != job.process:  # of a launcher, which hands it to where `main` is
             raise
+
+
+def _merged(job: Job, config: DictConfig) -> dict[str, Any]:
+    """The settings of the run, with what was given now in their place."""
+    run = job.words.config or {}
+    given = {key: value for key, value in plain_settings(config).items() if value is not None}
+    if "cost" in given:  # the run's own costs are as they were
+        given["cost"] |= run.get("cost", {})
+    settings = run | given
+    check(settings)
+    return settings
+
+
+@contextmanager
+def _saved(job: Job, config: DictConfig, folder: Path) -> Iterator[dict[str, Any]]:
+    """The settings, saved in the folder, which is this process's alone meanwhile. A mistake leaves no new folder behind."""
+    with locked(folder):
+        is_new = {path.name for path in folder.iterdir()} <= {LOCK}
+        try:
+            settings = plain_settings(config)
+            check(settings)
+            if not job.words.resumed and (folder / FILE).exists():
+                raise InputError(f"'{folder}' already holds a run. Resume it by run=, or choose another folder.")
+            save(settings, folder)
+            if job.command == "search":
+                mirror = settings["study"]["mirror"]
+                if mirror:
+                    print("study.mirror is not saved: give it again when the run is resumed.", flush=True)
+                job.again = " ".join(
+                    ["mpsearch search", run_option(folder), *([shlex.quote(f"study.mirror={mirror}")] if mirror else [])]
+                )
+            yield settings
+        except InputError:
+            if is_new and {path.name for path in folder.iterdir()} <= {FILE, LOCK}:
+                for name in (FILE, LOCK):
+                    (folder / name).unlink(missing_ok=True)
+                folder.rmdir()
+            raise
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends the block as an interrupt does."""
+
+    def end(*_: Any) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def leave_working_directory() -> None:
+    """Take the working directory, where Python and PYTHONPATH put it, off `sys.path`: it may be a folder from elsewhere."""
+    here = os.path.realpath(os.getcwd())
+    if here not in map(os.path.realpath, (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))):
+        sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]
 
 
 def _version() -> str:

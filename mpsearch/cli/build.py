@@ -59,7 +59,7 @@ def check(settings: dict[str, Any]) -> None:
     for name in ("scheme", "cost") if "n_trials" in settings else ("scheme",):
         if not settings.get(name):
             raise InputError(f"{name} must be given: {name}=[NAME,...]")
-    for name, quantizer in settings["quantizer_of"].items():
+    for name, quantizer in settings.get("quantizer_of", {}).items():
         if name not in settings["scheme"]:
             raise InputError(f"quantizer_of.{name}: this run has no scheme '{name}'.{did_you_mean(name, settings['scheme'])}")
         if not isinstance(quantizer, dict):

@@ -8,16 +8,29 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from mpsearch.cli.refusals import must_be_given, one_line
+from mpsearch.cli.refusals import must_be_given
+from mpsearch.cli.saved import FILE, primary, require_trust, saved
 from mpsearch.errors import InputError
-from mpsearch.files import write_atomically
 
-# What may differ from the saved config when a run goes on; anything else would change what its trials mean.
+# What may differ from the saved config when a run is resumed; anything else would change what its trials mean.
 RESUMABLE = ("n_trials", "max_seconds", "device", "executor", "study.mirror", "confirm.finetune_steps")
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a command line says: `overrides` and flags for Hydra, and the folder and the saved config of the run that it names."""
+
+    overrides: list[str]
+    run: Path | None = None
+    config: dict[str, Any] | None = None
+    resumed: bool = False
+    own_code: bool = False  # names classes of the user's, which may lie in the working directory
 
 
 def complete(words: list[str], commands: Collection[str]) -> list[str]:
@@ -35,12 +48,13 @@ def complete(words: list[str], commands: Collection[str]) -> list[str]:
     return [typed[0], *words]
 
 
-def prepare(command: str, words: list[str]) -> tuple[list[str], bool]:
-    """The words for Hydra, and whether they go on with a run that was interrupted."""
+def prepare(command: str, words: list[str]) -> Words:
+    """The words for Hydra. Raises `InputError` where a saved config names code that is not mpsearch's own and is not trusted."""
     overrides: list[str] = []
     flags: list[str] = []
     keys: list[str] = []
     run = None
+    names_run = any(word.startswith("run=") for word in words)
     for word in words:
         key, equals, value = word.partition("=")
         key = key.lstrip("+")
@@ -51,15 +65,13 @@ def prepare(command: str, words: list[str]) -> tuple[list[str], bool]:
             raise InputError(f"'{key}' is given twice; give it once.")
         keys.append(key)
         if key == "run":
-            if not _unquoted(value):
-                raise InputError(must_be_given("run"))
-            run = None if value == "null" else Path(_unquoted(value)).expanduser().absolute()
+            run = _folder(value)
         elif key == "quantizer_of":
             pairs = [pair.split(":") for pair in value.strip("{} ").split(",") if pair.strip()]
             if any(len(pair) != 2 for pair in pairs):
                 raise InputError(f"'{word}' cannot be read: a quantizer for one scheme is written quantizer_of.w2=percentile.")
             overrides += [f"+quantizer@quantizer_of.{scheme.strip()}={name.strip()}" for scheme, name in pairs]
-        elif key == "executor" and run is not None:
+        elif key == "executor" and names_run:
             overrides.append(f"+executor={value}")  # a choice in the place of what was saved
         elif match := re.fullmatch(r"quantizer_of\.([^.]+)", key):
             overrides.append(f"+quantizer@quantizer_of.{match[1]}={value}")
@@ -69,57 +81,55 @@ def prepare(command: str, words: list[str]) -> tuple[list[str], bool]:
     if is_sweep and (run or command in ("solve", "finetune", "report", "export")):
         raise InputError("run= names one run, and --multirun starts many. Leave one of them out.")
     if run is None:
-        return [*overrides, *flags], False  # Hydra's parser knows no flag among the overrides
+        return Words([*overrides, *flags], own_code=True)  # Hydra's parser knows no flag among the overrides
+    return _of_saved(command, words, run, keys, overrides, flags)
+
+
+def _of_saved(command: str, words: list[str], run: Path, keys: list[str], overrides: list[str], flags: list[str]) -> Words:
+    """The words for Hydra where a run is named; `keys` are those that were given."""
     config = saved(run)
-    if command != "search":
-        return [_run_option(run), *overrides, *flags], False
-    if "n_trials" not in config:
-        raise InputError(f"'{run}' is no run of mpsearch search, so there is nothing to go on with.")
-    for key in keys:
-        if key not in ("run", *RESUMABLE) and not key.startswith(("hydra", "executor.")):
-            raise InputError(
-                f"'{key}' cannot change when a run goes on; {', '.join(RESUMABLE)} can. Start a new run without run=."
-            )
     if "executor" in keys:  # another one, with none of the old one's arguments
-        del config["executor"]
+        config.pop("executor", None)
+    trusted = any(re.fullmatch(r"\+*trust=true", word, re.IGNORECASE) for word in words)
+    if command != "report" and not trusted:
+        require_trust(config, run, command, words)
+    own_code = command != "report" and (
+        trusted or any("_target_" in w or w.startswith(("--config-", "-cd", "-cp")) for w in words)
+    )
+    folder = [f"run={quoted(run)}", "hydra.run.dir=."]  # a folder may be named ${, which Hydra's own records cannot hold
+    if command != "search":
+        return Words([*folder, *overrides, *flags], run, config, own_code=own_code)
+    if "n_trials" not in config:
+        raise InputError(f"'{run}' is no run of mpsearch search, so there is nothing to resume.")
+    if missing := sorted(primary(command) - config.keys() - {"executor"}):
+        raise InputError(f"'{run / FILE}' was saved by another version of mpsearch: it lacks {', '.join(missing)}.")
+    for key in keys:
+        if key not in ("run", "trust", *RESUMABLE) and not key.startswith(("hydra", "executor.")):
+            raise InputError(
+                f"'{key}' cannot change when a run is resumed; {', '.join(RESUMABLE)} can. Start a new run without run=."
+            )
+    overrides = [word for word in overrides if not re.match(r"\+*trust=", word)]
+    if config["study"].get("mirror") and "study.mirror" not in keys:
+        print("mpsearch: study.mirror is not taken from a saved config; give it again to write the mirror.", file=sys.stderr)
+    config["study"]["mirror"] = None
     # The saved config takes the place of search.yaml, which is why --cfg job shows it too.
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="saved", node=config)
     hydra = ["hydra.job.name=search", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
-    folder = [_run_option(run), _run_option(run, "hydra.run.dir")]
-    return [*folder, *hydra, *overrides, *flags, "--config-name", "saved"], True
+    return Words([*folder, *hydra, *overrides, *flags, "--config-name", "saved"], run, config, True, own_code)
 
 
-def saved(run: Path) -> dict[str, Any]:
-    """The config that a run was made with."""
-    from omegaconf import OmegaConf
-
-    path = run / "config.yaml"
-    if not run.is_dir():
-        raise InputError(f"There is no run folder '{run}'.")
-    if not path.is_file():
-        raise InputError(f"'{run}' has no config.yaml, so it is no run of mpsearch.")
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:
-        raise InputError(f"'{path}' cannot be read, so the run cannot be used: {one_line(error)}") from error
-    if not isinstance(config, dict) or not {"model", "task", "scheme"} <= config.keys():
-        raise InputError(f"'{path}' is not the config of a run: model, task or scheme is missing.")
-    return cast(dict[str, Any], config)
+def quoted(path: Path) -> str:
+    """A path in Hydra's grammar, as OmegaConf reads it: a backslash there is one only before a quote or before `${`."""
+    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", str(path))
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
 
 
-def save(settings: dict[str, Any], path: Path) -> None:
-    """Writes the config of a run: whole or not at all."""
-    from omegaconf import OmegaConf
-
-    write_atomically(path, OmegaConf.to_yaml(OmegaConf.create(settings)))
-
-
-def _run_option(run: Path, key: str = "run") -> str:
-    """`run='...'` in Hydra's grammar."""
-    return f"{key}='" + str(run).replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def _unquoted(value: str) -> str:
-    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+def _folder(value: str) -> Path | None:
+    """The folder of `run=`; quotes round it belong to the name only where such a folder exists."""
+    if not os.path.isdir(value) and len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        value = value[1:-1]
+    if not value:
+        raise InputError(must_be_given("run"))
+    return None if value == "null" else Path(os.path.expanduser(value)).absolute()

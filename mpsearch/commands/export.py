@@ -7,7 +7,7 @@ from pathlib import Path
 from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
 from mpsearch.commands.show import relative, summary
 from mpsearch.equalization import recorded
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, run_option
 from mpsearch.evaluation_rows import SCORED
 from mpsearch.exporters.base import Picked
 from mpsearch.finetune import restored
@@ -24,7 +24,7 @@ def export(settings: Settings, build: Build, folder: Path) -> None:
     picked = pick(result, **settings["pick"])
     trained = [result.finetuned(split).get(picked.allocation) for split in SCORED]
     if settings["finetuned"] and trained[0] is None:
-        raise InputError(f"This point was not trained. Run: mpsearch finetune run={relative(folder)} with the same pick.")
+        raise InputError(f"This point was not trained. Run: mpsearch finetune {run_option(folder)} with the same pick.")
     exporter = build("exporter")
     prepared = prepare(settings, build, recorded(folder))
     RunFolder(folder).identify(prepared.identity(settings))

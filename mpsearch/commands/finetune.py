@@ -11,9 +11,9 @@ from mpsearch.allocation import Allocation
 from mpsearch.budget import read_budgets
 from mpsearch.commands.hardware import costs_of_run
 from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
-from mpsearch.commands.show import paths, relative, summary
+from mpsearch.commands.show import paths, summary
 from mpsearch.equalization import recorded
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, run_option
 from mpsearch.evaluation import FINETUNED, Evaluation
 from mpsearch.evaluation_rows import SCORED
 from mpsearch.finetune import Finetuned, Training
@@ -62,7 +62,7 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
     )
     paths(folder, page, "pareto.png")
     check_verified([confirmed])
-    print(f"export it: mpsearch export run={relative(folder)} pick.point={point_id(allocation)} finetuned=true")
+    print(f"export it: mpsearch export {run_option(folder)} pick.point={point_id(allocation)} finetuned=true")
 
 
 def train_point(

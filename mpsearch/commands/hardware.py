@@ -17,14 +17,16 @@ from mpsearch.errors import InputError
 from mpsearch.files import file_errors
 from mpsearch.hardware import facts, measure_latency, self_test
 from mpsearch.report import draw_latency
-from mpsearch.result import RunFolder
 from mpsearch.trace import batch_length, first_samples
 
 LATENCY_SECONDS = 10.0  # spent on a latency table that a search needs
 
 
 def hardware(settings: Settings, build: Build, folder: Path) -> None:
-    """What this machine is, whether its kernels are right, what they run of this model, and how fast."""
+    """What this machine is, whether its kernels are right, what they run of this model, and how fast.
+
+    The caller holds the lock of the folder.
+    """
     prepared = prepare(settings, build)
     about = Table(title="This machine", show_header=False)
     for what, words in facts().items():
@@ -35,10 +37,9 @@ def hardware(settings: Settings, build: Build, folder: Path) -> None:
         print(f"self-test of {backend}: {n - n_wrong} of {n} cases agree with the specification")
     if not tests:
         print("self-test: there are no compiled kernels; everything runs on plain PyTorch")
-    with RunFolder(folder).locked():
-        path = latency_table(prepared, settings["batch_size"], folder, settings["seconds"])
-        rows = read_latency(path)
-        draw_latency(rows, prepared.space, folder)
+    path = latency_table(prepared, settings["batch_size"], folder, settings["seconds"])
+    rows = read_latency(path)
+    draw_latency(rows, prepared.space, folder)
     stdout().print(_kernel_table(prepared.space, rows))
     paths(folder, path, "latency.png")
     if wrong := [backend for backend, _, n_wrong in tests if n_wrong]:

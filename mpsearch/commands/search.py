@@ -17,12 +17,12 @@ from mpsearch.commands.finetune import train_point
 from mpsearch.commands.hardware import latency_table
 from mpsearch.commands.prepare import Build, Prepared, Settings, engine_elsewhere, prepare
 from mpsearch.commands.sensitivity import measured_sensitivity
-from mpsearch.commands.show import paths, relative, summary
+from mpsearch.commands.show import paths, summary
 from mpsearch.confirm import confirm
 from mpsearch.costs.latency import LatencyMs
 from mpsearch.costs.size import Bytes
 from mpsearch.equalization import recorded
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, run_option
 from mpsearch.evaluation import SensitivityTable
 from mpsearch.executors.base import Executor, at_least_one
 from mpsearch.finetune import Training, check_trainable
@@ -43,7 +43,7 @@ SIZES = ("size_bytes", "average_bits", "fraction")  # every evaluation has them
 
 
 def search(settings: Settings, build: Build, folder: Path) -> None:
-    """Measure, search, confirm, report; or go on where an interrupted run stopped."""
+    """Measure, search, confirm, report; or resume an interrupted run. The caller holds the lock of the folder."""
     prepared = prepare(settings, build, recorded(folder))
     print(sentence(prepared.not_searched))
     space = prepared.space
@@ -78,7 +78,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     training = _training(settings, prepared)
     max_drop = _max_drop(settings["max_drop"], prepared.task)
     run = RunFolder(folder)
-    with run.locked(), executor:
+    with executor:
         if in_flight is None and (folder / "space.json").exists():  # a run goes on as it began
             in_flight = run.read_identity().get("trials", {}).get("in_flight")
         engine = prepared.engine(settings, folder)
@@ -152,7 +152,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         summary(result, picked)
         paths(folder, page, "pareto.png", "front.csv")
         check_verified(result.on("confirm").values())
-        print(f"export a point: mpsearch export run={relative(folder)} pick.point={point_id(picked.allocation)}")
+        print(f"export a point: mpsearch export {run_option(folder)} pick.point={point_id(picked.allocation)}")
 
 
 def _max_drop(asked: Any, task: Task) -> float:

@@ -21,16 +21,15 @@ from mpsearch.unsearched import sentence
 
 
 def sensitivity(settings: Settings, build: Build, folder: Path) -> None:
-    """The sensitivity table and its chart, and nothing else."""
+    """The sensitivity table and its chart, and nothing else. The caller holds the lock of the folder."""
     prepared = prepare(settings, build, recorded(folder))
     print(sentence(prepared.not_searched))
     metric: SensitivityMetric = build("metric")
     run = RunFolder(folder)
-    with run.locked():
-        prepared.record(folder)
-        unit = metric.unit_for(prepared.divergence)
-        run.identify({**prepared.identity(settings), "metric": {"name": metric.name, "unit": unit, "exact": metric.exact}})
-        table = measured_sensitivity(prepared.engine(settings, folder), metric, run, {})
+    prepared.record(folder)
+    unit = metric.unit_for(prepared.divergence)
+    run.identify({**prepared.identity(settings), "metric": {"name": metric.name, "unit": unit, "exact": metric.exact}})
+    table = measured_sensitivity(prepared.engine(settings, folder), metric, run, {})
     draw_sensitivity(table, folder)
     space = prepared.space
     shown = Table(title=f"{metric.name} ({table.unit}) of each layer alone")

@@ -9,12 +9,12 @@ from pathlib import Path
 from mpsearch.budget import read_budgets
 from mpsearch.commands.hardware import costs_of_run
 from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
-from mpsearch.commands.show import paths, relative, summary
+from mpsearch.commands.show import paths, summary
 from mpsearch.confirm import confirm
 from mpsearch.costs.activation_bytes import ActivationBytes
 from mpsearch.costs.size import Bytes
 from mpsearch.equalization import recorded
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, run_option
 from mpsearch.pick import point_id
 from mpsearch.report import write_report
 from mpsearch.result import RunFolder, SearchResult
@@ -35,7 +35,7 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
         raise InputError(f"max_drop must be a number from 0 to {most}, 0.01 for a point of accuracy; got '{max_drop}'.")
     space, quality = result.space, result.quality_name
     if not result.front:
-        raise InputError(f"The run has no front to start from yet. Let it go on: mpsearch search run={relative(folder)}.")
+        raise InputError(f"The run has no front to start from yet. Let it go on: mpsearch search {run_option(folder)}.")
     costs, batch_size = costs_of_run(settings, build, folder)
     budgets = read_budgets({**result.budgets, **asked}, costs, space)
     own = read_budgets(result.budgets, costs, space)
@@ -66,4 +66,4 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
         page = write_report(result, folder, picked, confirmed)
         summary(result, picked)
         paths(folder, page, "pareto.png", "front.csv")
-        print(f"export it: mpsearch export run={relative(folder)} pick.point={point_id(picked.allocation)}")
+        print(f"export it: mpsearch export {run_option(folder)} pick.point={point_id(picked.allocation)}")
