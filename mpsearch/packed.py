@@ -197,13 +197,14 @@ def packed_modules(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in modules if isinstance(module, PackedModule | Dequantized)}
 
 
-def save(model: nn.Module, path: Path | str, folds: Sequence[Pair] | None = None) -> Path:
+def save(model: nn.Module, path: Path | str, folds: Sequence[Pair] | None = None, max_bytes: float | None = None) -> Path:
     """Write a packed model to a safetensors file: stored tensors, and all other parameters and buffers; returns the path.
 
     `folds` are the batch norms that were folded, `None` those that `pack` folded: `load` is given the network unfolded.
 
     The tensors weigh what `size_bytes` counted; the file's metadata describe them (JSON), with a digest over the description and
-    all tensors. `InputError` where the model is not packed, or the file cannot be written.
+    all tensors. `InputError` where the model is not packed, the file cannot be written, or all of it would have more than
+    `max_bytes`.
     """
     modules = packed_modules(model)
     folds = getattr(model, "folded_batch_norms", ()) if folds is None else folds
@@ -235,18 +236,26 @@ def save(model: nn.Module, path: Path | str, folds: Sequence[Pair] | None = None
         else:
             first[tensor.data_ptr(), tensor.shape] = name
             tensors[name] = tensor
+    size_bytes = sum(tensor.nbytes for tensor in tensors.values())
     about = {
         "version": VERSION,
         "folds": [list(pair) for pair in folds],
         "layers": layers,
         "clips": [name for name, module in model.named_modules() if isinstance(module, ChannelClip)],
         "shared": shared,
-        "size_bytes": sum(tensor.nbytes for tensor in tensors.values()),
+        "size_bytes": size_bytes,
     }
     path = Path(path)
     with file_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, tensor_file(tensors, FORMAT, about))
+    content = tensor_file(tensors, FORMAT, about)
+    if max_bytes is not None and len(content) > max_bytes:
+        header = len(content) - size_bytes
+        raise InputError(
+            f"{path.name} would have {len(content):,} bytes, and the budget is {max_bytes:,.10g}: the tensors have "
+            f"{size_bytes:,}, their description {header:,}. Export a smaller point: pick.max_bytes={max_bytes - header:.0f}."
+        )
+    write_atomically(path, content)
     return path
 
 

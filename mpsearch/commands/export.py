@@ -34,7 +34,7 @@ def export(settings: Settings, build: Build, folder: Path) -> None:
         scored, scores = trained[0], {e.split: e for e in trained if e is not None}
         engine = restored(engine, scored.allocation, scored.loss, folder / "finetuned")
     before = prepared.model_sha256, prepared.folds, prepared.equalization
-    what = Picked(scored, scores, result.baselines, result.quality_name, *before)
+    what = Picked(scored, scores, result.baselines, result.quality_name, *before, result.budgets.get("bytes"))
     path = exporter.export(what, engine, folder)
     write_report(result, folder, picked)
     summary(result, scored)

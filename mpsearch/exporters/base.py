@@ -26,7 +26,7 @@ class Picked:
     """What an exporter is given: the picked point, its scores (split -> evaluation), and what the model was before.
 
     `model_sha256` is the checksum of the float model as it was built, `folds` the (layer, batch norm) pairs folded since,
-    `equalization` how its channels were scaled then, if they were.
+    `equalization` how its channels were scaled then, if they were, `max_bytes` the run's budget, which limits a whole file.
     """
 
     evaluation: Evaluation
@@ -36,6 +36,7 @@ class Picked:
     model_sha256: str
     folds: Sequence[tuple[str, str]]
     equalization: Equalization | None = None
+    max_bytes: float | None = None
 
 
 class Exporter(ABC):

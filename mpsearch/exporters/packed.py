@@ -17,7 +17,7 @@ class Packed(Exporter):
     def export(self, picked: Picked, engine: QuantEngine, folder: Path) -> Path:
         """The path of `packed.safetensors`."""
         with packed.packed(engine, picked.evaluation.allocation) as model:
-            return packed.save(model, folder / "packed.safetensors", picked.folds)
+            return packed.save(model, folder / "packed.safetensors", picked.folds, picked.max_bytes)
 
     def load(self, path: Path, model: nn.Module) -> nn.Module:
         """See `mpsearch.packed.load`."""
