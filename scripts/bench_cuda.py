@@ -197,18 +197,18 @@ def bench_products(shape: tuple[int, int], widths: list[int], all_tokens: list[i
 
 
 def bench_quantize(copy_rate: float) -> None:
-    """The kernel alone: `quantize` also asks whether all was finite, for which it waits."""
+    """The kernel alone: `kernels.quantize` also asks whether all was finite, for which it waits."""
     weight = torch.randn(LARGE, device="cuda")
     codes, flag = torch.empty_like(weight, dtype=torch.uint8), torch.zeros(1, dtype=torch.int32, device="cuda")
-    scales = torch.empty(LARGE[0], LARGE[1] // GROUP_SIZE, dtype=torch.float16, device="cuda")
+    scales = weight.new_empty(weight.numel() // GROUP_SIZE, dtype=torch.float16)
     zero_points = torch.empty_like(scales, dtype=torch.uint8)
     ratios = torch.linspace(1, 0.4, 80, device="cuda")
 
     def run(ratios: Tensor | None) -> None:
         library = cuda_backend.library
         assert library is not None
-        written = [codes.data_ptr(), 0, scales.data_ptr(), zero_points.data_ptr(), flag.data_ptr()]
-        addresses = [weight.data_ptr(), 0, 0 if ratios is None else ratios.data_ptr(), *written]
+        outputs = (codes.data_ptr(), scales.data_ptr(), zero_points.data_ptr(), flag.data_ptr())
+        addresses = [weight.data_ptr(), 0, 0 if ratios is None else ratios.data_ptr(), *outputs]
         n_ratios = 0 if ratios is None else len(ratios)
         library.call("quantize", weight, *addresses, *LARGE, GROUP_SIZE, 1, n_ratios, 4, False, True)
 

@@ -51,6 +51,21 @@ def eager_grid(low: Tensor, high: Tensor, ratio: float) -> tuple[Tensor, Tensor,
     return scale, inverse, torch.round(torch.clamp(-low * ratio * inverse, 0, TOP))
 
 
+def eager_quantize(weight: Tensor) -> Tensor:
+    groups = weight.view(-1, GROUP_SIZE)
+    low, high = groups.amin(1, keepdim=True).clamp(max=0), groups.amax(1, keepdim=True).clamp(min=0)
+    _, inverse, zero = eager_grid(low, high, 1.0)
+    return torch.clamp(torch.round(groups * inverse + zero), 0, TOP).to(torch.uint8).view_as(weight)
+
+
+def in_place_quantize(weight: Tensor) -> Tensor:
+    groups = weight.view(-1, GROUP_SIZE)
+    low, high = groups.aminmax(dim=1, keepdim=True)
+    low, high = low.clamp_(max=0), high.clamp_(min=0)
+    _, inverse, zero = eager_grid(low, high, 1.0)
+    return (groups * inverse).add_(zero).clamp_(0, TOP).round_().to(torch.uint8).view_as(weight)
+
+
 def eager_error(groups: Tensor, scale: Tensor, inverse: Tensor, zero: Tensor) -> Tensor:
     codes = torch.clamp(torch.round(groups * inverse + zero), 0, TOP)
     return ((codes - zero) * scale - groups).square().sum(1, keepdim=True)
@@ -110,8 +125,13 @@ def cases(rows: int, columns: int) -> list[Case]:
         name = f"clip search, {len(tried)} ratios"
         return Case(name, lambda: kernels.quantize(quarter, ratios=tried, **HOW), rivals, 5 * quarter.numel())
 
+    min_max = {
+        "torch eager": lambda: eager_quantize(weight),
+        "torch in place": lambda: in_place_quantize(weight),
+    }
     unpacked = {"torch eager": lambda: eager_dequantize(packed, scales, zero_points, rows, columns)}
     return [
+        Case("min-max", lambda: kernels.quantize(weight, **HOW)[0], min_max, 5 * n),
         *(search(torch.linspace(1, LOWEST_RATIO, count)) for count in (20, 80)),
         Case("pack", lambda: kernels.pack(codes, BITS), {"torch eager": lambda: eager_pack(codes)}, n + n_packed),
         Case("unpack", lambda: kernels.unpack(packed, BITS, n), {"torch eager": lambda: eager_unpack(packed)}, n + n_packed),

@@ -255,12 +255,12 @@ def _run_quantize(
     scales: Tensor,
     zero_points: Tensor | None,
 ) -> bool:
-    """Fill `codes`, `scales` and, where given, `zero_points`; whether all was finite."""
+    """Fill `codes`, `scales` and, if given, `zero_points`; whether all was finite."""
     rows, columns = weight.shape
-    importance = None if ratios is None else importance  # min-max minds no errors
+    importance = None if ratios is None else importance  # min-max has no errors to weigh
     if backend == "cuda":
         return cuda_backend.quantize(
-            weight, bits, group_size, symmetric, scale_dtype, ratios, importance, codes, None, scales, zero_points
+            weight, bits, group_size, symmetric, scale_dtype, ratios, importance, codes, scales, zero_points
         )
     return compiled.quantize(
         backend_index(backend),
@@ -268,7 +268,6 @@ def _run_quantize(
         0 if importance is None else importance.data_ptr(),
         0 if ratios is None else ratios.data_ptr(),
         codes.data_ptr(),
-        0,  # no dequantized floats
         scales.data_ptr(),
         0 if zero_points is None else zero_points.data_ptr(),
         rows,

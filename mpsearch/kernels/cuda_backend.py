@@ -21,7 +21,7 @@ from torch import Tensor
 _SIGNATURES = {  # api.h: p an address, q int64, i int, f float
     "count_devices": "p",
     "use_device": "i",
-    "quantize": "pppppppp" + "qqqqq" + "iii" + "p",
+    "quantize": "ppppppp" + "qqqqq" + "iii" + "p",
     "pack": "pppqip",
     "unpack": "ppqip",
     "dequantize": "pppp" + "qqq" + "ii" + "p",
@@ -110,19 +110,18 @@ def quantize(
     scale_dtype: torch.dtype,
     ratios: Tensor | None,
     importance: Tensor | None,
-    codes: Tensor | None,
-    dequantized: Tensor | None,
-    scales: Tensor | None,
+    codes: Tensor,
+    scales: Tensor,
     zero_points: Tensor | None,
 ) -> bool:
-    """Fill those of `codes`, `dequantized`, `scales` and `zero_points` that are given; whether all was finite."""
+    """Fill `codes`, `scales` and, if given, `zero_points`; whether all was finite."""
     rows, columns = weight.shape
     not_finite = torch.zeros(1, dtype=torch.int32, device=weight.device)
     if weight.numel():
         _used().call(
             "quantize",
             weight,
-            *_addresses(weight, importance, ratios, codes, dequantized, scales, zero_points, not_finite),
+            *_addresses(weight, importance, ratios, codes, scales, zero_points, not_finite),
             rows,
             columns,
             group_size,

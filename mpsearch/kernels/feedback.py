@@ -20,6 +20,7 @@ def round_with_feedback(
     *,
     bits: int,
     errors: Tensor | None = None,
+    fixed: Tensor | None = None,
 ) -> Tensor:
     """Codes uint8 `[rows, columns]`, found column by column on grids that are given.
 
@@ -30,11 +31,13 @@ def round_with_feedback(
     zero_points    float32 `[rows, n_groups]`; 0.5 is one too
     column_groups  int32 `[columns]`: which group a column belongs to, so that columns may come in any order
     errors         float32 `[rows, columns]`: (dequantized - weight) of codes to begin with; `None`: there are none yet
+    fixed          bool `[rows, columns]`: weights that are stored elsewhere, whose codes are not used; their errors stay as they
+                   are at first; `None`: none
 
     In ascending order every column j takes, errors e being 0 at first or those given,
 
         code[j] = nearest((weight[j] - sum over i != j of e[i] * feedback[j, i]) / scale + zero)
-        e[j]    = (code[j] - zero) * scale - weight[j]
+        e[j]    = (code[j] - zero) * scale - weight[j], unless fixed
 
     With H = (I + A)^T D (I + A), A strictly lower triangular and D diagonal, `feedback = A` without errors is GPTQ (Frantar et
     al. 2023, in the form of Chee et al. 2023, QuIP, theorem 6). With `errors` and `feedback[j, i] = H[j, i] / H[j, j]` it is one
@@ -44,11 +47,11 @@ def round_with_feedback(
     """
     weight, feedback, errors = readable("weight", weight), readable("feedback", feedback), readable("errors", errors)
     scales, zero_points = readable("scales", scales), readable("zero_points", zero_points)
-    column_groups = readable("column_groups", column_groups)
-    _check(weight, feedback, scales, zero_points, column_groups, bits, errors)
+    column_groups, fixed = readable("column_groups", column_groups), readable("fixed", fixed)
+    _check(weight, feedback, scales, zero_points, column_groups, bits, errors, fixed)
     backend = backend_of(weight, on_cuda=False)
     if backend == "reference":
-        return reference_feedback.round_with_feedback(weight, feedback, scales, zero_points, column_groups, bits, errors)
+        return reference_feedback.round_with_feedback(weight, feedback, scales, zero_points, column_groups, bits, errors, fixed)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     rows, columns = weight.shape
     if codes.numel():
@@ -60,6 +63,7 @@ def round_with_feedback(
             zero_points.data_ptr(),
             column_groups.data_ptr(),
             0 if errors is None else errors.data_ptr(),
+            0 if fixed is None else fixed.data_ptr(),
             codes.data_ptr(),
             rows,
             columns,
@@ -79,6 +83,7 @@ def _check(
     column_groups: Tensor,
     bits: int,
     errors: Tensor | None,
+    fixed: Tensor | None,
 ) -> None:
     if not 1 <= bits <= 8:
         raise InputError(f"bits is {bits}, but must be 1 to 8.")
@@ -96,6 +101,8 @@ def _check(
         "column_groups": (column_groups, (columns,), torch.int32),
         "errors": (weight if errors is None else errors, (rows, columns), torch.float32),
     }
+    if fixed is not None:
+        wanted["fixed"] = (fixed, (rows, columns), torch.bool)
     for name, (tensor, shape, dtype) in wanted.items():
         if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device != weight.device:
             raise InputError(

@@ -7,7 +7,7 @@ in ascending order:
 
     inverse  = 1 / scale, or 0 where |scale| is below 2**-126
     code     = rint(clamp(target[j] * inverse + zero, 0, 2**bits - 1))
-    error    = (code - zero) * scale - weight[j]
+    error    = (code - zero) * scale - weight[j], or e[j] where fixed
     target[l] -= (error - e[j]) * feedback[l, j]    for each later column l of the block
     e[j]     = error
 """
@@ -30,6 +30,7 @@ def round_with_feedback(
     column_groups: Tensor,  # [columns] int32
     bits: int,
     errors: Tensor | None,  # [rows, columns] float32
+    fixed: Tensor | None,  # [rows, columns] bool
 ) -> Tensor:
     """Codes uint8 `[rows, columns]`."""
     (rows, columns), k = weight.shape, len(feedback)
@@ -38,6 +39,7 @@ def round_with_feedback(
     scale, zero = (of[:, groups].reshape(weight.shape) for of in (scales, zero_points))
     inverse = torch.where(scale.abs() < SMALLEST_NORMAL, 0.0, 1.0 / scale)
     e = torch.zeros_like(weight) if errors is None else errors.reshape(weight.shape).clone()
+    stays = torch.zeros_like(weight, dtype=torch.bool) if fixed is None else fixed.reshape(weight.shape)
     diagonal = torch.eye(columns, dtype=torch.bool, device=weight.device)
     feedback = feedback.masked_fill(diagonal, 0.0)
     codes = torch.empty_like(weight)
@@ -49,7 +51,7 @@ def round_with_feedback(
         for j in range(begin, end):
             position = target[..., j - begin] * inverse[..., j] + zero[..., j]
             code = position.clamp(0, 2**bits - 1).round()
-            error = (code - zero[..., j]) * scale[..., j] - weight[..., j]
+            error = torch.where(stays[..., j], e[..., j], (code - zero[..., j]) * scale[..., j] - weight[..., j])
             target[..., j - begin + 1 :] -= (error - e[..., j])[..., None] * feedback[:, None, j + 1 : end, j]
             codes[..., j] = code
             e[..., j] = error

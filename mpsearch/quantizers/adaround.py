@@ -60,7 +60,8 @@ class AdaRound(GPTQ):
         single = hessian.float()
 
         def error(steps: Tensor) -> Tensor:
-            e = ((steps.clamp(0, top) - zero) * scale - weight).reshape(k, -1, columns)
+            e = (steps.clamp(0, top) - zero) * scale - weight
+            e = (e if grid.fixed is None else e.masked_fill(grid.fixed, 0.0)).reshape(k, -1, columns)
             return ((e @ single) * e).sum()
 
         usual = error(place.round()).clamp(min=torch.finfo(torch.float32).tiny) / weight.numel()

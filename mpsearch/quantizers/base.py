@@ -108,9 +108,15 @@ class Quantizer(ABC):
     def quantize(self, weight: Tensor, scheme: QuantScheme, moments: InputMoments | None = None) -> QuantizedTensor:
         """`weight` (float32, output channels first) as `scheme` stores it; errors weigh by the input's second moment."""
         if moments is None:
-            return scheme.quantize(weight, self.codes, None)
+            return scheme.quantize(weight, self._codes_without_feedback, None)
         moments = moments.met_by(scheme)
-        return scheme.quantize(weight, self.codes, moments.second_moment, moments.histogram)
+        return scheme.quantize(weight, self._codes_without_feedback, moments.second_moment, moments.histogram)
+
+    def _codes_without_feedback(
+        self, matrix: Tensor, scheme: Any, group_size: int, importance: Tensor | None, fixed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`codes`: where no weight takes the errors of others, `fixed` ones need no care."""
+        return self.codes(matrix, scheme, group_size, importance)
 
 
 def kernel_codes(

@@ -53,23 +53,38 @@ class GPTQ(ClipSearch):
         return scheme.quantize(weight, codes, moments.second_moment, moments.histogram)
 
     def _codes_by_hessian(
-        self, matrix: Tensor, scheme: Integer | Codebook, group_size: int, importance: Tensor | None, hessian: Tensor
+        self,
+        matrix: Tensor,
+        scheme: Integer | Codebook,
+        group_size: int,
+        importance: Tensor | None,
+        fixed: Tensor | None = None,
+        *,
+        hessian: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`codes` with the damped float64 `hessian` `[k, columns, columns]`; a matrix of one row is a whole tensor."""
         _, scales, zero_points = self.codes(matrix, scheme, group_size, importance)
         columns = hessian.shape[-1]
         weight = matrix.reshape(-1, columns)
         groups = (torch.arange(columns) // group_size).int()
-        rows, grid = len(weight), self._grid(scheme, scales, zero_points, len(weight))
+        rows, grid = len(weight), self._grid(scheme, scales, zero_points, weight.shape, fixed)
         codes, scales = self._solve(weight, hessian, scales.expand(rows, -1).contiguous(), grid, groups, len(matrix) < rows)
         return codes.reshape(matrix.shape), scales[: len(matrix)].contiguous(), zero_points
 
-    def _grid(self, scheme: Integer | Codebook, scales: Tensor, zero_points: Tensor | None, rows: int) -> Grid:
+    def _grid(
+        self,
+        scheme: Integer | Codebook,
+        scales: Tensor,
+        zero_points: Tensor | None,
+        shape: torch.Size,
+        fixed: Tensor | None,
+    ) -> Grid:
+        fixed = None if fixed is None else fixed.reshape(shape)
         if isinstance(scheme, Codebook):
-            return LevelGrid(scheme)
+            return LevelGrid(scheme, fixed=fixed)
         middle = 0.5 if scheme.bits == 1 else float(2 ** (scheme.bits - 1))
         zeros = torch.full(scales.shape, middle) if zero_points is None else zero_points.float()
-        return Integers(scheme.bits, zeros.expand(rows, -1).contiguous(), scales.dtype)
+        return Integers(scheme.bits, zeros.expand(shape[0], -1).contiguous(), scales.dtype, fixed=fixed)
 
     def _solve(
         self, weight: Tensor, hessian: Tensor, scales: Tensor, grid: Grid, groups: Tensor, shared: bool
@@ -80,7 +95,7 @@ class GPTQ(ClipSearch):
             order = hessian.diagonal(dim1=1, dim2=2).sum(0).argsort(descending=True, stable=True)
         feedback = triangular_feedback(hessian[:, order][:, :, order])
         codes = torch.empty(weight.shape, dtype=torch.uint8)
-        codes[:, order] = grid.rounded(weight[:, order].contiguous(), feedback, scales, groups[order])
+        codes[:, order] = grid.ordered(order).rounded(weight[:, order].contiguous(), feedback, scales, groups[order])
         return codes, scales
 
     def _damped(self, hessian: Tensor) -> Tensor:

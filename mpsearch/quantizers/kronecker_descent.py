@@ -9,7 +9,7 @@ row is rounded as by coordinate descent, to w_r - b. Rows take turns, from what 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
@@ -68,21 +68,22 @@ class KroneckerDescent(CoordinateDescent):
         scheme: Integer | Codebook,
         group_size: int,
         importance: Tensor | None,
+        fixed: Tensor | None = None,
+        *,
         hessian: Tensor,
         fisher: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`codes` with float64 `hessian` `[k, columns, columns]` and `fisher` `[k, rows / k, rows / k]`, both damped."""
-        codes, scales, zero_points = self._codes_by_hessian(matrix, scheme, group_size, importance, hessian)
+        codes, scales, zero_points = self._codes_by_hessian(matrix, scheme, group_size, importance, fixed, hessian=hessian)
         (k, per), columns, shape = fisher.shape[:2], hessian.shape[-1], codes.shape
         weight = matrix.reshape(-1, columns)
-        grid, groups = self._grid(scheme, scales, zero_points, len(weight)), (torch.arange(columns) // group_size).int()
+        grid, groups = self._grid(scheme, scales, zero_points, weight.shape, fixed), (torch.arange(columns) // group_size).int()
         if not isinstance(grid, Integers):
             return codes, scales, zero_points
         codes, every = codes.reshape(-1, columns).clone(), scales.expand(len(weight), -1).clone()
         for i in range(k):
             part = slice(i * per, (i + 1) * per)
-            of_part = replace(grid, zeros=grid.zeros[part])
-            rows = Rows(weight[part], hessian[i], fisher[i], of_part, groups, fit_scales=len(matrix) == len(weight))
+            rows = Rows(weight[part], hessian[i], fisher[i], grid.of_rows(part), groups, fit_scales=len(matrix) == len(weight))
             codes[part], every[part] = rows.descend(codes[part], every[part], self.n_passes)
         return codes.reshape(shape), every[: len(matrix)].contiguous(), zero_points
 
@@ -112,7 +113,7 @@ class Rows:
                 pulls = coupling[block] @ errors
                 for i in range(len(pulls)):
                     row = slice(begin + i, begin + i + 1)
-                    grid, target = replace(self.grid, zeros=self.grid.zeros[row]), self.weight[row] - pulls[i : i + 1]
+                    grid, target = self.grid.of_rows(row), self.weight[row] - pulls[i : i + 1]
                     if self.fit_scales:
                         scales[row] = fitted_scales(target, single, codes[row], scales[row], grid, self.groups, False)
                     start = dequantized(codes[row], scales[row], grid, self.groups) - target

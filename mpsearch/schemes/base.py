@@ -11,9 +11,9 @@ import importlib
 import math
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,9 +22,19 @@ from mpsearch.errors import InputError
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.input import InputFormat
 
-# (matrix, scheme, group size, importance) -> (codes, scales, zero points or None): the quantizer's `codes`. The scheme is one
-# that leaves it a choice: an `Integer` or a `Codebook`.
-FindCodes = Callable[[Tensor, Any, int, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
+
+class FindCodes(Protocol):
+    """The quantizer's algorithm, as a scheme calls it that leaves a choice: an `Integer` or a `Codebook`."""
+
+    def __call__(
+        self, matrix: Tensor, scheme: Any, group_size: int, importance: Tensor | None, fixed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes uint8, scales, and zero points or `None`, of a float32 matrix `[rows, columns]`.
+
+        `fixed`, bool for each value of the matrix in its order, marks weights that are stored elsewhere and are 0 in the matrix.
+        Their codes are not used: they have no error to make up for, and cannot make up for those of others.
+        """
+
 
 # Tensor name -> (dtype, shape).
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]

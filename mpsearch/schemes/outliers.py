@@ -3,7 +3,8 @@
 SpQR (Dettmers et al. 2023, https://arxiv.org/abs/2306.03078) keeps those weights that cost most when they are rounded. Here they
 are a fixed share of each layer. Which ones is tried out: the largest, whose ranges the others share, and those with the largest
 errors, weighted by importance, of the whole tensor and again of the best so far. Each time what is left is quantized anew, and
-the choice with the least weighted error stands.
+the choice with the least weighted error stands. A quantizer that makes up for errors in other weights leaves the outliers out:
+they have no error, and their codes are overwritten.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,7 +121,7 @@ class Outliers(QuantScheme):
             kept = torch.zeros_like(matrix, dtype=torch.bool)
             kept.view(-1)[values.flatten().topk(self.count(tuple(weight.shape))).indices] = True
             rest, left = torch.where(kept, 0.0, matrix).reshape(weight.shape), torch.where(kept, 0.0, weighs)
-            quantized = self.dense.quantize(rest, codes, left, seen)
+            quantized = self.dense.quantize(rest, partial(codes, fixed=kept), left, seen)
             error = error_of(quantized)
             return error[~kept].double().sum().item(), error, kept, quantized
 

@@ -50,7 +50,7 @@ def test_nothing_is_read_or_written_behind_the_end(emulated: cuda_backend.Librar
                 weight, out = ends(torch.randn(rows, columns)), ends(torch.empty(rows, columns))
                 written = [ends(of) for of in kernels.quantize(weight, bits=bits, group_size=group_size, symmetric=False)]
                 cuda_backend.quantize(
-                    weight, bits, group_size, False, torch.float16, None, None, written[0], None, written[1], written[2]
+                    weight, bits, group_size, False, torch.float16, None, None, written[0], written[1], written[2]
                 )
                 packed = ends(kernels.pack(codes, bits))
                 cuda_backend.pack(codes, packed, bits)

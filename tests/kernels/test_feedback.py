@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -40,15 +42,43 @@ def test_backends_equal_the_reference(rows, columns, k, n_groups, bits):
     weight, hessian, scales, zeros, groups = problem(rows, columns, k, n_groups, bits)
     if rows:
         scales[0, 0] = 0.0  # a group of zeros
-    errors = 0.1 * torch.randn(rows, columns)
+    errors, fixed = 0.1 * torch.randn(rows, columns), torch.rand(rows, columns) < 0.2
     full = (hessian / hessian.diagonal(dim1=1, dim2=2)[:, :, None]).float()
-    for feedback, start in ((triangular_feedback(hessian), None), (full, errors)):
-        arguments = (weight, feedback, scales, zeros, groups)
+    for feedback, start, stays in itertools.product((triangular_feedback(hessian), full), (None, errors), (None, fixed)):
+        arguments, how = (weight, feedback, scales, zeros, groups), {"bits": bits, "errors": start, "fixed": stays}
         with kernels.use_backend("reference"):
-            expected = kernels.round_with_feedback(*arguments, bits=bits, errors=start)
+            expected = kernels.round_with_feedback(*arguments, **how)
         for backend in COMPILED:
             with kernels.use_backend(backend):
-                assert torch.equal(kernels.round_with_feedback(*arguments, bits=bits, errors=start), expected), backend
+                assert torch.equal(kernels.round_with_feedback(*arguments, **how), expected), backend
+
+
+@pytest.mark.parametrize("backend", kernels.available_backends())
+def test_a_fixed_column_takes_no_part(backend):
+    """Where it has no error the other codes are those without the column; where it has one, of weights less its share."""
+    weight, hessian, scales, zeros, _ = problem(5, 30, 1, 1, 3)
+    feedback = (hessian / hessian.diagonal(dim1=1, dim2=2)[:, :, None]).float()
+    column, groups = 11, torch.zeros(30, dtype=torch.int32)
+    others = torch.arange(30) != column
+    fixed = torch.zeros(5, 30, dtype=torch.bool)
+    fixed[:, column] = True
+    errors = (0.1 * torch.randn(5, 30)).masked_fill(fixed, 0.0)
+    without = (feedback[:, others][:, :, others].contiguous(), scales, zeros, groups[:29])
+    with kernels.use_backend(backend):
+        for start in (None, errors):
+            found = kernels.round_with_feedback(weight, feedback, scales, zeros, groups, bits=3, errors=start, fixed=fixed)
+            of_others = None if start is None else start[:, others].contiguous()
+            expected = kernels.round_with_feedback(weight[:, others].contiguous(), *without, bits=3, errors=of_others)
+            assert torch.equal(found[:, others], expected)
+        errors[:, column] = 2.0
+        found = kernels.round_with_feedback(weight, feedback, scales, zeros, groups, bits=3, errors=errors, fixed=fixed)
+        target = weight - 2.0 * feedback[0, :, column]
+        e = errors.clone()
+        for j in others.nonzero().flatten().tolist():
+            left = target[:, j] - e[:, others] @ feedback[0, j, others] + e[:, j] * feedback[0, j, j]
+            code = (left / scales[:, 0] + zeros[:, 0]).round().clamp(0, 7)
+            e[:, j] = (code - zeros[:, 0]) * scales[:, 0] - weight[:, j]
+            assert torch.equal(found[:, j].float(), code)
 
 
 def test_threads_give_the_same():
@@ -98,6 +128,7 @@ def test_it_is_gptq_as_published():
         ({"feedback": torch.zeros(3, 6, 6)}, "feedback has 3 matrices, but the 4 rows"),
         ({"column_groups": torch.full((6,), 2, dtype=torch.int32)}, "column_groups must be 0 to 1, as scales have 2 groups"),
         ({"errors": torch.zeros(4, 5)}, r"errors is torch.float32 \[4, 5\]"),
+        ({"fixed": torch.zeros(4, 6)}, r"fixed is torch.float32 \[4, 6\] on cpu, but must be torch.bool \[4, 6\]"),
         ({"weight": torch.zeros(4)}, "have 1, 3 and 2 dimensions, but must have 2, 3 and 2"),
     ],
 )

@@ -151,7 +151,7 @@ def test_packing(names: tuple[str, ...], bits: int) -> None:
         with kernels.use_backend(name):
             for numel in test_pack.SIZES:
                 test_pack.test_round_trip(name, bits, numel)
-            test_pack.test_dequantize_is_that_of_the_reference(name, bits, bits % 2 == 0, torch.float16)
+            test_pack.test_dequantize_equals_the_reference(name, bits, bits % 2 == 0, torch.float16)
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -65,7 +65,7 @@ def test_codes_that_do_not_fit_are_refused(backend: str, at: int) -> None:
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", range(1, 9))
-def test_dequantize_is_that_of_the_reference(backend: str, bits: int, symmetric: bool, scale_dtype: torch.dtype) -> None:
+def test_dequantize_equals_the_reference(backend: str, bits: int, symmetric: bool, scale_dtype: torch.dtype) -> None:
     torch.manual_seed(bits)
     for (rows, columns), group_size in [
         ((0, 5), 3),

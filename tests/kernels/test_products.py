@@ -222,11 +222,12 @@ def test_quantized_weights_multiply_as_they_dequantize() -> None:
     weight, x = torch.randn(100, 300), torch.randn(6, 300)
     for bits, symmetric in itertools.product(range(1, 9), (False, True)):
         how = {"bits": bits, "group_size": 64, "symmetric": symmetric}
-        packed = kernels.pack_weight(*kernels.quantize(weight, **how), bits=bits, group_size=64)
-        fake = reference.dequantize_codes(*kernels.quantize(weight, **how), bits, 64)
-        assert largest_error(kernels.linear(x, packed), x, fake) <= 1
+        quantized = kernels.quantize(weight, **how)
+        packed = kernels.pack_weight(*quantized, bits=bits, group_size=64)
+        dequantized = reference.dequantize_codes(*quantized, bits, 64)
+        assert largest_error(kernels.linear(x, packed), x, dequantized) <= 1
         x8, scale = reference.quantize_tokens(x, None, 127, -1)
-        torch.testing.assert_close(kernels.linear_a8(x, packed), scale * x8 @ fake.T, rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(kernels.linear_a8(x, packed), scale * x8 @ dequantized.T, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("backend", kernels.available_backends())

@@ -39,7 +39,6 @@ def assert_equals_reference(weight: Tensor, **how) -> None:
 
 
 def dequantized(weight: Tensor, **how) -> Tensor:
-    """What the weight becomes by quantizing it."""
     return reference.dequantize_codes(*kernels.quantize(weight, **how), how["bits"], how["group_size"])
 
 
@@ -162,10 +161,6 @@ def test_a_search_is_never_worse_than_min_max() -> None:
         assert searched <= plain * (1 + 1e-6)
 
 
-def _call(function, *, weight: Tensor, **how) -> None:
-    function(weight, **how)
-
-
 @pytest.mark.parametrize("backend", kernels.available_backends())
 @pytest.mark.parametrize(
     ("change", "sentence"),
@@ -199,4 +194,4 @@ def _call(function, *, weight: Tensor, **how) -> None:
 def test_bad_arguments(backend: str, change: dict, sentence: str) -> None:
     good = {"weight": torch.ones(4, 6), "bits": 4, "group_size": 4, "symmetric": False}
     with kernels.use_backend(backend), pytest.raises(InputError, match=sentence):
-        _call(kernels.quantize, **(good | change))
+        kernels.quantize(**(good | change))

@@ -2,15 +2,18 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mpsearch.errors import InputError
+from mpsearch.quantizers.adaround import AdaRound
 from mpsearch.quantizers.base import InputMoments
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.quantizers.gptq import GPTQ
+from mpsearch.quantizers.kronecker_descent import KroneckerDescent
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.base import scheme_from_fields
 from mpsearch.schemes.codebook import Codebook
@@ -20,7 +23,7 @@ from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.outliers import Outliers
 
 DENSE = [Integer(3), Integer(2, 16, symmetric=False), Integer(4, "tensor"), Codebook("nf4", 16), Codebook("e2m1", 16, "e4m3")]
-QUANTIZERS = [RoundToNearest(), ClipSearch(20), GPTQ(), CoordinateDescent()]
+QUANTIZERS = [RoundToNearest(), ClipSearch(20), GPTQ(), CoordinateDescent(), KroneckerDescent(), AdaRound(n_steps=20)]
 
 
 def weights(shape=(8, 3, 3, 3), seed=0):
@@ -33,6 +36,11 @@ def given(columns, k=1):
     torch.manual_seed(1)
     x = torch.randn(k, 300, columns).cumsum(-1) * 0.3
     return InputMoments(x.mean(1), x.square().mean(1), 300, hessian=x.transpose(1, 2) @ x / 300)
+
+
+def with_fisher(moments, rows):
+    g = torch.randn(200, rows).cumsum(1)
+    return replace(moments, fisher=(g.T @ g / 200)[None])
 
 
 def squared(quantized, weight, importance=1.0):
@@ -59,7 +67,7 @@ def test_bytes_and_values(dense, share):
     for shape, quantizer in itertools.product([(6, 4, 3), (5, 33), (1, 7), (7,), (0, 5)], QUANTIZERS):
         weight = weights(shape)
         columns = weight[0].numel() if len(weight) else 0
-        quantized = quantizer.quantize(weight, scheme, given(columns) if len(weight) else None)
+        quantized = quantizer.quantize(weight, scheme, with_fisher(given(columns), len(weight)) if len(weight) else None)
         assert 8 * quantized.nbytes == scheme.storage_bits(shape)
         dequantized = quantized.dequantize()
         assert dequantized.shape == shape
@@ -78,6 +86,53 @@ def test_the_error_falls_by_more_than_the_outliers_own(dense, quantizer):
         left = squared(quantizer.quantize(weight, scheme, known), weight, importance)
         assert left <= (alone.sum() - alone.topk(n).values.sum()) * 1.01
         assert left < 0.9 * alone.sum()
+
+
+@pytest.mark.parametrize("dense", DENSE[:3], ids=str)
+def test_no_dense_code_can_be_improved(dense):
+    """Coordinate descent ends where no neighbour of a code gives a smaller e^T H e, in which outliers have no error."""
+    shape, moments, scheme = (6, 48), given(48), Outliers(dense, 0.2)
+    weight = weights(shape).half().float()
+    found = CoordinateDescent(n_sweeps=100).quantize(weight, scheme, moments)
+    error, hessian = (found.dequantize() - weight).double(), moments.hessian[0].double()
+    hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(48)
+    codes, scales, _, size = dense.unpacked(found.tensors, shape)
+    kept = torch.zeros(shape, dtype=torch.bool)
+    kept.view(-1)[found.tensors["outlier_positions"].long()] = True
+    assert not error[kept].any()
+    for change in (-1, 1):
+        there = ~kept & (codes.int() + change >= 0) & (codes.int() + change < 2**dense.bits)
+        step = change * scales.double().repeat_interleave(size, dim=1)[:, :48]
+        growth = 2 * step * (error @ hessian) + step.square() * hessian.diagonal()
+        assert growth[there].min() > -1e-3 * growth[there].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "dense"),
+    [
+        (GPTQ(), Codebook("nf4", 16)),
+        (CoordinateDescent(), Integer(2, 16)),
+        (KroneckerDescent(), Integer(2, 16)),
+    ],
+    ids=lambda of: type(of).__name__,
+)
+def test_feedback_that_leaves_outliers_out_lowers_the_error(quantizer, dense, monkeypatch):
+    """Compared with feedback from and to codes that are then overwritten, over several layers together."""
+
+    def total():
+        errors = []
+        for seed in range(3):
+            weight = weights((8, 64), seed)
+            moments = with_fisher(given(64), 8)
+            e = (quantizer.quantize(weight, Outliers(dense, 0.05), moments).dequantize() - weight).double()
+            output = e @ moments.hessian[0].double() @ e.T
+            errors.append((output * moments.fisher[0]).sum() if quantizer.needs_fisher else output.trace())
+        return sum(errors)
+
+    found = total()
+    monkeypatch.setattr("mpsearch.schemes.outliers.partial", lambda codes, fixed: codes)
+    before = total()
+    assert found < 0.99 * before
 
 
 def test_weights_that_stand_out_are_found():

@@ -53,7 +53,6 @@ bool quantize(int backend,
               uintptr_t importance,
               uintptr_t ratios,
               uintptr_t codes,
-              uintptr_t dequantized,
               uintptr_t scales,
               uintptr_t zero_points,
               int64_t rows,
@@ -70,7 +69,6 @@ bool quantize(int backend,
                           at<const float>(importance),
                           at<const float>(ratios),
                           at<uint8_t>(codes),
-                          at<float>(dequantized),
                           at<void>(scales),
                           at<uint8_t>(zero_points),
                           columns,
@@ -85,7 +83,6 @@ bool quantize(int backend,
                             (kNsPerWeight + kNsPerWeightAndRatio * static_cast<double>(n_ratios));
     const Kernels& kernels = backends().at(backend).kernels;
     use_huge_pages(codes, rows * columns);
-    use_huge_pages(dequantized, rows * columns * 4);
     std::atomic<bool> finite{true};
     parallel_for(n_threads, rows * n_groups, group_ns, [&](int64_t begin, int64_t end) {
         if (!kernels.quantize(job, begin, end)) finite.store(false, std::memory_order_relaxed);
@@ -153,8 +150,8 @@ NB_MODULE(_cpu, module) {
     module.doc() = "The compiled kernels; called through mpsearch.kernels only.";
     module.def("backends", &mpsearch::names, "Instruction sets that this machine runs, slowest first.");
     module.def("quantize", &mpsearch::quantize, no_gil(), "backend"_a, "weight"_a, "importance"_a, "ratios"_a,
-               "codes"_a, "dequantized"_a, "scales"_a, "zero_points"_a, "rows"_a, "columns"_a, "group_size"_a,
-               "rows_per_importance"_a, "n_ratios"_a, "bits"_a, "symmetric"_a, "half_scales"_a, "n_threads"_a,
+               "codes"_a, "scales"_a, "zero_points"_a, "rows"_a, "columns"_a, "group_size"_a, "rows_per_importance"_a,
+               "n_ratios"_a, "bits"_a, "symmetric"_a, "half_scales"_a, "n_threads"_a,
                "Quantizes [rows, columns]; False where a weight or a scale is not finite.");
     module.def("dequantize", &mpsearch::dequantize, no_gil(), "backend"_a, "packed"_a, "scales"_a, "zero_points"_a,
                "weight"_a, "rows"_a, "columns"_a, "group_size"_a, "bits"_a, "half_scales"_a, "n_threads"_a,

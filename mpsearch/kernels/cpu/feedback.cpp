@@ -1,7 +1,7 @@
 // Rounding with feedback: the inner loop of GPTQ and of coordinate descent; reference_feedback.py has every rounding.
 //
 //     target[j] = weight[j] - sum over i of e[i] * feedback[j, i]      code = rint(clamp(target / scale + zero))
-//     e[j]      = (code - zero) * scale - weight[j]                    columns in ascending order, in blocks of 128
+//     e[j]      = (code - zero) * scale - weight[j], but unchanged where fixed     columns in ascending order, in blocks of 128
 //
 // Rows do not depend on one another: a thread handles tiles of 32 rows, transposed, so that a column of a tile is four
 // vectors. A block's targets first take the errors of all other blocks (a product of [128, columns] and [columns, 32],
@@ -80,16 +80,20 @@ static void round_block(const FeedbackJob& job,
     for (int64_t j = 0; j < size; ++j) {
         const int64_t column = begin + j;
         if (job.column_groups[column] != group) load_grid(job, row, n_rows, group = job.column_groups[column], grid);
-        float weight[kRows] = {};
+        float weight[kRows] = {}, fixed[kRows] = {};
         for (int64_t r = 0; r < n_rows; ++r) weight[r] = job.weight[(row + r) * job.columns + column];
+        if (job.fixed)
+            for (int64_t r = 0; r < n_rows; ++r) fixed[r] = job.fixed[(row + r) * job.columns + column];
         F8 change[kVectors];
         uint8_t codes[kRows];
         for (int v = 0; v < kVectors; ++v) {
             const F8 zero = load(grid.zero + 8 * v);
             const F8 position = load(target + j * kRows + 8 * v) * load(grid.inverse + 8 * v) + zero;
             const F8 code = round_nonnegative(min(max(position, none), top));
-            const F8 error = (code - zero) * load(grid.scale + 8 * v) - load(weight + 8 * v);
-            change[v] = error - load(errors + column * kRows + 8 * v);
+            const F8 before = load(errors + column * kRows + 8 * v);
+            const F8 after = (code - zero) * load(grid.scale + 8 * v) - load(weight + 8 * v);
+            const F8 error = where_less(none, load(fixed + 8 * v), before, after);
+            change[v] = error - before;
             store(error, errors + column * kRows + 8 * v);
             store_codes(code, codes + 8 * v, 8);
         }

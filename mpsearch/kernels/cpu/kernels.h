@@ -17,10 +17,9 @@ struct QuantizeJob {
     const float* weight;      // [rows, columns]
     const float* importance;  // [rows / rows_per_importance, columns], or null: all ones
     const float* ratios;      // [n_ratios] clip ratios, or null: plain min-max
-    uint8_t* codes;           // [rows, columns], or null
-    float* dequantized;       // [rows, columns], or null
-    void* scales;             // [rows, n_groups] float16 or float32, or null
-    uint8_t* zero_points;     // [rows, n_groups], or null
+    uint8_t* codes;           // [rows, columns]
+    void* scales;             // [rows, n_groups] float16 or float32
+    uint8_t* zero_points;     // [rows, n_groups], or null: symmetric
     int64_t columns;
     int64_t group_size;
     int64_t n_groups;  // per row
@@ -90,6 +89,7 @@ struct FeedbackJob {
     const float* zero_points;      // [rows, n_groups]
     const int32_t* column_groups;  // [columns], in [0, n_groups)
     const float* errors;           // [rows, columns] to begin with, or null: none yet
+    const uint8_t* fixed;          // [rows, columns]: 1 where the error stays what it is, or null: nowhere
     uint8_t* codes;                // [rows, columns]
     int64_t columns;
     int64_t n_groups;

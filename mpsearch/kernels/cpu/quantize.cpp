@@ -1,8 +1,8 @@
-// Group-wise quantization, with an optional search over clip ratios, to codes or straight back to floats.
+// Group-wise quantization, with an optional search over clip ratios.
 //
 //     symmetric    step = max|x| / max(2^(bits-1) - 1, 0.5)    zero = 2^(bits-1), at 1 bit 0.5
 //     asymmetric   step = (high - low) / (2^bits - 1)          zero = rint(clamp(-(ratio * low) / scale))
-//     scale = round(ratio * step)    code = rint(clamp(x / scale + zero))    weight = (code - zero) * scale
+//     scale = round(ratio * step)    code = rint(clamp(x / scale + zero))
 //
 // where 1 / scale is rounded before it multiplies; reference.py has every rounding. The search takes the ratio with the
 // least scale^2 * sum((code - (x / scale + zero))^2 * importance), the sum kept in eight lanes (column j in lane j % 8).
@@ -10,7 +10,7 @@
 // One thread handles a range of groups, up to eight at a time: their scales are computed as the lanes of one vector. In
 // the search those lanes are eight ratios of one group, and four of them share each load of the group's columns.
 // Stopping where a ratio can no longer win was tried: what it saves at 80 ratios, mispredicted exits cost at 20.
-// Bytes moved per weight: 4 read; 1 (codes) or 4 (floats) written. Bound: without a search memory, and a fresh output's
+// Bytes moved per weight: 4 read, 1 written. Bound: without a search memory, and a fresh output's
 // page faults; with one arithmetic, 8 operations per column and ratio.
 #include "codes.h"
 #include "half.h"
@@ -181,18 +181,6 @@ static inline void write_codes(const float* x, int64_t n, F8 top, F8 inverse, F8
     }
 }
 
-static inline void write_floats(const float* x, int64_t n, F8 top, F8 inverse, F8 zero, F8 scale, float* to) {
-    int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        const F8 code = nearest_code(position(load(x + i), inverse, zero), top);
-        store((code - zero) * scale, to + i);
-    }
-    if (i < n) {
-        const F8 code = nearest_code(position(load_first(x + i, n - i), inverse, zero), top);
-        store_first((code - zero) * scale, to + i, n - i);
-    }
-}
-
 static void store_scales(const QuantizeJob& job, const float* scale, int64_t group, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
         if (job.half_scales)
@@ -231,14 +219,11 @@ bool quantize(const QuantizeJob& job, int64_t begin, int64_t end) {
         store(grids.scale, scale);
         store(grids.inverse, inverse);
         store(grids.zero, zero);
-        if (job.scales) store_scales(job, scale, group, count);
+        store_scales(job, scale, group, count);
         if (job.zero_points) store_codes(grids.zero, job.zero_points + group, count);
         for (int64_t i = 0; i < count; ++i) {
             const F8 inverse_of = broadcast(inverse[i]), zero_of = broadcast(zero[i]);
-            if (job.codes) write_codes(job.weight + at[i], size[i], format.top, inverse_of, zero_of, job.codes + at[i]);
-            if (job.dequantized)
-                write_floats(job.weight + at[i], size[i], format.top, inverse_of, zero_of, broadcast(scale[i]),
-                             job.dequantized + at[i]);
+            write_codes(job.weight + at[i], size[i], format.top, inverse_of, zero_of, job.codes + at[i]);
         }
     }
     float lanes[8], total = 0;

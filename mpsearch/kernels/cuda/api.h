@@ -14,15 +14,13 @@ MPSEARCH_API const char* mpsearch_error(int error);
 MPSEARCH_API int mpsearch_count_devices(int* count);
 MPSEARCH_API int mpsearch_use_device(int device);
 
-// Those of codes, dequantized, scales and zero_points that are there are filled; *not_finite becomes 1 where a weight or a
-// scale is not finite.
+// *not_finite becomes 1 where a weight or a scale is not finite.
 MPSEARCH_API int mpsearch_quantize(const float* weight,      // [rows, columns]
                                    const float* importance,  // [rows / rows_per_importance, columns]
                                    const float* ratios,      // [n_ratios]
                                    uint8_t* codes,           // [rows, columns]
-                                   float* dequantized,       // [rows, columns], may be `weight`
                                    void* scales,             // [rows, n_groups]
-                                   uint8_t* zero_points,     // [rows, n_groups]
+                                   uint8_t* zero_points,     // [rows, n_groups], or null: symmetric
                                    int* not_finite,
                                    int64_t rows,
                                    int64_t columns,

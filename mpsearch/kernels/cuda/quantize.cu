@@ -1,8 +1,8 @@
-// Group-wise quantization, with an optional search over clip ratios, to codes or straight back to floats.
+// Group-wise quantization, with an optional search over clip ratios.
 //
 //     symmetric    step = max|x| / max(2^(bits-1) - 1, 0.5)    zero = 2^(bits-1), at 1 bit 0.5
 //     asymmetric   step = (high - low) / (2^bits - 1)          zero = rint(clamp(-(ratio * low) / scale))
-//     scale = round(ratio * step)    code = rint(clamp(x / scale + zero))    weight = (code - zero) * scale
+//     scale = round(ratio * step)    code = rint(clamp(x / scale + zero))
 //
 // where 1 / scale is rounded before it multiplies and no operation is fused; reference.py has every rounding. The search
 // takes the ratio with the least scale^2 * sum((code - (x / scale + zero))^2 * importance), the sum kept in eight parts
@@ -10,7 +10,7 @@
 //
 // Short groups without a search: 4 weights a lane, a group in 4 to 32 lanes, several groups one after another so that their
 // loads overlap; the weights stay in registers. Else: a warp a group, which is read once for its range, once (from the first
-// cache) for each 8 ratios, and once for the result. Bytes moved per weight: 4 read; 1 (codes) or 4 (floats) written.
+// cache) for each 8 ratios, and once for the result. Bytes moved per weight: 4 read, 1 written.
 // Bound: without a search memory; with one arithmetic, 8 operations per column and ratio.
 #include <algorithm>
 
@@ -31,7 +31,6 @@ struct QuantizeJob {
     const float* importance;
     const float* ratios;
     uint8_t* codes;
-    float* dequantized;
     void* scales;
     uint8_t* zero_points;
     int* not_finite;
@@ -69,12 +68,10 @@ MPSEARCH_DEVICE float code_of(const QuantizeJob& job, const Grid& grid, float x)
 }
 
 MPSEARCH_DEVICE void store_grid(const QuantizeJob& job, const Grid& grid, int64_t group) {
-    if (job.scales) {
-        if (job.half_scales)
-            static_cast<uint16_t*>(job.scales)[group] = half_from_float(grid.scale);
-        else
-            static_cast<float*>(job.scales)[group] = grid.scale;
-    }
+    if (job.half_scales)
+        static_cast<uint16_t*>(job.scales)[group] = half_from_float(grid.scale);
+    else
+        static_cast<float*>(job.scales)[group] = grid.scale;
     if (job.zero_points) job.zero_points[group] = static_cast<uint8_t>(grid.zero);
 }
 
@@ -114,15 +111,9 @@ __global__ void __launch_bounds__(kThreads) quantize_short(const QuantizeJob job
         poison += grid.scale - grid.scale;
         if (lane == 0) store_grid(job, grid, group);
         uint32_t codes = 0;
-        Bytes16 floats;
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const float code = code_of(job, grid, x[i][k]);
-            codes |= static_cast<uint32_t>(code) << 8 * k;
-            floats.word[k] = bits_of((code - grid.zero) * grid.scale);
-        }
-        if (job.codes) reinterpret_cast<uint32_t*>(job.codes)[group * lanes + lane] = codes;
-        if (job.dequantized) reinterpret_cast<Bytes16*>(job.dequantized)[group * lanes + lane] = floats;
+        for (int k = 0; k < 4; ++k) codes |= static_cast<uint32_t>(code_of(job, grid, x[i][k])) << 8 * k;
+        reinterpret_cast<uint32_t*>(job.codes)[group * lanes + lane] = codes;
     }
     if (!(poison == 0)) atomic_or(job.not_finite, 1);
 }
@@ -206,11 +197,7 @@ __global__ void __launch_bounds__(kThreads) quantize_any(const QuantizeJob job) 
     poison += grid.scale - grid.scale;
     if (lane == 0) store_grid(job, grid, group);
 #pragma unroll 4
-    for (int64_t i = lane; i < n; i += kWarp) {
-        const float code = code_of(job, grid, x[i]);
-        if (job.codes) job.codes[at + i] = static_cast<uint8_t>(code);
-        if (job.dequantized) job.dequantized[at + i] = (code - grid.zero) * grid.scale;
-    }
+    for (int64_t i = lane; i < n; i += kWarp) job.codes[at + i] = static_cast<uint8_t>(code_of(job, grid, x[i]));
     if (!(poison == 0)) atomic_or(job.not_finite, 1);
 }
 
@@ -229,7 +216,6 @@ int mpsearch_quantize(const float* weight,
                       const float* importance,
                       const float* ratios,
                       uint8_t* codes,
-                      float* dequantized,
                       void* scales,
                       uint8_t* zero_points,
                       int* not_finite,
@@ -249,7 +235,6 @@ int mpsearch_quantize(const float* weight,
                           importance,
                           ratios,
                           codes,
-                          dequantized,
                           scales,
                           zero_points,
                           not_finite,
@@ -264,8 +249,7 @@ int mpsearch_quantize(const float* weight,
                           bits == 1 ? 0.5f : middle,
                           symmetric != 0,
                           half_scales != 0};
-    const uintptr_t addresses = reinterpret_cast<uintptr_t>(weight) | reinterpret_cast<uintptr_t>(dequantized) |
-                                4 * reinterpret_cast<uintptr_t>(codes);
+    const uintptr_t addresses = reinterpret_cast<uintptr_t>(weight) | 4 * reinterpret_cast<uintptr_t>(codes);
     if (!ratios && columns % group_size == 0 && addresses % 16 == 0) {
         if (group_size == 16) return launch_short<4>(job, stream);
         if (group_size == 32) return launch_short<8>(job, stream);
