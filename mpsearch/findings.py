@@ -125,15 +125,18 @@ def times_sentence(result: SearchResult) -> str:
     said = f" on {' and '.join(where)}; the quartiles of repeated passes are {spread:.2g} ms apart (median over the points)."
     if difference > spread:
         return f" Times are medians of forward passes{said}"
-    return f" Times are left out, for the points differ by {difference:.2g} ms at most: medians of forward passes{said}"
+    return f" Times are left out, for the points' quartiles are only {difference:.2g} ms apart: medians of forward passes{said}"
 
 
 def _times(result: SearchResult) -> tuple[float, float]:
-    """(largest difference of the confirmed points' median times, median of their interquartile ranges), milliseconds."""
+    """(interquartile range of the confirmed points' median times, median of their own interquartile ranges), milliseconds."""
     timed = [e for e in result.on("confirm").values() if e.measured_ms is not None]
     medians = [e.measured_ms or 0.0 for e in timed]
     spreads = [(e.measured_ms_high or 0.0) - (e.measured_ms_low or 0.0) for e in timed]
-    return (max(medians) - min(medians), float(np.median(spreads))) if timed else (0.0, 0.0)
+    if not timed:
+        return 0.0, 0.0
+    low, high = np.percentile(medians, [25, 75])
+    return float(high - low), float(np.median(spreads))
 
 
 def overfit_warning(result: SearchResult) -> str | None:

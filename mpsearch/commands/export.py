@@ -37,5 +37,5 @@ def export(settings: Settings, build: Build, folder: Path) -> None:
     what = Picked(scored, scores, result.baselines, result.quality_name, *before, result.budgets.get("bytes"))
     path = exporter.export(what, engine, folder)
     write_report(result, folder, picked)
-    summary(result, scored)
+    summary(result, scored, settings["pick"]["max_drop"])
     print(relative(path))

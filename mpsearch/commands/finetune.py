@@ -48,7 +48,7 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
         trained, confirmed, after = train_point(evaluate, allocation, training, folder)
         result = replace(result, evaluations=evaluate.evaluations)
         page = write_report(result, folder, picked)
-    summary(result, result.finetuned("search")[allocation])
+    summary(result, result.finetuned("search")[allocation], settings["pick"]["max_drop"])
     before = evaluate.qualities(allocation)
     was = result.quality.text(result.quality.score(float(before.mean(dtype="float64"))))
     drop, low, high = result.quality.paired_drop(after.qualities(allocation), before)

@@ -22,15 +22,18 @@ def stdout() -> Console:
     return Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 
 
-def summary(result: SearchResult, picked: Evaluation) -> None:
-    """Print the float model, the uniform allocations and the picked point as a table, and what the confirm split decided."""
+def summary(result: SearchResult, picked: Evaluation, max_drop: float | None = None) -> None:
+    """Print the float model, the uniform allocations and the picked point as a table, and what the confirm split decided.
+
+    `max_drop` is the margin that was asked for, `None`: the run's own.
+    """
     table = Table(title=f"{len(result.front)} points on the front")
     for i, column in enumerate(summary_header(result)):
         table.add_column(column, justify="right" if i else "left", no_wrap=not i)
     for row in summary_rows(result, picked):
         table.add_row(*row)
     stdout().print(table)
-    print(non_inferior_sentence(result, smallest_non_inferior(result, result.max_drop)))
+    print(non_inferior_sentence(result, smallest_non_inferior(result, result.max_drop if max_drop is None else float(max_drop))))
     if said := times_sentence(result):
         print(said.strip())
     for warning in warnings(result):
