@@ -51,12 +51,12 @@ class ProjectedAttention(nn.MultiheadAttention):
             key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        k, v = self.k_proj(key), self.v_proj(value)
+        q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         extra = [] if self.bias_k is None or self.bias_v is None else [(self.bias_k, self.bias_v)]
         extra += [(k.new_zeros(1, 1, self.embed_dim),) * 2] if self.add_zero_attn else []
         for of_k, of_v in extra:
             k, v = (torch.cat([x, more.expand(len(x), 1, -1)], dim=1) for x, more in ((k, of_k), (v, of_v)))
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (self.q_proj(query), k, v))
+        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         mask = self._mask(key_padding_mask, attn_mask, len(q), len(extra), q.dtype)
         dropout, weights = (self.dropout if self.training else 0.0), None
         if need_weights:
