@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mpsearch import kernels
 from mpsearch.divergence import Divergence
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, check_memory
 from mpsearch.layer import LayerSpec, check_finite, rows_shape
 from mpsearch.products import Product, watched
 from mpsearch.progress import phase
@@ -167,6 +167,7 @@ def _gradients(logits: Tensor, outputs: Sequence[Tensor], loss: Callable[[Tensor
         with torch.enable_grad():  # whoever asks for a quantized layer may be in no_grad
             return torch.autograd.grad(loss(logits), outputs, allow_unused=True)
     except RuntimeError as error:
+        check_memory(error)
         warnings.warn(f"No gradient can be had of the model, so that layers are quantized without: {error}", stacklevel=3)
         return [None] * len(outputs)
 

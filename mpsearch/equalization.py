@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpsearch.errors import InputError, did_you_mean
+from mpsearch.errors import InputError, check_memory, did_you_mean
 from mpsearch.files import file_errors, write_atomically
 from mpsearch.layer import from_rows, kind_of, weight_rows
 from mpsearch.strict_json import damaged
@@ -71,6 +71,7 @@ class Equalization:
                 else:
                     scale(module, of.get("outputs"), of.get("inputs"))
             except (AttributeError, RuntimeError) as error:
+                check_memory(error)
                 raise InputError(f"'{name}' is not the module that was equalized ({error}). Give the same network.") from error
         return model
 

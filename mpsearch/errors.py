@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
 class InputError(ValueError):
     """Something that came from the user is wrong: what came, what is allowed, what to do."""
+
+
+# What PyTorch's allocators say, on a CPU and on a GPU, in a RuntimeError.
+_NO_MEMORY = re.compile(r"not enough memory|(can't|cannot|failed to) allocate|out of memory", re.IGNORECASE)
+
+
+def check_memory(error: BaseException) -> None:
+    """Raise `InputError` where this error says that memory ran out; for handlers that would take it for another mistake."""
+    is_os = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or is_os or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        said = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"Memory ran out{said and f' ({said})'}. Lower the task's batch size, bank_max_bytes or prefix_max_bytes, or the "
+            "executor's workers; what was measured is kept."
+        ) from error
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn an error that says that memory ran out into an `InputError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        check_memory(error)
+        raise
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -45,9 +45,14 @@ def file_errors(path: Path | str, action: str = "written") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        default = (os.strerror(error.errno) if error.errno else str(error), "Check the path and the disk")
-        reason, remedy = _REASONS.get(error.errno or 0, default)
-        raise InputError(f"{path} cannot be {action}: {reason}. {remedy}.") from error
+        raise InputError(file_sentence(path, error, action)) from error
+
+
+def file_sentence(path: Path | str, error: OSError, action: str = "written") -> str:
+    """What failed, why, and what to do."""
+    default = (os.strerror(error.errno) if error.errno else str(error), "Check the path and the disk")
+    reason, remedy = _REASONS.get(error.errno or 0, default)
+    return f"{path} cannot be {action}: {reason}. {remedy}."
 
 
 def write_atomically(path: Path | str, data: bytes | str) -> None:

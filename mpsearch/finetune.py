@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mpsearch.allocation import Allocation
 from mpsearch.engine import QuantEngine
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, check_memory
 from mpsearch.files import file_errors, write_atomically
 from mpsearch.progress import phase
 from mpsearch.schemes.base import QuantScheme
@@ -234,6 +234,7 @@ def _restore(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> 
                 optimizer.state[latent] = {k: v if k == "step" else v.to(latent.device) for k, v in found.items()}
         return losses, about.number("seconds"), best
     except (KeyError, RuntimeError) as error:
+        check_memory(error)
         raise InputError(f"{path} is of another model ({type(error).__name__}: {error}). Delete it, and train again.") from None
 
 

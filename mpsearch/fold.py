@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.backends import cudnn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mpsearch.errors import InputError, did_you_mean
+from mpsearch.errors import InputError, check_memory, did_you_mean
 from mpsearch.layer import from_rows, kind_of, rows_shape, weight_rows
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -57,7 +57,8 @@ def fold_batch_norms(model: nn.Module, forward: Forward, *batches: Any) -> tuple
             try:
                 pairs = zip(batches, before, strict=True)
                 return all((forward(model, x) - y).abs().max() <= TOLERANCE * y.abs().max() for x, y in pairs)
-            except Exception:  # it ran before folding: the model's code looks into a batch norm that is gone
+            except Exception as error:  # it ran before folding: the model's code looks into a batch norm that is gone
+                check_memory(error)
                 return False
 
         def keep_what_holds(pairs: Sequence[Pair]) -> None:

@@ -20,7 +20,7 @@ from mpsearch import kernels
 from mpsearch.allocation import Allocation
 from mpsearch.engine import QuantEngine, quantize_input
 from mpsearch.equalization import ChannelClip, Equalization
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, check_memory
 from mpsearch.files import file_errors, write_atomically
 from mpsearch.fold import Pair, apply_folds
 from mpsearch.layer import kind_of, rows_shape, runs_as_usual
@@ -291,6 +291,7 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:  # tensors of other shapes
+        check_memory(error)
         raise InputError(f"{path} belongs to another model: {' '.join(str(error).split())}") from None
     missing = [name for name in missing if name.rpartition(".")[0] not in packed_modules(model) or name.endswith(".bias")]
     if missing or unexpected:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mpsearch.allocation import ALPHABET, Allocation, SearchSpace
 from mpsearch.chain import Call, Handler, find_runs, intercepted, owned_by, version
+from mpsearch.errors import check_memory
 from mpsearch.tasks.base import Task
 from mpsearch.trace import first_samples
 
@@ -85,7 +86,8 @@ class PrefixReuse:
         try:
             self._sample = first_samples(inputs, N_CHECKED)
             runs, order = find_runs(self.model, self.task.forward, self._sample, self.space.groups)
-        except Exception:  # made for batches of one size
+        except Exception as error:  # made for batches of one size
+            check_memory(error)
             self._sample = inputs
             runs, order = find_runs(self.model, self.task.forward, inputs, self.space.groups)
         groups = {group.name: group for group in self.space.groups}
@@ -162,7 +164,8 @@ class PrefixReuse:
                 self.task.forward(self.model, self._sample)
             with _changed(behind), intercepted(_replay(run, output)):
                 logits = self.task.forward(self.model, self._sample)
-        except Exception:  # weights that make no sense may break what looks at values; then nothing is known
+        except Exception as error:  # weights that make no sense may break what looks at values; then nothing is known
+            check_memory(error)
             return False
         same = logits.shape == expected.shape and torch.allclose(logits, expected, rtol=0, atol=0, equal_nan=True)
         return same and version(output) == found >= 0

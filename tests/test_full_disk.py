@@ -191,3 +191,9 @@ def test_a_limit_on_the_size_of_files_is_one_sentence_and_exit_code_2(tmp_path, 
     assert len(said) == 1
     assert "cannot be written: the file would exceed the largest size that the file system or this process may write" in said[0]
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_folder_that_cannot_be_made_is_named(mpsearch, tmp_path):
+    (tmp_path / "taken").touch()
+    code, said = mpsearch("sensitivity", "hydra.run.dir=taken/run")
+    assert (code, said) == (2, "mpsearch: taken/run cannot be used: a part of its path is not a folder. Give another folder.\n")

@@ -24,7 +24,7 @@ from mpsearch.cli.build import build_object, check, plain_settings
 from mpsearch.cli.refusals import CONF, one_line, sentence
 from mpsearch.cli.saved import FILE, save
 from mpsearch.cli.words import Words, complete, prepare
-from mpsearch.errors import InputError, did_you_mean, run_option
+from mpsearch.errors import InputError, did_you_mean, memory_errors, run_option
 from mpsearch.files import LOCK, locked
 
 if TYPE_CHECKING:
@@ -149,7 +149,8 @@ def _run(job: Job, config: DictConfig) -> None:
             nodes = OmegaConf.create({key: value for key, value in settings.items() if key != "run"})
             from mpsearch import commands
 
-            getattr(commands, job.command)(settings, functools.partial(build_object, nodes), folder)
+            with memory_errors():
+                getattr(commands, job.command)(settings, functools.partial(build_object, nodes), folder)
     except InputError as error:
         if job.wants_traceback:
             raise

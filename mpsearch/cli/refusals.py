@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mpsearch.errors import InputError, did_you_mean
+from mpsearch.files import file_sentence
 
 CONF = "pkg://mpsearch.conf"
 
@@ -29,6 +30,8 @@ def sentence(error: Exception, command: str) -> str | None:
     if not (is_yaml or isinstance(error, (HydraException, OmegaConfBaseException, ValueError, OSError))):
         return None
     text, root = str(error), root_of(error)
+    if isinstance(root, OSError) and root.filename is not None:  # Hydra makes the run's folder
+        return file_sentence(root.filename, root, "used")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"There is no {group or 'config'} '{name}'.{did_you_mean(name, _known(command, group=group))}"

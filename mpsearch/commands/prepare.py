@@ -22,7 +22,7 @@ from mpsearch.costs.size import parse_bytes
 from mpsearch.divergence import Divergence, SoftmaxKL
 from mpsearch.engine import QuantEngine, load_batches
 from mpsearch.equalization import FILE, Equalization
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, check_memory
 from mpsearch.evaluation_rows import evaluation_columns
 from mpsearch.fold import TOLERANCE, fold_batch_norms
 from mpsearch.group import check_reached, share
@@ -135,6 +135,7 @@ def prepare(settings: Settings, build: Build, equalization: Equalization | None 
     except InputError:
         raise
     except Exception as error:
+        check_memory(error)
         what = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise InputError(f"The model, its input and its targets do not fit together ({what}). Check shapes and types.") from error
     check_qualities(qualities, len(logits), Quality(task.quality_name, task.quality_kind))

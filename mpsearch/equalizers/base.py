@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.equalization import SIX, Equalization, by_input
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, check_memory
 from mpsearch.fold import TOLERANCE
 from mpsearch.layer import kind_of, weight_rows
 from mpsearch.links import Link, find_links
@@ -88,7 +88,8 @@ class Equalizer(ABC):
         inputs = batches[0][0]
         try:
             links = find_links(model, task.forward, first_samples(inputs, N_PROBED))
-        except Exception:  # made for batches of one size
+        except Exception as error:  # made for batches of one size
+            check_memory(error)
             links = find_links(model, task.forward, inputs)
         network = Network(model, task, links, batches, schemes)
         network = Network(model, task, self.usable(network), batches, schemes)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.engine import QuantEngine
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, check_memory
 from mpsearch.metrics.base import Pair, SensitivityMetric
 from mpsearch.uses import Use, watched_uses
 
@@ -104,9 +104,8 @@ def gradients_at(calls: Sequence[tuple[str, Call]], loss: Tensor) -> tuple[Tenso
     outputs = [call.output for _, call in calls]
     try:
         return torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        check_memory(error)
         raise InputError(
             f"The model has no gradients, which this metric needs ({str(error).splitlines()[0]}; torch.no_grad in its forward?). "
             "Take metric=kl, which needs none."
