@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from mpsearch.exported import load_allocation
+from mpsearch.exporters.base import Picked
+from mpsearch.exporters.native import Native
+from mpsearch.layer import weights_sha256
 from mpsearch.projections import PaddedEncoder, ProjectedAttention, expose_projections
+from mpsearch.quantizers.round_to_nearest import RoundToNearest
+from mpsearch.schemes.integer import Integer
+from mpsearch.search import Evaluator
 from mpsearch.trace import trace_layers
 
 
@@ -141,3 +148,33 @@ def test_attention_modules_that_share_a_weight_go_on_sharing_it():
     expose_projections(model)
     assert model[0].k_proj.weight is model[1].k_proj.weight
     assert model[0].k_proj.bias is not model[1].k_proj.bias
+
+
+def test_an_exported_allocation_is_applied_to_the_network_as_it_was_written(tiny, tmp_path):
+    class Net(nn.Module):
+        """`[n, 6, 8]` -> logits `[n, 5]`."""
+
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.head = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), Conv1D(5, 8)
+
+        def forward(self, x):
+            return self.head(self.encoder(x).mean(1))
+
+    torch.manual_seed(0)
+    original = Net().eval()
+    model = expose_projections(copy.deepcopy(original))
+    schemes = {"w4": Integer(4), "w8a4": Integer(8, input={"bits": 4})}
+    engine = tiny.engine(model, tiny.task(shape=(6, 8)), schemes, quantizer=RoundToNearest())
+    assert engine.space.names[:4] == tuple(f"encoder.self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
+    for scheme in schemes:
+        e = Evaluator(engine, [])(engine.space.uniform(scheme), "uniform")
+        picked = Picked(e, {"search": e}, {}, "accuracy", weights_sha256(original), ())
+        exported = load_allocation(Native().export(picked, engine, tmp_path / scheme))
+        applied, packed = (getattr(exported, how)(copy.deepcopy(original)) for how in ("apply", "pack"))
+        x = engine.batches("search")[0][0]
+        with torch.no_grad(), engine.applied(e.allocation) as simulated:
+            expected = simulated(x)
+        with torch.no_grad():
+            torch.testing.assert_close(applied(x), expected, rtol=0, atol=0)
+            assert (packed(x) - expected).abs().max() <= 2e-2 * expected.abs().max()
