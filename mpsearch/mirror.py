@@ -28,7 +28,7 @@ class Mirror:
 
     It is called with each trial that is told, in their order, in a `with` block; those that a former process wrote are left as
     they are, and must be the same: `InputError`. Groups with one choice are no parameters. What a storage refuses is tried again
-    with the next trial, at the end, and when the run goes on.
+    with the next trial, at the end, and when the run is resumed with the mirror.
     """
 
     def __init__(self, url: str, name: str, space: SearchSpace, columns: Sequence[str]) -> None:
@@ -72,7 +72,10 @@ class Mirror:
         self._storage.engine.dispose()  # closes its connections
         if self._error or self._writer.is_alive():
             why = _told(self._error) if self._error else "it is slow"
-            warnings.warn(f"Not all trials are in the mirror ({why}); the rest are written when the run goes on.", stacklevel=2)
+            warnings.warn(
+                f"Not all trials are in the mirror ({why}); resume with study.mirror= for the rest.",
+                stacklevel=2,
+            )
 
     def __call__(self, trial: optuna.trial.FrozenTrial, evaluation: Evaluation) -> None:
         """Have it written; a storage that fails on the way is named once, and the search goes on."""

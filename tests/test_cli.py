@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import types
@@ -17,6 +18,7 @@ import mpsearch
 from mpsearch import cli
 from mpsearch.cli.saved import saved
 from mpsearch.errors import InputError, run_option
+from mpsearch.files import locked
 
 # A fresh interpreter in which a command prints what it was given instead of working.
 DRIVER = """
@@ -376,6 +378,29 @@ def test_interrupted(door: Door) -> None:
     assert door("sensitivity").err == "mpsearch: interrupted.\n"
 
 
+def test_terminated(door: Door) -> None:
+    """As an interrupt, with a hint that holds what the saved config does not."""
+    before = signal.getsignal(signal.SIGTERM)
+    door.then = lambda call: os.kill(os.getpid(), signal.SIGTERM)
+    ended = door("search", "hydra.run.dir='reports/a b'", "study.mirror=sqlite:///t.db")
+    assert ended.code == 143
+    again = "mpsearch search 'run=reports/a b' study.mirror=sqlite:///t.db"
+    assert ended.err == f"mpsearch: terminated. Resume with: {again}\n"
+    assert "study.mirror is not saved" in ended.out
+    assert signal.getsignal(signal.SIGTERM) is before
+    door.then = lambda call: None
+    assert door(*shlex.split(again)[1:]).code == 0
+    assert door.last.settings["study"]["mirror"] == "sqlite:///t.db"
+    assert door("search", "run=reports/a b").code == 0
+    assert door.last.settings["study"]["mirror"] is None
+
+
+@pytest.mark.parametrize("executor", ["in_process", "local", "dask", "ray"])
+def test_trials_in_flight_do_not_depend_on_the_executor(executor: str, door: Door) -> None:
+    assert door("search", f"executor={executor}", *["executor.address=tcp://a:1"] * (executor == "dask")).code == 0
+    assert door.last.settings["study"]["in_flight"] == 4
+
+
 class TestRun:
     @pytest.fixture
     def run(self, door: Door) -> Path:
@@ -419,6 +444,24 @@ class TestRun:
         assert "There is no executor 'locl'" in door("search", "run=reports/a", "executor=locl").err
         assert "executor.address must be given" in door("search", "run=reports/a", "executor=dask").err
         assert "There is no key 'executor.workers'" in door("search", "run=reports/a", "executor.workers=2").err
+
+    def test_a_second_process_is_refused_and_changes_nothing(self, run: Path, door: Door) -> None:
+        def contents() -> dict[Path, tuple[bytes, int]]:
+            return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path("reports").rglob("*") if path.is_file()}
+
+        before, n_calls = contents(), len(door.calls)
+        with locked(run):
+            for words in (["run=reports/a", "n_trials=9", "executor=local"], ["hydra.run.dir=reports/a"]):
+                ended = door("search", *words)
+                assert ended.code == 2
+                assert "Another process is at work" in ended.err
+            assert contents() == before
+            assert len(door.calls) == n_calls
+            for command in ("report", "export"):
+                assert door(command, "run=reports/a").code == 0, "they read, and do not wait"
+            with locked(run.with_name("b")):
+                assert "Another process is at work" in door("search", "hydra.run.dir=reports/b").err
+            assert run.with_name("b").is_dir(), "what another process has begun is not removed"
 
     def test_what_may_not_differ(self, run: Path, door: Door) -> None:
         for word in ("seed=4", "model=resnet20", "equalizer=awq", "quantizer_of.w2=clip_search", "+x=1"):

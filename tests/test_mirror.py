@@ -110,7 +110,7 @@ def test_a_database_that_goes_away_costs_a_warning_and_no_trial(sqlite, engine, 
     with pytest.warns(UserWarning, match="mirror") as warned, mirror:
         first = searched(engine, goes_away, 12)
     assert ["the search goes on" in str(w.message) for w in warned] == [True, False]
-    assert "in the mirror (OSError: no route to host); the rest are written when the run goes on" in str(warned[1].message)
+    assert "in the mirror (OSError: no route to host); resume with study.mirror= for the rest" in str(warned[1].message)
 
     mirror = Mirror(sqlite, "run", engine.space, ["size_bytes"])
     monkeypatch.setattr(mirror._study, "add_trial", gone)

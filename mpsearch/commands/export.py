@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
+from mpsearch.commands.report import redraw
 from mpsearch.commands.show import relative, summary
 from mpsearch.equalization import recorded
 from mpsearch.errors import InputError, run_option
@@ -12,7 +13,6 @@ from mpsearch.evaluation_rows import SCORED
 from mpsearch.exporters.base import Picked
 from mpsearch.finetune import restored
 from mpsearch.pick import pick
-from mpsearch.report import write_report
 from mpsearch.result import RunFolder, SearchResult
 
 
@@ -36,6 +36,6 @@ def export(settings: Settings, build: Build, folder: Path) -> None:
     before = prepared.model_sha256, prepared.folds, prepared.equalization
     what = Picked(scored, scores, result.baselines, result.quality_name, *before, result.budgets.get("bytes"))
     path = exporter.export(what, engine, folder)
-    write_report(result, folder, picked)
+    result, _, _ = redraw(folder, lambda _: picked, result.space.schemes)
     summary(result, scored, settings["pick"]["max_drop"])
     print(relative(path))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from mpsearch.commands.prepare import Build, Settings
 from mpsearch.commands.show import paths, summary
 from mpsearch.errors import InputError
+from mpsearch.evaluation import Evaluation
 from mpsearch.pick import pick
 from mpsearch.report import write_report
 from mpsearch.result import SearchResult
+from mpsearch.schemes.base import QuantScheme
 
 
 def report(settings: Settings, build: Build, folder: Path) -> None:
@@ -18,8 +21,26 @@ def report(settings: Settings, build: Build, folder: Path) -> None:
         raise InputError(
             "This folder holds a sensitivity table alone; there is no front to report. Its chart is sensitivity.png."
         )
-    result = SearchResult.load(folder)
-    picked = pick(result)
-    page = write_report(result, folder, picked)
+    result, picked, page = redraw(folder, pick)
     summary(result, picked)
     paths(folder, page, "pareto.png", "front.csv")
+
+
+def redraw(
+    folder: Path, choose: Callable[[SearchResult], Evaluation], schemes: Mapping[str, QuantScheme] | None = None
+) -> tuple[SearchResult, Evaluation, Path]:
+    """Load the run, write its report with the point that `choose` returns, without its lock: a search may be at work there.
+
+    `confirm.csv` may then be newer than the evaluations that were read before it, so that they do not agree: where
+    `evaluations.csv` grew meanwhile, all is read again.
+    """
+    file = folder / "evaluations.csv"
+    while True:
+        size = file.stat().st_size if file.exists() else 0
+        try:
+            result = SearchResult.load(folder, schemes)
+            picked = choose(result)
+            return result, picked, write_report(result, folder, picked)
+        except InputError:
+            if (file.stat().st_size if file.exists() else 0) <= size:
+                raise

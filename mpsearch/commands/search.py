@@ -73,20 +73,18 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     check_sampler(complete(make_sampler, nothing, objectives, budgets, settings["seed"]), space, budgets)
     executor: Executor = build("executor")
     in_flight = settings["study"]["in_flight"]
-    if in_flight is not None:
-        at_least_one("study.in_flight", in_flight)
+    if in_flight is None and (folder / "space.json").exists():  # of a run whose config does not say it
+        in_flight = RunFolder(folder).read_identity().get("trials", {}).get("in_flight")
+    at_least_one("study.in_flight", in_flight)
     training = _training(settings, prepared)
     max_drop = _max_drop(settings["max_drop"], prepared.task)
     run = RunFolder(folder)
     with executor:
-        if in_flight is None and (folder / "space.json").exists():  # a run goes on as it began
-            in_flight = run.read_identity().get("trials", {}).get("in_flight")
         engine = prepared.engine(settings, folder)
         elsewhere = functools.partial(
             engine_elsewhere, settings, build, prepared.model_sha256, folder.absolute(), prepared.equalization
         )
         executor.start(engine, elsewhere)
-        in_flight = in_flight or (2 * executor.workers if executor.workers > 1 else 1)
         identity = {
             **prepared.identity(settings),
             "metric": {
