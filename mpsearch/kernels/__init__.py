@@ -15,13 +15,15 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.kernels import cuda_backend, reference
 from mpsearch.kernels.backends import active_backend, available_backends, backend_index, backend_of, compiled, use_backend
-from mpsearch.kernels.convolution import PackedConv, conv, conv_a8, pack_conv, unpack_conv
+from mpsearch.kernels.convolution import conv, conv_a8
 from mpsearch.kernels.embedding import embedding
 from mpsearch.kernels.feedback import round_with_feedback
 from mpsearch.kernels.half_quadratic import half_quadratic
 from mpsearch.kernels.memory import readable
 from mpsearch.kernels.operators import register
-from mpsearch.kernels.products import MOST_GROUP_COLUMNS, PackedWeight, linear, linear_a8, pack_weight, unpack_weight
+from mpsearch.kernels.packed_conv import PackedConv, pack_conv, unpack_conv
+from mpsearch.kernels.packed_weight import MOST_GROUP_COLUMNS, PackedWeight, pack_weight, unpack_weight
+from mpsearch.kernels.products import linear, linear_a8
 from mpsearch.kernels.rotation import blocks_of, rotate
 
 __all__ = [

@@ -1,6 +1,6 @@
 """Convolutions in one and two dimensions with packed weights, for Conv1d and Conv2d layers of any groups.
 
-A weight is packed once (`pack_conv`, which checks it) and used often: with float32 input (`conv`), or with the input quantized
+A weight is packed once (`packed_conv.py`) and used often: with float32 input (`conv`), or with the input quantized
 to int8 (`conv_a8`). Both are registered with `torch.library` as `mpsearch::conv` and `mpsearch::conv_a8`; gradients are not
 followed.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,102 +18,18 @@ from mpsearch.kernels import reference, reference_conv
 from mpsearch.kernels.backends import backend_index, backend_of, compiled, is_plain
 from mpsearch.kernels.memory import readable
 from mpsearch.kernels.operators import register
-from mpsearch.kernels.products import (
-    MOST_GROUP_COLUMNS,
-    MOST_SIZE,
-    check_fields,
-    check_format,
-    check_input,
-    check_values,
-    code_of_zero,
+from mpsearch.kernels.packed_conv import (
+    KERNEL_SIZE,
+    Format,
+    PackedConv,
+    check_packed_conv,
+    expected_of,
+    format_of,
+    pair_of,
+    unpacked_of,
 )
-
-
-@dataclass(frozen=True)
-class PackedConv:
-    """A weight `[rows, columns // taps, *kernel_size]`, `taps` the product of `kernel_size`, as the convolutions read it.
-
-    data         uint8 `[nbytes]`, whose layout `reference_conv.py` describes
-    columns      of the weight as a matrix: channels of a group times `taps`
-    group_size   columns that share a scale, at most `columns`
-    half_scales  whether scales are float16 (else float32)
-    symmetric    whether zero points are the implied ones
-    groups       of the convolution
-    """
-
-    data: Tensor
-    rows: int
-    columns: int
-    bits: int
-    group_size: int
-    half_scales: bool
-    symmetric: bool
-    kernel_size: tuple[int, ...]
-    groups: int
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if not isinstance(self.kernel_size, tuple) or any(type(size) is not int for size in self.kernel_size):
-            raise InputError(f"kernel_size is {self.kernel_size!r}, but must be a tuple of 1 or 2 integers.")
-        _check_packed(self.data, _format(self))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory: scales, zero points and dense codes, those of each tile of up to 16 rows in whole bytes."""
-        return self.data.numel()
-
-
-def pack_conv(
-    codes: Tensor,
-    scales: Tensor,
-    zero_points: Tensor | None,
-    *,
-    bits: int,
-    group_size: int,
-    kernel_size: tuple[int, ...],
-    groups: int,
-) -> PackedConv:
-    """Prepare a quantized weight, as `quantize` gives it, for `conv` and `conv_a8`.
-
-    codes        uint8 `[rows, columns]`, below `2**bits`: a weight `[rows, channels / groups, *kernel_size]`, all but its rows
-                 flattened
-    scales       float16 or float32 `[rows, n_groups]`, finite, `n_groups = ceil(columns / group_size)`
-    zero_points  uint8 `[rows, n_groups]`; `None` for symmetric codes, whose zero point is `2**(bits-1)`, at 1 bit 0.5
-    bits         1 to 8
-    group_size   columns per group, up to 32,768; fastest where it is all columns or whole channels, 4 or a multiple of 4
-    kernel_size  `(width,)` or `(height, width)`
-    groups       of the convolution, dividing the rows
-
-    The packed weight takes no more bytes than codes packed densely, scales and zero points, but for the last byte of each tile:
-    codes are padded to whole bytes at the end of each 16 rows and, where groups have 16 rows or more, of each group. (A call
-    unpacks it into memory that its thread keeps for the next one: 1 or 2 bytes a weight for int8 input, 4 for floats.) Raises
-    `InputError` where anything differs from that.
-    """
-    group_size = check_format(codes, scales, zero_points, bits, group_size)
-    codes, scales, zero_points = (
-        readable("codes", codes),
-        readable("scales", scales.detach()),
-        readable("zero_points", zero_points),
-    )
-    check_values(codes, scales, bits)
-    (rows, columns), kernel_size = codes.shape, tuple(kernel_size)
-    if len(kernel_size) not in (1, 2) or min(kernel_size) < 1:
-        raise InputError(f"kernel_size is {kernel_size}, but must be 1 or 2 whole numbers of 1 or more.")
-    height, width = _pair(kernel_size, 1)
-    if columns % (height * width):
-        raise InputError(f"codes have {columns} columns, which a kernel of {height * width} weights a channel does not divide.")
-    if groups < 1 or rows % groups:
-        raise InputError(f"groups is {groups}, which does not divide the weight's {rows} rows.")
-    data = reference_conv.pack_conv(codes, scales, zero_points, bits, group_size, (height, width), groups)
-    half_scales = scales.dtype == torch.float16
-    return PackedConv(data, rows, columns, bits, group_size, half_scales, zero_points is None, kernel_size, groups)
-
-
-def unpack_conv(weight: PackedConv) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scales and zero points, exactly as they came to `pack_conv`, contiguous; zero points `None` where symmetric."""
-    format = _format(weight)
-    _check_packed(weight.data, format)
-    return _unpack(readable("the packed weight", weight.data), format)
+from mpsearch.kernels.packed_weight import dtype_of
+from mpsearch.kernels.products import check_input, code_of_zero
 
 
 def conv(
@@ -137,7 +52,7 @@ def conv(
     in any batch. Raises `InputError` for another dtype, device or shape.
     """
     op = _conv if is_plain(x) else torch.ops.mpsearch.conv.default
-    return op(x, weight.data, _format(weight), bias, stride, padding, dilation)
+    return op(x, weight.data, format_of(weight), bias, stride, padding, dilation)
 
 
 def conv_a8(
@@ -168,26 +83,7 @@ def conv_a8(
     """
     op = _conv_a8 if is_plain(x) else torch.ops.mpsearch.conv_a8.default
     of_input = input_scale, largest_code, code_of_zero(symmetric, zero_point, largest_code)
-    return op(x, weight.data, _format(weight), bias, stride, padding, dilation, *of_input)
-
-
-# The fields of PackedConv after `data`, all numbers, the kernel size last: an operator takes one list in less time than nine
-# arguments.
-Format = tuple[int, ...]
-KERNEL_SIZE = 7  # where it begins
-
-
-def _format(weight: PackedConv) -> Format:
-    return (
-        weight.rows,
-        weight.columns,
-        weight.bits,
-        weight.group_size,
-        weight.half_scales,
-        weight.symmetric,
-        weight.groups,
-        *weight.kernel_size,
-    )
+    return op(x, weight.data, format_of(weight), bias, stride, padding, dilation, *of_input)
 
 
 def _conv(
@@ -291,21 +187,13 @@ def _specified(
 ) -> Tensor:
     """What `reference_conv` gives, contiguous."""
     rows, _, bits, group_size, _, _, groups, *kernel_size = format
-    codes, scales, zero_points = _unpack(data, format)
+    codes, scales, zero_points = unpacked_of(data, format)
     x = x.unsqueeze(2) if x.dim() == 3 else x
-    kernel, geometry = _pair(kernel_size, 1), (_pair(stride, 1), _pair(padding, 0), _pair(dilation, 1))
+    kernel, geometry = pair_of(kernel_size, 1), (pair_of(stride, 1), pair_of(padding, 0), pair_of(dilation, 1))
     if of_input:
         return reference_conv.conv_a8(x, codes, scales, zero_points, bits, group_size, bias, *of_input, kernel, *geometry, groups)
     weight = reference.dequantize_codes(codes, scales, zero_points, bits, group_size)
     return reference_conv.conv(x, weight.reshape(rows, -1, *kernel), bias, *geometry, groups).contiguous()
-
-
-def _unpack(data: Tensor, format: Format) -> tuple[Tensor, Tensor, Tensor | None]:
-    rows, columns, bits, group_size, half_scales, symmetric, groups, *kernel_size = format
-    scale_dtype = torch.float16 if half_scales else torch.float32
-    return reference_conv.unpack_conv(
-        data, rows, columns, bits, group_size, scale_dtype, bool(symmetric), _pair(kernel_size, 1), groups
-    )
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -316,11 +204,6 @@ def _result(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     if _is_channels_last(x):
         return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     return x.new_empty(shape)
-
-
-def _pair(of: Sequence[int], missing: int) -> tuple[int, int]:
-    """One dimension as two."""
-    return (of[0], of[1]) if len(of) == 2 else (missing, of[0])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -335,10 +218,10 @@ def _plan(
     """The shape of the result, and `ConvShape` of bind_conv.cpp."""
     rows, columns, bits, group_size, half_scales, symmetric, groups, *kernel_size = format
     out_size = _out_size(size, format, stride, padding, dilation)
-    kernel = _pair(kernel_size, 1)
+    kernel = pair_of(kernel_size, 1)
     order = reference_conv.order_of(rows, columns, group_size, kernel, groups)
-    shape = (size[0], size[1], *_pair(size[2:], 1), rows, *_pair(out_size, 1), *kernel)
-    geometry = (*_pair(stride, 1), *_pair(padding, 0), *_pair(dilation, 1), groups)
+    shape = (size[0], size[1], *pair_of(size[2:], 1), rows, *pair_of(out_size, 1), *kernel)
+    geometry = (*pair_of(stride, 1), *pair_of(padding, 0), *pair_of(dilation, 1), groups)
     how = (bits, group_size, half_scales, symmetric, order, channels_last)
     return (size[0], rows, *out_size), torch.tensor((*shape, *geometry, *how), device="cpu")
 
@@ -362,56 +245,20 @@ def _check(
     x: Tensor, data: Tensor, format: Format, bias: Tensor | None, input_scale: float | None, largest_code: int, zero_point: int
 ) -> None:
     """What a kernel needs so as to stay within its tensors; numbers only, as this runs at every call."""
-    _check_packed(data, format)
-    rows, n_dims, channels = format[0], len(format) - KERNEL_SIZE, _expected(format)[1]
+    check_packed_conv(data, format)
+    rows, n_dims, channels = format[0], len(format) - KERNEL_SIZE, expected_of(format)[1]
     shape, device = x.shape, data.device
     if x.dtype != torch.float32 or len(shape) != 2 + n_dims or shape[1] != channels:
         size = "height, width" if n_dims == 2 else "width"
-        raise InputError(f"x is {_dtype(x)} {list(shape)}, but must be float32 [n, {channels}, {size}] for this weight.")
+        raise InputError(f"x is {dtype_of(x)} {list(shape)}, but must be float32 [n, {channels}, {size}] for this weight.")
     if x.device != device:
         raise InputError(f"x is on {x.device} and the packed weight on {device}, but must be on one device.")
     if bias is not None and (bias.dtype != torch.float32 or bias.shape != (rows,) or bias.device != device):
         raise InputError(
-            f"bias is {_dtype(bias)} {list(bias.shape)} on {bias.device}, but must be float32 [{rows}] on {device}, "
+            f"bias is {dtype_of(bias)} {list(bias.shape)} on {bias.device}, but must be float32 [{rows}] on {device}, "
             "one for each row of the weight."
         )
     check_input(input_scale, largest_code, zero_point)
-
-
-def _check_packed(data: Tensor, format: Format) -> None:
-    n_bytes = _expected(format)[0]
-    if data.shape != (n_bytes,) or data.dtype != torch.uint8 or not data.is_contiguous():
-        rows, columns, bits, group_size, _, _, groups, *kernel_size = format
-        raise InputError(
-            f"the packed weight is {_dtype(data)} {list(data.shape)}, but {bits} bits [{rows}, {columns}] in groups of "
-            f"{group_size}, kernel {kernel_size} and {groups} groups of the convolution are uint8 [{n_bytes}], contiguous. "
-            "Make it with pack_conv."
-        )
-
-
-@functools.lru_cache(maxsize=4096)
-def _expected(format: Format) -> tuple[int, int]:
-    """Bytes of a packed weight, -1 where there is none such, and the channels that x must have."""
-    rows, columns, bits, group_size, half_scales, symmetric, groups, *kernel_size = format
-    sound = (
-        0 <= rows <= MOST_SIZE
-        and 0 <= columns <= MOST_SIZE
-        and 1 <= bits <= 8
-        and 1 <= group_size <= MOST_GROUP_COLUMNS
-        and groups >= 1
-    )
-    if not sound or len(kernel_size) not in (1, 2) or not 1 <= min(kernel_size) <= max(kernel_size) <= MOST_SIZE or rows % groups:
-        return -1, -1
-    height, width = _pair(kernel_size, 1)
-    if columns % (height * width):
-        return -1, -1
-    scale_bytes = 2 if half_scales else 4
-    n_bytes = reference_conv.packed_bytes(rows, columns, bits, group_size, scale_bytes, bool(symmetric), (height, width), groups)
-    return n_bytes, columns // (height * width) * groups
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 _ARGUMENTS = "Tensor x, Tensor data, int[] format, Tensor? bias, int[] stride, int[] padding, int[] dilation"

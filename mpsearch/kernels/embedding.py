@@ -10,7 +10,7 @@ from mpsearch.kernels import reference
 from mpsearch.kernels.backends import backend_index, backend_of, compiled
 from mpsearch.kernels.memory import readable
 from mpsearch.kernels.operators import register
-from mpsearch.kernels.products import PackedWeight, check_packed_weight
+from mpsearch.kernels.packed_weight import PackedWeight, check_packed_weight
 
 
 def embedding(indices: Tensor, weight: PackedWeight) -> Tensor:
