@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mpsearch.evaluation import SensitivityTable
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.sensitivity import measure_sensitivity
 
@@ -107,3 +108,12 @@ def test_an_interrupted_run_measures_effects_again_but_keeps_its_values(engine):
     assert table.effects is whole.effects
     table, log = joint(engine, done)  # their file was lost
     assert [row[0] for row in log] == ["joint", "kept"]
+
+
+@pytest.mark.parametrize(("worst", "expected"), [(40.0, 400.0), (0.3, 10.0)])
+def test_a_scheme_that_breaks_the_model_counts_ten_times_the_worst(tiny, worst, expected):
+    """Ten times the largest finite value, at least 10; what a group may not take stays infinite."""
+    space = tiny.engine(tiny.net(), tiny.task(), pin=["last:w4|w8"]).space
+    values = np.array([[np.inf, 0.2, 0.1], [np.nan, worst, 0.01], [99.0, 0.1, 0.0]])
+    losses = SensitivityTable("kl", "nats", values, space).losses()
+    assert losses.tolist() == [[expected, 0.2, 0.1], [expected, worst, 0.01], [np.inf, 0.1, 0.0]]
