@@ -134,17 +134,9 @@ def expected(engine):
     return trials(engine, InProcess(threads=1))
 
 
-def test_some_trials_of_the_expected_stop_early_and_some_of_these_go_on(expected):
-    assert [t[0] for t in expected] == list(range(len(expected)))
-    assert len({tuple(t[2].items()) for t in expected}) == 24, "going on with one is no new one"
-    left = [t for t in expected if t[5]]
-    whole = {tuple(t[2].items()): t for t in expected if not t[5]}
-    on = [(t, whole[tuple(t[2].items())]) for t in left if tuple(t[2].items()) in whole]
-    assert 0 < len(on) < len(left)
-    for first, then in on:
-        assert first[0] < then[0]
-        assert then[4][: len(first[4])] == first[4], "on the same batches"
-        assert first[6] < then[6] == 48
+def test_no_allocation_is_tried_twice(expected):
+    assert [trial for trial, *_ in expected] == list(range(24))
+    assert len({tuple(allocation.items()) for _, _, allocation, *_ in expected}) == 24
 
 
 @pytest.mark.parametrize("executor", ["in_process", "local", "dask", "ray"], indirect=True)
