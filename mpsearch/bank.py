@@ -53,8 +53,7 @@ class Bank:
 
     def write_biases(self, layer: str, name: str, biases: Mapping[str, Tensor]) -> None:
         """Keep the corrected biases, as `write` does."""
-        if biases:
-            self._write(BIASES, layer, name, biases)
+        self._write(BIASES, layer, name, biases)
 
     def _about(self, layer: str, name: str) -> dict[str, str]:
         return {"identity": self.identity, "layer": layer, "scheme": name}

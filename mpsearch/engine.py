@@ -202,7 +202,7 @@ class QuantEngine:
             if rounded is not None:  # (W + dW) E[q(x) - x]: what is never negative is not rounded down as often as up
                 shift += _mean_product(change + weight_rows(module).float().cpu(), rounded)
             corrected[name] = (module.bias.detach().cpu().double() - shift).float()
-        if self.bank is not None:
+        if self.bank is not None and any(getattr(module, "bias", None) is not None for module in self._modules[layer]):
             self.bank.write_biases(layer, scheme, corrected)
         return corrected
 

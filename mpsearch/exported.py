@@ -124,12 +124,8 @@ def load_allocation(path: Path | str) -> ExportedAllocation:
     about.only(KEYS)
     about.pairs("folded_batch_norms")
     described = about.object("layers")
-    layers = tuple(StoredLayer.read(name, described.object(name), own_fields=("name",)) for name in described.data)
+    layers = tuple(_read_layer(name, described.object(name)) for name in described.data)
     sizes = [layer.size_bytes for layer in layers]
-    for layer, size in zip(layers, sizes, strict=True):
-        layer.about.object("scheme").text("name")
-        if layer.about.integer("size_bytes") != size:
-            raise about.damaged(f"'{layer.about.place}.size_bytes' must be {size:,}, got {layer.about.integer('size_bytes'):,}")
     if about.integer("size_bytes") != sum(sizes) + about.integer("other_bytes"):
         raise about.damaged(
             f"size_bytes is {about.integer('size_bytes'):,}, but its {len(layers)} layers have {sum(sizes):,} bytes and the "
@@ -146,6 +142,18 @@ def load_allocation(path: Path | str) -> ExportedAllocation:
 def sha256(data: Mapping[str, Any]) -> str:
     """Hex digest of an allocation's JSON but for this digest itself."""
     return hashlib.sha256(canonical({key: value for key, value in data.items() if key != SHA256}).encode()).hexdigest()
+
+
+def _read_layer(name: str, about: JsonObject) -> StoredLayer:
+    scheme = about.object("scheme")
+    scheme.text("name")
+    fields = {key: value for key, value in scheme.data.items() if key != "name"}
+    layer = StoredLayer.read(name, about, JsonObject(fields, about.path, about.remedy, scheme.place))
+    if about.integer("size_bytes") != layer.size_bytes:
+        raise about.damaged(f"'{about.place}.size_bytes' must be {layer.size_bytes:,}, got {about.integer('size_bytes'):,}")
+    if about.texts("tensors") != layer.keys:
+        raise about.damaged(f"'{about.place}.tensors' must be {', '.join(layer.keys)}")
+    return layer
 
 
 def _tensors(about: JsonObject) -> dict[str, Tensor]:

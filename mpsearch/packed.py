@@ -11,14 +11,14 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from mpsearch import kernels
-from mpsearch.allocation import Allocation
-from mpsearch.engine import QuantEngine, quantize_input
+from mpsearch.allocation import Allocation, SearchSpace
+from mpsearch.engine import quantize_input
 from mpsearch.equalization import ChannelClip, Equalization
 from mpsearch.errors import InputError, check_memory
 from mpsearch.files import file_errors, write_atomically
@@ -61,8 +61,26 @@ def pack(
     return model.requires_grad_(False)
 
 
+class Weights(Protocol):
+    """The quantized weights of a run: a `QuantEngine`, or what its bank has."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The float model, folded and equalized."""
+
+    @property
+    def space(self) -> SearchSpace:
+        """What was searched."""
+
+    def quantized(self, layer: str, scheme: str) -> QuantizedTensor:
+        """A layer's weight in the scheme called so."""
+
+    def biases(self, layer: str, scheme: str) -> dict[str, Tensor]:
+        """Module name -> corrected bias of the layer in the scheme."""
+
+
 @contextmanager
-def packed(engine: QuantEngine, allocation: Allocation) -> Iterator[nn.Module]:
+def packed(engine: Weights, allocation: Allocation) -> Iterator[nn.Module]:
     """The engine's model on packed weights while the block runs; afterwards it is bitwise as it was."""
     with installed(engine.model, quantized_layers(engine, allocation)):
         yield engine.model
@@ -78,7 +96,7 @@ def installed(model: nn.Module, layers: Sequence[QuantizedLayer]) -> Iterator[No
         undo()
 
 
-def quantized_layers(engine: QuantEngine, allocation: Allocation) -> list[QuantizedLayer]:
+def quantized_layers(engine: Weights, allocation: Allocation) -> list[QuantizedLayer]:
     """The layers of an allocation, as the engine's bank has them; groups that it leaves out stay float."""
     return [
         QuantizedLayer(layer.kind, layer.modules, engine.quantized(layer.name, scheme), engine.biases(layer.name, scheme))
@@ -197,20 +215,20 @@ def packed_modules(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in modules if isinstance(module, PackedModule | Dequantized)}
 
 
-def save(model: nn.Module, path: Path | str, folds: Sequence[Pair] | None = None, max_bytes: float | None = None) -> Path:
+def save(model: nn.Module, path: Path | str, folds: Sequence[Pair] | None = None) -> Path:
     """Write a packed model to a safetensors file: stored tensors, and all other parameters and buffers; returns the path.
 
     `folds` are the batch norms that were folded, `None` those that `pack` folded: `load` is given the network unfolded.
 
     The tensors weigh what `size_bytes` counted; the file's metadata describe them (JSON), with a digest over the description and
-    all tensors. `InputError` where the model is not packed, the file cannot be written, or all of it would have more than
-    `max_bytes`.
+    all tensors. `InputError` where the model is not packed, or the file cannot be written.
     """
     modules = packed_modules(model)
     folds = getattr(model, "folded_batch_norms", ()) if folds is None else folds
     if not modules:
         raise InputError(f"This {type(model).__name__} is not packed. Pack it first: load_allocation(path).pack(model).")
     layers: dict[str, dict[str, Any]] = {}
+    schemes: list[dict[str, Any]] = []  # each once: budgets limit the whole file, with its header
     tensors: dict[str, Tensor] = {}
     done: set[str] = set()  # names in the state that stand for packed weights
     for name, module in modules.items():
@@ -219,13 +237,12 @@ def save(model: nn.Module, path: Path | str, folds: Sequence[Pair] | None = None
         if layer not in layers:
             weight = module.quantized()
             tensors.update({f"{layer}.weight.{key}": tensor for key, tensor in weight.tensors.items()})
-            layers[layer] = {
-                "kind": module.kind,
-                "modules": list(module.owners),
-                "shape": list(weight.shape),
-                "scheme": weight.scheme.fields(),
-                "tensors": sorted(weight.tensors),
-            }
+            fields = weight.scheme.fields()
+            if fields not in schemes:
+                schemes.append(fields)
+            layers[layer] = {"kind": module.kind, "shape": list(weight.shape), "scheme": schemes.index(fields)}
+            if module.owners != (layer,):
+                layers[layer]["modules"] = list(module.owners)
     first: dict[tuple[int, torch.Size], str] = {}
     shared = {}
     for name, tensor in model.state_dict().items():
@@ -236,26 +253,19 @@ def save(model: nn.Module, path: Path | str, folds: Sequence[Pair] | None = None
         else:
             first[tensor.data_ptr(), tensor.shape] = name
             tensors[name] = tensor
-    size_bytes = sum(tensor.nbytes for tensor in tensors.values())
     about = {
         "version": VERSION,
         "folds": [list(pair) for pair in folds],
         "layers": layers,
+        "schemes": schemes,
         "clips": [name for name, module in model.named_modules() if isinstance(module, ChannelClip)],
         "shared": shared,
-        "size_bytes": size_bytes,
+        "size_bytes": sum(tensor.nbytes for tensor in tensors.values()),
     }
     path = Path(path)
     with file_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-    content = tensor_file(tensors, FORMAT, about)
-    if max_bytes is not None and len(content) > max_bytes:
-        header = len(content) - size_bytes
-        raise InputError(
-            f"{path.name} would have {len(content):,} bytes, and the budget is {max_bytes:,.10g}: the tensors have "
-            f"{size_bytes:,}, their description {header:,}. Export a smaller point: pick.max_bytes={max_bytes - header:.0f}."
-        )
-    write_atomically(path, content)
+    write_atomically(path, tensor_file(tensors, FORMAT, about))
     return path
 
 
@@ -305,9 +315,15 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
 def _described(file: TensorFile) -> tuple[list[StoredLayer], list[str], Mapping[str, str]]:
     """The layers, the names of the other tensors, and what else they are called; `InputError` where they do not add up."""
     about = file.about
-    about.only(("version", "folds", "layers", "clips", "shared", "size_bytes"))
-    described = about.object("layers")
-    layers = [StoredLayer.read(name, described.object(name)) for name in described.data]
+    about.only(("version", "folds", "layers", "schemes", "clips", "shared", "size_bytes"))
+    described, schemes = about.object("layers"), about.objects("schemes")
+    layers = []
+    for name in described.data:
+        entry = described.object(name)
+        entry.only(("kind", "shape", "scheme"), ("modules",))
+        if entry.integer("scheme") >= len(schemes):
+            raise about.damaged(f"'{entry.place}.scheme' must be below {len(schemes)}, got {entry.integer('scheme')}")
+        layers.append(StoredLayer.read(name, entry, schemes[entry.integer("scheme")]))
     in_layers = [f"{layer.name}.weight.{key}" for layer in layers for key in layer.keys]
     floats = sorted(set(file.names) - set(in_layers))
     check_used(about, file.names, in_layers + floats)

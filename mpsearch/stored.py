@@ -26,26 +26,13 @@ class StoredLayer:
     about: JsonObject
 
     @classmethod
-    def read(cls, name: str, about: JsonObject, *, own_fields: Sequence[str] = ()) -> StoredLayer:
-        """From the JSON at `about`; `own_fields` of `about.scheme` are not the scheme's. `InputError` where it is malformed."""
-        kind, modules, shape = about.text("kind"), about.texts("modules"), about.integers("shape")
+    def read(cls, name: str, about: JsonObject, scheme: JsonObject) -> StoredLayer:
+        """From the JSON at `about`, without `modules` where it is `name` alone; `InputError` where it is malformed."""
+        kind, shape = about.text("kind"), about.integers("shape")
+        modules = about.texts("modules") if "modules" in about.data else (name,)
         if kind not in KINDS.values() or not modules or not shape:
             raise about.damaged(f"'{about.place}' must have a known kind, a module and a shape, got {kind!r}, {modules}, {shape}")
-        fields = {key: value for key, value in about.object("scheme").data.items() if key not in own_fields}
-        try:
-            scheme = scheme_from_fields(fields)
-            same = canonical(scheme.fields()) == canonical(fields)
-            scheme.layout(shape)
-        except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise about.damaged(f"'{about.place}.scheme' is no scheme ({type(error).__name__}: {error})") from None
-        except InputError as error:
-            raise about.damaged(f"'{about.place}.scheme' is no scheme: {str(error).rstrip('.')}") from None
-        if not same:
-            raise about.damaged(f"'{about.place}.scheme' lacks fields of a {fields['class']}, or has them in another type")
-        layer = cls(name, kind, modules, shape, scheme, about)
-        if about.texts("tensors") != layer.keys:
-            raise about.damaged(f"'{about.place}.tensors' must be {', '.join(layer.keys)}")
-        return layer
+        return cls(name, kind, modules, shape, read_scheme(scheme, shape), about)
 
     @property
     def size_bytes(self) -> int:
@@ -64,6 +51,21 @@ class StoredLayer:
         except InputError as error:
             raise self.about.damaged(f"of the layer '{self.name}', {error}") from None
         return QuantizedTensor(self.scheme, self.shape, tensors)
+
+
+def read_scheme(about: JsonObject, shape: tuple[int, ...]) -> QuantScheme:
+    """The scheme whose fields are at `about`, for a weight of `shape`; `InputError` where they are none."""
+    try:
+        scheme = scheme_from_fields(about.data)
+        same = canonical(scheme.fields()) == canonical(about.data)
+        scheme.layout(shape)
+    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise about.damaged(f"'{about.place}' is no scheme ({type(error).__name__}: {error})") from None
+    except InputError as error:
+        raise about.damaged(f"'{about.place}' is no scheme: {str(error).rstrip('.')}") from None
+    if not same:
+        raise about.damaged(f"'{about.place}' lacks fields of a {about.data['class']}, or has them in another type")
+    return scheme
 
 
 def check_used(about: JsonObject, stored: Sequence[str], used: Sequence[str]) -> None:

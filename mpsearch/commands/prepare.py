@@ -4,6 +4,7 @@ Everything that a user may have got wrong is checked before anything is measured
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
@@ -43,6 +44,12 @@ Settings = Mapping[str, Any]
 Build = Callable[..., Any]
 
 
+IDENTITY = (  # keys of `Prepared.identity`, which the weight bank depends on
+    *("space", "quality_name", "quality_kind", "divergence", "model_name", "task_name", "model_sha256", "data_sha256", "data"),
+    *("overlap", "quantizers", "not_searched", "folded_batch_norms", "equalizer", "bias_correction"),
+)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """The float model ready to be quantized, and what it was before it was folded."""
@@ -57,10 +64,11 @@ class Prepared:
     calibration: Sequence[Batch]
     equalization: Equalization | None
     not_searched: Mapping[str, Any]
+    build_model: Callable[[], nn.Module]  # the float model once more, from the same random numbers
 
     def identity(self, settings: Settings) -> dict[str, Any]:
-        """What a run folder is known by; it is not gone on with under another one."""
-        return {
+        """What a run folder is known by; a run is not resumed under another one."""
+        identity = {
             "space": self.space.to_dict(),
             "quality_name": self.task.quality_name,
             "quality_kind": self.task.quality_kind,
@@ -77,6 +85,8 @@ class Prepared:
             "equalizer": self.equalization and {**settings["equalizer"], "sha256": self.equalization.sha256},
             "bias_correction": settings["bias_correction"],
         }
+        assert identity.keys() == set(IDENTITY), "a new key belongs in IDENTITY"
+        return identity
 
     def record(self, folder: Path) -> None:
         """Write how the network was equalized, if it was, to the run's folder, where nothing says it yet."""
@@ -116,6 +126,7 @@ def prepare(settings: Settings, build: Build, equalization: Equalization | None 
     if not isinstance(task, Task):
         raise InputError(f"The task is a {type(task).__name__}; it must be a subclass of mpsearch.Task.")
     evaluation_columns(task.quality_name)  # a name that is taken is refused before anything is measured
+    random_state = torch.get_rng_state()
     model = check_model(build("model")).eval()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
@@ -158,8 +169,9 @@ def prepare(settings: Settings, build: Build, equalization: Equalization | None 
     if dropped := [name for name in schemes if name not in space.schemes]:
         print(f"not searched, as no layer may take it: {', '.join(dropped)}")
     quantizers = {name: quantizers[name] for name in space.schemes}
-    left = unsearched(model, layers)
-    return Prepared(model, task, task.divergence, space, quantizers, sha256, tuple(folds), calibration, equalization, left)
+    again = functools.partial(_built_again, build, random_state)
+    rest = sha256, tuple(folds), calibration, equalization, unsearched(model, layers), again
+    return Prepared(model, task, task.divergence, space, quantizers, *rest)
 
 
 def engine_elsewhere(
@@ -175,6 +187,13 @@ def engine_elsewhere(
 def build_schemes(settings: Settings, build: Build) -> dict[str, Any]:
     """The run's schemes by name."""
     return {name: build(f"scheme.{name}") for name in settings["scheme"] or {}}
+
+
+def _built_again(build: Build, random_state: torch.Tensor) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(random_state)
+        model: nn.Module = build("model")
+    return model.eval()
 
 
 def _device(name: str) -> str:

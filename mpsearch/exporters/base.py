@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torch import nn
 
-from mpsearch.engine import QuantEngine
 from mpsearch.equalization import Equalization
 from mpsearch.evaluation import Evaluation
 from mpsearch.files import file_errors
+from mpsearch.packed import Weights
 
 # Also the one name that tensors had before they were named by their content.
 CONTENT_NAMED = re.compile(r"allocation\.safetensors|(allocation|equalization)-[0-9a-f]{12}\.safetensors")
@@ -26,7 +26,7 @@ class Picked:
     """What an exporter is given: the picked point, its scores (split -> evaluation), and what the model was before.
 
     `model_sha256` is the checksum of the float model as it was built, `folds` the (layer, batch norm) pairs folded since,
-    `equalization` how its channels were scaled then, if they were, `max_bytes` the run's budget, which limits a whole file.
+    `equalization` how its channels were scaled then, if they were.
     """
 
     evaluation: Evaluation
@@ -36,14 +36,13 @@ class Picked:
     model_sha256: str
     folds: Sequence[tuple[str, str]]
     equalization: Equalization | None = None
-    max_bytes: float | None = None
 
 
 class Exporter(ABC):
     """Writes files into a folder; what their tensors weigh is what the budget counted."""
 
     @abstractmethod
-    def export(self, picked: Picked, engine: QuantEngine, folder: Path) -> Path:
+    def export(self, picked: Picked, engine: Weights, folder: Path) -> Path:
         """Write the files and return the path of the one that names all others, which is written last.
 
         Files that it names carry names of their content, so that earlier ones stay whole: see `remove_unreferenced`.
@@ -62,14 +61,16 @@ def publish(path: Path, folder: Path) -> Path:
     new: list[Path] = []
     try:
         with file_errors(folder):
-            for file in sorted(path.parent.iterdir(), key=lambda file: file == path):
+            exported = (file for file in path.parent.iterdir() if not file.name.startswith("."))
+            for file in sorted(exported, key=lambda file: file == path):
                 target = folder / file.name
                 if not target.exists():
                     new.append(target)
                 os.replace(file, target)
     except BaseException:
         for file in new:
-            file.unlink(missing_ok=True)
+            with suppress(OSError):
+                file.unlink()
         raise
     remove_unreferenced(folder)
     return folder / path.name

@@ -7,17 +7,16 @@ from pathlib import Path
 from torch import nn
 
 from mpsearch import packed
-from mpsearch.engine import QuantEngine
 from mpsearch.exporters.base import Exporter, Picked
 
 
 class Packed(Exporter):
     """Writes `packed.safetensors`: the stored tensors of every quantized layer, and all other parameters and buffers."""
 
-    def export(self, picked: Picked, engine: QuantEngine, folder: Path) -> Path:
+    def export(self, picked: Picked, engine: packed.Weights, folder: Path) -> Path:
         """The path of `packed.safetensors`."""
         with packed.packed(engine, picked.evaluation.allocation) as model:
-            return packed.save(model, folder / "packed.safetensors", picked.folds, picked.max_bytes)
+            return packed.save(model, folder / "packed.safetensors", picked.folds)
 
     def load(self, path: Path, model: nn.Module) -> nn.Module:
         """See `mpsearch.packed.load`."""

@@ -46,6 +46,8 @@ class Integer(QuantScheme):
         if not isinstance(self.bits, int) or isinstance(self.bits, bool) or not 1 <= self.bits <= 8:
             raise InputError(f"An integer scheme has 1 to 8 bits; bits={self.bits} came. For more, use fp16, bf16 or fp32.")
         check_group_size(self.group_size)
+        if not isinstance(self.symmetric, bool):
+            raise InputError(f"symmetric is true or false; got {self.symmetric!r}.")
         if self.scale_dtype not in SCALE_DTYPES:
             raise InputError(f"scale_dtype is 'float16' or 'float32'; {self.scale_dtype!r} came.")
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from mpsearch.allocation import Allocation
+from mpsearch.equalization import load_equalization
 from mpsearch.errors import InputError
 from mpsearch.exported import load_allocation, sha256
 from mpsearch.exporters.base import Exporter, Picked
 from mpsearch.layer import weights_sha256
+from mpsearch.packed import load
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
@@ -230,3 +234,130 @@ def test_tensors_of_another_export_are_refused(exported):
     save_file(tensors, tensors_of(path))
     with pytest.raises(InputError, match="is not the file that"):
         load_allocation(path)
+
+
+def first_layer(edit):
+    return lambda data: edit(data["layers"]["first"])
+
+
+@pytest.mark.parametrize(
+    ("edit", "sentence"),
+    [
+        (lambda data: data["layers"].pop("second"), r"its 2 layers have .* bytes .*: a layer was deleted or changed"),
+        (first_layer(lambda la: la["scheme"].update(scale_dtype="float32")), r"'layers.first.size_bytes' must be \d+, got"),
+        (first_layer(lambda la: la["scheme"].update(scale_dtype=["float32"])), "'layers.first.scheme' is no scheme"),
+        (first_layer(lambda la: la["scheme"].update(bits=4)), "'layers.first.size_bytes' must be"),
+        (first_layer(lambda la: la["scheme"].update(bits=9)), "'layers.first.scheme' is no scheme: An integer scheme has 1 to 8"),
+        (
+            first_layer(lambda la: la["scheme"].update(symmetric=1)),
+            "'layers.first.scheme' is no scheme: symmetric is true or false; got 1",
+        ),
+        (first_layer(lambda la: la["scheme"].pop("input")), "lacks fields of a Integer"),
+        (first_layer(lambda la: la["scheme"].update(input={"bits": 8, "scale": "static"})), "'layers.first.scheme' lacks fields"),
+        (first_layer(lambda la: la["scheme"].update({"class": "Nothing"})), "'Nothing' is no known scheme"),
+        (first_layer(lambda la: la.update(shape=[2, 4, 3, 3])), "'first.*' must be .*; got|size_bytes"),
+        (first_layer(lambda la: la.update(shape=[4, -2, 3, 3])), "'layers.first.shape' must be a list of integers"),
+        (first_layer(lambda la: la.update(modules=[])), "must have a known kind, a module and a shape"),
+        (first_layer(lambda la: la.update(modules=["other"])), "'layers.first.biases' must be among its modules"),
+        (first_layer(lambda la: la.update(biases=[])), r"the tensor 'first.bias' belongs to no layer"),
+        (first_layer(lambda la: la.update(biases=["first", "first"])), "must be a list of different strings"),
+        (first_layer(lambda la: la.update(tensors=["codes"])), "'layers.first.tensors' must be codes, scales"),
+        (first_layer(lambda la: la.update(note="x")), "'layers.first.note' is unknown"),
+        (first_layer(lambda la: la.update(size_bytes=True)), "'layers.first.size_bytes' must be an integer"),
+        (lambda data: data.update(size_bytes=data["size_bytes"] - 1), "a layer was deleted or changed"),
+        (lambda data: data.update(more=1), "'more' is unknown"),
+        (lambda data: data.update(folded_batch_norms=[["a"]]), "'folded_batch_norms' must be a list of pairs of strings"),
+        (lambda data: data.update(equalization={"file": "x"}), "x' does not exist"),
+    ],
+)
+def test_an_edit_with_a_new_digest_is_said(exported, edit, sentence):
+    path, _, _ = exported
+    change(path, edit)
+    with pytest.raises(InputError, match=sentence) as error:
+        load_allocation(path)
+    assert "allocation.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "edit", [lambda data: data["scores"]["search"].update(loss=0.0), lambda data: data.update(average_bits=1)]
+)
+def test_an_edit_without_a_new_digest_is_seen(exported, edit):
+    path, _, _ = exported
+    change(path, edit, sealed=False)
+    with pytest.raises(InputError, match="content does not match its digest"):
+        load_allocation(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ('{"format": 1, "format": 2}', "the key 'format' appears twice"),
+        ('{"format": NaN}', "the number NaN is not finite"),
+        ('{"format": -1e999}', "the number -1e999 is not finite"),
+        (f'{{"format": {"9" * 5000}}}', "does not fit in 64 bits"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"format": "mpsearch-allocation", "version": 2, "layers": "x"}', "'size_bytes' is missing"),
+        ('{\n "format": 1,\n}', "line 3 column 1"),
+    ],
+)
+def test_traps_of_json_are_sentences(tmp_path, text, sentence):
+    (tmp_path / "allocation.json").write_text(text)
+    with pytest.raises(InputError, match=f"allocation.json is damaged or was edited: .*{sentence}"):
+        load_allocation(tmp_path / "allocation.json")
+
+
+@pytest.mark.parametrize("key", ["tensors", "equalization"])
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("../allocation.safetensors", "must be a bare file name"),
+        ("/etc/passwd", "must be a bare file name"),
+        ("a\\b", "must be a bare file name"),
+        ("a\0b", "must be a bare file name"),
+        ("..", "must be a bare file name"),
+        (".", "must be a bare file name"),
+        ("", "must be a bare file name"),
+        (7, "must be a string, got 7"),
+        ("pipe", "is a pipe or device, not a regular file"),
+        ("zero", "is a pipe or device, not a regular file"),
+        ("folder", "is a folder, not a regular file"),
+        ("nowhere", "does not exist"),
+    ],
+)
+def test_files_are_bare_names_of_regular_files(exported, key, name, sentence):
+    """Whatever else would be read outside the folder, hang or never end."""
+    path, _, _ = exported
+    os.mkfifo(path.parent / "pipe")
+    (path.parent / "zero").symlink_to("/dev/zero")
+    (path.parent / "folder").mkdir()
+    change(path, lambda data: data.update({key: {"file": name, "sha256": "0" * 64}}))
+    with pytest.raises(InputError, match=sentence):
+        load_allocation(path)
+
+
+@pytest.mark.parametrize("read", [load_allocation, lambda path: load(path, torch.nn.Linear(2, 2)), load_equalization])
+def test_only_regular_files_are_read(tmp_path, read):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path, tmp_path / "none", tmp_path / "a\0b", tmp_path / "loop"):
+        with pytest.raises(InputError, match=r"not a regular file|does not exist|cannot be read"):
+            read(Path(path))
+
+
+def test_a_link_to_a_regular_file_is_read(exported, tmp_path):
+    """As in a download cache, whose folders hold links to their content."""
+    path, _, _ = exported
+    (tmp_path / "cache").mkdir()
+    for file in path.parent.iterdir():
+        (tmp_path / "cache" / file.name).symlink_to(file)
+    assert load_allocation(tmp_path / "cache" / "allocation.json").schemes == dict(ALLOCATION)
+
+
+def test_a_score_that_is_not_finite_is_null(exported, request):
+    path, engine, picked = exported
+    broken = replace(picked.scores["confirm"], loss=float("inf"), cross_entropy=float("nan"))
+    instantiate({"_target_": "mpsearch.exporters.native.Native"}).export(
+        replace(picked, scores={"confirm": broken}), engine, path.parent
+    )
+    score = load_allocation(path).data["scores"]["confirm"]
+    assert (score["loss"], score["cross_entropy"]) == (None, None)

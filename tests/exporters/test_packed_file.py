@@ -1,14 +1,10 @@
 """The exporter of the packed model: from a run's folder to a network that classifies, with nothing but the file."""
 
-from dataclasses import replace
-
-import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from mpsearch.errors import InputError
 from mpsearch.exporters.base import Exporter, Picked
 from mpsearch.fold import fold_batch_norms
 from mpsearch.models.digits import digits
@@ -27,13 +23,6 @@ def test_the_file_is_the_confirmed_model(tiny, tmp_path, request):
     path = exporter.export(Picked(e, {"search": e}, {}, "accuracy", "0" * 64, folds), engine, tmp_path / "run")
     tiny.assert_same_state(engine.model, before)
     assert sum(tensor.nbytes for tensor in load_file(path).values()) == e.size_bytes
-
-    limited = Picked(e, {"search": e}, {}, "accuracy", "0" * 64, folds, max_bytes=path.stat().st_size)
-    assert exporter.export(limited, engine, tmp_path / "run") == path
-    content, header = path.read_bytes(), path.stat().st_size - e.size_bytes
-    with pytest.raises(InputError, match=rf"would have {len(content):,} bytes.*pick.max_bytes={e.size_bytes - 1}\."):
-        exporter.export(replace(limited, max_bytes=e.size_bytes - 1 + header), engine, tmp_path / "run")
-    assert path.read_bytes() == content, "an earlier file stays"
     with torch.device("meta"):
         unfolded = type(engine.model)().eval()
     model = load(path, unfolded)
