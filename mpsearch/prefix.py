@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.allocation import ALPHABET, Allocation, SearchSpace
-from mpsearch.chain import Call, Handler, find_runs, intercepted, owned_by, version
+from mpsearch.chain import Call, Handler, Path, find_runs, follow, intercepted, owned_by, version
 from mpsearch.errors import check_memory
 from mpsearch.tasks.base import Task
 from mpsearch.trace import first_samples
@@ -54,6 +54,8 @@ class PrefixReuse:
         self._runs: list[list[Call]] | None = None
         self._plan: list[tuple[list[Call], list[str]]] = []
         self._holds: dict[tuple[Call, Call], bool] = {}
+        self._paths: dict[tuple[str, int], Path] = {}  # (split, batch)
+        self._path = Path()  # of the sample
 
     @torch.no_grad()
     def forward(self, split: str, i: int, inputs: Any, allocation: Allocation) -> Tensor:
@@ -64,9 +66,16 @@ class PrefixReuse:
             self._runs = self._prepare(inputs)
         if self._current is None or self._current[0] != split or self._current[1] is not allocation:
             self._begin(split, allocation, self._runs)
+        if not self._runs:
+            return self.task.forward(self.model, inputs)
+        if (split, i) not in self._paths:  # nothing is kept of it yet
+            logits, self._paths[split, i] = follow(self.model, self.task.forward, inputs, self.space.groups, self._order)
+            return logits
         handlers: dict[nn.Module, Handler] = {}
         caught: dict[Key, tuple[Tensor, int, float]] = {}
         for run, prefixes in self._plan:
+            if not self._paths[split, i].holds(run, self._path):
+                continue
             keys = [(split, i, call.begin, prefix) for call, prefix in zip(run, prefixes, strict=True)]
             known = next((j for j in reversed(range(len(run))) if self._is_kept(keys[j])), -1)
             if known >= 0:
@@ -90,6 +99,8 @@ class PrefixReuse:
             check_memory(error)
             self._sample = inputs
             runs, order = find_runs(self.model, self.task.forward, inputs, self.space.groups)
+        if runs:
+            self._path = follow(self.model, self.task.forward, self._sample, self.space.groups, order)[1]
         groups = {group.name: group for group in self.space.groups}
         self._order = order
         self._members = [[self.model.get_submodule(m) for la in groups[n].layers for m in la.modules] for n in order]

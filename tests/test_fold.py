@@ -248,3 +248,24 @@ def test_a_fold_just_beyond_the_tolerance_is_undone():
     x = torch.randn(8, 4)
     assert fold_batch_norms(trained(Leak(100 * TOLERANCE)), call, x) == ()
     assert fold_batch_norms(trained(Leak(0.0)), call, x) == (("linear", "bn"),)
+
+
+class Sometimes(nn.Module):
+    """Reads the layer's output without the batch norm where its input is large."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.bn = nn.Linear(4, 3), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        x = self.linear(x)
+        return x if x.abs().max() > 50 else self.bn(x)
+
+
+def test_folds_are_verified_on_every_batch():
+    """On the first batch alone the fold looks right, and the second one's outputs are wrong by their own size."""
+    model, batches = trained(Sometimes()), [torch.randn(8, 4), 1000 * torch.randn(8, 4)]
+    before = copy.deepcopy(model.state_dict())
+    assert fold_batch_norms(model, call, *batches) == ()
+    assert unchanged(model, before)
+    assert fold_batch_norms(model, call, batches[0]) == (("linear", "bn"),)

@@ -145,6 +145,43 @@ class Named(nn.Module):
         return self.head(self.inner(x))
 
 
+class Overwrites(nn.Module):
+    """Adds to a layer's input in place after the layer read it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.a(x)
+        x += self.b(x)
+        x += self.c(x)
+        return self.head(x)
+
+
+class Branches(nn.Module):
+    """Takes a path by a value that its layers made, which most allocations and samples leave on the same side."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.a(x)
+        if x.mean() > -0.05:
+            return self.head(self.c(self.b(x)))
+        return self.head(self.c(x + self.b(x)))
+
+
+class BatchBranches(Branches):
+    """Takes a path by its input."""
+
+    def forward(self, x):
+        larger = x.mean() > 0.55
+        x = self.a(x)
+        return self.head(self.c(x + self.b(x) if larger else self.b(x)))
+
+
 def mlp():
     return nn.Sequential(*(m for i in range(4) for m in (nn.Linear(8, 8), nn.ReLU())), nn.Linear(8, 5))
 
@@ -160,6 +197,9 @@ NETS = {
     "twice": (Twice, VECTORS, True),
     "in place": (InPlace, VECTORS, True),
     "named": (Named, VECTORS, False),
+    "overwrites": (Overwrites, VECTORS, False),
+    "branches": (Branches, VECTORS, True),
+    "batch branches": (BatchBranches, VECTORS, False),
 }
 
 

@@ -11,6 +11,7 @@ from mpsearch.allocation import Allocation
 from mpsearch.budget import read_budgets
 from mpsearch.commands.hardware import costs_of_run
 from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
+from mpsearch.commands.resume import check_resumed
 from mpsearch.commands.show import paths, summary
 from mpsearch.equalization import recorded
 from mpsearch.errors import InputError, run_option
@@ -41,7 +42,7 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
         run.identify(prepared.identity(settings))
         run.mend("evaluations")
         engine = prepared.engine(settings, folder)
-
+        check_resumed(engine, run, result.evaluations)
         record = run.recorder(space, quality, result.costs)
         budgets = read_budgets(result.budgets, costs, space)
         evaluate = Evaluator(engine, budgets, record, result.evaluations, tables, batch_size)

@@ -16,6 +16,7 @@ from mpsearch.budget import read_budgets
 from mpsearch.commands.finetune import train_point
 from mpsearch.commands.hardware import latency_table
 from mpsearch.commands.prepare import Build, Prepared, Settings, engine_elsewhere, prepare
+from mpsearch.commands.resume import check_resumed
 from mpsearch.commands.sensitivity import measured_sensitivity
 from mpsearch.commands.show import paths, summary
 from mpsearch.confirm import confirm
@@ -105,6 +106,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
             run.mend(table)
         known_sensitivity = run.read_sensitivity(space, metric.name)
         known = run.read_evaluations(space, kind, identity["costs"])
+        check_resumed(engine, run, known)
 
         url, name = settings["study"]["mirror"], "/".join(folder.parts[-2:])  # the runs of a sweep are 0, 1, 2
         mirror = Mirror(url, name, space, identity["objectives"]) if url else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from mpsearch.budget import read_budgets
 from mpsearch.commands.hardware import costs_of_run
 from mpsearch.commands.prepare import Build, Settings, build_schemes, prepare
+from mpsearch.commands.resume import check_resumed
 from mpsearch.commands.show import paths, summary
 from mpsearch.confirm import confirm
 from mpsearch.costs.activation_bytes import ActivationBytes
@@ -54,8 +55,10 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
         run.identify(prepared.identity(settings))
         run.mend("evaluations")
 
+        engine = prepared.engine(settings, folder)
+        check_resumed(engine, run, result.evaluations)
         record = run.recorder(space, quality, result.costs)
-        evaluate = Evaluator(prepared.engine(settings, folder), own, record, result.evaluations, tables, batch_size)
+        evaluate = Evaluator(engine, own, record, result.evaluations, tables, batch_size)
         if max_drop is None:
             picked = best_within(evaluate, result.sensitivity, budgets, result.objectives)
         else:
