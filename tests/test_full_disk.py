@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pandas as pd
 import pytest
@@ -22,6 +23,7 @@ from mpsearch.commands.sensitivity import sensitivity
 from mpsearch.commands.solve import solve
 from mpsearch.errors import InputError
 
+MEASURED = ["measured_ms", "measured_ms_low", "measured_ms_high"]
 WORDS = ["scheme=[w4,w8]", "quantizer=clip_search", "metric=weight_mse", "n_trials=3", "n_seeds=1"]
 
 
@@ -69,15 +71,17 @@ def commands(tiny, tmp_path, monkeypatch):
         return made[key]() if key in made else build_object(OmegaConf.create(settings), key, **extra)
 
     def run(command, folder, disk=None, **own):
-        monkeypatch.setattr(files, "os", disk or os)
-        command({**settings, **own}, build, folder)
+        monkeypatch.setattr(files, "os", os)
+        with files.locked(folder) if command in (search, sensitivity) else nullcontext():  # as the command line does
+            monkeypatch.setattr(files, "os", disk or os)
+            command({**settings, **own}, build, folder)
 
     return run
 
 
 def without_times(folder, name):
     table = pd.read_csv(folder / f"{name}.csv", dtype=str, keep_default_na=False)
-    return table.drop(columns=["seconds", "measured_ms", "crc"], errors="ignore")
+    return table.drop(columns=["seconds", "crc", *MEASURED], errors="ignore")
 
 
 def assert_sound(folder):
