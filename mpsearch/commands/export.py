@@ -59,7 +59,7 @@ def export(settings: Settings, build: Build, folder: Path) -> None:
         source.check(exporter, path, scored)
         path = publish(path, folder)
     result, _, _ = redraw(folder, lambda _: picked, result.space.schemes)
-    summary(result, scored, settings["pick"]["max_drop"])
+    summary(result, scored, settings["pick"].get("max_drop"))
     print(relative(path))
 
 
