@@ -172,7 +172,7 @@ def sensitivity(values: pd.DataFrame, unit: str, metric: str, folder: Path) -> N
         figure.colorbar(image, ax=axes, label=f"{metric} ({unit})", pad=0.01)
     axes.set_xticks(range(columns), values.columns, rotation=90, fontsize=8)
     axes.set_yticks(range(rows), values.index, fontsize=9)
-    axes.set(title="How much the model minds when one layer alone takes a scheme", xlabel="layer or group, in forward order")
+    axes.set(title="Layer sensitivity: one layer alone in a scheme", xlabel="layer or group, in forward order")
     _save(figure, folder, "sensitivity")
 
 

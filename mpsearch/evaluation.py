@@ -16,7 +16,7 @@ from mpsearch.quality import Quality
 class Score:
     """What a task reports of a model on one split.
 
-    `loss` is the mean KL divergence (nats) from the float model's predictions to this one's, `cross_entropy` the mean in nats,
+    `loss` is the mean divergence from the float model's outputs (`mpsearch.divergence`), `cross_entropy` the mean task loss,
     `quality` the task's own measure (`Quality.score` of the samples' mean). `quality_low` and `quality_high` bound its 95 %
     interval *relative to the float model*: that of the paired differences (`mpsearch.intervals`) added to the float model's mean.
     `noise` is the power of the logits' change over the power of the float logits. `n_samples` counts independent samples (texts,

@@ -32,7 +32,7 @@ def findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame |
     volume = run_hypervolume(result)
     if volume is not None:
         said.append(
-            "Hypervolume on the search split (average bits x log10 KL, against the largest and the smallest uniform "
+            "Hypervolume on the search split (average bits x log10 loss, against the largest and the smallest uniform "
             f"allocation): {volume:.3f}."
         )
     if confirmed is not None and len(confirmed):

@@ -277,7 +277,7 @@ def search(
 
         def told_one() -> None:
             evaluation = tell()
-            advance(f"{evaluation.average_bits:.2f} bits: KL {evaluation.loss:.3g}")
+            advance(f"{evaluation.average_bits:.2f} bits: loss {evaluation.loss:.3g}")
 
         for number in range(len(recorded), n_trials):
             while len(running) >= in_flight:

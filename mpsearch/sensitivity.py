@@ -1,4 +1,4 @@
-"""Measure how much each group minds each scheme, one row on disk before the next begins."""
+"""Measure the sensitivity of each group to each scheme, one row on disk before the next begins."""
 
 from __future__ import annotations
 

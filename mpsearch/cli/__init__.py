@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 COMMANDS = {
     "search": "find how many bits each layer should get; go on with an interrupted run",
-    "sensitivity": "measure how much each layer minds each scheme: the table and its chart",
+    "sensitivity": "measure the sensitivity of each layer to each scheme: the table and its chart",
     "hardware": "say what this machine's kernels run, test them, and measure each layer in each scheme",
     "solve": "solve a finished run for another budget, or for an accuracy drop, and confirm it",
     "finetune": "train a point of a finished run as it is stored (quantization-aware), and score it again",

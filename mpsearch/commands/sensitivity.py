@@ -1,4 +1,4 @@
-"""`mpsearch sensitivity`: how much each layer minds, and nothing else."""
+"""`mpsearch sensitivity`: the sensitivity table and its chart, and nothing else."""
 
 from __future__ import annotations
 

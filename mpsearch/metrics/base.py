@@ -1,4 +1,4 @@
-"""The contract of the sensitivity metrics: how much the model minds when one group alone takes a scheme."""
+"""The contract of the sensitivity metrics: the loss increase when one group alone takes a scheme."""
 
 from __future__ import annotations
 

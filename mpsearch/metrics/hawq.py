@@ -51,7 +51,7 @@ class HAWQ(SensitivityMetric):
                     logits = engine.task.forward(engine.model, inputs)
                 loss = engine.divergence.drawn_loss(logits, generator)
                 slopes = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
-                # One layer at a time: the blocks between layers would drown the trace of a layer that minds little.
+                # One layer at a time: the blocks between layers would drown the trace of a layer of low sensitivity.
                 for i, (weight, slope) in enumerate(zip(weights, slopes, strict=True)):
                     for _ in range(self.n_probes):
                         sign = (torch.randint(0, 2, weight.shape, generator=generator) * 2.0 - 1).to(weight)

@@ -1,4 +1,4 @@
-"""Weight error: needs no data and no forward pass; says nothing of how much the network minds."""
+"""Weight error: needs no data and no forward pass; says nothing about the loss."""
 
 from __future__ import annotations
 
