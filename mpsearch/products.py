@@ -166,7 +166,8 @@ def watched(model: nn.Module, names: Sequence[str], see: See) -> Iterator[None]:
         return lambda module, args: running.setdefault(id(module.weight), []).append((name, module))
 
     def leave(module: Any, args: Any, output: Any) -> None:
-        running[id(module.weight)].pop()
+        if calls := running.get(id(module.weight)):  # none where another hook raised before `enter` ran
+            calls.pop()
 
     def see_use(name: str, use: Use) -> Tensor | None:
         product = _product_of(use)

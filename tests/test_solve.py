@@ -149,7 +149,7 @@ def test_a_drop_that_nothing_keeps_to_is_said(trained, table):
     evaluate = started(trained)
     least = min(e.average_bits for e in evaluate.evaluations if e.allocation)
     budgets = read_budgets({"bits": least + 0.05}, COSTS, trained.space)
-    with pytest.raises(InputError, match="drop of at most 0.00 points on the search split; the least is"):
+    with pytest.raises(InputError, match=r"drop of at most 0\.00 points on the search split; the least is"):
         cheapest_within(evaluate, table, budgets, Bytes().table(trained.space), 0.0)
 
 

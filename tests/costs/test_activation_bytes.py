@@ -136,18 +136,18 @@ def test_solve_finds_the_best_within(limits):
 def test_from_the_front_door(mpsearch):
     """A run under a limit, gone on with, and solved for another limit; and as an objective it is refused."""
     first = ["scheme=[w2,w4,w4a8]", "cost=[bytes,activation_bytes]", "n_seeds=3", "hydra.run.dir=run"]
-    assert mpsearch("search", *first, "n_trials=5", "budget.activation_bytes=12kB")[0] == 0
+    assert mpsearch("search", *first, "n_trials=5", "budget.activation_bytes=6kB")[0] == 0
     assert mpsearch("search", "run=run", "n_trials=8")[0] == 0
-    assert mpsearch("solve", "run=run", "budget.activation_bytes=10kB", "budget.bytes=22kB")[0] == 0
+    assert mpsearch("solve", "run=run", "budget.activation_bytes=5kB", "budget.bytes=4kB")[0] == 0
     rows = pd.read_csv("run/evaluations.csv")
     trials, float_input = rows[rows.trial.notna()], rows[rows.origin == "uniform"].activation_bytes.max()
     assert len(trials) == 8
-    assert trials.activation_bytes.max() <= 12_000 < float_input == 12_288
+    assert trials.activation_bytes.max() <= 6_000 < float_input == 6_144
     solved = rows[(rows.origin == "knapsack") & rows.trial.isna() & (rows.split == "search")]
     assert len(solved) > 0
-    assert (solved.activation_bytes <= 10_000).all()
-    assert (solved.size_bytes <= 22_000).all()
-    assert pd.read_csv("run/front.csv").activation_bytes.max() <= 12_000
+    assert (solved.activation_bytes <= 5_000).all()
+    assert (solved.size_bytes <= 4_000).all()
+    assert pd.read_csv("run/front.csv").activation_bytes.max() <= 6_000
     code, said = mpsearch("search", *first[:2], "objective=activation_bytes", "hydra.run.dir=other")
     assert code
     assert "activation_bytes is a peak and takes few values" in said

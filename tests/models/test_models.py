@@ -43,6 +43,9 @@ def test_the_shelf(path):
         pytest.importorskip(config._target_.partition(".")[0])
         assert callable(get_method(config._target_))
         return
+    if "???" in OmegaConf.to_container(config).values():  # the user's to give
+        assert callable(get_method(config._target_))
+        return
     if OmegaConf.to_container(config).get("weights"):
         name = "model" if path.stem == "stories260k" else path.stem
         assert OmegaConf.to_container(config)["weights"] == f"${{task.data_dir}}/{name}.safetensors"
