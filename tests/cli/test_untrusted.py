@@ -1,6 +1,7 @@
 """A run folder from elsewhere is data: whatever its config names, no command runs it unless the user says `trust=true`."""
 
 import ast
+import importlib
 import shlex
 import shutil
 import socket
@@ -77,7 +78,7 @@ def evil(real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evil:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What `report` would draw: figures take seconds, and are the same for every case."""
-    module = sys.modules["mpsearch.commands.report"]
+    module = importlib.import_module("mpsearch.commands.report")
     seen: list[object] = []
 
     def note(result: object, folder: Path, picked: object) -> Path:
