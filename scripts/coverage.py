@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from bench_resnet20 import DATA
+from pages import machine
 from scipy.stats import binom, bootstrap
 from torch import nn
 
@@ -144,6 +145,7 @@ def page(table: pd.DataFrame) -> str:
     lines += ["|" + " --- |" * 5]
     for row in losses.itertuples():
         lines.append(f"| {row.network} | {row.n} of {row.population:.0f} | {row.before:.3f} | {row.now:.3f} | {row.bca:.3f} |")
+    lines += ["", f"{machine()['case']}."]
     return "\n".join(lines) + "\n"
 
 
