@@ -19,7 +19,7 @@ from mpsearch.errors import InputError, check_memory, did_you_mean
 from mpsearch.files import file_errors, write_atomically
 from mpsearch.layer import from_rows, kind_of, weight_rows
 from mpsearch.strict_json import damaged
-from mpsearch.tensor_file import opened, tensor_file
+from mpsearch.tensor_file import read_tensors, tensor_file
 
 FILE = "equalization.safetensors"
 FORMAT = "mpsearch-equalization"
@@ -104,15 +104,11 @@ class Equalization:
 def load_equalization(path: Path) -> Equalization:
     """What `Equalization.save` wrote; `InputError` where it is missing or damaged."""
     remedy = "It says how the network's channels were scaled: restore it, or start a new run."
-    with opened(path, FORMAT, remedy) as file:
-        if file is None:
-            raise damaged(path, f"it has no {FORMAT} metadata", remedy)
-        file.verify()
-        tensors = {name: file.tensor(name).clone() for name in file.names}
-        for name, tensor in tensors.items():
-            if name.rpartition(".")[2] not in PARTS or not tensor.is_floating_point():
-                raise damaged(path, f"'{name}' ({tensor.dtype}) is none of {', '.join(PARTS)} of a module", remedy)
-        return Equalization(file.about.text("equalizer"), tensors)
+    about, tensors = read_tensors(path, FORMAT, remedy)
+    for name, tensor in tensors.items():
+        if name.rpartition(".")[2] not in PARTS or not tensor.is_floating_point():
+            raise damaged(path, f"'{name}' ({tensor.dtype}) is none of {', '.join(PARTS)} of a module", remedy)
+    return Equalization(about.text("equalizer"), tensors)
 
 
 def recorded(folder: Path) -> Equalization | None:

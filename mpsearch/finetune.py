@@ -32,7 +32,7 @@ from mpsearch.schemes.base import QuantScheme
 from mpsearch.strict_json import JsonObject, damaged
 from mpsearch.student import Student, learns
 from mpsearch.tasks.base import Batch, Task
-from mpsearch.tensor_file import opened, tensor_file
+from mpsearch.tensor_file import read_tensors, tensor_file
 from mpsearch.tree import map_tensors
 
 FORMAT = "mpsearch-finetuning"
@@ -241,12 +241,8 @@ def _restore(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> 
 def _read(path: Path) -> tuple[JsonObject, list[float], dict[str, Tensor]]:
     """What a checkpoint says of itself, the losses so far, and its tensors."""
     remedy = "Delete it, and train again."
-    with opened(path, FORMAT, remedy) as file:
-        if file is None:
-            raise damaged(path, f"it has no {FORMAT} metadata", remedy)
-        file.verify()
-        tensors = {name: file.tensor(name).clone() for name in file.names}
-        losses = file.tensor("losses").tolist()
-        if not losses:
-            raise damaged(path, "it has no losses", remedy)
-        return file.about, losses, tensors
+    about, tensors = read_tensors(path, FORMAT, remedy)
+    losses = tensors["losses"].tolist() if "losses" in tensors else []
+    if not losses:
+        raise damaged(path, "it has no losses", remedy)
+    return about, losses, tensors

@@ -93,6 +93,18 @@ def opened(path: Path, kind: str, remedy: str) -> Iterator[TensorFile | None]:
             yield TensorFile(path, file, JsonObject(parse(metadata[kind], path, remedy), path, remedy))
 
 
+def read_tensors(path: Path, kind: str, remedy: str) -> tuple[JsonObject, dict[str, Tensor]]:
+    """What a file of `tensor_file` says of itself, and copies of all its tensors, both verified.
+
+    `InputError`, ending in the `remedy`, where the file is absent, unreadable, damaged, or of another kind.
+    """
+    with opened(path, kind, remedy) as file:
+        if file is None:
+            raise damaged(path, f"it has no {kind} metadata", remedy)
+        file.verify()
+        return file.about, {name: file.tensor(name).clone() for name in file.names}
+
+
 def check_regular(path: Path, remedy: str) -> None:
     """Raise `InputError` unless `path` is a regular file (or a link to one): a pipe or device could block or never end."""
     try:
