@@ -78,7 +78,7 @@ class Prepared:
             "model_sha256": self.model_sha256,
             "data_sha256": self.task.fingerprint(),
             "data": {split: self.task.describe(split) for split in SPLITS},
-            "overlap": overlap(self.task),
+            "overlap": self.overlap,
             "quantizers": {name: _fields(quantizer) for name, quantizer in self.quantizers.items()},
             "not_searched": self.not_searched,
             "folded_batch_norms": [list(pair) for pair in self.folds],
@@ -87,6 +87,11 @@ class Prepared:
         }
         assert identity.keys() == set(IDENTITY), "a new key belongs in IDENTITY"
         return identity
+
+    @functools.cached_property
+    def overlap(self) -> dict[str, Any] | None:
+        """`overlap` of the task; kept, because it hashes every sample, and the run folder and the weight bank both ask."""
+        return overlap(self.task)
 
     def record(self, folder: Path) -> None:
         """Write how the network was equalized, if it was, to the run's folder, where nothing says it yet."""
