@@ -1,7 +1,6 @@
 """mpsearch: how many bits each layer of a network should get.
 
-The words, loaded when first used (importing torch takes seconds). The steps are functions of the modules of the same name:
-`from mpsearch.search import search`. `load_allocation(path).apply(model)` makes of the float model the one that was scored.
+Names are loaded when they are first used, because importing torch takes seconds. The steps are functions in `mpsearch.pipeline`.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ _HOMES = {
     "Evaluation": "evaluation",
     "SensitivityTable": "evaluation",
     "LayerSpec": "layer",
-    "QuantEngine": "engine",
-    "SearchResult": "result",
+    "QuantEngine": "engine.engine",
+    "SearchResult": "runs.run",
     "Task": "tasks.base",
     "InputError": "errors",
-    "measure_sensitivity": "sensitivity",
-    "load_allocation": "exported",
+    "measure_sensitivity": "pipeline.sensitivity",
+    "load_allocation": "exporters.allocation_file",
 }
 __all__ = [*_HOMES]
 

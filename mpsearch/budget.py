@@ -58,10 +58,10 @@ def read_budgets(limits: Mapping[str, Any], costs: Mapping[str, Cost], space: Se
     return tuple(budgets)
 
 
-def narrowed(space: SearchSpace, budgets: Sequence[Budget]) -> tuple[SearchSpace, tuple[Budget, ...]]:
+def restricted(space: SearchSpace, budgets: Sequence[Budget]) -> tuple[SearchSpace, tuple[Budget, ...]]:
     """The space without the choices that a budget on a peak forbids, and the other budgets, those that add up.
 
-    An allocation of `space` is within `budgets` exactly if it is in the narrowed space and within those that are left. Every
+    An allocation of `space` is within `budgets` exactly if it is in the restricted space and within those that are left. Every
     group has a choice left: `read_budgets` saw to it. Groups and schemes, and so all indices, stay as they are.
     """
     peaks = [budget for budget in budgets if budget.table.peak]

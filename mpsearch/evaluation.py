@@ -57,7 +57,7 @@ class Evaluation:
     after the search, `seconds` those of the training on the search split. `packed` says that it
     ran on packed weights, and not on dequantized ones; `measured_ms` is the median time of a forward pass, where one was timed,
     `measured_ms_low` and `measured_ms_high` the quartiles of repeated ones, `measured_on` machine, threads and batch size.
-    `verified` is false where its packed outputs were compared with the simulated ones and differed (`mpsearch.agreement`).
+    `verified` is false where its packed outputs were compared with the simulated ones and differed (`mpsearch.packed.agreement`).
     `costs` are those beside the size, by their column, as their tables predict them.
     """
 
@@ -103,6 +103,25 @@ class Evaluation:
         See `Quality.drop` for its unit.
         """
         return quality.drop(baseline.quality, self.quality, self.quality_low, self.quality_high)
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """A point on the confirm split, compared with the float model and with the other points there.
+
+    `scheme` names a uniform allocation, `None` a point of the front. `drop` is how much worse than the float model it is
+    (`Quality.drop`), with its paired 95 % interval. `dominated_by` is the cheapest measured point that costs at most as much and
+    has a lower loss (`None`: not dominated); `significantly_dominated` says that its quality is better as well, by more than the
+    paired interval of their difference.
+    """
+
+    evaluation: Evaluation
+    scheme: str | None
+    drop: float
+    drop_low: float
+    drop_high: float
+    dominated_by: Evaluation | None
+    significantly_dominated: bool
 
 
 @dataclass(frozen=True)

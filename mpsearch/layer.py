@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError
-from mpsearch.tensor_file import tensors_sha256
+from mpsearch.files.tensor_file import tensors_sha256
 
 # The kinds of module whose weight may be quantized, and the word used for each.
 KINDS: dict[type[nn.Module], str] = {
@@ -52,7 +52,7 @@ class LayerSpec:
     `name` is the qualified name of the (first) module that owns it, `shape` has output channels first (a transposed
     convolution's weight is turned round: `[out, in / groups, *kernel]`), `macs` are the multiply-accumulates of one sample,
     `group` names the layers that must share a scheme, `modules` are all modules that own this weight (more than one: tied).
-    `activations` are known where they were asked for (`mpsearch.liveness`).
+    `activations` are known where they were asked for (`mpsearch.graph.activation_memory`).
     """
 
     name: str
@@ -70,7 +70,7 @@ class LayerSpec:
 
     @property
     def weight_name(self) -> str:
-        """The qualified name of the parameter, which stands for its uses outside of `modules` (`mpsearch.uses`)."""
+        """The qualified name of the parameter, which stands for its uses outside of `modules` (`mpsearch.graph.uses`)."""
         return f"{self.name}.weight".removeprefix(".")
 
     @property

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch import kernels
-from mpsearch.fold import fold_batch_norms
+from mpsearch.graph.fold import fold_batch_norms
 from mpsearch.models.resnet import resnet
 
 FLOAT, INT8 = "torch float32", "torch int8"

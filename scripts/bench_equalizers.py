@@ -20,13 +20,15 @@ from pages import REPORTS, Row, machine
 from torch import nn
 
 from mpsearch.allocation import SearchSpace
-from mpsearch.calibrate import calibrate
-from mpsearch.engine import FLOAT, QuantEngine, load_batches
+from mpsearch.engine.calibrate import calibrate
+from mpsearch.engine.engine import FLOAT, QuantEngine, load_batches
 from mpsearch.equalizers.awq import AWQ
 from mpsearch.equalizers.base import Equalizer, input_ranges
 from mpsearch.equalizers.cross_layer import CrossLayer
 from mpsearch.equalizers.smooth_quant import SmoothQuant
-from mpsearch.fold import fold_batch_norms
+from mpsearch.graph.fold import fold_batch_norms
+from mpsearch.graph.trace import trace_layers
+from mpsearch.graph.unsearched import other_bits
 from mpsearch.layer import weight_rows
 from mpsearch.models.bert import minilm
 from mpsearch.models.efficientnet import efficientnet_lite0
@@ -41,8 +43,6 @@ from mpsearch.tasks.base import Task
 from mpsearch.tasks.imagenet import ImageNetSample
 from mpsearch.tasks.language import Stories
 from mpsearch.tasks.stsb import STSBenchmark
-from mpsearch.trace import trace_layers
-from mpsearch.unsearched import other_bits
 
 FOLDER = REPORTS / "bench_equalizers"
 EQUALIZERS: dict[str, Equalizer | None] = {

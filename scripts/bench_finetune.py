@@ -31,26 +31,26 @@ from torch import Tensor, nn
 from torch.ao.quantization import FakeQuantize, MovingAveragePerChannelMinMaxObserver
 
 from mpsearch.allocation import Allocation, SearchSpace
-from mpsearch.calibrate import calibrate
-from mpsearch.engine import FLOAT, QuantEngine, load_batches
+from mpsearch.engine.calibrate import calibrate
+from mpsearch.engine.engine import FLOAT, QuantEngine, load_batches
 from mpsearch.evaluation import Score
-from mpsearch.finetune import Training, finetune, train_epoch
-from mpsearch.fold import fold_batch_norms
+from mpsearch.graph.fold import fold_batch_norms
+from mpsearch.graph.trace import trace_layers
+from mpsearch.graph.unsearched import other_bits
 from mpsearch.intervals import paired_interval
 from mpsearch.models.llama import stories260k
 from mpsearch.models.resnet import resnet
-from mpsearch.pick import pick
+from mpsearch.pipeline.pick import pick
 from mpsearch.quantizers.kronecker_descent import KroneckerDescent
-from mpsearch.result import SearchResult
+from mpsearch.runs.run import SearchResult
 from mpsearch.schemes.base import QuantScheme
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
-from mpsearch.student import Student
 from mpsearch.tasks.cifar10 import Cifar10
 from mpsearch.tasks.language import Stories
-from mpsearch.trace import trace_layers
-from mpsearch.unsearched import other_bits
+from mpsearch.training.finetune import Training, finetune, train_epoch
+from mpsearch.training.student import Student
 
 FOLDER = Path(__file__).parent.parent / "build" / "bench_finetune"
 SCHEMES: dict[str, QuantScheme] = {

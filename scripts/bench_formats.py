@@ -20,9 +20,11 @@ from pages import Row, machine, write
 from torch import nn
 
 from mpsearch.allocation import SearchSpace
-from mpsearch.calibrate import calibrate
-from mpsearch.engine import FLOAT, QuantEngine, load_batches
-from mpsearch.fold import fold_batch_norms
+from mpsearch.engine.calibrate import calibrate
+from mpsearch.engine.engine import FLOAT, QuantEngine, load_batches
+from mpsearch.graph.fold import fold_batch_norms
+from mpsearch.graph.trace import trace_layers
+from mpsearch.graph.unsearched import other_bits
 from mpsearch.layer import weight_rows
 from mpsearch.models.llama import stories260k
 from mpsearch.models.resnet import resnet
@@ -37,8 +39,6 @@ from mpsearch.schemes.outliers import Outliers
 from mpsearch.tasks.base import Task
 from mpsearch.tasks.cifar10 import Cifar10
 from mpsearch.tasks.language import Stories
-from mpsearch.trace import trace_layers
-from mpsearch.unsearched import other_bits
 
 QUANTIZERS: dict[str, Quantizer] = {
     "round_to_nearest": RoundToNearest(),

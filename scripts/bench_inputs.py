@@ -17,8 +17,10 @@ from bench_rotation import network_of
 from pages import Row, machine, write
 
 from mpsearch.allocation import SearchSpace
-from mpsearch.calibrate import calibrate
-from mpsearch.engine import QuantEngine, load_batches
+from mpsearch.engine.calibrate import calibrate
+from mpsearch.engine.engine import QuantEngine, load_batches
+from mpsearch.graph.trace import trace_layers
+from mpsearch.graph.unsearched import other_bits
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.schemes.base import QuantScheme
 from mpsearch.schemes.codebook import Codebook
@@ -26,8 +28,6 @@ from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.level_input import LevelInput
 from mpsearch.schemes.rotated import Rotated
-from mpsearch.trace import trace_layers
-from mpsearch.unsearched import other_bits
 
 FP8, MXFP8, MXFP4, NVFP4 = (
     ("e4m3", "channel", "float32"),

@@ -31,15 +31,15 @@ from torch import Tensor, nn
 from mpsearch import kernels
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.costs.latency import REST
-from mpsearch.fold import fold_batch_norms
-from mpsearch.hardware import facts, measure_latency, model_latency
+from mpsearch.graph.fold import fold_batch_norms
+from mpsearch.graph.trace import trace_layers
 from mpsearch.layer import weight_rows
 from mpsearch.models.resnet import ResNet
-from mpsearch.packed import QuantizedLayer, pack
+from mpsearch.packed.hardware import facts, measure_latency, model_latency
+from mpsearch.packed.model import QuantizedLayer, pack
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
-from mpsearch.trace import trace_layers
 
 A8 = IntegerInput(8)
 SCHEMES = {

@@ -21,21 +21,21 @@ from bench_resnet20 import build_engine
 from pages import Row, machine, write
 
 from mpsearch.allocation import Allocation, SearchSpace
-from mpsearch.calibrate import calibrate
 from mpsearch.costs.size import Bytes
-from mpsearch.engine import FLOAT, QuantEngine, load_batches
-from mpsearch.fold import fold_batch_norms
+from mpsearch.engine.calibrate import calibrate
+from mpsearch.engine.engine import FLOAT, QuantEngine, load_batches
+from mpsearch.engine.prefix_cache import PrefixCache
+from mpsearch.graph.fold import fold_batch_norms
+from mpsearch.graph.trace import trace_layers
+from mpsearch.graph.unsearched import other_bits
 from mpsearch.metrics.kl import KL
 from mpsearch.models.digits import digits
-from mpsearch.prefix import PrefixReuse
+from mpsearch.pipeline.search import Evaluator, search
+from mpsearch.pipeline.sensitivity import measure_sensitivity
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.samplers.front import Front
 from mpsearch.schemes.integer import Integer
-from mpsearch.search import Evaluator, search
-from mpsearch.sensitivity import measure_sensitivity
 from mpsearch.tasks.digits import Digits
-from mpsearch.trace import trace_layers
-from mpsearch.unsearched import other_bits
 
 MAX_BYTES = 10**9
 N_PROPOSALS = 100
@@ -64,7 +64,7 @@ class Pair:
     def seconds(self, allocations: Sequence[Allocation]) -> tuple[np.ndarray, np.ndarray, float]:
         """(wall, processor) seconds `[n, 2]` of each allocation with reuse and without, what was set up included; most bytes."""
         engine = self.engine
-        prefixes = [PrefixReuse(engine.model, engine.task, engine.space, size) for size in (MAX_BYTES, 0)]
+        prefixes = [PrefixCache(engine.model, engine.task, engine.space, size) for size in (MAX_BYTES, 0)]
         engine._float_logits.clear()
         reference = engine.float_logits("search")
         wall, processor, most = np.zeros((len(allocations), 2)), np.zeros((len(allocations), 2)), 0

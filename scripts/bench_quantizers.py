@@ -28,15 +28,18 @@ from torch import Tensor, nn
 
 from mpsearch import kernels
 from mpsearch.allocation import Allocation, SearchSpace
-from mpsearch.calibrate import calibrate
-from mpsearch.engine import FLOAT, QuantEngine, load_batches
-from mpsearch.fold import fold_batch_norms
-from mpsearch.knapsack import solve
+from mpsearch.engine.calibrate import calibrate
+from mpsearch.engine.engine import FLOAT, QuantEngine, load_batches
+from mpsearch.graph.fold import fold_batch_norms
+from mpsearch.graph.trace import trace_layers
+from mpsearch.graph.unsearched import other_bits
 from mpsearch.metrics.fisher import Fisher
 from mpsearch.models.bert import minilm
 from mpsearch.models.efficientnet import efficientnet_lite0
 from mpsearch.models.llama import stories260k
 from mpsearch.models.resnet import resnet
+from mpsearch.optimize.knapsack import solve
+from mpsearch.pipeline.sensitivity import measure_sensitivity
 from mpsearch.quantizers.adaround import AdaRound
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.quantizers.clip_search import ClipSearch
@@ -46,14 +49,11 @@ from mpsearch.quantizers.hqq import HQQ
 from mpsearch.quantizers.kronecker_descent import KroneckerDescent
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.integer import Integer
-from mpsearch.sensitivity import measure_sensitivity
 from mpsearch.tasks.base import Task
 from mpsearch.tasks.cifar10 import Cifar10
 from mpsearch.tasks.imagenet import ImageNetSample
 from mpsearch.tasks.language import Language, Stories, read_tokens
 from mpsearch.tasks.stsb import STSBenchmark
-from mpsearch.trace import trace_layers
-from mpsearch.unsearched import other_bits
 
 QUANTIZERS: dict[str, Quantizer] = {
     "round_to_nearest": RoundToNearest(),

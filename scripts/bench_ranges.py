@@ -18,7 +18,7 @@ from bench_resnet20 import build_engine
 from pages import Row, machine, write
 
 from mpsearch.allocation import SearchSpace
-from mpsearch.engine import FLOAT, QuantEngine
+from mpsearch.engine.engine import FLOAT, QuantEngine
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer

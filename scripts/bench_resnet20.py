@@ -26,9 +26,11 @@ from pages import REPORTS, Row, machine, write
 from scipy.stats import kendalltau
 
 from mpsearch.allocation import Allocation, SearchSpace
-from mpsearch.calibrate import calibrate
-from mpsearch.engine import FLOAT, QuantEngine, load_batches
-from mpsearch.fold import fold_batch_norms
+from mpsearch.engine.calibrate import calibrate
+from mpsearch.engine.engine import FLOAT, QuantEngine, load_batches
+from mpsearch.graph.fold import fold_batch_norms
+from mpsearch.graph.trace import trace_layers
+from mpsearch.graph.unsearched import other_bits
 from mpsearch.metrics.fisher import Fisher
 from mpsearch.metrics.gauss_newton import GaussNewton
 from mpsearch.metrics.kl import KL
@@ -36,14 +38,12 @@ from mpsearch.metrics.sqnr import SQNR
 from mpsearch.metrics.task_loss import TaskLoss
 from mpsearch.metrics.weight_mse import WeightMSE
 from mpsearch.models.resnet import resnet
-from mpsearch.pareto import hypervolume, non_dominated
+from mpsearch.optimize.pareto import hypervolume, non_dominated
+from mpsearch.pipeline.search import Evaluator, search
+from mpsearch.pipeline.sensitivity import measure_sensitivity
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.schemes.integer import Integer
-from mpsearch.search import Evaluator, search
-from mpsearch.sensitivity import measure_sensitivity
 from mpsearch.tasks.cifar10 import Cifar10
-from mpsearch.trace import trace_layers
-from mpsearch.unsearched import other_bits
 
 BITS = (2, 3, 4, 5, 6, 8)
 DATA = Path(os.environ.get("MPSEARCH_DATA", "../shared/data")) / "cifar10"

@@ -29,13 +29,15 @@ from torch import Tensor, nn
 
 from mpsearch import kernels
 from mpsearch.allocation import SearchSpace
-from mpsearch.calibrate import calibrate
-from mpsearch.engine import FLOAT, QuantEngine, load_batches
+from mpsearch.engine.calibrate import calibrate
+from mpsearch.engine.engine import FLOAT, QuantEngine, load_batches
+from mpsearch.graph.trace import trace_layers
+from mpsearch.graph.unsearched import other_bits
 from mpsearch.intervals import paired_interval
 from mpsearch.kernels import reference_rotation
 from mpsearch.models.bert import minilm
 from mpsearch.models.llama import stories260k
-from mpsearch.packed import QuantizedLayer, pack
+from mpsearch.packed.model import QuantizedLayer, pack
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.quantizers.coordinate_descent import CoordinateDescent
@@ -47,8 +49,6 @@ from mpsearch.schemes.rotated import Rotated
 from mpsearch.tasks.base import Task
 from mpsearch.tasks.language import Stories
 from mpsearch.tasks.stsb import STSBenchmark
-from mpsearch.trace import trace_layers
-from mpsearch.unsearched import other_bits
 
 QUANTIZERS: dict[str, Quantizer] = {
     "round_to_nearest": RoundToNearest(),

@@ -27,10 +27,10 @@ from mpsearch.budget import read_budgets
 from mpsearch.costs.size import AverageBits, Bytes
 from mpsearch.evaluation import SensitivityTable
 from mpsearch.metrics.gauss_newton import GaussNewton
+from mpsearch.pipeline.search import Evaluator, search
+from mpsearch.pipeline.sensitivity import measure_sensitivity
+from mpsearch.pipeline.solve import best_within, prediction, solution
 from mpsearch.samplers.base import complete
-from mpsearch.search import Evaluator, search
-from mpsearch.sensitivity import measure_sensitivity
-from mpsearch.solve import best_within, prediction, solution
 
 ROOT = Path(__file__).parent.parent
 N_BUDGETS = 30

@@ -24,15 +24,15 @@ from scipy.stats import binom, bootstrap
 from torch import nn
 
 from mpsearch.allocation import SearchSpace
-from mpsearch.engine import QuantEngine
+from mpsearch.engine.engine import QuantEngine
+from mpsearch.graph.trace import trace_layers
+from mpsearch.graph.unsearched import other_bits
 from mpsearch.intervals import cluster_values, paired_interval, proportion_interval
 from mpsearch.models.llama import smollm2, stories260k
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.language import Language, Stories
 from mpsearch.tasks.wikitext2 import FILE, TITLE, Tokenizer
-from mpsearch.trace import trace_layers
-from mpsearch.unsearched import other_bits
 
 REPORT = Path(__file__).parents[1] / "reports" / "coverage"
 SAMPLES = (100, 200, 400, 1000, 5000)

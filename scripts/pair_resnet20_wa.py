@@ -18,11 +18,11 @@ from omegaconf import OmegaConf
 from pages import REPORTS, Row, machine
 from torch import Tensor, nn
 
-from mpsearch.commands.prepare import prepare
-from mpsearch.engine import QuantEngine
+from mpsearch.engine.engine import QuantEngine
 from mpsearch.intervals import paired_interval
-from mpsearch.packed import packed
-from mpsearch.result import SearchResult
+from mpsearch.packed.model import packed
+from mpsearch.pipeline.prepare import prepare
+from mpsearch.runs.run import SearchResult
 
 FOLDER = REPORTS / "resnet20_cifar10_wa"
 UNIFORM = ("w4a4", "w4a6", "w4a8", "w6a8", "w8a8")

@@ -25,9 +25,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mpsearch.allocation import SearchSpace
-from mpsearch.calibrate import calibrate
-from mpsearch.engine import QuantEngine, load_batches
-from mpsearch.fold import fold_batch_norms
+from mpsearch.engine.calibrate import calibrate
+from mpsearch.engine.engine import QuantEngine, load_batches
+from mpsearch.graph.fold import fold_batch_norms
+from mpsearch.graph.trace import trace_layers
+from mpsearch.graph.unsearched import other_bits
 from mpsearch.models.resnet import resnet
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.quantizers.clip_search import ClipSearch
@@ -38,8 +40,6 @@ from mpsearch.schemes.base import QuantScheme
 from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.outliers import Outliers
 from mpsearch.tasks.cifar10 import Cifar10
-from mpsearch.trace import trace_layers
-from mpsearch.unsearched import other_bits
 
 METHODS: dict[str, tuple[Quantizer, float]] = {  # the quantizer, and the share of outliers beside it
     "round to nearest": (RoundToNearest(), 0.0),

@@ -11,16 +11,16 @@ import torch
 from search_problems import Network, Problem
 from search_runs import AT_BITS, METRIC_OF, ON_KL, OURS, enough, reference, runs_of, sensitivity
 
-from mpsearch import knapsack
 from mpsearch.allocation import Allocation
 from mpsearch.budget import Budget
 from mpsearch.costs.size import AverageBits
 from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.evaluation import Score, SensitivityTable
 from mpsearch.intervals import paired_interval
-from mpsearch.pareto import hypervolume, non_dominated
-from mpsearch.solve import prediction
-from mpsearch.surrogate import Surrogate
+from mpsearch.optimize import knapsack
+from mpsearch.optimize.pareto import hypervolume, non_dominated
+from mpsearch.optimize.surrogate import Surrogate
+from mpsearch.pipeline.solve import prediction
 
 SOLVED = f"{OURS}, then solve"
 SLOW = ("minilm", "efficientnet_lite0")  # an evaluation costs a second: fewer of them

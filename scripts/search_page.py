@@ -14,7 +14,7 @@ from search_problems import Problem
 from search_runs import METRIC_OF, OURS, enough, runs_of
 from search_sections import Bars, Curves, Row, checked, compared, comparison, confirmed, cost, fronts, median_at, value_at
 
-from mpsearch.pareto import hypervolume
+from mpsearch.optimize.pareto import hypervolume
 
 HERE = Path(__file__).parent
 COUNTS = (50, 100, 150, 220, 300, 400)

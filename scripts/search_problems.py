@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.allocation import Allocation, SearchSpace
-from mpsearch.calibrate import calibrate
-from mpsearch.engine import QuantEngine, load_batches
+from mpsearch.engine.calibrate import calibrate
+from mpsearch.engine.engine import QuantEngine, load_batches
 from mpsearch.evaluation import Score
-from mpsearch.fold import fold_batch_norms
-from mpsearch.group import share
+from mpsearch.graph.fold import fold_batch_norms
+from mpsearch.graph.sharing import share
+from mpsearch.graph.trace import trace_layers
+from mpsearch.graph.unsearched import other_bits
 from mpsearch.layer import LayerGroup, LayerSpec
 from mpsearch.models.bert import minilm
 from mpsearch.models.digits import digits
@@ -38,8 +40,6 @@ from mpsearch.tasks.digits import Digits
 from mpsearch.tasks.imagenet import ImageNetSample
 from mpsearch.tasks.language import Stories
 from mpsearch.tasks.stsb import STSBenchmark
-from mpsearch.trace import trace_layers
-from mpsearch.unsearched import other_bits
 
 DATA = Path(os.environ.get("MPSEARCH_DATA", "../shared/data"))
 COLUMNS = "allocation,loss,quality,seconds"
@@ -121,7 +121,7 @@ class Network(Problem):
         quantizers = dict.fromkeys(self.space.schemes, KroneckerDescent())
         if bank.exists():
             weights, biases = torch.load(bank, weights_only=False)
-            engine = QuantEngine(self.model, self.task, self.space, quantizers, {}).holding(weights, biases)
+            engine = QuantEngine(self.model, self.task, self.space, quantizers, {}).with_weights(weights, biases)
         else:
             moments = calibrate(self.model, self.task, self.layers, load_batches(self.task, "calibration", "cpu"))
             engine = QuantEngine(self.model, self.task, self.space, quantizers, moments)

@@ -23,9 +23,9 @@ from mpsearch.metrics.gauss_newton import GaussNewton
 from mpsearch.metrics.hawq import HAWQ
 from mpsearch.metrics.kl import KL
 from mpsearch.metrics.weight_mse import WeightMSE
+from mpsearch.pipeline.search import Evaluator, search
+from mpsearch.pipeline.sensitivity import measure_sensitivity
 from mpsearch.samplers.base import complete
-from mpsearch.search import Evaluator, search
-from mpsearch.sensitivity import measure_sensitivity
 
 ROOT = Path(__file__).parent.parent
 METRICS: dict[str, Callable[[], SensitivityMetric]] = {

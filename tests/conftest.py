@@ -12,17 +12,17 @@ from torch import nn
 
 from mpsearch import cli
 from mpsearch.allocation import SearchSpace
-from mpsearch.calibrate import calibrate
-from mpsearch.engine import QuantEngine, load_batches
-from mpsearch.fold import fold_batch_norms
+from mpsearch.engine.calibrate import calibrate
+from mpsearch.engine.engine import QuantEngine, load_batches
+from mpsearch.graph.fold import fold_batch_norms
+from mpsearch.graph.trace import trace_layers
+from mpsearch.graph.unsearched import other_bits
 from mpsearch.models.digits import digits
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.rotated import Rotated
 from mpsearch.tasks.classification import Classification
 from mpsearch.tasks.digits import Digits
-from mpsearch.trace import trace_layers
-from mpsearch.unsearched import other_bits
 
 ROOT = Path(__file__).parents[1]
 

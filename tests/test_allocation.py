@@ -7,9 +7,9 @@ import pytest
 from mpsearch.allocation import ALPHABET, Allocation, SearchSpace
 from mpsearch.errors import InputError
 from mpsearch.layer import LayerSpec
+from mpsearch.runs.space_json import read_space
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
-from mpsearch.space_json import read_space
 
 SCHEMES = {"w2": Integer(2), "w4": Integer(4), "w8": Integer(8)}
 W = tuple(SCHEMES)

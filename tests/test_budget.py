@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mpsearch.allocation import SearchSpace
-from mpsearch.budget import Budget, feasible, narrowed, read_budgets
+from mpsearch.budget import Budget, feasible, read_budgets, restricted
 from mpsearch.costs.base import CostTable
 from mpsearch.costs.size import AverageBits, Bytes, Fraction
 from mpsearch.errors import InputError
@@ -69,7 +69,7 @@ def test_a_wrong_limit_is_said_with_numbers(limits, pin, sentences):
 
 def test_a_budget_on_a_peak_narrows_the_choices():
     peak = CostTable("peak", "peak", np.array([[1.0, 1.0], [1.0, 9.0], [1.0, 1.0]]), 0.0, peak=True)
-    inside, left = narrowed(space(), [Budget(peak, 5.0)])
+    inside, left = restricted(space(), [Budget(peak, 5.0)])
     assert inside.choices == (("w2", "w4"), ("w2",), ("w2", "w4"))
     assert left == ()
     assert feasible([Budget(peak, 5.0)], np.array([1, 0, 1]))

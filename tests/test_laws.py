@@ -9,21 +9,21 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mpsearch.allocation import ALPHABET
-from mpsearch.confirm import confirm
 from mpsearch.costs.size import AverageBits, Bytes, Fraction
 from mpsearch.exporters.base import Picked
 from mpsearch.exporters.native import Native
 from mpsearch.metrics.kl import KL
+from mpsearch.pipeline.confirm import confirm
+from mpsearch.pipeline.search import Evaluator, search
+from mpsearch.pipeline.sensitivity import measure_sensitivity
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
-from mpsearch.result import SearchResult
+from mpsearch.runs.run import SearchResult
 from mpsearch.samplers.base import seeded
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import FORMATS, Float
 from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.levels import LEVELS
 from mpsearch.schemes.outliers import Outliers
-from mpsearch.search import Evaluator, search
-from mpsearch.sensitivity import measure_sensitivity
 
 EVERY_SCHEME = [
     *(

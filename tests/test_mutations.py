@@ -12,16 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from mpsearch.bank import Bank
-from mpsearch.equalization import Equalization
+from mpsearch.engine.weight_files import Bank
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
-from mpsearch.exported import load_allocation
+from mpsearch.exporters.allocation_file import load_allocation
 from mpsearch.exporters.base import Picked
 from mpsearch.exporters.native import Native
+from mpsearch.graph.channel_scaling import Equalization
 from mpsearch.layer import weights_sha256
-from mpsearch.packed import load
-from mpsearch.packed import save as save_packed
+from mpsearch.packed.model import load
+from mpsearch.packed.model import save as save_packed
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.outliers import Outliers

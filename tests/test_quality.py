@@ -13,19 +13,19 @@ from torch import nn
 
 from mpsearch.allocation import Allocation
 from mpsearch.budget import Budget
-from mpsearch.confirm import confirm
 from mpsearch.costs.size import Bytes
 from mpsearch.errors import InputError
 from mpsearch.evaluation import SensitivityTable
 from mpsearch.metrics.kl import KL
-from mpsearch.pick import pick
+from mpsearch.pipeline.confirm import confirm
+from mpsearch.pipeline.pick import pick
+from mpsearch.pipeline.search import Evaluator
+from mpsearch.pipeline.sensitivity import measure_sensitivity
+from mpsearch.pipeline.solve import cheapest_within
 from mpsearch.quality import Quality
-from mpsearch.report import write_report
-from mpsearch.result import SearchResult
+from mpsearch.reporting.report import write_report
+from mpsearch.runs.run import SearchResult
 from mpsearch.schemes.integer import Integer
-from mpsearch.search import Evaluator
-from mpsearch.sensitivity import measure_sensitivity
-from mpsearch.solve import cheapest_within
 from mpsearch.tasks.language import Language
 
 

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from mpsearch.cli.arguments import Arguments, complete, prepare
 from mpsearch.cli.build import build_object, check, plain_settings
-from mpsearch.cli.refusals import CONF, one_line, sentence
-from mpsearch.cli.saved import FILE, save
-from mpsearch.cli.words import Words, complete, prepare
+from mpsearch.cli.error_messages import CONF, one_line, sentence
+from mpsearch.cli.saved_config import FILE, save
 from mpsearch.errors import InputError, did_you_mean, memory_errors, run_option
 from mpsearch.files import LOCK, locked
 
@@ -68,7 +68,7 @@ class Job:
     command: str
     wants_traceback: bool
     is_completion: bool = False
-    words: Words = field(default_factory=lambda: Words([]))
+    words: Arguments = field(default_factory=lambda: Arguments([]))
     started: bool = False
     failed: bool = False
     again: str = ""  # how the run is resumed
@@ -147,7 +147,7 @@ def _run(job: Job, config: DictConfig) -> None:
     try:
         with _saved(job, config, folder) if job.command in SAVING else nullcontext(_merged(job, config)) as settings:
             nodes = OmegaConf.create({key: value for key, value in settings.items() if key != "run"})
-            from mpsearch import commands
+            from mpsearch.cli import commands
 
             with memory_errors():
                 getattr(commands, job.command)(settings, functools.partial(build_object, nodes), folder)

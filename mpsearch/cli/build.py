@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
-from mpsearch.cli.refusals import must_be_given, one_line, root_of
+from mpsearch.cli.error_messages import must_be_given, one_line, root_of
 from mpsearch.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:

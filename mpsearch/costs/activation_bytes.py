@@ -1,7 +1,7 @@
 """The most memory that the activations of a forward pass take at once: a peak over the layers, and not a sum.
 
-What is alive beside a layer's input when it runs was followed once on the float model (`mpsearch.liveness`). Of a scheme that
-quantizes its input to b bits, this is assumed:
+What is in memory in addition to a layer's input when it runs is recorded once on the float model
+(`mpsearch.graph.activation_memory`). For a scheme that quantizes the input to b bits, this is assumed:
 
 - the input lies in memory as codes, b / 8 bytes a value, and a float32 scale for every token; a static scale is stored with the
   weight. Its float values are never there, because the operation before writes codes: that takes a static scale, or an

@@ -1,7 +1,7 @@
 """The contract of the costs: what an allocation costs, as a table that adds up over the groups, or of which the largest counts.
 
 Either can be budgeted, solved for and repaired without running anything: that is all the search asks of it. A limit on a peak
-forbids the choices above it, one by one (`budget.narrowed`).
+forbids the choices above it, one by one (`budget.restricted`).
 """
 
 from __future__ import annotations

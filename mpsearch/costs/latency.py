@@ -11,7 +11,7 @@ import numpy as np
 from mpsearch.allocation import SearchSpace
 from mpsearch.costs.base import Cost, CostTable
 from mpsearch.errors import InputError
-from mpsearch.rows import Row, read_rows, write_rows
+from mpsearch.files.csv_rows import Row, read_rows, write_rows
 
 FLOAT, REST = "float", ""  # in the column scheme: the float layer; in the column layer: what is no searched layer
 

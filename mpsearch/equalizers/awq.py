@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mpsearch.calibrate import hessian_bytes, hessians
-from mpsearch.equalization import by_groups, by_input
+from mpsearch.engine.calibrate import hessian_bytes, hessians
 from mpsearch.equalizers.base import Equalizer, Network, by_channel, rows_of
 from mpsearch.errors import InputError
+from mpsearch.graph.channel_scaling import by_groups, by_input
+from mpsearch.graph.links import Link
 from mpsearch.layer import kind_of
-from mpsearch.links import Link
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.base import QuantScheme
 

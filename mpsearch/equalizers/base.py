@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpsearch.equalization import SIX, Equalization, by_input
 from mpsearch.errors import InputError, check_memory
-from mpsearch.fold import TOLERANCE
+from mpsearch.graph.channel_scaling import SIX, Equalization, by_input
+from mpsearch.graph.fold import TOLERANCE
+from mpsearch.graph.links import Link, find_links
+from mpsearch.graph.trace import first_samples
 from mpsearch.layer import kind_of, weight_rows
-from mpsearch.links import Link, find_links
 from mpsearch.schemes.base import QuantScheme
 from mpsearch.tasks.base import Batch, Task
-from mpsearch.trace import first_samples
 from mpsearch.tree import tensors_in
 
 N_PROBED = 1  # sample by which links are found

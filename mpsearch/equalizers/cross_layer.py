@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpsearch.equalization import by_groups, by_input
 from mpsearch.equalizers.base import LIMIT, Equalizer, Network, by_channel, input_ranges, rows_of
+from mpsearch.graph.channel_scaling import by_groups, by_input
+from mpsearch.graph.links import Link
 from mpsearch.layer import kind_of
-from mpsearch.links import Link
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpsearch.equalizers.base import Equalizer, Network, by_channel, input_ranges, rows_of
 from mpsearch.errors import InputError
-from mpsearch.links import Link
+from mpsearch.graph.links import Link
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SmoothQuant(Equalizer):
         found = []
         for link in network.links:
             ranges = {name: input_ranges(network.model.get_submodule(name), rows[name]) for name in link.consumers}
-            of_input, of_weight = by_channel(link, largest), by_channel(link, ranges)
-            scale = of_input**self.alpha / of_weight ** (1 - self.alpha)
-            found.append(torch.where((of_input > 0) & (of_weight > 0), scale, 1.0))
+            input_params, of_weight = by_channel(link, largest), by_channel(link, ranges)
+            scale = input_params**self.alpha / of_weight ** (1 - self.alpha)
+            found.append(torch.where((input_params > 0) & (of_weight > 0), scale, 1.0))
         return found

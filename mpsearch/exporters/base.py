@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torch import nn
 
-from mpsearch.equalization import Equalization
 from mpsearch.evaluation import Evaluation
 from mpsearch.files import file_errors
-from mpsearch.packed import Weights
+from mpsearch.graph.channel_scaling import Equalization
+from mpsearch.packed.model import Weights
 
 # Also the one name that tensors had before they were named by their content.
 CONTENT_NAMED = re.compile(r"allocation\.safetensors|(allocation|equalization)-[0-9a-f]{12}\.safetensors")

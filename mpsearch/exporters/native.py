@@ -16,13 +16,13 @@ from typing import Any
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from mpsearch.equalization import Equalization
 from mpsearch.evaluation import Evaluation
-from mpsearch.exported import FORMAT, VERSION, load_allocation, sha256
+from mpsearch.exporters.allocation_file import FORMAT, VERSION, load_allocation, sha256
 from mpsearch.exporters.base import Exporter, Picked, remove_unreferenced
 from mpsearch.files import file_errors, write_atomically
-from mpsearch.packed import Weights
-from mpsearch.tensor_file import SHA256
+from mpsearch.files.tensor_file import SHA256
+from mpsearch.graph.channel_scaling import Equalization
+from mpsearch.packed.model import Weights
 
 
 class Native(Exporter):
@@ -51,7 +51,7 @@ class Native(Exporter):
                     "scheme": {"name": scheme, **space.schemes[scheme].fields()},
                     "size_bytes": quantized.nbytes,
                     "tensors": sorted(quantized.tensors),
-                    **{name: tensor.item() for name, tensor in quantized.of_input.items()},
+                    **{name: tensor.item() for name, tensor in quantized.input_params.items()},
                     "biases": sorted(biases),
                 }
         with file_errors(folder):

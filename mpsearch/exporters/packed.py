@@ -1,4 +1,4 @@
-"""The packed model in one file, which `mpsearch.packed.load` reads: nothing else is needed but the network's code."""
+"""The packed model in one file, which `mpsearch.packed.model.load` reads: nothing else is needed but the network's code."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from torch import nn
 
-from mpsearch import packed
 from mpsearch.exporters.base import Exporter, Picked
+from mpsearch.packed import model as packed
 
 
 class Packed(Exporter):
@@ -19,5 +19,5 @@ class Packed(Exporter):
             return packed.save(model, folder / "packed.safetensors", picked.folds)
 
     def load(self, path: Path, model: nn.Module) -> nn.Module:
-        """See `mpsearch.packed.load`."""
+        """See `mpsearch.packed.model.load`."""
         return packed.load(path, model)

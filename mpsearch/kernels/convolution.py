@@ -82,8 +82,8 @@ def conv_a8(
     batch. A sample with a NaN or infinite value gives NaN. Otherwise takes and raises what `conv` does.
     """
     op = _conv_a8 if is_plain(x) else torch.ops.mpsearch.conv_a8.default
-    of_input = input_scale, largest_code, code_of_zero(symmetric, zero_point, largest_code)
-    return op(x, weight.data, format_of(weight), bias, stride, padding, dilation, *of_input)
+    input_params = input_scale, largest_code, code_of_zero(symmetric, zero_point, largest_code)
+    return op(x, weight.data, format_of(weight), bias, stride, padding, dilation, *input_params)
 
 
 def _conv(
@@ -156,8 +156,8 @@ def _convolve(
     if bias is not None and (bias.requires_grad or not bias.is_contiguous()):
         bias = bias.detach().contiguous()
     if backend == "reference":
-        of_input = (input_scale, largest_code, zero_point) if int8_input else None
-        return y.copy_(_specified(x, data, format, bias, stride, padding, dilation, of_input).view(out))
+        input_params = (input_scale, largest_code, zero_point) if int8_input else None
+        return y.copy_(_specified(x, data, format, bias, stride, padding, dilation, input_params).view(out))
     x = x if channels_last else x.contiguous()
     compiled.conv(
         backend_index(backend),
@@ -183,15 +183,17 @@ def _specified(
     stride: tuple[int, ...],
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
-    of_input: tuple[float | None, int, int] | None,
+    input_params: tuple[float | None, int, int] | None,
 ) -> Tensor:
     """What `reference_conv` gives, contiguous."""
     rows, _, bits, group_size, _, _, groups, *kernel_size = format
     codes, scales, zero_points = unpacked_of(data, format)
     x = x.unsqueeze(2) if x.dim() == 3 else x
     kernel, geometry = pair_of(kernel_size, 1), (pair_of(stride, 1), pair_of(padding, 0), pair_of(dilation, 1))
-    if of_input:
-        return reference_conv.conv_a8(x, codes, scales, zero_points, bits, group_size, bias, *of_input, kernel, *geometry, groups)
+    if input_params:
+        return reference_conv.conv_a8(
+            x, codes, scales, zero_points, bits, group_size, bias, *input_params, kernel, *geometry, groups
+        )
     weight = reference.dequantize_codes(codes, scales, zero_points, bits, group_size)
     return reference_conv.conv(x, weight.reshape(rows, -1, *kernel), bias, *geometry, groups).contiguous()
 

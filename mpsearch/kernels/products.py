@@ -100,8 +100,8 @@ def _linear_a8(
     largest_code: int = 127,
     zero_point: int = -1,
 ) -> Tensor:
-    of_input = input_scale, largest_code, zero_point
-    return _multiply(x, data, rows, columns, bits, group_size, half_scales, bias, *of_input, True)
+    input_params = input_scale, largest_code, zero_point
+    return _multiply(x, data, rows, columns, bits, group_size, half_scales, bias, *input_params, True)
 
 
 def _multiply(
@@ -131,8 +131,8 @@ def _multiply(
         codes, scales, doubled_zeros = reference.unpack_weight(data, rows, columns, bits, group_size, scale_dtype)
         tokens, bias = x.detach().reshape(-1, columns).float(), None if bias is None else bias.detach()
         if int8_input:
-            of_input = input_scale, largest_code, zero_point
-            return y.copy_(reference.linear_a8(tokens, codes, scales, doubled_zeros, group_size, bias, *of_input).view_as(y))
+            input_params = input_scale, largest_code, zero_point
+            return y.copy_(reference.linear_a8(tokens, codes, scales, doubled_zeros, group_size, bias, *input_params).view_as(y))
         weight = reference.dequantize_doubled(codes, scales, doubled_zeros, group_size)
         return y.copy_(reference.linear(tokens, weight, bias).view_as(y))
     if not x.is_contiguous():
@@ -141,8 +141,8 @@ def _multiply(
         bias = bias.detach().contiguous()
     if backend == "cuda":
         bias = None if bias is None else bias.detach()
-        format, of_input = (columns, group_size, bits, half_scales), (input_scale, largest_code, zero_point)
-        cuda_backend.linear(x.detach(), data, y, bias, *format, int8_input, *of_input)
+        format, input_params = (columns, group_size, bits, half_scales), (input_scale, largest_code, zero_point)
+        cuda_backend.linear(x.detach(), data, y, bias, *format, int8_input, *input_params)
         return y
     compiled.linear(
         backend_index(backend),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mpsearch.allocation import Allocation
 from mpsearch.divergence import Divergence
-from mpsearch.engine import QuantEngine
+from mpsearch.engine.engine import QuantEngine
 from mpsearch.evaluation import Score
 from mpsearch.executors.base import Executor
 from mpsearch.executors.in_process import InProcess

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpsearch.engine import QuantEngine
+from mpsearch.engine.engine import QuantEngine
 from mpsearch.errors import InputError, check_memory
+from mpsearch.graph.uses import Use, watched_uses
 from mpsearch.metrics.base import Pair, SensitivityMetric
-from mpsearch.uses import Use, watched_uses
 
 
 class Fisher(SensitivityMetric):

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh
 from torch import Tensor
 
-from mpsearch.engine import QuantEngine
+from mpsearch.engine.engine import QuantEngine
 from mpsearch.layer import LayerSpec
 from mpsearch.metrics.base import Pair, SensitivityMetric
 from mpsearch.metrics.fisher import changed, gradients_at, seen_calls

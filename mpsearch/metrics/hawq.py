@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mpsearch.engine import QuantEngine
+from mpsearch.engine.engine import QuantEngine
 from mpsearch.layer import weight_rows
 from mpsearch.metrics.base import Pair, SensitivityMetric
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from mpsearch.engine import QuantEngine
+from mpsearch.engine.engine import QuantEngine
 from mpsearch.layer import weight_rows
 from mpsearch.metrics.base import Pair, SensitivityMetric
 

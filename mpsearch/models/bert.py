@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.models.base import load_weights
-from mpsearch.packaged import packaged
+from mpsearch.models.packaged import packaged
 
 PAD = 0  # the token id that fills a shorter sentence up
 EPSILON = 1e-12

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import InputError
 from mpsearch.models.base import fill, load_weights
-from mpsearch.packaged import packaged
+from mpsearch.models.packaged import packaged
 
 # repeats, kernel, stride of the first, factor of widening, output channels
 LITE0 = (

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import InputError
 from mpsearch.models.base import fill, load_weights
-from mpsearch.packaged import open_gguf
+from mpsearch.models.packaged import open_gguf
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ class InputMoments:
     rotated: InputMoments | None = None
     fisher: Tensor | None = None
 
-    def met_by(self, scheme: QuantScheme) -> InputMoments:
+    def for_scheme(self, scheme: QuantScheme) -> InputMoments:
         """Those of what meets the columns of the weight as `scheme` stores it: of a rotated one, of the rotated input."""
         if not isinstance(scheme, Rotated):
             return self
@@ -109,7 +109,7 @@ class Quantizer(ABC):
         """`weight` (float32, output channels first) as `scheme` stores it; errors weigh by the input's second moment."""
         if moments is None:
             return scheme.quantize(weight, self._codes_without_feedback, None)
-        moments = moments.met_by(scheme)
+        moments = moments.for_scheme(scheme)
         return scheme.quantize(weight, self._codes_without_feedback, moments.second_moment, moments.histogram)
 
     def _codes_without_feedback(

@@ -47,7 +47,7 @@ class GPTQ(ClipSearch):
         """`weight` (float32, output channels first) as `scheme` stores it, by the moments' Hessian."""
         if moments is None or moments.hessian is None:
             return super().quantize(weight, scheme, moments)
-        moments = moments.met_by(scheme)
+        moments = moments.for_scheme(scheme)
         assert moments.hessian is not None
         codes = partial(self._codes_by_hessian, hessian=self._damped(moments.hessian))
         return scheme.quantize(weight, codes, moments.second_moment, moments.histogram)

@@ -51,7 +51,7 @@ class KroneckerDescent(CoordinateDescent):
         """`weight` (float32, output channels first) as `scheme` stores it, by the moments' Hessian and Fisher information."""
         if moments is None or moments.hessian is None or moments.fisher is None or moments.fisher.shape[1] == 1:
             return super().quantize(weight, scheme, moments)
-        moments = moments.met_by(scheme)
+        moments = moments.for_scheme(scheme)
         assert moments.hessian is not None
         assert moments.fisher is not None
         fisher = moments.fisher.double()

@@ -13,7 +13,7 @@ from mpsearch.schemes.base import QuantScheme
 
 
 class Runtime(ABC):
-    """`what` says what it runs, for people; `shared` are the patterns (`mpsearch.group`) of layers that it runs as one."""
+    """`what` describes what it runs; `shared` are the patterns (`mpsearch.graph.sharing`) of layers that it runs as one."""
 
     name: ClassVar[str]
     what: ClassVar[str]

@@ -33,8 +33,8 @@ class ONNXRuntime(Runtime):
         if scheme.input is not None:
             weight = scheme.bits == 8 and scheme.symmetric and scheme.group_size in ("channel", "tensor")
             of = scheme.input
-            of_input = isinstance(of, IntegerInput) and (of.bits, of.scale, of.symmetric) == (8, "static", True)
-            return weight and of_input and layer.kind in ("linear", "conv1d", "conv2d")
+            input_params = isinstance(of, IntegerInput) and (of.bits, of.scale, of.symmetric) == (8, "static", True)
+            return weight and input_params and layer.kind in ("linear", "conv1d", "conv2d")
         size = scheme.group_size
         block = isinstance(size, int) and size >= 16 and size & (size - 1) == 0 and whole_groups(layer, size)
         return layer.kind == "linear" and scheme.bits in (4, 8) and block

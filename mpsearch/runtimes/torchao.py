@@ -28,7 +28,7 @@ class TorchAO(Runtime):
         if not isinstance(scheme, Integer) or layer.kind != "linear" or scheme.group_size == "tensor":
             return False
         if scheme.input is not None:
-            of_input = scheme.input == IntegerInput(8, "token")
-            return of_input and (scheme.bits, scheme.group_size, scheme.symmetric) == (8, "channel", True)
+            input_params = scheme.input == IntegerInput(8, "token")
+            return input_params and (scheme.bits, scheme.group_size, scheme.symmetric) == (8, "channel", True)
         fits = scheme.group_size == "channel" or whole_groups(layer, int(scheme.group_size))
         return scheme.bits in (2, 3, 4, 5, 6, 8) and fits

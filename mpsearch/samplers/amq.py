@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.interpolate import RBFInterpolator
 
-from mpsearch.pareto import non_dominated
+from mpsearch.optimize.pareto import non_dominated
 from mpsearch.samplers.levels import Levels
 from mpsearch.samplers.proposer import Choice, Floats, History
 

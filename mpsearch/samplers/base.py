@@ -21,7 +21,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler
 
-from mpsearch.budget import Budget, narrowed
+from mpsearch.budget import Budget, restricted
 from mpsearch.costs.base import CostTable
 from mpsearch.errors import InputError
 from mpsearch.evaluation import SensitivityTable
@@ -52,5 +52,5 @@ def complete(
     """The sampler: with all that is known, where it asks for the sensitivity (the objective is the first cost); else `seeded`."""
     if "sensitivity" not in inspect.signature(make).parameters:
         return seeded(make, seed)
-    space, budgets = narrowed(sensitivity.space, budgets)
+    space, budgets = restricted(sensitivity.space, budgets)
     return make(space=space, sensitivity=replace(sensitivity, space=space), costs=costs, budgets=budgets, seed=seed)

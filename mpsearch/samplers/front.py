@@ -21,12 +21,12 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import ndtr
 
-from mpsearch import knapsack
 from mpsearch.divergence import LOSS_FLOOR
-from mpsearch.pareto import nearest_front, non_dominated
+from mpsearch.optimize import knapsack
+from mpsearch.optimize.pareto import nearest_front, non_dominated
+from mpsearch.optimize.surrogate import Surrogate
 from mpsearch.samplers.levels import Levels
 from mpsearch.samplers.proposer import Choice, Floats, History
-from mpsearch.surrogate import Surrogate
 
 MAX_FITTED = 256  # evaluations that the surrogate is fitted to, those nearest to the front; and so is what it costs
 MAX_EVIDENCE = 128  # evaluations that choose its variances

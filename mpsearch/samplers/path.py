@@ -11,7 +11,7 @@ from functools import cached_property
 
 import numpy as np
 
-from mpsearch import knapsack
+from mpsearch.optimize import knapsack
 from mpsearch.samplers.proposer import Choice, History, Proposer
 
 

@@ -20,12 +20,12 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from mpsearch import knapsack
 from mpsearch.allocation import SearchSpace
 from mpsearch.budget import Budget
 from mpsearch.costs.base import CostTable, mixed
 from mpsearch.errors import InputError
 from mpsearch.evaluation import SensitivityTable
+from mpsearch.optimize import knapsack
 from mpsearch.samplers.base import distributions
 
 Choice = NDArray[np.intp]

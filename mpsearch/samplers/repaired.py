@@ -17,8 +17,8 @@ from optuna.samplers import BaseGASampler, BaseSampler, BruteForceSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from mpsearch import knapsack
 from mpsearch.errors import InputError
+from mpsearch.optimize import knapsack
 from mpsearch.samplers.base import distributions
 
 MAX_ENUMERATED = 100_000  # allocations; more than anybody measures one by one

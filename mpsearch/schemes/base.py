@@ -122,7 +122,7 @@ class QuantizedTensor:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
-    def of_input(self) -> dict[str, Tensor]:
+    def input_params(self) -> dict[str, Tensor]:
         """`input_scale` and `input_zero_point`, where the scheme has static ones (`InputFormat.stored`)."""
         return {name: tensor for name, tensor in self.tensors.items() if name.startswith("input_")}
 

@@ -109,16 +109,21 @@ class Codebook(QuantScheme):
             tensor_scale = torch.where(tensor_scale >= torch.finfo(torch.float32).smallest_normal, tensor_scale, 1.0)
             matrix, tensors = matrix / tensor_scale, {"tensor_scale": tensor_scale.reshape(1)}
         found, scales, _ = codes(matrix, self, group_size, importance_of(importance, shape, self.group_size))
-        of_input = {} if self.input is None else self.input.stored(seen)
-        return self.stored(found, scales, tensors.get("tensor_scale"), of_input, shape)
+        input_params = {} if self.input is None else self.input.stored(seen)
+        return self.stored(found, scales, tensors.get("tensor_scale"), input_params, shape)
 
     def stored(
-        self, codes: Tensor, scales: Tensor, tensor_scale: Tensor | None, of_input: Mapping[str, Tensor], shape: tuple[int, ...]
+        self,
+        codes: Tensor,
+        scales: Tensor,
+        tensor_scale: Tensor | None,
+        input_params: Mapping[str, Tensor],
+        shape: tuple[int, ...],
     ) -> QuantizedTensor:
         """A weight of `shape` from its codes (uint8, one each) and `nearest_scale`s, over the tensor's where there is one."""
         packed = _pack_trits(codes) if self.levels == "ternary" else kernels.pack(codes, self.weight_bits)
         of_tensor = {} if tensor_scale is None else {"tensor_scale": tensor_scale}
-        return QuantizedTensor(self, shape, {"codes": packed, "scales": self._stored(scales), **of_tensor, **of_input})
+        return QuantizedTensor(self, shape, {"codes": packed, "scales": self._stored(scales), **of_tensor, **input_params})
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         """`value * scale`, float32; where there is a tensor's scale, `scale` is its product with the group's."""

@@ -85,15 +85,15 @@ class Integer(QuantScheme):
         rows, columns, group_size = self.grid(shape)
         importance = importance_of(importance, shape, self.group_size)
         found, scales, zero_points = codes(weight.reshape(rows, columns).contiguous(), self, group_size, importance)
-        of_input = {} if self.input is None else self.input.stored(seen)
-        return self.stored(found, scales, zero_points, of_input, shape)
+        input_params = {} if self.input is None else self.input.stored(seen)
+        return self.stored(found, scales, zero_points, input_params, shape)
 
     def stored(
         self,
         codes: Tensor,
         scales: Tensor,
         zero_points: Tensor | None,
-        of_input: Mapping[str, Tensor],
+        input_params: Mapping[str, Tensor],
         shape: tuple[int, ...],
     ) -> QuantizedTensor:
         """A weight of `shape` from its codes (uint8, one each); scales and zero points have a row for each row of the matrix.
@@ -105,7 +105,7 @@ class Integer(QuantScheme):
         tensors = {"codes": kernels.pack(codes, self.bits), "scales": scales.contiguous()}
         if zero_points is not None:
             tensors["zero_points"] = zero_points
-        return QuantizedTensor(self, shape, {**tensors, **of_input})
+        return QuantizedTensor(self, shape, {**tensors, **input_params})
 
     def unpacked(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """Codes uint8 `[out, columns]`, scales and zero points `[out, n_groups]`, and the columns of a group.

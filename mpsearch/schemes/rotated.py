@@ -70,7 +70,7 @@ class Rotated(QuantScheme):
     def quantize(
         self, weight: Tensor, codes: FindCodes, importance: Tensor | None, seen: Histogram | None = None
     ) -> QuantizedTensor:
-        """`dense` of the rotated weight; `importance` and `seen` are of the rotated input (`InputMoments.met_by`)."""
+        """`dense` of the rotated weight; `importance` and `seen` are of the rotated input (`InputMoments.for_scheme`)."""
         rotated = kernels.rotate(weight.flatten(1)).reshape(weight.shape) if weight.dim() > 1 else weight
         return dataclasses.replace(self.dense.quantize(rotated, codes, importance, seen), scheme=self)
 

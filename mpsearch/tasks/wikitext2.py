@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mpsearch.errors import InputError
-from mpsearch.packaged import open_gguf
+from mpsearch.models.packaged import open_gguf
 from mpsearch.tasks.language import Language
 
 FILE = "wiki_test_raw_part1.txt"

@@ -91,15 +91,15 @@ def _node(name: str, key: str, node: Callable[[Evil], Any]) -> None:
 CALLS: dict[str, Callable[[Evil], dict[str, Any]]] = {
     "pandas.read_pickle": lambda e: {"_args_": [e.file("pkl")]},
     "pandas.io.pickle.read_pickle": lambda e: {"filepath_or_buffer": e.file("pkl")},
-    "mpsearch.result.pd.read_pickle": lambda e: {"filepath_or_buffer": e.file("pkl")},
-    "mpsearch.report.pd.read_pickle": lambda e: {"_args_": [e.file("pkl")]},
+    "mpsearch.runs.run.pd.read_pickle": lambda e: {"filepath_or_buffer": e.file("pkl")},
+    "mpsearch.reporting.report.pd.read_pickle": lambda e: {"_args_": [e.file("pkl")]},
     "mpsearch.tasks.cifar10.pickle.load": lambda e: {
         "_args_": [{"_target_": "builtins.open", "file": e.file("pkl"), "mode": "rb"}]
     },
     "pickle.load": lambda e: {"_args_": [{"_target_": "io.open", "file": e.file("pkl"), "mode": "rb"}]},
     "joblib.load": lambda e: {"filename": e.file("pkl")},
     "numpy.load": lambda e: {"file": e.file("npy"), "allow_pickle": True},
-    "mpsearch.result.np.load": lambda e: {"file": e.file("npy"), "allow_pickle": True},
+    "mpsearch.runs.run.np.load": lambda e: {"file": e.file("npy"), "allow_pickle": True},
     "torch.load": lambda e: {"f": e.file("pt"), "weights_only": False},
     "torch.serialization.load": lambda e: {"f": e.file("pt"), "weights_only": False},
     "mpsearch.models.efficientnet.torch.load": lambda e: {"f": e.file("pt"), "weights_only": False},
@@ -120,11 +120,11 @@ CALLS: dict[str, Callable[[Evil], dict[str, Any]]] = {
     "logging.FileHandler": lambda e: {"filename": str(e.canary)},
     "numpy.savetxt": lambda e: {"fname": str(e.canary), "X": [1, 2]},
     "pathlib.Path.touch": lambda e: {"_args_": [{"_target_": "pathlib.Path", "_args_": [str(e.canary)]}]},
-    "mpsearch.result.write_atomically": lambda e: {
+    "mpsearch.runs.run.write_atomically": lambda e: {
         "file": {"_target_": "pathlib.Path", "_args_": [str(e.canary)]},
         "content": "x",
     },
-    "mpsearch.cli.words.save": lambda e: {"settings": {}, "path": {"_target_": "pathlib.Path", "_args_": [str(e.canary)]}},
+    "mpsearch.cli.arguments.save": lambda e: {"settings": {}, "path": {"_target_": "pathlib.Path", "_args_": [str(e.canary)]}},
     "hydra.utils.instantiate": lambda e: {"_recursive_": False, "config": e.node},
     "hydra.utils.call": lambda e: {"_recursive_": False, "config": e.node},
     "hydra.utils.get_method": lambda e: {"path": "evil.name"},

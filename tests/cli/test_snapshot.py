@@ -6,14 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from mpsearch.commands.report import redraw
+from mpsearch.cli.commands.report import redraw
 from mpsearch.errors import InputError
 
 
 @pytest.fixture
 def stubbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A loader that returns how long `evaluations.csv` is, and a report that fails until the table has `enough` bytes."""
-    module = sys.modules["mpsearch.commands.report"]  # the attribute of the package is the command
+    module = sys.modules["mpsearch.cli.commands.report"]  # the attribute of the package is the command
     told = SimpleNamespace(folder=tmp_path, enough=0, loaded=[])
     table = tmp_path / "evaluations.csv"
 

@@ -15,7 +15,7 @@ from crafted import CASES, SECRET, Evil, put
 from hydra.utils import get_object
 
 from mpsearch import cli
-from mpsearch.cli.saved import packaged, require_trust, saved
+from mpsearch.cli.saved_config import packaged, require_trust, saved
 
 COMMANDS = {
     "report": (),
@@ -78,7 +78,7 @@ def evil(real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evil:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What `report` would draw: figures take seconds, and are the same for every case."""
-    module = importlib.import_module("mpsearch.commands.report")
+    module = importlib.import_module("mpsearch.cli.commands.report")
     seen: list[object] = []
 
     def note(result: object, folder: Path, picked: object) -> Path:
@@ -261,15 +261,15 @@ def test_nothing_is_imported_from_the_folder(command: str, evil: Evil) -> None:
 
 LAUNCH = "import sys; from mpsearch.cli import main; sys.argv[0] = 'mpsearch'; main()"
 WORKER = """
-import sys, types, mpsearch
+import sys, types, mpsearch.cli
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-commands = types.ModuleType("mpsearch.commands")
+commands = types.ModuleType("mpsearch.cli.commands")
 def search(settings, build, folder):
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         print([sys.path, pool.submit(eval, "__import__('sys').path").result()])
 commands.search = search
-sys.modules["mpsearch.commands"] = mpsearch.commands = commands
+sys.modules["mpsearch.cli.commands"] = mpsearch.cli.commands = commands
 from mpsearch.cli import main
 sys.argv[0] = "mpsearch"
 if __name__ == "__main__":

@@ -11,17 +11,17 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from mpsearch.allocation import SearchSpace
-from mpsearch.budget import narrowed, read_budgets
+from mpsearch.budget import read_budgets, restricted
 from mpsearch.costs.activation_bytes import ActivationBytes
 from mpsearch.costs.size import Bytes
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score, SensitivityTable
 from mpsearch.layer import Activations, LayerSpec
+from mpsearch.pipeline.search import Evaluator, check_sampler, search
+from mpsearch.pipeline.solve import best_within, solution
 from mpsearch.samplers.base import complete
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
-from mpsearch.search import Evaluator, check_sampler, search
-from mpsearch.solve import best_within, solution
 
 SAMPLERS = [path for path in sorted((Path(__file__).parents[2] / "conf" / "sampler").glob("*.yaml")) if path.stem != "custom"]
 COSTS = {"bytes": Bytes(), "activation_bytes": ActivationBytes()}
@@ -77,7 +77,7 @@ def test_a_limit_below_the_least_is_said_and_so_is_a_run_that_did_not_look():
 @pytest.mark.parametrize("limits", BUDGETS, ids=str)
 def test_narrowed_is_the_same_set_of_allocations(limits):
     budgets = read_budgets(limits, COSTS, SPACE)
-    space, others = narrowed(SPACE, budgets)
+    space, others = restricted(SPACE, budgets)
     assert space.scheme_names == SPACE.scheme_names
     assert len(others) == len(budgets) - 1
     for choice in np.ndindex(4, 4, 4, 4, 4):

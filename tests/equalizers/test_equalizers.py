@@ -11,23 +11,23 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import nn
 
-from mpsearch.equalization import ChannelClip, Equalization, load_equalization
 from mpsearch.equalizers.awq import AWQ
 from mpsearch.equalizers.base import Equalizer, Network, input_ranges
 from mpsearch.equalizers.cross_layer import CrossLayer
 from mpsearch.equalizers.smooth_quant import SmoothQuant
 from mpsearch.errors import InputError
-from mpsearch.exported import load_allocation
+from mpsearch.exporters.allocation_file import load_allocation
 from mpsearch.exporters.base import Picked
 from mpsearch.exporters.native import Native
 from mpsearch.exporters.packed import Packed
+from mpsearch.graph.channel_scaling import ChannelClip, Equalization, load_equalization
+from mpsearch.graph.links import find_links
 from mpsearch.layer import weight_rows, weights_sha256
-from mpsearch.links import find_links
-from mpsearch.packed import load, packed, save
+from mpsearch.packed.model import load, packed, save
+from mpsearch.pipeline.search import Evaluator
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
-from mpsearch.search import Evaluator
 
 CONF = Path(__file__).parents[2] / "conf" / "equalizer"
 SCHEMES = {"w3": Integer(3), "w4a8": Integer(4, input=IntegerInput(8))}

@@ -22,9 +22,9 @@ from mpsearch.executors.in_process import InProcess
 from mpsearch.executors.local import Local
 from mpsearch.executors.ray import Ray
 from mpsearch.metrics.kl import KL
+from mpsearch.pipeline.search import Evaluator, search
+from mpsearch.pipeline.sensitivity import measure_sensitivity
 from mpsearch.samplers.front import Front
-from mpsearch.search import Evaluator, search
-from mpsearch.sensitivity import measure_sensitivity
 
 FOLDER = os.path.dirname(conftest.__file__)
 PATH = f"{FOLDER}{os.pathsep}{os.path.dirname(__file__)}"  # of workers

@@ -13,17 +13,17 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from mpsearch.allocation import Allocation
-from mpsearch.equalization import load_equalization
 from mpsearch.errors import InputError
-from mpsearch.exported import load_allocation, sha256
+from mpsearch.exporters.allocation_file import load_allocation, sha256
 from mpsearch.exporters.base import Exporter, Picked
+from mpsearch.graph.channel_scaling import load_equalization
 from mpsearch.layer import weights_sha256
-from mpsearch.packed import load
+from mpsearch.packed.model import load
+from mpsearch.pipeline.search import Evaluator
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.rotated import Rotated
-from mpsearch.search import Evaluator
 
 ROOT = Path(__file__).parents[2]
 ALLOCATION = Allocation({"first": "w3", "second": "w2g5", "last": "fp16"})
@@ -97,8 +97,8 @@ def test_static_ranges_are_said_and_applied(tiny, tmp_path):
     picked = Picked(e, {"search": e}, {}, "accuracy", weights_sha256(engine.model), ())
     path = instantiate(OmegaConf.load(ROOT / "conf" / "exporter" / "native.yaml")).export(picked, engine, tmp_path)
     said = json.loads(path.read_text())["layers"]["second"]
-    of_input = engine.quantized("second", "w3a4").of_input
-    assert (said["input_scale"], said["input_zero_point"]) == (of_input["input_scale"].item(), 0)
+    input_params = engine.quantized("second", "w3a4").input_params
+    assert (said["input_scale"], said["input_zero_point"]) == (input_params["input_scale"].item(), 0)
     assert said["scheme"]["input"] == {"bits": 4, **static}
     assert sum(layer["size_bytes"] for layer in json.loads(path.read_text())["layers"].values()) == sum(
         engine.space.schemes[s].storage_bits(engine.model.get_submodule(la).weight.shape) // 8 for la, s in allocation.items()
@@ -124,7 +124,7 @@ def test_small_floats_and_rotations_are_said_and_applied(tiny, tmp_path):
     path = instantiate(OmegaConf.load(ROOT / "conf" / "exporter" / "native.yaml")).export(picked, engine, tmp_path)
     said = json.loads(path.read_text())["layers"]
     assert said["first"]["scheme"]["input"] == {"levels": "e4m3", "scale": "static"}
-    assert said["first"]["input_scale"] == engine.quantized("first", "fp8a8").of_input["input_scale"].item()
+    assert said["first"]["input_scale"] == engine.quantized("first", "fp8a8").input_params["input_scale"].item()
     assert said["last"]["scheme"] == {"name": "w4a8r", **schemes["w4a8r"].fields()}
     inputs, _ = engine.batches("search")[0]
     with torch.no_grad(), engine.applied(allocation) as model:

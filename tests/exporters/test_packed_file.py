@@ -6,11 +6,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from mpsearch.exporters.base import Exporter, Picked
-from mpsearch.fold import fold_batch_norms
+from mpsearch.graph.fold import fold_batch_norms
 from mpsearch.models.digits import digits
-from mpsearch.packed import load
+from mpsearch.packed.model import load
+from mpsearch.pipeline.search import Evaluator
 from mpsearch.schemes.integer import Integer
-from mpsearch.search import Evaluator
 
 
 def test_the_file_is_the_confirmed_model(tiny, tmp_path, request):

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from mpsearch.allocation import Allocation
-from mpsearch.engine import FLOAT
+from mpsearch.engine.engine import FLOAT
 from mpsearch.errors import InputError
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.metrics.fisher import Fisher, changed

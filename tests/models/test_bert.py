@@ -9,9 +9,9 @@ from torch import nn
 
 import mpsearch.models.bert as bert
 from mpsearch.errors import InputError
+from mpsearch.graph.trace import trace_layers
 from mpsearch.models.bert import Bert, Sizes, minilm
 from mpsearch.tasks.stsb import STSBenchmark
-from mpsearch.trace import trace_layers
 
 TINY = Sizes(dim=16, n_layers=2, n_heads=4, hidden=24, vocabulary=30, context=12)
 

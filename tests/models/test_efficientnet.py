@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from mpsearch.errors import InputError
-from mpsearch.fold import fold_batch_norms
+from mpsearch.graph.fold import fold_batch_norms
+from mpsearch.graph.trace import trace_layers
 from mpsearch.models.efficientnet import EfficientNet, SamePad, efficientnet_lite0
 from mpsearch.tasks.imagenet import ImageNetSample
-from mpsearch.trace import trace_layers
 
 TINY = ((1, 3, 1, 1, 4), (2, 5, 2, 6, 6))
 

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from mpsearch.errors import InputError
-from mpsearch.group import share
+from mpsearch.graph.sharing import share
+from mpsearch.graph.trace import trace_layers
 from mpsearch.models.llama import Attention, Llama, Sizes, rotate, rotations, stories260k
+from mpsearch.pipeline.search import Evaluator
 from mpsearch.runtimes.vllm import VLLM
 from mpsearch.schemes.integer import Integer
-from mpsearch.search import Evaluator
 from mpsearch.tasks.language import Language, read_tokens
-from mpsearch.trace import trace_layers
 
 TINY = Sizes(dim=16, n_layers=2, n_heads=4, n_kv_heads=2, hidden=24, vocabulary=30)
 

@@ -14,13 +14,13 @@ from torch import nn
 
 import mpsearch.models.digits as digits_module
 from mpsearch.errors import InputError
-from mpsearch.fold import fold_batch_norms
+from mpsearch.graph.fold import fold_batch_norms
+from mpsearch.graph.trace import trace_layers
 from mpsearch.models.base import load_weights
 from mpsearch.models.digits import DigitsNet, digits
 from mpsearch.models.resnet import DEPTHS, resnet
 from mpsearch.tasks.cifar10 import Cifar10
 from mpsearch.tasks.digits import Digits
-from mpsearch.trace import trace_layers
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 DIGITS_FILE = Path(digits_module.__file__).with_name("digits.safetensors")

@@ -9,8 +9,9 @@ from omegaconf import OmegaConf
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.errors import InputError
-from mpsearch.group import share
+from mpsearch.graph.sharing import share
 from mpsearch.layer import LayerSpec
+from mpsearch.runs.space_json import read_space
 from mpsearch.runtimes.base import Runtime
 from mpsearch.runtimes.vllm import VLLM
 from mpsearch.schemes.codebook import Codebook
@@ -20,7 +21,6 @@ from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.level_input import LevelInput
 from mpsearch.schemes.outliers import Outliers
 from mpsearch.schemes.rotated import Rotated
-from mpsearch.space_json import read_space
 
 CONF = Path(__file__).parents[2] / "conf" / "runtime"
 SCHEMES = {

@@ -17,11 +17,11 @@ from mpsearch.costs.size import AverageBits, Bytes
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score, SensitivityTable
 from mpsearch.layer import LayerSpec
-from mpsearch.pareto import hypervolume
+from mpsearch.optimize.pareto import hypervolume
+from mpsearch.pipeline.search import Evaluator, check_sampler, search
 from mpsearch.samplers.base import complete, distributions
 from mpsearch.samplers.proposer import History
 from mpsearch.schemes.integer import Integer
-from mpsearch.search import Evaluator, check_sampler, search
 
 CONF = Path(__file__).parents[2] / "conf" / "sampler"
 MAKERS = {path.stem: OmegaConf.load(path) for path in sorted(CONF.glob("*.yaml"))}

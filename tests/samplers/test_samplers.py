@@ -11,8 +11,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from optuna.trial import TrialState
 
-from mpsearch import knapsack
 from mpsearch.errors import InputError
+from mpsearch.optimize import knapsack
 from mpsearch.samplers.base import distributions, seeded
 from mpsearch.samplers.repaired import Repaired
 

@@ -103,7 +103,7 @@ def test_what_is_stored_of_a_static_range_is_counted(bits, symmetric):
     quantized = RoundToNearest().quantize(torch.randn(6, 9), scheme)
     assert quantized.nbytes * 8 == scheme.storage_bits((6, 9))
     names = {"input_scale"} | (set() if symmetric else {"input_zero_point"})
-    assert set(quantized.of_input) == names
+    assert set(quantized.input_params) == names
     assert scheme.storage_bits((6, 9)) - Integer(4).storage_bits((6, 9)) == 32 + (0 if symmetric else 8 if bits <= 8 else 32)
 
 
@@ -118,8 +118,8 @@ def test_the_range_is_that_of_the_layer_s_input(tiny, range):
             engine.model(inputs)
     hook.remove()
     x = torch.cat(seen)
-    assert engine.quantized("second", "s").of_input == wanted.stored(Histogram.of(x))
-    assert engine.quantized("second", "s").of_input["input_zero_point"] == 0, "it comes from a ReLU"
+    assert engine.quantized("second", "s").input_params == wanted.stored(Histogram.of(x))
+    assert engine.quantized("second", "s").input_params["input_zero_point"] == 0, "it comes from a ReLU"
     assert engine.score(engine.space.uniform("s")).loss > 0
 
 
@@ -153,7 +153,7 @@ def test_what_is_scored_has_its_input_quantized(tiny):
         x = IntegerInput().fake_quantize(torch.relu(net.first(inputs)), 3)
         weights = {name: engine.quantized(name, scheme) for name, scheme in (("second", "w8a8"), ("last", "w8a8s"))}
         x = torch.relu(net.norm(torch.conv2d(x, weights["second"].dequantize(), stride=2, groups=2)))
-        scale = weights["last"].of_input["input_scale"]
+        scale = weights["last"].input_params["input_scale"]
         assert scale == pytest.approx(engine.moments["last"].histogram.high / 127)
         codes = (x.mean((2, 3)) / scale).round().clamp(-127, 127)
         expected = codes * scale @ weights["last"].dequantize().T + net.last.bias

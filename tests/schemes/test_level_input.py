@@ -15,7 +15,7 @@ from mpsearch.costs.bit_operations import BitOperations
 from mpsearch.costs.millijoules import FLOAT_MAC, Millijoules
 from mpsearch.errors import InputError
 from mpsearch.layer import Activations, LayerSpec
-from mpsearch.packed_layer import kernel_for
+from mpsearch.packed.layers import kernel_for
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.base import scheme_from_fields
 from mpsearch.schemes.codebook import Codebook

@@ -164,7 +164,7 @@ def test_fields_come_back():
     fields = json.loads(json.dumps(scheme.fields()))
     assert scheme_from_fields(fields) == scheme
     assert (scheme.weight_bits, scheme.input_bits, scheme.input_format.scale) == (3, 8, "static")
-    assert RoundToNearest().quantize(weights(), scheme).of_input
+    assert RoundToNearest().quantize(weights(), scheme).input_params
     assert scheme.describe().endswith("; 8-bit input, a static scale (minmax); 0.5% of the weights in float16")
 
 

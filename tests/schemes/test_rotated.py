@@ -12,15 +12,16 @@ from torch import nn
 
 from mpsearch import kernels
 from mpsearch.allocation import SearchSpace
-from mpsearch.calibrate import calibrate, hessians
 from mpsearch.costs.activation_bytes import ActivationBytes
 from mpsearch.costs.bit_operations import BitOperations
 from mpsearch.costs.millijoules import FLOAT_ADDITION, PICOJOULES, Millijoules
-from mpsearch.engine import load_batches
+from mpsearch.engine.calibrate import calibrate, hessians
+from mpsearch.engine.engine import load_batches
 from mpsearch.errors import InputError
+from mpsearch.graph.trace import trace_layers
 from mpsearch.layer import Activations, LayerSpec
-from mpsearch.packed import QuantizedLayer, pack, quantized_layers
-from mpsearch.packed_layer import PackedLinear, kernel_for
+from mpsearch.packed.layers import PackedLinear, kernel_for
+from mpsearch.packed.model import QuantizedLayer, pack, quantized_layers
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
@@ -31,7 +32,6 @@ from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.outliers import Outliers
 from mpsearch.schemes.rotated import Rotated
-from mpsearch.trace import trace_layers
 
 DENSE = [Integer(4), Integer(3, 16, symmetric=False), Integer(8, "tensor"), Codebook("nf4", 16), Codebook("e2m1", 16, "e4m3")]
 A8 = {"bits": 8}
@@ -79,16 +79,16 @@ def test_calibration_sees_the_rotated_input(tiny):
     assert calibrate(net, task, layers, batches)["1"].rotated is None
     x = torch.cat([inputs for inputs, _ in batches])
     y = kernels.rotate(x)
-    found = moments["1"].met_by(Rotated(Integer(4)))
+    found = moments["1"].for_scheme(Rotated(Integer(4)))
     assert torch.allclose(found.mean[0], y.mean(0), atol=1e-5)
     assert torch.allclose(found.second_moment[0], y.square().mean(0), rtol=1e-4)
     assert torch.equal(found.histogram.counts, Histogram.of(y).counts)
-    assert moments["1"].met_by(Integer(4)) is moments["1"]
+    assert moments["1"].for_scheme(Integer(4)) is moments["1"]
     with_hessian = replace(moments["1"], hessian=hessians(net, task, ["1"], batches)["1"])
     for given, data in ((with_hessian, y), (with_hessian.centred(), y - y.mean(0))):
-        hessian = given.met_by(Rotated(Integer(4))).hessian
+        hessian = given.for_scheme(Rotated(Integer(4))).hessian
         assert torch.allclose(hessian[0], data.T @ data / len(data), atol=1e-4)
-        assert torch.allclose(hessian[0].diagonal(), given.met_by(Rotated(Integer(4))).second_moment[0], atol=1e-4)
+        assert torch.allclose(hessian[0].diagonal(), given.for_scheme(Rotated(Integer(4))).second_moment[0], atol=1e-4)
     with pytest.raises(InputError, match=r"rotated input are not known\. Calibrate with rotated=True"):
         ClipSearch().quantize(net[1].weight.detach(), Rotated(Integer(4)), calibrate(net, task, layers, batches)["1"])
 

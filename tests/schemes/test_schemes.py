@@ -51,9 +51,9 @@ def test_names_say_the_bits():
         scheme = whole.dense if isinstance(whole, Outliers | Rotated) else whole
         of_rotation = "r" if isinstance(whole, Rotated) else ""
         of_outliers = f"o{100 * whole.share:g}" if isinstance(whole, Outliers) else ""
-        of_input = "" if scheme.input is None else f"a{scheme.input.bits}"
+        input_params = "" if scheme.input is None else f"a{scheme.input.bits}"
         of_groups = "" if scheme.group_size == "channel" else f"g{scheme.group_size}"
-        assert path.stem == f"w{scheme.bits}{of_input}{of_groups}{of_outliers}{of_rotation}"
+        assert path.stem == f"w{scheme.bits}{input_params}{of_groups}{of_outliers}{of_rotation}"
 
 
 @pytest.mark.parametrize(

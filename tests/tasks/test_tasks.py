@@ -13,11 +13,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from mpsearch.errors import InputError
+from mpsearch.graph.trace import batch_length
 from mpsearch.tasks.arrays import Arrays
 from mpsearch.tasks.base import SPLITS, Task
 from mpsearch.tasks.classification import Classification, draw_splits
 from mpsearch.tasks.digits import Digits, read_digits, read_split
-from mpsearch.trace import batch_length
 from mpsearch.tree import tensors_in
 
 CONF = Path(__file__).parents[2] / "conf" / "task"

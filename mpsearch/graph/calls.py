@@ -1,0 +1,246 @@
+"""Finds where a forward pass could start in its middle: runs of modules in which each one's output is all the next one takes.
+
+A model's calls form a tree (what was called within what). Calls beside each other in it make a *run* as long as the tensor that
+one returns is the very object that the next one takes first: residual blocks in a row, the layers of a transformer. Where
+the output of a run's j-th module is known, none of the first j has to run. Code that reads a value between its calls, as in
+`if x.mean() > 0`, may branch by it, so that its calls make no run. Whether a run is what it seems (a U-Net reads an
+inner output again, a module may keep something for later) only running shows: `prefix.py` checks before it trusts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mpsearch.graph.trace import Forward
+from mpsearch.layer import LayerGroup
+from mpsearch.tree import tensors_in
+
+Handler = Callable[..., Any]
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module: what was called within it, by runs, and how many groups had been read `before` and `after` it."""
+
+    module: nn.Module
+    begin: int
+    end: int = 0
+    before: int = 0
+    after: int = 0
+    can_be_kept: bool = False  # its output is a plain tensor that nothing writes into later
+    operations: int = 0  # a hash of what its own code runs, in order
+    branches: bool = False  # its own code reads values that depend on weights: they may decide what runs next
+    runs: list[list[Call]] = field(default_factory=list)
+    children: list[Call] = field(default_factory=list)
+    source: tuple[Any, int] = (None, 0)  # a tensor and its version: written into, it is another
+    result: tuple[Any, int] = (None, 0)
+
+
+@torch.no_grad()
+def find_runs(
+    model: nn.Module, forward: Forward, inputs: Any, groups: Sequence[LayerGroup]
+) -> tuple[list[list[Call]], tuple[str, ...]]:
+    """The outermost runs of `forward(model, inputs)`, and the groups' names in the order in which they are first read.
+
+    No run is found in a model that is compiled or scripted, as its modules are not called one by one.
+    """
+    modules = dict(model.named_modules())
+    if any(_is_compiled(module) for module in modules.values()):
+        return [], tuple(group.name for group in groups)
+    searched = owned_by([modules[name] for group in groups for layer in group.layers for name in layer.modules])
+    root, calls, _ = _record(model, forward, inputs, searched)
+    begins = _first_reads(modules, calls, groups)
+    order = sorted(begins, key=begins.__getitem__)
+    times = [begins[name] for name in order]
+    n_calls = Counter(call.module for call in calls)
+    once = {module for module, n in n_calls.items() if n == 1 and "_call_impl" not in vars(module)}
+    for call in calls:
+        tensor, written = call.result
+        call.can_be_kept = call.module in once and written >= 0 and tensor._version == written
+        call.before, call.after = bisect_left(times, call.begin), bisect_left(times, call.end)
+    for call in (root, *calls):
+        for child in call.children:
+            last = call.runs[-1][-1] if call.runs else root
+            if _is_linked(last, child) and not call.branches and {last.module, child.module} <= once:
+                call.runs[-1].append(child)
+            else:
+                call.runs.append([child])
+    for call in calls:
+        call.source = call.result = (None, 0)
+    return root.runs, tuple(order)
+
+
+@dataclass
+class Path:
+    """How one batch goes through the model; another one may go another way.
+
+    `own` says of each module that is called once (`None`: of what calls the model) which modules it calls, which of these take
+    their left neighbour's output, and which operations its own code runs. `parents` are the modules that call these modules, and
+    `until` has how many groups of the order have been read when they return.
+    """
+
+    own: dict[nn.Module | None, tuple[Any, ...]] = field(default_factory=dict)
+    parents: dict[nn.Module, nn.Module | None] = field(default_factory=dict)
+    until: dict[nn.Module, int] = field(default_factory=dict)
+
+    def holds(self, run: Sequence[Call], found: Path) -> bool:
+        """Whether the calls are a run on this path too, found on another one, and read no group that they do not read there."""
+        parent = found.parents.get(run[0].module)
+        alike = len(run) == 1 or (parent in self.own and self.own[parent] == found.own.get(parent))
+        return alike and all(self.until.get(call.module, math.inf) <= call.after for call in run)
+
+
+@torch.no_grad()
+def follow(
+    model: nn.Module, forward: Forward, inputs: Any, groups: Sequence[LayerGroup], order: Sequence[str]
+) -> tuple[Any, Path]:
+    """(the output of `forward(model, inputs)`, its path); `order` is that of `find_runs`."""
+    root, calls, output = _record(model, forward, inputs)
+    begins = _first_reads(dict(model.named_modules()), calls, groups)
+    n_calls, path = Counter(call.module for call in calls), Path()
+    for call in (root, *calls):
+        linked = [False, *(_is_linked(last, child) for last, child in itertools.pairwise(call.children))]
+        own = (*((child.module, link) for child, link in zip(call.children, linked, strict=False)), call.operations)
+        if call is root or n_calls[call.module] == 1:
+            path.own[None if call is root else call.module] = own
+        for child in call.children:
+            path.parents[child.module] = None if call is root else call.module
+    for call in calls:
+        if n_calls[call.module] == 1:
+            path.until[call.module] = max((i for i, name in enumerate(order, start=1) if begins[name] < call.end), default=0)
+    return output, path
+
+
+def _is_linked(last: Call, call: Call) -> bool:
+    return last.result[0] is call.source[0] and last.result[1] == call.source[1] >= 0
+
+
+@contextmanager
+def intercepted(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
+    """The next call of each module is the handler's, hooks and all; each call after it, and all when this is over, its own."""
+
+    def once(module: nn.Module, handler: Handler) -> Handler:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            del vars(module)["_call_impl"]
+            return handler(*args, **kwargs)
+
+        return call
+
+    try:
+        for module, handler in handlers.items():
+            vars(module)["_call_impl"] = once(module, handler)
+        yield
+    finally:
+        for module in handlers:
+            vars(module).pop("_call_impl", None)
+
+
+def version(value: Any) -> int:
+    """How often the tensor was written into; -1 for what is no plain tensor, or does not count."""
+    plain = type(value) is Tensor and value.layout == torch.strided and not value.is_inference() and not value.requires_grad
+    return value._version if plain else -1
+
+
+def owned_by(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """Weights and biases of the modules, each once."""
+    found = (module._parameters.get(name) for module in modules for name in ("weight", "bias"))
+    return list({id(parameter): parameter for parameter in found if parameter is not None}.values())
+
+
+def _record(model: nn.Module, forward: Forward, inputs: Any, weights: Sequence[Tensor] = ()) -> tuple[Call, list[Call], Any]:
+    """The root of the calls, all of them in order, and the output. Calls that branch by what `weights` make are marked."""
+    clock = itertools.count()
+    root, calls = Call(model, next(clock)), []
+    stack = [root]
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        source = args[0] if args else None
+        call = Call(module, next(clock), source=(source, version(source)))
+        stack[-1].children.append(call)
+        stack.append(call)
+        calls.append(call)
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        call = stack.pop()
+        call.end, call.result = next(clock), (output, version(output))
+
+    handles = []
+    try:
+        for module in model.modules():
+            handles.append(module.register_forward_pre_hook(enter, prepend=True))  # before one that quantizes the input
+            handles.append(module.register_forward_hook(leave))
+        with _Operations(weights, stack):
+            output = forward(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return root, calls, output
+
+
+class _Operations(TorchDispatchMode):
+    """Tells each call its own code's operations, and whether that makes a Python number of a value that depends on `weights`."""
+
+    def __init__(self, weights: Sequence[Tensor], stack: Sequence[Call]) -> None:
+        super().__init__()
+        self._stack = stack
+        self._depends = {id(weight): weakref.ref(weight) for weight in weights}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self._stack[-1].operations = hash((self._stack[-1].operations, func))
+        # An id is a tensor's own while that lives.
+        if any(x is self._depends.get(id(x), lambda: None)() for x in tensors_in((args, kwargs))):
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default):
+                self._stack[-1].branches = True
+            self._depends.update((id(x), weakref.ref(x)) for x in tensors_in(output))
+        return output
+
+
+def _first_reads(modules: Mapping[str, nn.Module], calls: Sequence[Call], groups: Sequence[LayerGroup]) -> dict[str, int]:
+    """Group -> when the first module was called that owns one of its weights or biases, be it shared with a layer elsewhere.
+
+    An owner that was not called may be read by the module that it is part of.
+    """
+    called: dict[nn.Module, int] = {}
+    for call in calls:
+        called.setdefault(call.module, call.begin)
+    names = {module: name for name, module in modules.items()}
+    owners: dict[int, list[nn.Module]] = {}
+    for module in names:
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(module)
+
+    def begin(module: nn.Module) -> int:
+        name = names[module]
+        while modules[name] not in called and name:
+            name = name.rpartition(".")[0]
+        return called.get(modules[name], 0)
+
+    return {
+        group.name: min(
+            begin(owner)
+            for parameter in owned_by([modules[name] for layer in group.layers for name in layer.modules])
+            for owner in owners[id(parameter)]
+        )
+        for group in groups
+    }
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return (
+        isinstance(module, torch.jit.ScriptModule)
+        or hasattr(module, "_orig_mod")
+        or getattr(module, "_compiled_call_impl", None) is not None
+    )

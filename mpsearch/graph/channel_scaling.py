@@ -1,0 +1,148 @@
+"""A network whose channels were scaled so that it answers as before: what its weights were multiplied by, applied and recorded.
+
+An output channel of one layer (or norm) times 1/s, and the weights that read it times s: nothing changes but rounding (Nagel et
+al. 2019, section 4.1). ReLU and pooling let a positive factor through; a ReLU6 does where its bound is scaled too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import InputError, check_memory, did_you_mean
+from mpsearch.files import file_errors, write_atomically
+from mpsearch.files.strict_json import damaged
+from mpsearch.files.tensor_file import read_tensors, tensor_file
+from mpsearch.layer import from_rows, kind_of, weight_rows
+
+FILE = "equalization.safetensors"
+FORMAT = "mpsearch-equalization"
+SIX = 6.0
+PARTS = ("outputs", "inputs", "high")  # of what a module is scaled by
+
+
+class ChannelClip(nn.Module):
+    """min(max(x, 0), high): a ReLU6 whose bound differs by channel; `high` float16, shaped to meet x's channels."""
+
+    high: Tensor
+
+    def __init__(self, high: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("high", high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shaped like x."""
+        return torch.minimum(x, self.high.to(x.dtype)).relu_()
+
+
+@dataclass(frozen=True)
+class Equalization:
+    """By which factors the class `equalizer` scaled a network.
+
+    `tensors`: `<module>.outputs` float32 [out], `<layer>.inputs` float32 [in]: the weight times both (a bias times the first);
+    `<activation>.high` float16 [out, ...]: what bounds a ReLU6 from above instead of 6.
+    """
+
+    equalizer: str
+    tensors: Mapping[str, Tensor]
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Scale the float `model`, batch norms folded, in place; returns it. `InputError` where it is another network."""
+        factors: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.tensors.items():
+            name, _, what = key.rpartition(".")
+            factors.setdefault(name, {})[what] = tensor
+        modules = dict(model.named_modules())
+        for name, of in factors.items():
+            if name not in modules:
+                raise InputError(f"The model has no module '{name}' to equalize.{did_you_mean(name, modules)}")
+            module = modules[name]
+            try:
+                if "high" in of:
+                    clip = ChannelClip(of["high"].to(next(model.parameters()).device))
+                    model.set_submodule(name, clip.train(module.training))
+                else:
+                    scale(module, of.get("outputs"), of.get("inputs"))
+            except (AttributeError, RuntimeError) as error:
+                check_memory(error)
+                raise InputError(f"'{name}' is not the module that was equalized ({error}). Give the same network.") from error
+        return model
+
+    @property
+    def names(self) -> dict[str, list[str]]:
+        """The modules by what was done to them: `outputs`, `inputs`, `high`."""
+        found: dict[str, list[str]] = {part: [] for part in PARTS}
+        for key in self.tensors:
+            name, _, what = key.rpartition(".")
+            found[what].append(name)
+        return found
+
+    @property
+    def sha256(self) -> str:
+        """Of the file that `save` writes."""
+        return hashlib.sha256(self.content).hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, whole or not at all."""
+        with file_errors(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, self.content)
+
+    @property
+    def content(self) -> bytes:
+        """What `save` writes."""
+        return tensor_file(self.tensors, FORMAT, {"equalizer": self.equalizer})
+
+
+def load_equalization(path: Path) -> Equalization:
+    """What `Equalization.save` wrote; `InputError` where it is missing or damaged."""
+    remedy = "It says how the network's channels were scaled: restore it, or start a new run."
+    about, tensors = read_tensors(path, FORMAT, remedy)
+    for name, tensor in tensors.items():
+        if name.rpartition(".")[2] not in PARTS or not tensor.is_floating_point():
+            raise damaged(path, f"'{name}' ({tensor.dtype}) is none of {', '.join(PARTS)} of a module", remedy)
+    return Equalization(about.text("equalizer"), tensors)
+
+
+def recorded(folder: Path) -> Equalization | None:
+    """The equalization of a run, `None` where its folder holds none."""
+    return load_equalization(folder / FILE) if (folder / FILE).exists() else None
+
+
+@torch.no_grad()
+def scale(module: Any, outputs: Tensor | None = None, inputs: Tensor | None = None) -> None:
+    """Multiply the module's weight, in place, by a factor for each output and each input channel, and its bias by the first.
+
+    A layer's weight, or the one-dimensional weight of a norm, which has outputs alone. Products are rounded once.
+    """
+    if kind_of(module) is None:
+        assert outputs is not None  # a norm reads no channels
+        weight = module.weight.double() * outputs.to(module.weight.device)
+    else:
+        weight = weight_rows(module).double()
+        if inputs is not None:
+            weight = by_input(module, weight).mul(by_groups(module, inputs.to(weight.device))).reshape(weight.shape)
+        if outputs is not None:
+            weight = weight * outputs.to(weight.device).view(-1, *[1] * (weight.ndim - 1))
+        weight = from_rows(module, weight)
+    module.weight.copy_(weight)
+    if outputs is not None and getattr(module, "bias", None) is not None:
+        module.bias.copy_(module.bias.double() * outputs.to(module.bias.device))
+
+
+def by_input(module: Any, rows: Tensor) -> Tensor:
+    """Rows as `[groups, out / groups, in / groups, kernel]`: the third and the first tell the input channel."""
+    groups = getattr(module, "groups", 1)
+    return rows.reshape(groups, rows.shape[0] // groups, rows.shape[1], -1)
+
+
+def by_groups(module: Any, inputs: Tensor) -> Tensor:
+    """A number for each input channel, shaped to meet what `by_input` gives."""
+    return inputs.view(getattr(module, "groups", 1), 1, -1, 1)

@@ -1,0 +1,132 @@
+"""Finds the layers of a model by running it once: what is quantizable, in which order, of what shape and work.
+
+Running tells what reading a module tree cannot: the order, how often a layer is used, and which are never reached.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpsearch.errors import InputError
+from mpsearch.graph.uses import Use, watched_uses
+from mpsearch.layer import LayerSpec, kind_of, rows_shape
+from mpsearch.tree import map_tensors, tensors_in
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def trace_layers(model: nn.Module, forward: Forward, inputs: Any) -> tuple[LayerSpec, ...]:
+    """The quantizable layers (`layer.KINDS`) that `forward(model, inputs)` reaches, in the order of their first call or use.
+
+    `inputs` hold a batch of n samples: n is the first size of the first tensor in them (a tensor, or a tuple, list or mapping
+    that holds tensors). `macs` are those of one sample, summed over all calls and uses of a layer; an embedding's calls have 0.
+    A weight that several modules own is one layer under the name of the first one called, its `modules` those called and then
+    those not. A weight that other code multiplies by (`F.linear(h, embedding.weight)`, `mpsearch.graph.uses`) is reached too; the
+    input of such a product is not quantized. Every layer is its own group.
+
+    Left out, so that they stay float: layers that are never reached (as `out_proj` of a subclass of `nn.MultiheadAttention`), and
+    layers whose `weight` is computed from other parameters at each call (`nn.utils.parametrize`, `weight_norm`). The model runs
+    in eval mode without gradients and is left as it was.
+
+    Raises `InputError` for a weight that is not float32, for inputs without a tensor, and where no layer is found.
+    """
+    modules = {module: name for name, module in model.named_modules() if _owns_weight(module)}
+    for module, name in modules.items():
+        if module.weight.dtype != torch.float32:
+            raise InputError(
+                f"The weight of layer '{name}' is {module.weight.dtype}; layers are quantized from float32. "
+                "Call model.float() before, or load a float32 checkpoint."
+            )
+    n_samples = batch_length(inputs)
+    total_macs: dict[nn.Module, int] = {}
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        total_macs[module] = total_macs.get(module, 0) + _macs(module, (*args, kwargs), output)
+
+    first_of: dict[int, nn.Module] = {}
+    for module in modules:
+        first_of.setdefault(id(module.weight), module)
+
+    def count_use(name: str, use: Use) -> None:
+        module = first_of[id(use.weight)]
+        if use.macs:
+            total_macs[module] = total_macs.get(module, 0) + use.macs
+
+    weights: dict[str, Any] = {modules[module]: module.weight for module in first_of.values()}
+    hooks = [module.register_forward_hook(count, with_kwargs=True) for module in modules]
+    try:
+        with evaluating(model), torch.no_grad(), watched_uses(model, weights, count_use):
+            forward(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+    owners: dict[int, list[nn.Module]] = {}
+    for module in [*total_macs, *(module for module in modules if module not in total_macs)]:
+        owners.setdefault(id(module.weight), []).append(module)
+    layers = tuple(_layer(tied, modules, total_macs, n_samples) for tied in owners.values() if tied[0] in total_macs)
+    if not layers:
+        raise InputError(
+            f"No quantizable layer was called in {type(model).__name__} ({len(modules)} are in it). "
+            "The search needs at least one Linear, Conv, ConvTranspose or Embedding module with a plain weight."
+        )
+    return layers
+
+
+def _layer(tied: list[nn.Module], names: dict[nn.Module, str], macs: dict[nn.Module, int], n_samples: int) -> LayerSpec:
+    first, name = tied[0], names[tied[0]]
+    return LayerSpec(
+        name=name,
+        kind=str(kind_of(first)),
+        shape=rows_shape(first),
+        macs=sum(macs.get(module, 0) for module in tied) // n_samples,
+        group=name,
+        modules=tuple(names[module] for module in tied),
+    )
+
+
+def _owns_weight(module: nn.Module) -> bool:
+    return kind_of(module) is not None and isinstance(module._parameters.get("weight"), nn.Parameter)
+
+
+def _macs(module: Any, inputs: Any, output: Any) -> int:
+    """Multiply-accumulates of one call, over its whole batch."""
+    if isinstance(module, nn.Embedding):
+        return 0
+    # Each output of a convolution or linear layer sums over one row of weights; in a transposed convolution it is each
+    # input that is spread over one slice of them. Either way: weights / first size of the module's own layout.
+    per_element = math.prod(module.weight.shape[1:])
+    is_transposed = isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d)
+    return next(tensors_in(inputs if is_transposed else output)).numel() * per_element
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module is in the mode it was in."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+
+
+def batch_length(inputs: Any) -> int:
+    """The number of samples in a batch of inputs: the first size of the first tensor that has one."""
+    length = next((len(tensor) for tensor in tensors_in(inputs) if tensor.ndim), 0)
+    if not length:
+        raise InputError(f"The inputs ({type(inputs).__name__}) hold no tensor with samples in it, so there is nothing to run.")
+    return length
+
+
+def first_samples(inputs: Any, n: int) -> Any:
+    """The first `n` samples of a batch of inputs; tensors of another length than the batch's stay whole."""
+    length = batch_length(inputs)
+    return map_tensors(lambda tensor: tensor[:n] if tensor.ndim and len(tensor) == length else tensor, inputs)

@@ -1,0 +1,281 @@
+"""What this machine's kernels can run, and how fast: the facts, a self-test, and the latency of each layer in each scheme.
+
+A network's latency is taken for the sum of its layers' and of all the rest. Layers run on packed weights with the inputs that
+they get in the network, one after the other as there, so that caches are about as warm; every figure is the median over rounds
+that go through all of them. The rest is what whole packed networks, one scheme in all layers, take beyond that sum.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch import kernels
+from mpsearch.allocation import SearchSpace
+from mpsearch.costs.latency import FLOAT, REST, Latency
+from mpsearch.engine.engine import quantize_input
+from mpsearch.evaluation import Timing
+from mpsearch.layer import LayerSpec, from_rows, kind_of, weight_rows
+from mpsearch.packed.layers import QuantizedLayer, kernel_for
+from mpsearch.packed.model import RUNS, installed, packed_weight, runs_packed
+from mpsearch.progress import phase
+from mpsearch.quantizers.base import Quantizer
+from mpsearch.schemes.base import QuantScheme
+from mpsearch.tree import tensors_in
+
+LEAST_ROUNDS, MOST_ROUNDS = 7, 100
+READ_BYTES = 256 * 2**20
+
+Run = Callable[[], object]
+Forward = Callable[[nn.Module, Any], Tensor]
+
+
+def measure_latency(
+    model: nn.Module,
+    forward: Forward,
+    space: SearchSpace,
+    quantizers: Mapping[str, Quantizer],
+    inputs: Any,
+    seconds: float = 10.0,
+) -> list[Latency]:
+    """Of every layer in every scheme it may take, of the float layers, and of the rest; measured for about `seconds`.
+
+    `inputs` are one batch of the size that is meant. The model, in eval mode on the CPU or a GPU, is left as it was.
+    """
+    calls = _recorded(model, forward, space.layers, inputs)
+    cells: list[tuple[str, str, str, str, str]] = []  # layer, op, shape, scheme, key
+    runs: dict[str, Run] = {}  # layers alike in everything are measured once
+    allowed = {la.name: names for group, names in zip(space.groups, space.choices, strict=True) for la in group.layers}
+    for scheme in (FLOAT, *space.scheme_names):
+        for layer in space.layers:
+            if scheme != FLOAT and scheme not in allowed[layer.name]:
+                continue
+            shape = " ".join("x".join(map(str, x.shape)) for name in layer.modules for x in _tensors(calls[name]))
+            key = f"{[str(model.get_submodule(name)) for name in layer.modules]} {layer.shape} {shape} {scheme}"
+            op = layer.kind if scheme == FLOAT else kernel_for(layer.kind, layer.shape, space.schemes[scheme]) or "dequantize"
+            cells.append((layer.name, op, shape, scheme, key))
+            if key not in runs:
+                runs[key] = _run_of(model, layer, calls, scheme, space, quantizers)
+    found: dict[str, float] = {}
+    for scheme in (FLOAT, *space.scheme_names):  # one at a time: all together they would evict one another's weights
+        mine = {key: runs[key] for _, _, _, of, key in cells if of == scheme}
+        found |= _medians(mine, seconds / (1 + len(space.scheme_names)), f"latency of {scheme}")
+    taken = {(layer, scheme): found[key] for layer, _, _, scheme, key in cells}
+    beyond = []
+    for name in space.scheme_names:
+        allocation = space.uniform(name)
+        pairs = [(layer, allocation[group.name]) for group in space.groups for layer in group.layers]
+        with installed(model, [_quantized(model, layer, quantizers[s], space.schemes[s]) for layer, s in pairs]):
+            whole = _medians({REST: lambda: forward(model, inputs)}, seconds / len(space.scheme_names))[REST]
+        beyond.append(whole - sum(taken[layer.name, s] for layer, s in pairs))
+    rest = max(median(beyond), 0.0)
+    n = next(len(tensor) for tensor in tensors_in(inputs) if tensor.ndim)
+    about = (n, torch.get_num_threads(), kernels.active_backend())
+    return [
+        Latency(REST, "", "", "", *about, rest),
+        *(Latency(layer, op, shape, scheme, *about, found[key]) for layer, op, shape, scheme, key in cells),
+    ]
+
+
+@torch.no_grad()
+def model_latency(models: Mapping[str, nn.Module], forward: Forward, inputs: Any, seconds: float) -> dict[str, Timing]:
+    """One forward pass of each model on `inputs`, of interleaved calls that take about `seconds` together."""
+    runs = {name: functools.partial(forward, model, inputs) for name, model in models.items()}
+    tensor = next(tensors_in(inputs))
+    where = f"{_machine(tensor.device)}, batch of {len(tensor) if tensor.dim() else 1}"
+    taken = _rounds(runs, seconds)
+    found = {}
+    for name, values in taken.items():
+        low, middle, high = quantiles(values, n=4)
+        found[name] = Timing(middle, low, high, where)
+    return found
+
+
+@dataclass(frozen=True)
+class _Call:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@torch.no_grad()
+def _recorded(model: nn.Module, forward: Forward, layers: Sequence[LayerSpec], inputs: Any) -> dict[str, list[_Call]]:
+    """Module name -> its calls in one forward pass."""
+    calls: dict[str, list[_Call]] = {name: [] for layer in layers for name in layer.modules}
+
+    def hook_for(name: str) -> Any:
+        return lambda module, args, kwargs, output: calls[name].append(_Call(args, kwargs, output))
+
+    hooks = [model.get_submodule(name).register_forward_hook(hook_for(name), with_kwargs=True) for name in calls]
+    try:
+        forward(model, inputs)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return calls
+
+
+def _tensors(calls: Sequence[_Call]) -> Iterator[Tensor]:
+    return (next(tensors_in((call.args, call.kwargs))) for call in calls)
+
+
+def _run_of(
+    model: nn.Module,
+    layer: LayerSpec,
+    calls: Mapping[str, list[_Call]],
+    scheme: str,
+    space: SearchSpace,
+    quantizers: Mapping[str, Quantizer],
+) -> Run:
+    """What calls the layer's modules as the network does: float, packed, or dequantized first."""
+    modules: list[Any] = [model.get_submodule(name) for name in layer.modules]
+    made = modules
+    if scheme != FLOAT:
+        as_packed = _quantized(model, layer, quantizers[scheme], space.schemes[scheme]).on(modules[0].weight.device)
+        if runs_packed(as_packed, modules):
+            weight = packed_weight(modules[0], as_packed.weight)
+            made = [RUNS[str(kind_of(m))](m, as_packed, weight, getattr(m, "bias", None)).eval() for m in modules]
+        else:
+
+            def dequantized() -> None:
+                for module, name in zip(modules, layer.modules, strict=True):
+                    handle = quantize_input(module, as_packed.weight)
+                    for call in calls[name]:
+                        swapped = {"weight": from_rows(module, as_packed.weight.dequantize())}
+                        torch.func.functional_call(module, swapped, call.args, call.kwargs)
+                    if handle is not None:
+                        handle.remove()
+
+            return dequantized
+    pairs = [(module, call) for module, name in zip(made, layer.modules, strict=True) for call in calls[name]]
+
+    def run() -> None:
+        for module, call in pairs:
+            module(*call.args, **call.kwargs)
+
+    return run
+
+
+def _quantized(model: nn.Module, layer: LayerSpec, quantizer: Quantizer, scheme: QuantScheme) -> QuantizedLayer:
+    weight = weight_rows(model.get_submodule(layer.modules[0])).float().cpu()
+    return QuantizedLayer(layer.kind, layer.modules, quantizer.quantize(weight, scheme))
+
+
+@torch.no_grad()
+def _medians(runs: Mapping[str, Run], seconds: float, what: str = "") -> dict[str, float]:
+    """Milliseconds of each, the median over rounds of all."""
+    return {name: median(values) for name, values in _rounds(runs, seconds, what).items()}
+
+
+def _rounds(runs: Mapping[str, Run], seconds: float, what: str = "") -> dict[str, list[float]]:
+    """Milliseconds of each in rounds of all; the first round warms up and says how many there is time for."""
+    once = sum(_milliseconds(run) for run in runs.values())
+    n_rounds = min(max(round(1e3 * seconds / max(once, 1e-3)), LEAST_ROUNDS), MOST_ROUNDS)
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    with phase(what, n_rounds) if what else nullcontext(lambda note="": None) as advance:
+        for _ in range(n_rounds):
+            for name, run in runs.items():
+                taken[name].append(_milliseconds(run))
+            advance("")
+    return taken
+
+
+def _milliseconds(run: Run) -> float:
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def facts() -> dict[str, str]:
+    """What there is, in words: processor, caches, instruction sets, read bandwidth, GPUs."""
+    used, threads = kernels.active_backend(), torch.get_num_threads()
+    found = {
+        "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {threads} threads used",
+        "caches": _caches(),
+        "kernels": ", ".join(f"{name} (used)" if name == used else name for name in kernels.available_backends()),
+        "read bandwidth": ", ".join(f"{_read_rate(n):.1f} GB/s with {n} threads" for n in sorted({1, threads})),
+    }
+    if not torch.cuda.is_available():
+        return {**found, "GPU": "none answers"}
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        memory = f"{p.total_memory / 2**30:.0f} GiB, {p.multi_processor_count} multiprocessors"
+        found[f"cuda:{i}"] = f"{p.name}, compute capability {p.major}.{p.minor}, {memory}"
+    return found
+
+
+def self_test() -> list[tuple[str, int, int]]:
+    """Each backend of the kernels against the specification: (backend, cases, cases that differ).
+
+    Codes, packed bits and products with int8 inputs must be equal to the bit, products with float inputs within their bound.
+    """
+    report = []
+    for backend in kernels.available_backends()[1:]:
+        cases = [_differs(backend, bits, symmetric) for bits in range(1, 9) for symmetric in (True, False)]
+        report.append((backend, len(cases), sum(cases)))
+    return report
+
+
+def _differs(backend: str, bits: int, symmetric: bool) -> bool:
+    generator = torch.Generator().manual_seed(bits)
+    weight, x = torch.randn(37, 150, generator=generator), torch.randn(5, 150, generator=generator)
+    settings: dict[str, Any] = {"bits": bits, "group_size": 64, "symmetric": symmetric, "ratios": torch.tensor([1.0, 0.9, 0.8])}
+    found = []
+    for name in ("reference", backend):
+        with kernels.use_backend(name):
+            codes, scales, zero_points = kernels.quantize(weight, **settings)
+            packed = kernels.pack_weight(codes, scales, zero_points, bits=bits, group_size=64)
+            dense = kernels.dequantize(
+                kernels.pack(codes, bits), scales, zero_points, bits=bits, rows=37, columns=150, group_size=64
+            )
+            found.append((codes, scales, dense, kernels.rotate(x), kernels.linear_a8(x, packed), kernels.linear(x, packed)))
+    *exact, ours = zip(*found, strict=True)
+    bound = 158 * 2**-24 * (x.abs() @ found[0][2].abs().T)
+    return not all(torch.equal(a, b) for a, b in exact) or bool(((ours[0] - ours[1]).abs() > bound).any())
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.get_num_threads()} threads"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _caches() -> str:
+    found = []
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+        if kind != "Instruction":
+            found.append(f"L{level} {size}")
+    return ", ".join(found) or "unknown"
+
+
+def _read_rate(n_threads: int) -> float:
+    """GB/s at which a dot product reads memory that no cache holds."""
+    before = torch.get_num_threads()
+    data = torch.ones(READ_BYTES // 4)
+    torch.set_num_threads(n_threads)
+    try:
+        best = min(_milliseconds(lambda: torch.dot(data, data)) for _ in range(5))
+    finally:
+        torch.set_num_threads(before)
+    return READ_BYTES / best / 1e6

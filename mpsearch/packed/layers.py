@@ -1,0 +1,218 @@
+"""What runs in the place of a quantized layer: modules on packed weights, and which layers there is a kernel for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpsearch import kernels
+from mpsearch.layer import from_rows
+from mpsearch.schemes.base import QuantizedTensor, QuantScheme
+from mpsearch.schemes.input import SMALLEST_NORMAL, IntegerInput
+from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.rotated import Rotated
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """A layer as it is to be packed: the names of the modules that own its weight, and their corrected biases by name."""
+
+    kind: str
+    modules: tuple[str, ...]
+    weight: QuantizedTensor
+    biases: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> QuantizedLayer:
+        """The same with the weight on a device; "meta", where nothing is, leaves it."""
+        if device.type == "meta":
+            return self
+        return replace(self, weight=replace(self.weight, tensors={k: t.to(device) for k, t in self.weight.tensors.items()}))
+
+
+def kernel_for(kind: str, shape: Sequence[int], scheme: QuantScheme) -> str | None:
+    """The op of `mpsearch.kernels` that runs a layer of this kind and shape in this scheme; `None`: none does."""
+    if isinstance(scheme, Rotated):
+        return kernel_for(kind, shape, scheme.dense) if scheme.takes(kind) else None
+    op = {"linear": "linear", "conv1d": "conv", "conv2d": "conv", "embedding": "embedding"}.get(kind)
+    if op is None or not isinstance(scheme, Integer) or 0 in shape:
+        return None
+    columns = math.prod(shape[1:])
+    if min(columns, scheme.group_size if isinstance(scheme.group_size, int) else columns) > kernels.MOST_GROUP_COLUMNS:
+        return None
+    if op == "embedding" or scheme.input is None:
+        return op
+    of = scheme.input
+    runs = isinstance(of, IntegerInput) and (of.bits < 8 or (of.bits == 8 and (of.symmetric or of.has_static_scale)))
+    return f"{op}_a8" if runs else None
+
+
+class PackedModule(nn.Module):
+    """What runs in a float module's place; its plain attributes (`in_features`, `stride`, ...) are the float module's.
+
+    `owners` are the modules that own the weight, `data` (uint8) is the weight as the kernels read it. `weight` dequantizes it,
+    for code that looks at a weight: float32, in the float module's layout.
+    """
+
+    own_state = ("bias",)  # what is a state of its own, not the packed weight's
+    bias: Tensor | None
+    data: Tensor
+    shifted_bias: Tensor | None
+
+    def __init__(self, module: nn.Module, layer: QuantizedLayer, packed: Any, bias: Tensor | None) -> None:
+        super().__init__()
+        for name, value in vars(module).items():
+            if not name.startswith("_"):
+                setattr(self, name, value)
+        self.kind, self.owners, self.scheme, self.shape = layer.kind, layer.modules, layer.weight.scheme, layer.weight.shape
+        self.rotates = isinstance(self.scheme, Rotated)
+        # What the kernel reads, and what its input is given as.
+        self.dense = cast(Integer, self.scheme.dense if isinstance(self.scheme, Rotated) else self.scheme)
+        self.packed = packed
+        self.input_params = layer.weight.input_params
+        # The kernels multiply int8, a code less its zero point. Of asymmetric 8-bit input that may not fit: they take it less its
+        # middle code, and the shift, the same for every value, times the sum of a row of weights is made up for by the bias.
+        of = self.dense.input
+        self.how: dict[str, Any] = {"input_scale": float(self.input_params["input_scale"]) if self.input_params else None}
+        if isinstance(of, IntegerInput):
+            zero_point = int(self.input_params.get("input_zero_point", 0))
+            self.how |= {"largest_code": of.largest_code, "symmetric": of.symmetric, "zero_point": zero_point}
+        self.register_buffer("data", packed.data)
+        self.register_buffer("bias", bias)
+        self.register_buffer("shifted_bias", None, persistent=False)
+        if isinstance(of, IntegerInput) and of.largest_code > 127 and not isinstance(module, nn.Embedding):
+            shift = (of.largest_code // 2 - self.how["zero_point"]) * self.how["input_scale"]
+            self.shifted_bias = shift * self.as_read().dequantize().double().flatten(1).sum(1)
+
+    def unpacked(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Codes `[rows, columns]`, scales and zero points `[rows, n_groups]`, as they were packed."""
+        return kernels.unpack_weight(self.packed)
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight as its scheme stores it."""
+        return replace(self.as_read(), scheme=self.scheme)
+
+    def as_read(self) -> QuantizedTensor:
+        """The weight as the kernel reads it: of a rotated scheme, the rotated one."""
+        return self.dense.stored(*self.unpacked(), self.input_params, self.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """See the class."""
+        return self.quantized().dequantize()
+
+    def quantizes(self, x: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        """(input, bias, how the kernel is to quantize the input)."""
+        of = cast(IntegerInput, self.dense.input)
+        if self.shifted_bias is not None:
+            bias = self.shifted_bias if self.bias is None else self.bias + self.shifted_bias
+            return x, bias.float(), self.how
+        if of.scale == "tensor" and x.numel():
+            scale, zero_point = map(float, of.grid(x.min(), x.max()))
+            if SMALLEST_NORMAL <= scale < math.inf:
+                return x, self.bias, {**self.how, "input_scale": scale, "zero_point": int(zero_point)}
+            return torch.full_like(x, 0.0 if scale < SMALLEST_NORMAL else math.nan), self.bias, self.how
+        return x, self.bias, self.how
+
+    def extra_repr(self) -> str:
+        """Shape and scheme."""
+        return f"{list(self.shape)}, {self.scheme.describe()}"
+
+
+class PackedLinear(PackedModule):
+    """`nn.Linear` on `kernels.linear`, or `kernels.linear_a8`; its input is rotated first where the scheme says so."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float32 `[..., in]` -> `[..., out]`."""
+        if self.rotates:
+            input = kernels.rotate(input)
+        if self.dense.input is None:
+            return kernels.linear(input, self.packed, self.bias)
+        x, bias, how = self.quantizes(input)
+        return kernels.linear_a8(x, self.packed, bias, **how)
+
+
+class PackedEmbedding(PackedModule):
+    """`nn.Embedding` on `kernels.embedding`: rows are dequantized when they are looked up."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """int `[...]` -> float32 `[..., features]`."""
+        return kernels.embedding(input, self.packed)
+
+
+class PackedConv(PackedModule):
+    """`nn.Conv1d` or `nn.Conv2d` on `kernels.conv`, or `kernels.conv_a8`."""
+
+    def __init__(self, module: Any, layer: QuantizedLayer, packed: Any, bias: Tensor | None) -> None:
+        super().__init__(module, layer, packed, bias)
+        # The kernels pad with zeros, alike on both sides; anything else is padded here.
+        self.pads_first = module.padding_mode != "zeros" or isinstance(module.padding, str)
+        self.sides = module._reversed_padding_repeated_twice
+        self.mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        self.geometry = {
+            "stride": module.stride,
+            "padding": (0,) * len(module.stride) if self.pads_first else module.padding,
+            "dilation": module.dilation,
+        }
+
+    def unpacked(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `PackedModule`."""
+        return kernels.unpack_conv(self.packed)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """float32 `[n, in, *space]` or `[in, *space]` -> `[n, out, *space]` or `[out, *space]`."""
+        batch = input if input.dim() == len(self.shape) else input[None]
+        batch = F.pad(batch, self.sides, mode=self.mode) if self.pads_first else batch
+        if self.scheme.input_format is None:
+            output = kernels.conv(batch, self.packed, self.bias, **self.geometry)
+        else:
+            x, bias, how = self.quantizes(batch)
+            output = kernels.conv_a8(x, self.packed, bias, **self.geometry, **how)
+        return output if input.dim() == len(self.shape) else output[0]
+
+
+def read_from(holder: Any, name: str, module: Any) -> Callable[[], None]:
+    """Make the parameter `name` of `holder` the packed `module`'s weight, dequantized when it is read; returns what undoes it."""
+    cls, parameters = type(holder), dict(holder._parameters)
+    had, tied = "tied_to" in vars(holder), vars(holder).get("tied_to", {})
+    del holder._parameters[name]
+    holder.tied_to = {**tied, name: module}  # no submodule, which would stand in the state a second time
+    holder.__class__ = type(cls.__name__, (cls,), {name: property(lambda self: self.tied_to[name].weight)})
+
+    def undo() -> None:
+        holder.__class__ = cls
+        holder._parameters.clear()
+        holder._parameters.update(parameters)
+        holder.tied_to = tied
+        if not had:
+            del holder.tied_to
+
+    return undo
+
+
+class Dequantized:
+    """Mixed into the class of a module for which there is no kernel: `weight` is dequantized whenever it is looked at.
+
+    The stored tensors are buffers; the other attributes are as in `PackedModule`.
+    """
+
+    kind: str
+    owners: tuple[str, ...]
+    own_state: tuple[str, ...]
+    scheme: QuantScheme
+    shape: tuple[int, ...]
+    stored: tuple[str, ...]
+
+    def quantized(self) -> QuantizedTensor:
+        """The weight as its scheme stores it."""
+        return QuantizedTensor(self.scheme, self.shape, {name: getattr(self, f"stored_{name}") for name in self.stored})
+
+    @property
+    def weight(self) -> Tensor:
+        """float32, in the module's own layout."""
+        return from_rows(self, self.quantized().dequantize())

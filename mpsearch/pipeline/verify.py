@@ -1,0 +1,100 @@
+"""What an export must pass before it takes its place in the run's folder: it is loaded and scored again, and fits the budget."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpsearch.costs.size import Bytes, parse_bytes
+from mpsearch.engine.engine import QuantEngine
+from mpsearch.errors import InputError
+from mpsearch.evaluation import Evaluation
+from mpsearch.exporters.base import Exporter
+from mpsearch.graph.channel_scaling import Equalization
+from mpsearch.layer import weights_sha256
+from mpsearch.packed.model import Weights
+from mpsearch.pipeline.prepare import Prepared, Settings
+from mpsearch.runs.run import RunFolder, SearchResult
+
+# What float32 products in another order (packed kernels, another number of threads) move a logit by, at most, in nats: 1e-5 of
+# logits of up to 100. The divergence L = E[KL(p || q)] then moves by at most E[|p - q|_1] times that, and |p - q|_1 <= sqrt(2 KL)
+# (Pinsker's inequality), plus half its square.
+LOGIT_ROUNDING = 1e-3
+# Where inputs are quantized, the same rounding moves values that lie at the edge of a code by a whole step, and in a deep network
+# these errors partly replace those of the record; their power, and so L, stays within this share.
+CODE_ROUNDING = 0.1
+
+
+def tolerance(loss: float, has_quantized_inputs: bool) -> float:
+    """How far (nats) the loss of a written file may be from a recorded loss."""
+    of_logits = LOGIT_ROUNDING * math.sqrt(2 * loss) + LOGIT_ROUNDING**2 / 2
+    return of_logits + (CODE_ROUNDING * loss if has_quantized_inputs else 0.0)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an export takes its weights from, what the float model was, and `check`, which refuses what was not written right."""
+
+    weights: Weights
+    model_sha256: str
+    folds: Sequence[tuple[str, str]]
+    equalization: Equalization | None
+    check: Callable[[Exporter, Path, Evaluation], None]
+
+
+def check_loss(prepared: Prepared, engine: QuantEngine, exporter: Exporter, path: Path, recorded: Evaluation) -> None:
+    """Load what was written at `path` into the float model, built again, and score it on the search split.
+
+    `InputError` where its loss is not the recorded one. A model that is not the same when it is built again is said in one line.
+    """
+    model = prepared.build_model()
+    if model is prepared.model or weights_sha256(model) != prepared.model_sha256:
+        print("the float model is another one when it is built again: digests were checked, the loss was not measured again")
+        return
+    model = exporter.load(path, model.to(engine.device))
+    loss = engine.score_of(model, "search").loss
+    schemes = (engine.space.schemes[name] for name in recorded.allocation.values())
+    if loss == recorded.loss:
+        return
+    if not abs(loss - recorded.loss) <= tolerance(recorded.loss, any(scheme.input_format for scheme in schemes)):
+        raise InputError(
+            f"What was written has a loss of {loss:.6g} on the search split, but the run recorded {recorded.loss:.6g} for this "
+            "point, so nothing was exported. Delete the run's folder bank/ and export again; if that does not help, the model, "
+            "its data or this version of mpsearch differ from those of the search."
+        )
+
+
+class TooLarge(InputError):  # noqa: N818  (a limit that was asked for, not a fault)
+    """The written files exceed a limit in bytes."""
+
+
+def check_size(path: Path, point: Evaluation, pick: Settings, result: SearchResult) -> None:
+    """`TooLarge` where the files with tensors next to `path` together exceed pick.max_bytes, or else budget.bytes.
+
+    Their headers count; JSON files do not, which describe them.
+    """
+    files = (file for file in path.parent.iterdir() if not file.name.startswith(".") and file.suffix != ".json")
+    written = sum(file.stat().st_size for file in files)
+    name, limit = "pick.max_bytes", pick.get("max_bytes")
+    if limit is None:
+        name, limit = f"budget.{Bytes.name}", result.budgets.get(Bytes.name)
+    if limit is not None and written > parse_bytes(limit):
+        raise TooLarge(
+            f"The point of {point.size_bytes:,} bytes takes {written:,} in files, headers included: above "
+            f"{name}={parse_bytes(limit):.0f}."
+        )
+
+
+@contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """A folder inside `folder` for files that are not to be seen yet; removed afterwards, with all in it."""
+    inside = folder / ".export"
+    with RunFolder(inside).locked():
+        try:
+            yield inside
+        finally:
+            shutil.rmtree(inside, ignore_errors=True)

@@ -1,0 +1,238 @@
+"""All of a run, in its folder: append-only tables while it goes, and what they say when it is done.
+
+`space.json` says what was searched, on which model and data; a folder whose identity differs is not gone on with.
+`sensitivity.csv` and `evaluations.csv` grow by whole rows that are on disk before the next measurement begins. A row that a kill
+cut short (no line end) is dropped; anything else that was changed is an error: every file that is read back has a checksum.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from mpsearch.allocation import Allocation, SearchSpace
+from mpsearch.divergence import SoftmaxKL
+from mpsearch.errors import InputError
+from mpsearch.evaluation import FINETUNED, Evaluation, SensitivityTable
+from mpsearch.files import locked, read_regular, write_atomically
+from mpsearch.files.csv_rows import Row, append_row, mend, read_rows
+from mpsearch.optimize.pareto import non_dominated
+from mpsearch.quality import Quality
+from mpsearch.runs.evaluation_rows import SCORED, EvaluationReader, evaluation_columns, evaluation_row
+from mpsearch.runs.space_json import read_identity, read_space, write_identity
+from mpsearch.schemes.base import QuantScheme
+
+SENSITIVITY_COLUMNS = ("group", "scheme", "metric", "value", "size_bits")
+
+
+class RunFolder:
+    """The files of a run at `path`; one process at a time may write."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The folder is this process's while the block runs; `InputError` where another one writes to it."""
+        with locked(self.path):
+            yield
+
+    def identify(self, identity: Mapping[str, Any]) -> None:
+        """Write `space.json`, or compare with the one that is there."""
+        file = self.path / "space.json"
+        if not file.exists():
+            write_identity(file, identity)
+            return
+        identity = json.loads(json.dumps(identity))
+        there = self.read_identity()
+        for key, value in identity.items():
+            if there.get(key) != value:
+                raise InputError(
+                    f"The run folder {self.path} belongs to another run: it has another {key.replace('_', ' ')}"
+                    f"{_difference(there.get(key), value)}. Start a new run, or give back what it was started with."
+                )
+
+    def read_identity(self) -> dict[str, Any]:
+        """The contents of `space.json`."""
+        file = self.path / "space.json"
+        if not file.exists():
+            raise InputError(f"{self.path} is not a run folder: it has no space.json. Give the folder that a search printed.")
+        return read_identity(file)
+
+    def recorder(self, space: SearchSpace, quality_name: str, costs: Sequence[str]) -> Callable[[Evaluation], None]:
+        """What adds an evaluation to `evaluations.csv`."""
+        return lambda evaluation: self.append("evaluations", evaluation_row(evaluation, space, quality_name, costs))
+
+    def append(self, table: str, row: Mapping[str, Any]) -> None:
+        """Add one row to `<table>.csv`; it is on disk when this returns."""
+        append_row(self.path / f"{table}.csv", row)
+
+    def mend(self, table: str) -> None:
+        """Cut off a last row that was not written to its end."""
+        mend(self.path / f"{table}.csv")
+
+    def read_sensitivity(self, space: SearchSpace, metric: str) -> dict[tuple[str, str], float]:
+        """(group, scheme) -> value, of what was measured so far."""
+        known: dict[tuple[str, str], float] = {}
+        bits = dict(zip(space.names, space.storage_bits.tolist(), strict=True))
+
+        def parse(row: Row) -> None:
+            pair = row.one_of("group", space.names), row.one_of("scheme", space.scheme_names)
+            if pair in known:
+                raise row.damage("scheme", "a group and scheme that no earlier row has")
+            row.one_of("metric", [metric])
+            row.one_of("size_bits", [str(bits[pair[0]][space.scheme_names.index(pair[1])])])
+            known[pair] = row.number("value", -np.inf, infinite=True, nan=True)
+
+        if (file := self.path / "sensitivity.csv").exists():
+            read_rows(file, SENSITIVITY_COLUMNS, parse)
+        return known
+
+    def write_effects(self, effects: NDArray[np.float32]) -> None:
+        """`effects.npy`: `SensitivityTable.effects`, followed by the SHA-256 of the file up to there."""
+        content = io.BytesIO()
+        np.save(content, effects, allow_pickle=False)
+        write_atomically(self.path / "effects.npy", content.getvalue() + hashlib.sha256(content.getvalue()).digest())
+
+    def read_effects(self, space: SearchSpace) -> NDArray[np.float32] | None:
+        """What `write_effects` wrote; `None` where there are none."""
+        file = self.path / "effects.npy"
+        if not file.exists():
+            return None
+        content = read_regular(file)
+        content, digest = content[:-32], content[-32:]
+        if hashlib.sha256(content).digest() != digest:
+            raise InputError(f"{file} is damaged: it does not end with its SHA-256. Delete it, and it is measured again.")
+        try:
+            effects: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{file} is damaged ({error}). Delete it, and it is measured again.") from None
+        if effects.dtype != np.float32 or effects.shape[1:] != space.allowed.shape or not np.isfinite(effects).all():
+            raise InputError(
+                f"{file} is of another run: got {effects.dtype} {list(effects.shape)} for {len(space.names)} groups and "
+                f"{len(space.scheme_names)} schemes. Delete it, and it is measured again."
+            )
+        return effects
+
+    def read_evaluations(self, space: SearchSpace, quality: Quality, costs: Sequence[str] = ()) -> list[Evaluation]:
+        """All evaluations so far, in the order in which they were made; `costs` are the columns in addition to the size."""
+        file = self.path / "evaluations.csv"
+        if not file.exists():
+            return []
+        return read_rows(file, evaluation_columns(quality.name, costs), EvaluationReader(space, quality, costs))
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a run found. `evaluations` holds every split; `budgets` are the limits by cost.
+
+    `objectives` are the columns of the one or two costs that the front weighs against the loss, `costs` those beside the size.
+    """
+
+    space: SearchSpace
+    quality_name: str
+    evaluations: Sequence[Evaluation]
+    sensitivity: SensitivityTable
+    budgets: Mapping[str, float] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
+    objectives: Sequence[str] = ("size_bytes",)
+    costs: Sequence[str] = ()
+
+    @classmethod
+    def load(cls, folder: Path | str, schemes: Mapping[str, QuantScheme] | None = None) -> SearchResult:
+        """From a run's folder; `schemes` are needed only where some are not our own classes."""
+        run = RunFolder(folder)
+        identity = run.read_identity()
+        space = read_space(identity["space"], schemes, run.path / "space.json")
+        quality = Quality(identity["quality_name"], identity.get("quality_kind", "share"))
+        metric, unit = identity["metric"]["name"], identity["metric"]["unit"]
+        known = run.read_sensitivity(space, metric)
+        pairs = int(space.allowed.sum())
+        if len(known) < pairs:
+            raise InputError(
+                f"{run.path / 'sensitivity.csv'} holds {len(known)} of {pairs} rows: the run was interrupted, or the file cut. "
+                f"Go on with: mpsearch search run={run.path}."
+            )
+        values = np.array([[known.get((g, s), np.inf) for s in space.scheme_names] for g in space.names])
+        costs, objectives = identity.get("costs", []), identity.get("objectives", ["size_bytes"])
+        evaluations = run.read_evaluations(space, quality, costs)
+        table = SensitivityTable(metric, unit, values, space, identity["metric"].get("exact", False), run.read_effects(space))
+        budgets = identity.get("budgets", {})
+        return cls(space, quality.name, evaluations, table, budgets, identity, objectives, costs)
+
+    @property
+    def quality(self) -> Quality:
+        """How the quality is read."""
+        return Quality(self.quality_name, self.identity.get("quality_kind", "share"))
+
+    @property
+    def loss_label(self) -> str:
+        """The loss and its unit, as in "softmax KL (nats)"."""
+        divergence = self.identity.get("divergence", {"label": SoftmaxKL.label, "unit": SoftmaxKL.unit})
+        return f"{divergence['label']} ({divergence['unit']})"
+
+    @property
+    def max_drop(self) -> float:
+        """The largest drop of the quality that counts as none, as the run was started with."""
+        return self.identity.get("max_drop", self.quality.max_drop)
+
+    def baseline(self, split: str = "search") -> Evaluation | None:
+        """The float model's evaluation."""
+        return next((e for e in self.evaluations if e.origin == "float" and e.split == split), None)
+
+    @property
+    def baselines(self) -> dict[str, Evaluation]:
+        """Split -> the float model's evaluation, where there is one."""
+        return {split: found for split in SCORED if (found := self.baseline(split)) is not None}
+
+    def on(self, split: str) -> dict[Allocation, Evaluation]:
+        """Allocation -> its (first) evaluation on the split, the float model's and the finetuned ones left out."""
+        found: dict[Allocation, Evaluation] = {}
+        for evaluation in self.evaluations:
+            if evaluation.split == split and evaluation.origin not in ("float", FINETUNED):
+                found.setdefault(evaluation.allocation, evaluation)
+        return found
+
+    def finetuned(self, split: str) -> dict[Allocation, Evaluation]:
+        """Allocation -> its latest evaluation on the split after training."""
+        return {e.allocation: e for e in self.evaluations if e.origin == FINETUNED and e.split == split}
+
+    @cached_property
+    def front(self) -> list[Evaluation]:
+        """The non-dominated feasible evaluations on the search split (costs, loss), cheapest by the first objective first."""
+        measured = [e for e in self.on("search").values() if e.feasible and np.isfinite(e.loss)]
+        points = [[*(e.cost(column) for column in self.objectives), e.loss] for e in measured]
+        keep = non_dominated(np.array(points).reshape(-1, 1 + len(self.objectives)))
+        found = (e for e, kept in zip(measured, keep, strict=True) if kept)
+        return sorted(found, key=lambda e: [e.cost(column) for column in self.objectives])
+
+    @property
+    def uniform(self) -> list[tuple[str, Evaluation]]:
+        """(scheme, evaluation on the search split) of the uniform allocations, smallest first."""
+        measured = self.on("search")
+        found = [(s, measured[a]) for s in self.space.scheme_names if (a := self.space.uniform(s)) in measured]
+        return sorted(found, key=lambda pair: pair[1].size_bytes)
+
+    def to_frame(self) -> pd.DataFrame:
+        """All evaluations, tidy: one row each, columns as in `evaluations.csv`."""
+        rows = [evaluation_row(e, self.space, self.quality_name, self.costs) for e in self.evaluations]
+        return pd.DataFrame(rows, columns=list(evaluation_columns(self.quality_name, self.costs)))
+
+
+def _difference(there: Any, here: Any) -> str:
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
+        return f" in {', '.join(keys)}"
+    there, here = (text if len(text := str(value)) <= 40 else f"{text[:12]}…" for value in (there, here))
+    return f" ({there} there, {here} here)"

@@ -1,0 +1,165 @@
+"""The front and the uniform allocations on data that the search never saw: nothing filtered, what is dominated marked."""
+
+import dataclasses
+import re
+
+import numpy as np
+import optuna
+import pytest
+
+from mpsearch.allocation import Allocation
+from mpsearch.budget import Budget, read_budgets
+from mpsearch.costs.base import CostTable
+from mpsearch.costs.size import AverageBits
+from mpsearch.engine.engine import FLOAT
+from mpsearch.evaluation import SensitivityTable, Timing
+from mpsearch.intervals import paired_interval
+from mpsearch.metrics.kl import KL
+from mpsearch.pipeline.confirm import confirm
+from mpsearch.pipeline.search import Evaluator, search
+from mpsearch.pipeline.sensitivity import measure_sensitivity
+from mpsearch.runs.run import SearchResult
+
+
+@pytest.fixture(scope="module")
+def searched(tiny):
+    """A search within 5 bits, so that the uniform 8 bits are beyond it, and what was confirmed of it."""
+    engine = tiny.engine(tiny.net(), tiny.task())
+    table = measure_sensitivity(engine, KL())
+    evaluate = Evaluator(engine, read_budgets({"bits": 5}, {"bits": AverageBits()}, engine.space))
+    search(evaluate, table, optuna.samplers.RandomSampler(seed=0), n_trials=12, n_seeds=4)
+    result = SearchResult(engine.space, "accuracy", evaluate.evaluations, table)
+    before = list(evaluate.evaluations)
+    confirmed = confirm(evaluate, result)
+    return evaluate, result, confirmed, before
+
+
+def test_every_point_of_the_front_and_every_uniform_allocation_is_there(searched):
+    _, result, confirmed, _ = searched
+    front = [c.evaluation.allocation for c in confirmed if c.scheme is None]
+    assert front == [e.allocation for e in result.front], "smallest first, none left out"
+    assert len(front) > 2
+    assert [c.scheme for c in confirmed if c.scheme] == ["w2", "w4", "w8"]
+    assert all(c.evaluation.split == "confirm" for c in confirmed)
+
+
+def test_confirming_changes_no_front(searched):
+    evaluate, result, _, before = searched
+    after = SearchResult(result.space, "accuracy", evaluate.evaluations, result.sensitivity)
+    assert [e for e in evaluate.evaluations if e.split == "search"] == before
+    assert after.front == result.front
+
+
+def test_drops_are_paired_with_the_float_model(searched):
+    evaluate, _, confirmed, _ = searched
+    baseline, _ = evaluate.run_packed(FLOAT)
+    for c in confirmed:
+        assert c.evaluation.packed
+        e = c.evaluation
+        assert 0 < e.measured_ms_low <= e.measured_ms <= e.measured_ms_high
+        assert re.fullmatch(r".+, \d+ threads, batch of 1", e.measured_on)
+        score, _ = evaluate.run_packed(c.evaluation.allocation)
+        low, high = paired_interval(score.qualities, baseline.qualities)
+        assert c.drop == pytest.approx(baseline.quality - score.quality)
+        assert c.drop_low == pytest.approx(-high)
+        assert c.drop_high == pytest.approx(-low)
+
+
+def test_what_is_dominated_is_marked(searched):
+    evaluate, _, confirmed, _ = searched
+    points = [c.evaluation for c in confirmed]
+    for c in confirmed:
+        mine = c.evaluation
+        rivals = [e for e in points if e.size_bytes <= mine.size_bytes and e.loss < mine.loss and e.feasible]
+        assert (c.dominated_by is None) == (not rivals)
+        if rivals:
+            assert c.dominated_by.size_bytes == min(e.size_bytes for e in rivals)
+            theirs = evaluate.engine.score(c.dominated_by.allocation, "confirm").qualities
+            ours = evaluate.engine.score(mine.allocation, "confirm").qualities
+            assert c.significantly_dominated == (paired_interval(theirs, ours)[0] > 0)
+        else:
+            assert not c.significantly_dominated
+
+
+def test_significant_is_only_what_is_more_than_chance(tiny):
+    """A front whose costly point is spoilt on the confirm split alone: dominated, and significantly where many samples say so."""
+    engine = tiny.engine(tiny.net(), tiny.task())
+    space = engine.space
+    small, large = Allocation({"first": "w2", "second": "w4", "last": "w4"}), space.uniform("w8")
+    wrong = {2: False, 25: True}
+    for n_wrong, sure in wrong.items():
+
+        def spoilt(allocation, n_wrong=n_wrong):
+            qualities = np.ones(30, dtype=np.float32)
+            qualities[: n_wrong if allocation == large else 0] = 0
+            loss = {FLOAT: 0.0, large: 0.9}.get(allocation, 0.5)
+            found = engine.score(allocation)
+            return dataclasses.replace(found, loss=loss, quality=float(qualities.mean()), qualities=qualities), Timing(
+                1.0, 1.0, 1.0, "here"
+            )
+
+        evaluate = Evaluator(engine, [])
+        evaluate.run_packed = spoilt
+        rows = [evaluate(small, "sampler", trial=0), evaluate(large, "uniform", trial=1)]
+        table = measure_sensitivity(engine, KL())
+        confirmed = confirm(evaluate, SearchResult(space, "accuracy", rows, table))
+        by_allocation = {c.evaluation.allocation: c for c in confirmed if c.scheme is None}
+        assert by_allocation[large].dominated_by.allocation == small
+        assert by_allocation[large].significantly_dominated is sure
+        assert by_allocation[small].dominated_by is None
+
+
+def test_what_is_beyond_the_budget_dominates_nothing(tiny):
+    """Uniform 2 bits, too slow for the budget, have by chance the lower loss on the confirm split."""
+    engine = tiny.engine(tiny.net(), tiny.task())
+    slow = Budget(CostTable("latency", "milliseconds", np.array([[9.0, 1, 1]] * 3), 0.0), 3.0)
+    small, large = engine.space.uniform("w2"), engine.space.uniform("w8")
+    losses = {FLOAT: 0.0, small: 0.1, large: 0.9}
+    evaluate = Evaluator(engine, [slow])
+    run = evaluate.run_packed
+    evaluate.run_packed = lambda allocation: (
+        dataclasses.replace(run(allocation)[0], loss=losses[allocation]),
+        Timing(1.0, 1.0, 1.0, "here"),
+    )
+    rows = [evaluate(small, "uniform"), evaluate(large, "uniform", trial=0)]
+    table = SensitivityTable("kl", "nats", np.ones((3, 3)), engine.space)
+    confirmed = confirm(evaluate, SearchResult(engine.space, "accuracy", rows, table))
+    assert [(c.scheme, c.evaluation.feasible) for c in confirmed] == [(None, True), ("w2", False), ("w8", True)]
+    assert not any(c.dominated_by for c in confirmed)
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_dominance_by_another_cost_and_by_a_quality_where_lower_is_better(tiny, better):
+    """Quick is larger than slow, so that only by milliseconds it dominates; its errors on 30 samples are smaller, or larger."""
+    engine = tiny.engine(tiny.net(), tiny.task())
+    slow, quick = engine.space.uniform("w2"), engine.space.uniform("w8")
+    milliseconds = CostTable("latency", "milliseconds", np.array([[5.0, 3, 1]] * 3), 0.0)
+    on_search = {FLOAT: 0.0, slow: 0.1, quick: 0.5}
+    on_confirm = {FLOAT: 0.0, slow: 0.6, quick: 0.2}
+    errors = {FLOAT: 0.5, slow: 2.0, quick: 1.0 if better else 3.0}
+    spread = np.linspace(-0.1, 0.1, 30, dtype=np.float32)
+
+    def score(allocation, losses):
+        found = engine.score(allocation)
+        return dataclasses.replace(
+            found, loss=losses[allocation], quality=errors[allocation], qualities=errors[allocation] + spread
+        )
+
+    evaluate = Evaluator(engine, [], costs=[milliseconds])
+    evaluate.run_packed = lambda allocation: (score(allocation, on_confirm), Timing(1.0, 1.0, 1.0, "here"))
+    rows = [dataclasses.replace(evaluate(a, "sampler", trial=i), loss=on_search[a]) for i, a in enumerate((slow, quick))]
+    table = SensitivityTable("kl", "nats", np.ones((3, 3)), engine.space)
+    identity = {"quality_kind": "error"}
+    result = SearchResult(engine.space, "error", rows, table, {}, identity, ["milliseconds"], ["milliseconds"])
+    by_allocation = {c.evaluation.allocation: c for c in confirm(evaluate, result) if c.scheme is None}
+    assert by_allocation[slow].dominated_by.allocation == quick
+    assert by_allocation[slow].significantly_dominated is better
+    assert by_allocation[quick].dominated_by is None
+    assert by_allocation[slow].drop == pytest.approx(2.0 / 0.5 - 1), "relative to the float model's error"
+
+
+def test_confirming_again_measures_nothing(searched):
+    evaluate, result, confirmed, _ = searched
+    again = Evaluator(evaluate.engine, evaluate.budgets, known=evaluate.evaluations)
+    assert confirm(again, result) == confirmed
+    assert again.evaluations == evaluate.evaluations
