@@ -18,7 +18,7 @@ _HOMES = {
     "SensitivityTable": "evaluation",
     "LayerSpec": "layer",
     "QuantEngine": "engine.engine",
-    "SearchResult": "runs.run",
+    "Run": "runs.run",
     "Task": "tasks.base",
     "InputError": "errors",
     "measure_sensitivity": "pipeline.sensitivity",

@@ -42,7 +42,7 @@ from mpsearch.models.llama import stories260k
 from mpsearch.models.resnet import resnet
 from mpsearch.pipeline.pick import pick
 from mpsearch.quantizers.kronecker_descent import KroneckerDescent
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 from mpsearch.schemes.base import QuantScheme
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.input import IntegerInput
@@ -97,7 +97,7 @@ def uniform(scheme: str, first: str | None = None, last: str | None = None) -> C
 
 def picked(engine: QuantEngine) -> Allocation:
     """The exhibit's point of at most 2.5 bits."""
-    return pick(SearchResult.load(REPORTS / "resnet20_cifar10"), bits=2.5).allocation
+    return pick(Run.load(REPORTS / "resnet20_cifar10"), bits=2.5).allocation
 
 
 Found = tuple[Score, list[float], float]  # on the confirm split, losses on the search split, seconds

@@ -22,7 +22,7 @@ from mpsearch.engine.engine import QuantEngine
 from mpsearch.intervals import paired_interval
 from mpsearch.packed.model import packed
 from mpsearch.pipeline.prepare import prepare
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 
 FOLDER = REPORTS / "resnet20_cifar10_wa"
 UNIFORM = ("w4a4", "w4a6", "w4a8", "w6a8", "w8a8")
@@ -53,7 +53,7 @@ def divergences(engine: QuantEngine, model: nn.Module) -> Tensor:
 
 def compared() -> list[Row]:
     """A row for each uniform allocation: accuracy and KL of both, and the paired differences with their 95 % intervals."""
-    result = SearchResult.load(FOLDER)
+    result = Run.load(FOLDER)
     engine = engine_of_the_run()
     engine.float_logits("confirm")  # while nothing is swapped in
     rows: list[Row] = []

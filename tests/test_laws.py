@@ -17,7 +17,7 @@ from mpsearch.pipeline.confirm import confirm
 from mpsearch.pipeline.search import Evaluator, search
 from mpsearch.pipeline.sensitivity import measure_sensitivity
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 from mpsearch.samplers.base import seeded
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import FORMATS, Float
@@ -150,5 +150,5 @@ def test_what_is_searched_is_not_what_is_reported(tiny):
     search(evaluate, table, sampler, n_trials=8, n_seeds=3)
     assert set(asked) == {"search"}
     asked.clear()
-    confirm(evaluate, SearchResult(engine.space, "accuracy", evaluate.evaluations, table))
+    confirm(evaluate, Run(engine.space, "accuracy", evaluate.evaluations, table))
     assert set(asked) == {"confirm"}

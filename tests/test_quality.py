@@ -24,7 +24,7 @@ from mpsearch.pipeline.sensitivity import measure_sensitivity
 from mpsearch.pipeline.solve import cheapest_within
 from mpsearch.quality import Quality
 from mpsearch.reporting.report import write_report
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.language import Language
 
@@ -127,12 +127,12 @@ def run(language):
         evaluate(language.space.uniform(name), "uniform", trial=i)
     table = measure_sensitivity(language, KL())
     identity = {"quality_name": "perplexity", "quality_kind": "perplexity"}
-    return evaluate, SearchResult(language.space, "perplexity", evaluate.evaluations, table, {}, identity)
+    confirm(evaluate, Run(language.space, "perplexity", evaluate.evaluations, table, {}, identity))
+    return evaluate, Run(language.space, "perplexity", evaluate.evaluations, table, {}, identity)
 
 
 def test_lower_is_better_in_picks(run):
-    evaluate, result = run
-    confirm(evaluate, result)
+    _, result = run
     w3 = result.on("confirm")[result.space.uniform("w3")]
     assert pick(result, max_quality=w3.quality).allocation == w3.allocation
     assert pick(result, max_quality=w3.quality * 0.999).allocation == result.space.uniform("w8")

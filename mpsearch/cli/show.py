@@ -12,7 +12,7 @@ from mpsearch.evaluation import Evaluation
 from mpsearch.reporting.findings import non_inferior_sentence, times_sentence, warnings
 from mpsearch.reporting.page import summary_header, summary_rows
 from mpsearch.runs.noninferiority import smallest_non_inferior
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 
 FILE_WIDTH = 120
 
@@ -22,7 +22,7 @@ def stdout() -> Console:
     return Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 
 
-def summary(result: SearchResult, picked: Evaluation, max_drop: float | None = None) -> None:
+def summary(result: Run, picked: Evaluation, max_drop: float | None = None) -> None:
     """Print the float model, the uniform allocations and the picked point as a table, and what the confirm split decided.
 
     `max_drop` is the margin that was asked for, `None`: the run's own.

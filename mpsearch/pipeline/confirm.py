@@ -12,10 +12,10 @@ from mpsearch.engine.engine import FLOAT
 from mpsearch.evaluation import Confirmed, Evaluation
 from mpsearch.pipeline.search import Evaluator
 from mpsearch.progress import phase
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 
 
-def confirm(evaluate: Evaluator, result: SearchResult) -> list[Confirmed]:
+def confirm(evaluate: Evaluator, result: Run) -> list[Confirmed]:
     """Score the front's points and the uniform allocations on the confirm split; smallest first, front before uniform."""
     named: list[tuple[Evaluation, str | None]] = [*((e, None) for e in result.front), *((e, s) for s, e in result.uniform)]
     with phase("confirm", len(named) + 1) as advance:
@@ -35,7 +35,7 @@ def _compare(
     scheme: str | None,
     baseline: Evaluation,
     points: Sequence[Evaluation],
-    result: SearchResult,
+    result: Run,
 ) -> Confirmed:
     quality = result.quality
     rivals = [e for e in points if e.costs_at_most(point, result.objectives) and e.loss < point.loss and e.feasible]

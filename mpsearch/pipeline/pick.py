@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from mpsearch.allocation import Allocation
@@ -11,11 +12,11 @@ from mpsearch.costs.size import parse_bytes
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
 from mpsearch.runs.noninferiority import smallest_non_inferior
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 
 
 def pick(
-    result: SearchResult,
+    result: Run,
     *,
     max_bytes: str | float | None = None,
     bits: float | None = None,
@@ -40,7 +41,7 @@ def pick(
         if others := [x for x in (max_bytes, bits, max_ms, max_drop, min_quality, max_quality) if x is not None]:
             raise InputError(f"pick.point names one point; got {len(others)} more of pick's limits. Give it alone.")
         return _by_id(result, str(point))
-    front = result.front
+    front: Sequence[Evaluation] = result.front
     if not front:
         raise InputError("The run has no point to pick yet. Resume the search: mpsearch search run=<folder>.")
     limits = (max_bytes, bits, max_ms, max_drop, min_quality, max_quality)
@@ -72,14 +73,14 @@ def point_id(allocation: Allocation) -> str:
     return hashlib.sha256(allocation.to_json().encode()).hexdigest()[:12]
 
 
-def _by_id(result: SearchResult, asked: str) -> Evaluation:
+def _by_id(result: Run, asked: str) -> Evaluation:
     for allocation, evaluation in result.on("search").items():
         if point_id(allocation) == asked:
             return evaluation
     raise InputError(f"No allocation of this run has the id '{asked}'. Give the one that mpsearch solve printed.")
 
 
-def _not_inferior(result: SearchResult, max_drop: float, front: list[Evaluation]) -> Evaluation:
+def _not_inferior(result: Run, max_drop: float, front: Sequence[Evaluation]) -> Evaluation:
     if not 0 <= max_drop < math.inf:
         raise InputError(f"pick.max_drop is 0 or more; got {max_drop:g}.")
     found, quality = smallest_non_inferior(result, max_drop, front), result.quality
@@ -92,9 +93,7 @@ def _not_inferior(result: SearchResult, max_drop: float, front: list[Evaluation]
     return found.point
 
 
-def _good_enough(
-    result: SearchResult, front: list[Evaluation], min_quality: float | None, max_quality: float | None
-) -> Evaluation:
+def _good_enough(result: Run, front: Sequence[Evaluation], min_quality: float | None, max_quality: float | None) -> Evaluation:
     quality, confirmed = result.quality, result.on("confirm")
     asked, limit, other, unasked = "min_quality", min_quality, "max_quality", max_quality
     if quality.sign < 0:
@@ -118,7 +117,7 @@ def _good_enough(
     return good[0]
 
 
-def _within(front: list[Evaluation], values: list[float], limit: float, unit: str) -> list[Evaluation]:
+def _within(front: Sequence[Evaluation], values: list[float], limit: float, unit: str) -> Sequence[Evaluation]:
     if min(values) > limit:
         raise InputError(
             f"No point of the front has at most {limit:,.10g} {unit}; the least is {min(values):,.10g} {unit}. Search with "

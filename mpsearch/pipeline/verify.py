@@ -18,7 +18,7 @@ from mpsearch.graph.channel_scaling import Equalization
 from mpsearch.layer import weights_sha256
 from mpsearch.packed.model import Weights
 from mpsearch.pipeline.prepare import Prepared, Settings
-from mpsearch.runs.run import RunFolder, SearchResult
+from mpsearch.runs.run import Run, RunFolder
 
 # What float32 products in another order (packed kernels, another number of threads) move a logit by, at most, in nats: 1e-5 of
 # logits of up to 100. The divergence L = E[KL(p || q)] then moves by at most E[|p - q|_1] times that, and |p - q|_1 <= sqrt(2 KL)
@@ -72,7 +72,7 @@ class TooLarge(InputError):  # noqa: N818  (a limit that was asked for, not a fa
     """The written files exceed a limit in bytes."""
 
 
-def check_size(path: Path, point: Evaluation, pick: Settings, result: SearchResult) -> None:
+def check_size(path: Path, point: Evaluation, pick: Settings, result: Run) -> None:
     """`TooLarge` where the files with tensors next to `path` together exceed pick.max_bytes, or else budget.bytes.
 
     Their headers count; JSON files do not, which describe them.

@@ -20,7 +20,7 @@ from mpsearch.layer import weight_rows, weights_sha256
 from mpsearch.pipeline.prepare import IDENTITY, Build, Settings
 from mpsearch.pipeline.verify import Source
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 from mpsearch.schemes.base import QuantizedTensor
 from mpsearch.schemes.floating import Float
 
@@ -73,7 +73,7 @@ class BankedWeights:
         return f"{self.bank.folder} has no intact entry for {what}, and the task's data are absent. Restore one of them."
 
 
-def without_data(settings: Settings, build: Build, folder: Path, result: SearchResult, absent: str) -> Source:
+def without_data(settings: Settings, build: Build, folder: Path, result: Run, absent: str) -> Source:
     """From the bank of a run; `InputError` where the model or how it was equalized is not what the run recorded."""
     record, equalization = result.identity, recorded(folder)
     sha256, recorded_equalizer = record["model_sha256"], record.get("equalizer") or {}

@@ -14,10 +14,10 @@ from mpsearch.intervals import Z
 from mpsearch.optimize.pareto import hypervolume
 from mpsearch.quality import Quality
 from mpsearch.runs.noninferiority import NonInferior, smallest_non_inferior
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 
 
-def findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | None) -> list[str]:
+def findings(result: Run, picked: Evaluation, confirmed: pd.DataFrame | None) -> list[str]:
     """A list item each; `confirmed` is the table of `confirm.csv`, where there is one."""
     said = [
         f"The picked point has {picked.average_bits:.2f} bits per weight on average ({picked.average_bits_all:.2f} over all "
@@ -46,7 +46,7 @@ def findings(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame |
     return [f"- {sentence}" for sentence in said]
 
 
-def non_inferior_sentence(result: SearchResult, found: NonInferior) -> str:
+def non_inferior_sentence(result: Run, found: NonInferior) -> str:
     """Which point is the smallest non-inferior one, what decided it, and what the samples cannot decide."""
     quality, point = result.quality, found.point
     margin = quality.drop_text(found.max_drop)
@@ -79,7 +79,7 @@ def non_inferior_sentence(result: SearchResult, found: NonInferior) -> str:
     )
 
 
-def uniform_sentences(result: SearchResult) -> list[str]:
+def uniform_sentences(result: Run) -> list[str]:
     """Of each uniform allocation: whether the front dominates it, on the confirm split, or on the search split without one."""
     said, quality = [], result.quality
     for split in ("confirm", "search"):
@@ -100,7 +100,7 @@ def uniform_sentences(result: SearchResult) -> list[str]:
     return said
 
 
-def run_hypervolume(result: SearchResult) -> float | None:
+def run_hypervolume(result: Run) -> float | None:
     """Hypervolume (`pareto.hypervolume`) of a front of sizes; `None` where fewer than two uniform allocations were measured."""
     uniform = result.uniform
     if len(uniform) < 2 or not result.front or not np.isfinite(uniform[0][1].loss) or list(result.objectives) != ["size_bytes"]:
@@ -110,13 +110,13 @@ def run_hypervolume(result: SearchResult) -> float | None:
     return hypervolume(np.array([e.average_bits for e in front]), np.array([e.loss for e in front]), reference_bits, reference_kl)
 
 
-def times_differ(result: SearchResult) -> bool:
+def times_differ(result: Run) -> bool:
     """Whether the forward passes of the confirmed points differ by more than repeated passes of one point do."""
     difference, spread = _times(result)
     return difference > spread
 
 
-def times_sentence(result: SearchResult) -> str:
+def times_sentence(result: Run) -> str:
     """Where forward passes were timed, and how much repeated ones differ; nothing where none was."""
     where = sorted({e.measured_on for e in result.on("confirm").values() if e.measured_on})
     if not where:
@@ -128,7 +128,7 @@ def times_sentence(result: SearchResult) -> str:
     return f" Times are left out, for the points' quartiles are only {difference:.2g} ms apart: medians of forward passes{said}"
 
 
-def _times(result: SearchResult) -> tuple[float, float]:
+def _times(result: Run) -> tuple[float, float]:
     """(interquartile range of the confirmed points' median times, median of their own interquartile ranges), milliseconds."""
     timed = [e for e in result.on("confirm").values() if e.measured_ms is not None]
     medians = [e.measured_ms or 0.0 for e in timed]
@@ -139,7 +139,7 @@ def _times(result: SearchResult) -> tuple[float, float]:
     return float(high - low), float(np.median(spreads))
 
 
-def overfit_warning(result: SearchResult) -> str | None:
+def overfit_warning(result: Run) -> str | None:
     """Where the float model is much better on the search split than on the confirm split; `None` where it is not.
 
     A share is compared by the 95 % interval of the difference of two independent proportions (Agresti and Caffo 2000), other
@@ -166,7 +166,7 @@ def overfit_warning(result: SearchResult) -> str | None:
     )
 
 
-def warnings(result: SearchResult) -> list[str]:
+def warnings(result: Run) -> list[str]:
     """What makes the run's statements less than they seem: a float model trained on the search data, splits that overlap."""
     found, shared = overfit_warning(result), result.identity.get("overlap")
     overlapping = [splits_sentence(shared).replace("**", "")] if shared and any(shared["shared"].values()) else []
@@ -199,6 +199,6 @@ def _score(quality: Quality, e: Evaluation) -> str:
     return quality.text(e.quality) + (" %" if quality.kind == "share" else "")
 
 
-def _unit(result: SearchResult) -> str:
+def _unit(result: Run) -> str:
     known: Mapping[str, str] = {"size_bytes": "bytes", "latency_ms": "milliseconds (predicted)"}
     return " and ".join(known.get(column, column.replace("_", " ")) for column in result.objectives)

@@ -12,7 +12,7 @@ from mpsearch.graph.unsearched import sentence
 from mpsearch.intervals import FEWEST, is_approximate, proportion_interval
 from mpsearch.packed.layers import kernel_for
 from mpsearch.reporting.findings import drop_text, findings, splits_sentence, times_differ, times_sentence
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 
 SIZES = ("bits", "bits of all", "bytes")  # of the searched weights, of all parameters
 INPUTS_ALONE = (
@@ -21,7 +21,7 @@ INPUTS_ALONE = (
 )
 
 
-def page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | None) -> str:
+def page(result: Run, picked: Evaluation, confirmed: pd.DataFrame | None) -> str:
     """`report.md`; `confirmed` is the table of `confirm.csv`, where there is one."""
     space, identity = result.space, result.identity
     tried = result.on("search")
@@ -72,7 +72,7 @@ def page(result: SearchResult, picked: Evaluation, confirmed: pd.DataFrame | Non
     return "\n".join(lines) + "\n"
 
 
-def summary_rows(result: SearchResult, picked: Evaluation) -> list[tuple[str, ...]]:
+def summary_rows(result: Run, picked: Evaluation) -> list[tuple[str, ...]]:
     """Of float, uniform and pick: what, bits, bytes; loss and quality on the search split; quality and drop on confirm.
 
     `picked` may be a finetuned evaluation: its row is then that of the trained weights.
@@ -100,14 +100,14 @@ def summary_rows(result: SearchResult, picked: Evaluation) -> list[tuple[str, ..
     return rows
 
 
-def summary_header(result: SearchResult) -> tuple[str, ...]:
+def summary_header(result: Run) -> tuple[str, ...]:
     """The columns of `summary_rows`; the times are left out where they do not tell the points apart."""
     q = result.quality.label
     drop = f"{result.quality.drop_label}, confirm (95 %)"
     return ("", *SIZES, "loss search", f"{q} search", f"{q} confirm", drop, *(["ms"] if times_differ(result) else []))
 
 
-def _front_markdown(result: SearchResult, confirmed: pd.DataFrame | None, picked: Evaluation) -> str:
+def _front_markdown(result: Run, confirmed: pd.DataFrame | None, picked: Evaluation) -> str:
     q, quality = result.quality_name, result.quality
     marks: dict[str, Any] = {}
     if confirmed is not None:
@@ -130,7 +130,7 @@ def _front_markdown(result: SearchResult, confirmed: pd.DataFrame | None, picked
     return _markdown_table([*SIZES, "loss search", f"{quality.label} search", f"{quality.drop_label}, confirm (95 %)", ""], rows)
 
 
-def _trained(result: SearchResult) -> list[str]:
+def _trained(result: Run) -> list[str]:
     """The section on the points that were trained, smallest first; nothing where none was."""
     quality, found = result.quality, result.finetuned("confirm")
     baseline, before, on_search = result.baseline("confirm"), result.on("confirm"), result.finetuned("search")
@@ -157,7 +157,7 @@ def _trained(result: SearchResult) -> list[str]:
     ]
 
 
-def _how_it_ran(result: SearchResult) -> str:
+def _how_it_ran(result: Run) -> str:
     """What simulated and packed means, and which layers no kernel runs."""
     said = "On the search split scores are simulated: dequantized weights, float32 arithmetic, inputs rounded as the scheme says."
     confirmed = result.on("confirm").values()
@@ -182,7 +182,7 @@ def _equalizer(identity: Mapping[str, Any]) -> str:
     return name + (f" ({', '.join(f'{key}={value}' for key, value in fields.items())})" if fields else "")
 
 
-def _intervals(result: SearchResult) -> str:
+def _intervals(result: Run) -> str:
     """What the intervals are, and what the samples of the confirm split can show at all."""
     said = "Intervals are 95 % intervals of the difference from the float model on the same samples."
     baseline = result.baseline("confirm")

@@ -20,7 +20,7 @@ from mpsearch.reporting.findings import times_differ
 from mpsearch.reporting.page import page
 from mpsearch.runs.evaluation_rows import SCORED
 from mpsearch.runs.noninferiority import smallest_non_inferior
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 
 # At most this many rows in layers.png; a longer front is thinned evenly, the pick always kept.
 MAX_LAYER_ROWS = 24
@@ -32,7 +32,7 @@ STATEMENTS = ("non_inferior", "dominated_by_bytes", "significantly_dominated")
 SIZES = ("size_bytes", "average_bits", "average_bits_all")  # of a point in the tables
 
 
-def write_report(result: SearchResult, folder: Path, picked: Evaluation, confirmed: Sequence[Confirmed] | None = None) -> Path:
+def write_report(result: Run, folder: Path, picked: Evaluation, confirmed: Sequence[Confirmed] | None = None) -> Path:
     """Write `front.csv`, `uniform.csv`, `confirm.csv`, the figures and `report.md`; returns the page's path.
 
     `confirmed` is what `confirm` found; `None` draws again from the `confirm.csv` that is there.
@@ -99,7 +99,7 @@ def draw_latency(rows: Sequence[Latency], space: SearchSpace, folder: Path) -> N
     charts.latency(values, about, folder)
 
 
-def front_table(result: SearchResult, points: Sequence[Evaluation]) -> pd.DataFrame:
+def front_table(result: Run, points: Sequence[Evaluation]) -> pd.DataFrame:
     """Two rows a point, search and (where measured) confirm: the columns of `front.csv`."""
     q = result.quality_name
     confirmed = result.on("confirm")
@@ -120,13 +120,13 @@ def _sizes(e: Evaluation) -> dict[str, float]:
     return {column: getattr(e, column) for column in SIZES}
 
 
-def uniform_table(result: SearchResult) -> pd.DataFrame:
+def uniform_table(result: Run) -> pd.DataFrame:
     """The same for the uniform allocations, with their `scheme`."""
     tables = [front_table(result, [e]).assign(scheme=scheme) for scheme, e in result.uniform]
     return pd.concat(tables, ignore_index=True) if tables else front_table(result, []).assign(scheme="")
 
 
-def trained_table(result: SearchResult) -> pd.DataFrame:
+def trained_table(result: Run) -> pd.DataFrame:
     """A row for each finetuned point and split: its costs, loss and quality, and those two `_before` training."""
     q, rows = result.quality_name, []
     for split in SCORED:
@@ -145,7 +145,7 @@ def confirm_columns(quality_name: str) -> tuple[str, ...]:
     return (*measured, *DROPS, "approximate", "verified", *STATEMENTS, "allocation")
 
 
-def confirm_table(result: SearchResult, confirmed: Sequence[Confirmed]) -> pd.DataFrame:
+def confirm_table(result: Run, confirmed: Sequence[Confirmed]) -> pd.DataFrame:
     """Each confirmed point's drop from the float model with its paired interval, and what dominates it there.
 
     `non_inferior` is "yes" for the points that passed the sequence of `noninferiority`, "no" for the one that ended it, and empty
@@ -177,7 +177,7 @@ def confirm_table(result: SearchResult, confirmed: Sequence[Confirmed]) -> pd.Da
     )
 
 
-def _passed(result: SearchResult) -> dict[Allocation, str]:
+def _passed(result: Run) -> dict[Allocation, str]:
     """Allocation -> "yes" or "no", of the points that were tested for non-inferiority."""
     if not result.front or result.baseline() is None:
         return {}
@@ -187,20 +187,20 @@ def _passed(result: SearchResult) -> dict[Allocation, str]:
     return {e.allocation: "yes" if i <= last else "no" for i, e in enumerate(tested)}
 
 
-def _group_bits(result: SearchResult, evaluation: Evaluation) -> np.ndarray:
+def _group_bits(result: Run, evaluation: Evaluation) -> np.ndarray:
     space = result.space
     choice = space.choice(evaluation.allocation)
     return space.storage_bits[np.arange(len(choice)), choice] / np.array([max(g.numel, 1) for g in space.groups])
 
 
-def _thin(front: list[Evaluation], picked: Evaluation) -> list[Evaluation]:
+def _thin(front: Sequence[Evaluation], picked: Evaluation) -> Sequence[Evaluation]:
     if len(front) <= MAX_LAYER_ROWS:
         return front
     keep = set(np.linspace(0, len(front) - 1, MAX_LAYER_ROWS).round().astype(int))
     return [e for i, e in enumerate(front) if i in keep or e.allocation == picked.allocation]
 
 
-def _limits(result: SearchResult, objective: str) -> Mapping[str, float]:
+def _limits(result: Run, objective: str) -> Mapping[str, float]:
     """Budgets as positions on the axis of an objective: those on it, and on size in any unit where that is the objective."""
     space, limits = result.space, {}
     whole = space.size_bits()
@@ -216,7 +216,7 @@ def _limits(result: SearchResult, objective: str) -> Mapping[str, float]:
     return limits
 
 
-def read_confirm(result: SearchResult, folder: Path) -> pd.DataFrame | None:
+def read_confirm(result: Run, folder: Path) -> pd.DataFrame | None:
     """The table of `confirm.csv`, `None` where there is none; every row must be of an evaluation on the confirm split."""
     file, columns = folder / "confirm.csv", confirm_columns(result.quality_name)
     if not file.exists():

@@ -19,7 +19,7 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
 from mpsearch.intervals import pairs_to_show
 from mpsearch.quality import Quality
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class NonInferior:
     n_needed: int | None
 
 
-def smallest_non_inferior(result: SearchResult, max_drop: float, points: Sequence[Evaluation] | None = None) -> NonInferior:
+def smallest_non_inferior(result: Run, max_drop: float, points: Sequence[Evaluation] | None = None) -> NonInferior:
     """Of `points` (of the front, cheapest first; `None`: all of it) the last that passes; see above.
 
     Where not all of them are confirmed, or the float model is not, the estimated drops on the search split count. Raises

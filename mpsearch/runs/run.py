@@ -134,10 +134,12 @@ class RunFolder:
 
 
 @dataclass(frozen=True)
-class SearchResult:
-    """What a run found. `evaluations` holds every split; `budgets` are the limits by cost.
+class Run:
+    """The record of a run; immutable.
 
-    `objectives` are the columns of the one or two costs that the front weighs against the loss, `costs` those beside the size.
+    `evaluations` holds every split in the order measured; `budgets` are the limits by cost. `objectives` are the columns of the
+    one or two costs that the front weighs against the loss, `costs` those in addition to the size. `identity` is what
+    `space.json` says.
     """
 
     space: SearchSpace
@@ -149,8 +151,12 @@ class SearchResult:
     objectives: Sequence[str] = ("size_bytes",)
     costs: Sequence[str] = ()
 
+    def __post_init__(self) -> None:
+        for name in ("evaluations", "objectives", "costs"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
     @classmethod
-    def load(cls, folder: Path | str, schemes: Mapping[str, QuantScheme] | None = None) -> SearchResult:
+    def load(cls, folder: Path | str, schemes: Mapping[str, QuantScheme] | None = None) -> Run:
         """From a run's folder; `schemes` are needed only where some are not our own classes."""
         run = RunFolder(folder)
         identity = run.read_identity()
@@ -209,13 +215,13 @@ class SearchResult:
         return {e.allocation: e for e in self.evaluations if e.origin == FINETUNED and e.split == split}
 
     @cached_property
-    def front(self) -> list[Evaluation]:
+    def front(self) -> tuple[Evaluation, ...]:
         """The non-dominated feasible evaluations on the search split (costs, loss), cheapest by the first objective first."""
         measured = [e for e in self.on("search").values() if e.feasible and np.isfinite(e.loss)]
         points = [[*(e.cost(column) for column in self.objectives), e.loss] for e in measured]
         keep = non_dominated(np.array(points).reshape(-1, 1 + len(self.objectives)))
-        found = (e for e, kept in zip(measured, keep, strict=True) if kept)
-        return sorted(found, key=lambda e: [e.cost(column) for column in self.objectives])
+        front = (e for e, kept in zip(measured, keep, strict=True) if kept)
+        return tuple(sorted(front, key=lambda e: [e.cost(column) for column in self.objectives]))
 
     @property
     def uniform(self) -> list[tuple[str, Evaluation]]:

@@ -23,7 +23,7 @@ from mpsearch.exporters.packed import Packed
 from mpsearch.layer import weights_sha256
 from mpsearch.pipeline.search import Evaluator
 from mpsearch.pipeline.verify import tolerance
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.digits import Digits
 
@@ -49,7 +49,7 @@ def run_once(tmp_path_factory):
 @pytest.fixture
 def run(run_once, tmp_path, monkeypatch):
     """A copy of it; the path of the run. An export draws no figures there: they take longer than all else."""
-    redraw = lambda folder, *rest: (SearchResult.load(folder), None, None)  # noqa: E731
+    redraw = lambda folder, *rest: (Run.load(folder), None, None)  # noqa: E731
     monkeypatch.setattr(importlib.import_module("mpsearch.cli.commands.export"), "redraw", redraw)
     shutil.copytree(run_once, tmp_path, dirs_exist_ok=True)
     return tmp_path / "run"
@@ -60,7 +60,7 @@ def content(folder):
 
 
 def test_an_export_is_scored_again_and_a_damaged_bank_is_quantized_again(run, mpsearch, capsys):
-    smallest = SearchResult.load(run).front[0]
+    smallest = Run.load(run).front[0]
     words = ("export", "run=run", f"pick.bits={smallest.average_bits}", "pick.max_bytes=1MB")
     assert mpsearch(*words)[0] == 0
     first = content(run)
@@ -77,7 +77,7 @@ def test_an_export_is_scored_again_and_a_damaged_bank_is_quantized_again(run, mp
     assert file.read_bytes() == whole
 
     # Wrong weights under a right digest: the loss tells, and the earlier export stays.
-    result = SearchResult.load(run)
+    result = Run.load(run)
     wrong = object.__new__(Bank)
     wrong.__dict__.update(folder=run / "bank", identity=_identity(file), _writes=True, _warned=False)
     right = wrong.read(layer, scheme, result.space.schemes[scheme], ())
@@ -99,7 +99,7 @@ def _identity(file):
 
 def test_without_the_data_digests_are_checked(run, mpsearch, capsys):
     """The same files from the bank alone, said in one line; a weight that the bank lacks cannot be made up."""
-    picked = SearchResult.load(run).front[0]
+    picked = Run.load(run).front[0]
     words = ("export", "run=run", f"pick.bits={picked.average_bits}", "pick.max_bytes=1MB")
     assert mpsearch(*words)[0] == 0
     first = content(run)
@@ -130,7 +130,7 @@ def n_bytes(folder):
 
 @pytest.mark.parametrize(("exporter", "named"), [("native", "allocation.json"), ("packed", "packed.safetensors")])
 def test_the_budget_limits_the_files_as_a_whole(run, mpsearch, exporter, named):
-    front = SearchResult.load(run).front
+    front = Run.load(run).front
     words = ("export", "run=run", f"exporter={exporter}")
     largest = front[-1].size_bytes
     code, said = mpsearch(*words, f"pick.bits={front[-1].average_bits}")

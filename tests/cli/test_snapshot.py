@@ -28,7 +28,7 @@ def stubbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             raise InputError("confirm.csv has a row that was not measured")
         return folder / "report.md"
 
-    monkeypatch.setattr(module, "SearchResult", SimpleNamespace(load=load))
+    monkeypatch.setattr(module, "Run", SimpleNamespace(load=load))
     monkeypatch.setattr(module, "write_report", write_report)
     return told
 

@@ -9,7 +9,7 @@ import pytest
 
 from mpsearch.cli import main
 from mpsearch.pipeline.pick import point_id
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_the_answer_is_exported_by_the_command_that_is_printed(solved, asked, co
     printed = shlex.split(re.search(r"export it: (mpsearch export .*)", said)[1])
     command(capsys, monkeypatch, *printed[1:])
     exported = json.loads((place / "run/allocation.json").read_text())
-    result = SearchResult.load(place / "run")
+    result = Run.load(place / "run")
     schemes = {name: layer["scheme"]["name"] for name, layer in exported["layers"].items()}
     (answer,) = (e for e in result.on("search").values() if dict(e.allocation) == schemes)
     assert printed[-1] == f"pick.point={point_id(answer.allocation)}"

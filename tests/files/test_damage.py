@@ -21,7 +21,7 @@ from mpsearch.graph.channel_scaling import Equalization, load_equalization
 from mpsearch.layer import LayerSpec
 from mpsearch.reporting.report import confirm_columns, read_confirm
 from mpsearch.runs.evaluation_rows import evaluation_row
-from mpsearch.runs.run import SENSITIVITY_COLUMNS, RunFolder, SearchResult
+from mpsearch.runs.run import SENSITIVITY_COLUMNS, Run, RunFolder
 from mpsearch.schemes.integer import Integer
 
 MUTATIONS = {
@@ -116,7 +116,7 @@ def loaded(folder: Path, name: str) -> str:
     if name == "equalization.safetensors":
         found = load_equalization(folder / name)
         return repr((found.equalizer, {key: tensor.tolist() for key, tensor in found.tensors.items()}))
-    result = SearchResult.load(folder)
+    result = Run.load(folder)
     if name == "confirm.csv":
         return read_confirm(result, folder).to_csv()
     table = result.sensitivity

@@ -18,7 +18,7 @@ from mpsearch.metrics.kl import KL
 from mpsearch.pipeline.confirm import confirm
 from mpsearch.pipeline.search import Evaluator, search
 from mpsearch.pipeline.sensitivity import measure_sensitivity
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def searched(tiny):
     table = measure_sensitivity(engine, KL())
     evaluate = Evaluator(engine, read_budgets({"bits": 5}, {"bits": AverageBits()}, engine.space))
     search(evaluate, table, optuna.samplers.RandomSampler(seed=0), n_trials=12, n_seeds=4)
-    result = SearchResult(engine.space, "accuracy", evaluate.evaluations, table)
+    result = Run(engine.space, "accuracy", evaluate.evaluations, table)
     before = list(evaluate.evaluations)
     confirmed = confirm(evaluate, result)
     return evaluate, result, confirmed, before
@@ -45,7 +45,7 @@ def test_every_point_of_the_front_and_every_uniform_allocation_is_there(searched
 
 def test_confirming_changes_no_front(searched):
     evaluate, result, _, before = searched
-    after = SearchResult(result.space, "accuracy", evaluate.evaluations, result.sensitivity)
+    after = Run(result.space, "accuracy", evaluate.evaluations, result.sensitivity)
     assert [e for e in evaluate.evaluations if e.split == "search"] == before
     assert after.front == result.front
 
@@ -102,7 +102,7 @@ def test_significant_is_only_what_is_more_than_chance(tiny):
         evaluate.run_packed = spoilt
         rows = [evaluate(small, "sampler", trial=0), evaluate(large, "uniform", trial=1)]
         table = measure_sensitivity(engine, KL())
-        confirmed = confirm(evaluate, SearchResult(space, "accuracy", rows, table))
+        confirmed = confirm(evaluate, Run(space, "accuracy", rows, table))
         by_allocation = {c.evaluation.allocation: c for c in confirmed if c.scheme is None}
         assert by_allocation[large].dominated_by.allocation == small
         assert by_allocation[large].significantly_dominated is sure
@@ -123,7 +123,7 @@ def test_what_is_beyond_the_budget_dominates_nothing(tiny):
     )
     rows = [evaluate(small, "uniform"), evaluate(large, "uniform", trial=0)]
     table = SensitivityTable("kl", "nats", np.ones((3, 3)), engine.space)
-    confirmed = confirm(evaluate, SearchResult(engine.space, "accuracy", rows, table))
+    confirmed = confirm(evaluate, Run(engine.space, "accuracy", rows, table))
     assert [(c.scheme, c.evaluation.feasible) for c in confirmed] == [(None, True), ("w2", False), ("w8", True)]
     assert not any(c.dominated_by for c in confirmed)
 
@@ -150,7 +150,7 @@ def test_dominance_by_another_cost_and_by_a_quality_where_lower_is_better(tiny, 
     rows = [dataclasses.replace(evaluate(a, "sampler", trial=i), loss=on_search[a]) for i, a in enumerate((slow, quick))]
     table = SensitivityTable("kl", "nats", np.ones((3, 3)), engine.space)
     identity = {"quality_kind": "error"}
-    result = SearchResult(engine.space, "error", rows, table, {}, identity, ["milliseconds"], ["milliseconds"])
+    result = Run(engine.space, "error", rows, table, {}, identity, ["milliseconds"], ["milliseconds"])
     by_allocation = {c.evaluation.allocation: c for c in confirm(evaluate, result) if c.scheme is None}
     assert by_allocation[slow].dominated_by.allocation == quick
     assert by_allocation[slow].significantly_dominated is better

@@ -16,7 +16,7 @@ from mpsearch.evaluation import Score, SensitivityTable
 from mpsearch.layer import LayerSpec
 from mpsearch.optimize.pareto import non_dominated
 from mpsearch.pipeline.search import Evaluator, search
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 from mpsearch.samplers.front import Front
 from mpsearch.samplers.path import ILP
 from mpsearch.schemes.integer import Integer
@@ -61,7 +61,7 @@ def covered(evaluations):
 def test_both_costs_are_searched_and_the_front_is_that_of_all_three():
     both = run([SIZE, TIME])
     assert covered(both) > 1.02 * max(covered(run([SIZE])), covered(run([TIME])))
-    result = SearchResult(SPACE, "accuracy", both, TABLE, objectives=["size_bytes", "latency_ms"], costs=["latency_ms"])
+    result = Run(SPACE, "accuracy", both, TABLE, objectives=["size_bytes", "latency_ms"], costs=["latency_ms"])
     measured = list(result.on("search").values())
     keep = non_dominated([(e.size_bytes, e.costs["latency_ms"], e.loss) for e in measured])
     assert {e.allocation for e in result.front} == {e.allocation for e, kept in zip(measured, keep, strict=True) if kept}

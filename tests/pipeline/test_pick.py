@@ -10,7 +10,7 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.layer import LayerSpec
 from mpsearch.pipeline.pick import pick, point_id
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 from mpsearch.schemes.integer import Integer
 
 SPACE = SearchSpace.build([LayerSpec("a", "linear", (9, 9), 81, "a", ("a",))], {f"s{i}": Integer(4, i + 1) for i in range(6)})
@@ -37,7 +37,7 @@ POINTS = [
 
 def result(*confirmed):
     table = SensitivityTable("kl", "nats", np.ones((1, 6)), SPACE)
-    return SearchResult(SPACE, "accuracy", [FLOAT, *POINTS[::-1], *confirmed], table)
+    return Run(SPACE, "accuracy", [FLOAT, *POINTS[::-1], *confirmed], table)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_milliseconds_are_those_that_were_measured():
 def test_the_front_of_another_objective():
     slow = [dataclasses.replace(e, costs={"latency_ms": 10.0 - i}) for i, e in enumerate(POINTS)]
     table = SensitivityTable("kl", "nats", np.ones((1, 6)), SPACE)
-    found = SearchResult(SPACE, "accuracy", slow, table, objectives=["latency_ms"], costs=["latency_ms"])
+    found = Run(SPACE, "accuracy", slow, table, objectives=["latency_ms"], costs=["latency_ms"])
     assert [e.size_bytes for e in found.front] == [3500, 4000], "of lower latency, or of lower loss"
     assert pick(found, max_bytes=3999).size_bytes == 3500
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_picked_is_said(limit, sentence):
 def test_an_empty_front_is_said():
     table = SensitivityTable("kl", "nats", np.ones((1, 6)), SPACE)
     with pytest.raises(InputError, match="no point to pick yet"):
-        pick(SearchResult(SPACE, "accuracy", POINTS[4:5], table))
+        pick(Run(SPACE, "accuracy", POINTS[4:5], table))
 
 
 def test_any_measured_allocation_has_an_id():

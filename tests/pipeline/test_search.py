@@ -18,7 +18,7 @@ from mpsearch.metrics.kl import KL
 from mpsearch.optimize.pareto import non_dominated
 from mpsearch.pipeline.search import Evaluator, compact, knapsack_seeds, search
 from mpsearch.pipeline.sensitivity import measure_sensitivity
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 from mpsearch.samplers.base import seeded
 
 COSTS = {"bytes": Bytes(), "bits": AverageBits(), "fraction": Fraction()}
@@ -59,7 +59,7 @@ def without_seconds(evaluations):
 
 
 def result_of(evaluate, table):
-    return SearchResult(evaluate.engine.space, "accuracy", evaluate.evaluations, table)
+    return Run(evaluate.engine.space, "accuracy", evaluate.evaluations, table)
 
 
 def test_it_begins_with_the_float_model_then_the_uniform_allocations_then_the_knapsack(engine, table):

@@ -10,7 +10,7 @@ from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.layer import LayerSpec
 from mpsearch.reporting.findings import overfit_warning, splits_sentence, times_differ, times_sentence, uniform_sentences
 from mpsearch.reporting.page import summary_header, summary_rows
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 from mpsearch.schemes.integer import Integer
 
 LAYERS = [LayerSpec(name, "linear", (9, 9), 81, name, (name,)) for name in ("a", "b")]
@@ -58,7 +58,7 @@ def rows(float_search=0.98, float_confirm=0.97, n_search=400, times=None):
 
 def result(identity=None, kind="share", **options):
     table = SensitivityTable("kl", "nats", np.ones((2, 3)), SPACE)
-    return SearchResult(SPACE, "accuracy", rows(**options), table, {}, {"quality_kind": kind, **(identity or {})})
+    return Run(SPACE, "accuracy", rows(**options), table, {}, {"quality_kind": kind, **(identity or {})})
 
 
 def test_uniform_allocations_are_dominated_on_the_confirm_split_with_their_accuracy():

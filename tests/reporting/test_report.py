@@ -28,7 +28,7 @@ from mpsearch.reporting.findings import findings, run_hypervolume
 from mpsearch.reporting.page import summary_rows
 from mpsearch.reporting.report import MAX_LAYER_ROWS, write_report
 from mpsearch.runs.evaluation_rows import evaluation_row
-from mpsearch.runs.run import SENSITIVITY_COLUMNS, RunFolder, SearchResult
+from mpsearch.runs.run import SENSITIVITY_COLUMNS, Run, RunFolder
 from mpsearch.tasks.overlap import overlap
 
 COSTS = {"bytes": Bytes(), "bits": AverageBits(), "fraction": Fraction()}
@@ -66,8 +66,9 @@ def searched(engine, limits, n_trials=14):
         "data": {"search": "30 samples", "confirm": "30 other samples"},
         "overlap": overlap(engine.task),
     }
-    result = SearchResult(engine.space, "accuracy", evaluate.evaluations, table, limits, identity)
-    return result, confirm(evaluate, result)
+    result = Run(engine.space, "accuracy", evaluate.evaluations, table, limits, identity)
+    confirmed = confirm(evaluate, result)
+    return replace(result, evaluations=evaluate.evaluations), confirmed
 
 
 def save(result, folder):
@@ -195,7 +196,7 @@ def test_drawn_again_from_its_folder_it_is_the_same(reported):
     images = {name: matplotlib.image.imread(folder / name) for name in FIGURES}
     for name in ("front.csv", "uniform.csv", "report.md", *FIGURES):
         (folder / name).unlink()
-    again = SearchResult.load(folder)
+    again = Run.load(folder)
     write_report(again, folder, pick(again))
     assert {path.name: path.read_text() for path in folder.iterdir() if path.suffix in (".csv", ".md", ".json")} == texts
     for name, image in images.items():
@@ -206,7 +207,7 @@ def test_without_confirmation_it_says_so(tiny, tmp_path):
     engine = tiny.engine(tiny.net(), tiny.task())
     result, _ = searched(engine, {})
     rows = [e for e in result.evaluations if e.split == "search"]
-    alone = SearchResult(result.space, "accuracy", rows, result.sensitivity, {}, result.identity)
+    alone = Run(result.space, "accuracy", rows, result.sensitivity, {}, result.identity)
     page = write_report(alone, tmp_path, pick(alone)).read_text()
     assert "not measured" in page
     assert not (tmp_path / "confirm.csv").exists()
@@ -220,8 +221,10 @@ def test_a_front_without_any_uniform_rival(tiny, tmp_path):
     evaluate = Evaluator(engine, [])
     evaluate(Allocation(), "float")
     evaluate(Allocation({"first": "w4", "second": "w2", "last": "w8"}), "sampler", trial=0)
-    result = SearchResult(engine.space, "accuracy", evaluate.evaluations, table)
-    page = write_report(result, tmp_path, pick(result), confirm(evaluate, result))
+    result = Run(engine.space, "accuracy", evaluate.evaluations, table)
+    confirmed = confirm(evaluate, result)
+    result = replace(result, evaluations=evaluate.evaluations)
+    page = write_report(result, tmp_path, pick(result), confirmed)
     assert "1 of them make the front" in page.read_text()
     assert run_hypervolume(result) is None
     assert "Hypervolume" not in page.read_text()

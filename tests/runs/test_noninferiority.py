@@ -15,7 +15,7 @@ from mpsearch.pipeline.pick import pick
 from mpsearch.quality import Quality
 from mpsearch.reporting.findings import non_inferior_sentence
 from mpsearch.runs.noninferiority import needed, smallest_non_inferior
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 from mpsearch.schemes.integer import Integer
 
 N = 6
@@ -45,7 +45,7 @@ def result(pairs, n, kind="share", max_drop=None, confirmed=True):
             quality = 0.5 + (gained - lost) / n
             rows.append(row(SPACE.allocation([i]), "confirm", "sampler", quality, 0.5 + low, 0.5 + high, n, i))
     identity = {"quality_kind": kind} | ({} if max_drop is None else {"max_drop": max_drop})
-    return SearchResult(SPACE, "accuracy", rows, TABLE, {}, identity)
+    return Run(SPACE, "accuracy", rows, TABLE, {}, identity)
 
 
 def size(found):

@@ -20,7 +20,7 @@ from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.layer import LayerSpec
 from mpsearch.quality import Quality
 from mpsearch.runs.evaluation_rows import evaluation_columns, evaluation_row
-from mpsearch.runs.run import SENSITIVITY_COLUMNS, RunFolder, SearchResult
+from mpsearch.runs.run import SENSITIVITY_COLUMNS, Run, RunFolder
 from mpsearch.runs.space_json import write_identity
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
@@ -92,7 +92,7 @@ def test_effects_come_back_exactly_and_what_is_damaged_is_refused(run):
     effects = np.arange(18, dtype=np.float32).reshape(2, 3, 3)
     run.write_effects(effects)
     assert np.array_equal(run.read_effects(SPACE), effects)
-    assert np.array_equal(SearchResult.load(run.path).sensitivity.effects, effects)
+    assert np.array_equal(Run.load(run.path).sensitivity.effects, effects)
     run.write_effects(effects[:, :2])
     with pytest.raises(InputError, match=r"effects.npy is of another run: got float32 \[2, 2, 3\] for 3 groups and 3 schemes"):
         run.read_effects(SPACE)
@@ -107,9 +107,9 @@ def test_effects_come_back_exactly_and_what_is_damaged_is_refused(run):
 
 
 def test_a_run_is_loaded_from_its_folder_alone(run):
-    result = SearchResult.load(run.path)
+    result = Run.load(run.path)
     assert result.space == SPACE
-    assert result.evaluations == EVALUATIONS
+    assert list(result.evaluations) == EVALUATIONS
     assert result.budgets == {"bits": 3.5}
     assert result.sensitivity.unit == "nats"
     assert result.sensitivity.values[0].tolist() == [1.0, 1 / 3, 1 / 9]
@@ -139,7 +139,7 @@ def test_what_a_result_says():
         evaluation((1, 1, 0), 5, size_bytes=18, loss=1.5),
         evaluation((0, 0, 1), 6, size_bytes=5, loss=0.1, split="confirm"),
     ]
-    result = SearchResult(SPACE, "accuracy", rows, SensitivityTable("kl", "nats", values, SPACE))
+    result = Run(SPACE, "accuracy", rows, SensitivityTable("kl", "nats", values, SPACE))
     assert [e.size_bytes for e in result.front] == [10, 20], "feasible, finite, of the search split, the first of a repeat"
     assert [(s, e.size_bytes) for s, e in result.uniform] == [("w2", 10), ("w4g3", 20), ("bf16", 30)]
     assert result.baseline() is rows[0]
@@ -242,7 +242,7 @@ def test_a_wrong_value_is_named_with_its_line_and_column(run, line, column, text
         run.read_evaluations(SPACE, Quality())
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=str(file)):
-        SearchResult.load(run.path)
+        Run.load(run.path)
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_a_damaged_identity_is_named(run, damage, sentence):
     else:
         write_identity(file, {key: value for key, value in new.items() if key != "sha256"})
     with pytest.raises(InputError, match=rf"space.json is damaged or was edited: {sentence}\. Restore it, or start a new run\."):
-        SearchResult.load(run.path)
+        Run.load(run.path)
 
 
 def test_a_scheme_with_other_fields_is_named(run):
@@ -375,7 +375,7 @@ def test_a_scheme_with_other_fields_is_named(run):
     space["schemes"]["w2"]["wits"] = space["schemes"]["w2"].pop("bits")
     write_identity(run.path / "space.json", {**IDENTITY, "space": space})
     with pytest.raises(InputError, match=r"'space.schemes.w2' must have the fields of a scheme \(TypeError: "):
-        SearchResult.load(run.path)
+        Run.load(run.path)
 
 
 def test_a_setting_that_json_does_not_have_is_refused(tmp_path):
@@ -389,13 +389,13 @@ def test_schemes_that_are_not_ours_must_be_given(run):
     space["schemes"]["bf16"]["class"] = "Posit"
     write_identity(run.path / "space.json", {**IDENTITY, "space": space})
     with pytest.raises(InputError, match="'Posit' is no known scheme"):
-        SearchResult.load(run.path)
-    assert SearchResult.load(run.path, SPACE.schemes).space == SPACE
+        Run.load(run.path)
+    assert Run.load(run.path, SPACE.schemes).space == SPACE
 
 
 def test_a_folder_that_is_no_run(tmp_path):
     with pytest.raises(InputError, match=r"is not a run folder: it has no space.json"):
-        SearchResult.load(tmp_path)
+        Run.load(tmp_path)
 
 
 def test_the_same_identity_is_let_in(run):

@@ -17,7 +17,7 @@ from mpsearch.models.digits import digits
 from mpsearch.packed.model import packed
 from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.search import Evaluator
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.input import IntegerInput
@@ -236,11 +236,11 @@ def test_the_command_trains_records_draws_and_exports(tmp_path, monkeypatch, cap
     searched = ["search", "scheme=[w2,w4]", "quantizer=round_to_nearest", "metric=weight_mse", "n_trials=8", "hydra.run.dir=run"]
     command(*searched)
     folder = tmp_path / "run"
-    before = SearchResult.load(folder)
+    before = Run.load(folder)
     words = ["finetune", "run=run", "pick.bits=2.5", "epochs=3", "batch_size=50", "batches=8", "learning_rate=0.01"]
     said = command(*words)
     assert "a gain of" in said
-    after = SearchResult.load(folder)
+    after = Run.load(folder)
     assert after.front == before.front
     assert after.on("confirm") == before.on("confirm")
     ((allocation, row),) = after.finetuned("search").items()
@@ -260,9 +260,9 @@ def test_the_command_trains_records_draws_and_exports(tmp_path, monkeypatch, cap
 
     command(*words)
     assert len(list((folder / "finetuned").iterdir())) == 1
-    assert SearchResult.load(folder).evaluations == after.evaluations  # nothing was new
+    assert Run.load(folder).evaluations == after.evaluations  # nothing was new
     command("search", "run=run", "n_trials=9")
-    gone_on = SearchResult.load(folder)
+    gone_on = Run.load(folder)
     assert gone_on.finetuned("search")[allocation].loss == row.loss
     assert gone_on.on("search")[allocation] == before.on("search")[allocation]
     assert "## After training" in (folder / "report.md").read_text()
@@ -288,7 +288,7 @@ def test_a_search_trains_its_front_before_it_reports(tmp_path, monkeypatch, caps
     def command(*words):
         monkeypatch.setattr(sys, "argv", ["mpsearch", *words])
         main()
-        return SearchResult.load(tmp_path / "run")
+        return Run.load(tmp_path / "run")
 
     quick = ["quantizer=round_to_nearest", "metric=weight_mse", "n_trials=6", "hydra.run.dir=run"]
     before = command("search", "scheme=[w2,w4]", *quick)

@@ -16,7 +16,7 @@ from mpsearch.pipeline.prepare import Build, Settings, build_schemes, prepare
 from mpsearch.pipeline.verify import Source, TooLarge, check_loss, check_size, staging
 from mpsearch.pipeline.without_data import absent_data, without_data
 from mpsearch.runs.evaluation_rows import SCORED
-from mpsearch.runs.run import RunFolder, SearchResult
+from mpsearch.runs.run import Run, RunFolder
 from mpsearch.training.finetune import restored
 
 
@@ -29,7 +29,7 @@ def export(settings: Settings, build: Build, folder: Path) -> None:
     """
     if "n_trials" not in settings:
         raise InputError("This folder holds a sensitivity table alone; there is no point to export. Run: mpsearch search.")
-    result = SearchResult.load(folder, build_schemes(settings, build))
+    result = Run.load(folder, build_schemes(settings, build))
     picked = pick(result, **settings["pick"])
     trained = [result.finetuned(split).get(picked.allocation) for split in SCORED]
     if settings["finetuned"] and trained[0] is None:
@@ -73,7 +73,7 @@ def _with_data(settings: Settings, build: Build, folder: Path, trained: Evaluati
     return Source(engine, prepared.model_sha256, prepared.folds, prepared.equalization, check)
 
 
-def _smaller(picked: Evaluation, result: SearchResult, settings: Settings, error: TooLarge) -> Evaluation:
+def _smaller(picked: Evaluation, result: Run, settings: Settings, error: TooLarge) -> Evaluation:
     """The next smaller point, where one was asked for by its size; `error`, with what to do, where none was or there is none."""
     if settings["finetuned"] or settings["pick"].get("max_bytes") is None:
         raise InputError(

@@ -20,7 +20,7 @@ from mpsearch.pipeline.resume import check_resumed
 from mpsearch.pipeline.search import Evaluator
 from mpsearch.reporting.report import write_report
 from mpsearch.runs.evaluation_rows import SCORED
-from mpsearch.runs.run import RunFolder, SearchResult
+from mpsearch.runs.run import Run, RunFolder
 from mpsearch.training.finetune import Finetuned, Training
 from mpsearch.training.finetune import finetune as run_finetune
 
@@ -31,7 +31,7 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
         raise InputError("This folder holds a sensitivity table alone; there is no point to train. Run: mpsearch search.")
     given: dict[str, Any] = {field.name: settings.get(field.name) for field in fields(Training)}
     training = Training(**given)
-    result = SearchResult.load(folder, build_schemes(settings, build))
+    result = Run.load(folder, build_schemes(settings, build))
     picked = pick(result, **settings["pick"])
     allocation, space, quality = picked.allocation, result.space, result.quality_name
     costs, batch_size = costs_of_run(settings, build, folder)

@@ -11,7 +11,7 @@ from mpsearch.evaluation import Evaluation
 from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.prepare import Build, Settings
 from mpsearch.reporting.report import write_report
-from mpsearch.runs.run import SearchResult
+from mpsearch.runs.run import Run
 from mpsearch.schemes.base import QuantScheme
 
 
@@ -27,8 +27,8 @@ def report(settings: Settings, build: Build, folder: Path) -> None:
 
 
 def redraw(
-    folder: Path, choose: Callable[[SearchResult], Evaluation], schemes: Mapping[str, QuantScheme] | None = None
-) -> tuple[SearchResult, Evaluation, Path]:
+    folder: Path, choose: Callable[[Run], Evaluation], schemes: Mapping[str, QuantScheme] | None = None
+) -> tuple[Run, Evaluation, Path]:
     """Load the run, write its report with the point that `choose` returns, without its lock: a search may be at work there.
 
     `confirm.csv` may then be newer than the evaluations that were read before it, so that they do not agree: where
@@ -38,7 +38,7 @@ def redraw(
     while True:
         size = file.stat().st_size if file.exists() else 0
         try:
-            result = SearchResult.load(folder, schemes)
+            result = Run.load(folder, schemes)
             picked = choose(result)
             return result, picked, write_report(result, folder, picked)
         except InputError:

@@ -35,7 +35,7 @@ from mpsearch.pipeline.search import search as run_search
 from mpsearch.progress import phase, quiet
 from mpsearch.quality import Quality
 from mpsearch.reporting.report import write_report
-from mpsearch.runs.run import RunFolder, SearchResult
+from mpsearch.runs.run import Run, RunFolder
 from mpsearch.samplers.base import complete
 from mpsearch.tasks.base import Task
 from mpsearch.training.finetune import Training, check_trainable
@@ -127,8 +127,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
                 in_flight=in_flight,
                 finished=mirror or (lambda trial, evaluation: None),
             )
-        # Its evaluations are the evaluator's own list: confirmation adds to it what the report draws.
-        result = SearchResult(
+        result = Run(
             space,
             quality,
             evaluate.evaluations,
@@ -147,6 +146,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
                     with quiet():
                         _, trained, _ = train_point(evaluate, point.allocation, training, folder)
                     advance(f"{point.average_bits:.2f} bits: {result.quality.label} {result.quality.text(trained.quality)}")
+        result = replace(result, evaluations=evaluate.evaluations)  # with those on the confirm split
         picked = pick(result)
         page = write_report(result, folder, picked, confirmed)
         summary(result, picked)

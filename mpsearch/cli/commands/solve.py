@@ -20,7 +20,7 @@ from mpsearch.pipeline.resume import check_resumed
 from mpsearch.pipeline.search import Evaluator
 from mpsearch.pipeline.solve import best_within, cheapest_within, solution
 from mpsearch.reporting.report import write_report
-from mpsearch.runs.run import RunFolder, SearchResult
+from mpsearch.runs.run import Run, RunFolder
 
 
 def solve(settings: Settings, build: Build, folder: Path) -> None:
@@ -30,7 +30,7 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
     max_drop, asked = settings.get("max_drop"), {k: v for k, v in settings["budget"].items() if v is not None}
     if max_drop is None and not asked:
         raise InputError("Nothing to solve for: got neither a budget nor max_drop. Give budget.bytes=100kB, or max_drop=0.01.")
-    result = SearchResult.load(folder, build_schemes(settings, build))
+    result = Run.load(folder, build_schemes(settings, build))
     most = 1 if result.quality.kind == "share" else float("inf")
     if max_drop is not None and (type(max_drop) not in (int, float) or not 0 <= max_drop < most):
         raise InputError(f"max_drop must be a number from 0 to {most}, 0.01 for a point of accuracy; got '{max_drop}'.")
@@ -63,9 +63,9 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
             picked = best_within(evaluate, result.sensitivity, budgets, result.objectives)
         else:
             picked = cheapest_within(evaluate, result.sensitivity, budgets, objective, max_drop)
-        result = replace(result, evaluations=evaluate.evaluations)
         evaluate(picked.allocation, picked.origin, "confirm")  # also where another cost than the objective was limited
-        confirmed = confirm(evaluate, result)
+        confirmed = confirm(evaluate, replace(result, evaluations=evaluate.evaluations))
+        result = replace(result, evaluations=evaluate.evaluations)
         page = write_report(result, folder, picked, confirmed)
         summary(result, picked)
         paths(folder, page, "pareto.png", "front.csv")
