@@ -26,7 +26,7 @@ from mpsearch.packed.model import Weights
 
 
 class Native(Exporter):
-    """Writes `allocation.json`, and `allocation-<digest>.safetensors` next to it; their schema is in the README.
+    """Writes `allocation.json`, and `allocation-<digest>.safetensors` next to it; `allocation.schema.json` describes the first.
 
     The tensors' name is that of their content and the JSON is written last, so that a pair that was exported earlier stays whole
     until it is replaced. Tensors that no JSON file of the folder names any more are then removed.
