@@ -43,7 +43,7 @@ class Cifar10(Classification):
         n_search: int = 2000,
         n_confirm: int | None = None,
         seed: int = 0,
-        batch_size: int = 250,
+        batch_size: int = 100,
     ) -> None:
         data_dir = Path(data_dir).expanduser()
         train_paths, test_paths = find_files(data_dir)

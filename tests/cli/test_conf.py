@@ -94,6 +94,21 @@ def test_every_target_takes_what_its_file_spells(path: Path) -> None:
             assert {key for key in node if not key.startswith("_")} <= parameters.keys()
 
 
+@pytest.mark.parametrize("path", [path for path in OPTIONS if path.parent.name != "scheme"], ids=str)
+def test_a_choice_spells_the_defaults_of_its_target(path: Path) -> None:
+    """All of them, with the values of the signature: what the command line runs by default is what Python runs by default.
+
+    Schemes are excepted, as their files are many choices of one class, and so are interpolations and classes of other packages.
+    """
+    for node in targets(plain(path)):
+        if node["_target_"].startswith("mpsearch."):
+            parameters = inspect.signature(get_object(node["_target_"])).parameters.values()
+            defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+            assert defaults.keys() <= node.keys()
+            spelt = {key: node[key] for key in defaults if not str(node[key]).startswith("${")}
+            assert spelt == {key: defaults[key] for key in spelt}
+
+
 @pytest.mark.parametrize("path", [path for path in OPTIONS if path.parent.name in MULTI_SELECT], ids=str)
 def test_a_multi_select_file_says_where_it_goes(path: Path) -> None:
     group, name = path.parent.name, path.stem
