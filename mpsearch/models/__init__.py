@@ -1,1 +1,1 @@
-"""The shelf of models; its contract is in `base.py`."""
+"""Models: functions that return a trained network in float32. The contract is in `base`."""

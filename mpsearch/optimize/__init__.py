@@ -1,0 +1,1 @@
+"""Optimization on arrays: the knapsack, the surrogate of the loss, Pareto fronts."""

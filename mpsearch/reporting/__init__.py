@@ -1,0 +1,1 @@
+"""Reports: tables, findings, figures, and the page `report.md` of a run."""

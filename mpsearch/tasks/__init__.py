@@ -1,1 +1,1 @@
-"""The shelf of tasks; its contract is in `base.py`."""
+"""Tasks: the data in three splits, and what is measured of a model's outputs. The contract is `base.Task`."""

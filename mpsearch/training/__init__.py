@@ -1,0 +1,1 @@
+"""Training of a picked point as it is stored: quantization-aware, with straight-through gradients."""
