@@ -68,16 +68,22 @@ def test_the_defaults() -> None:
     }
 
 
-@pytest.mark.parametrize("path", OPTIONS, ids=str)
+@pytest.mark.parametrize("path", [path for path in OPTIONS if path.parent.name not in MULTI_SELECT], ids=str)
 def test_every_option_composes(path: Path) -> None:
     group, name = str(path.parent), path.stem
-    if group in MULTI_SELECT:
-        config = composed("search", f"{group}=[{name}]")
-        assert list(config[group]) == [name]
-    else:
-        config = composed("export" if group in EXPORT_GROUPS else "search", f"{group}={name}")
-        if group != "experiment":
-            assert OmegaConf.to_container(config[group]) == plain(path)
+    config = composed("export" if group in EXPORT_GROUPS else "search", f"{group}={name}")
+    if group != "experiment":
+        assert OmegaConf.to_container(config[group]) == plain(path)
+
+
+@pytest.mark.parametrize("group", sorted(MULTI_SELECT))
+def test_all_options_of_a_multi_select_compose(group: str) -> None:
+    names = [path.stem for path in OPTIONS if path.parent.name == group]
+    config = composed("search", f"{group}=[{','.join(names)}]")
+    assert list(config[group]) == names
+    for name in names:
+        node = plain(Path(group, f"{name}.yaml"))
+        assert OmegaConf.to_container(config[group][name]) == (node["cost"][name] if group == "cost" else node)
 
 
 @pytest.mark.parametrize("path", OPTIONS, ids=str)
