@@ -22,6 +22,7 @@ from mpsearch import kernels
 from mpsearch.divergence import Divergence
 from mpsearch.errors import InputError, check_memory
 from mpsearch.graph.products import Product, watched
+from mpsearch.graph.surgery import Hook, hooked
 from mpsearch.layer import LayerSpec, check_finite, rows_shape
 from mpsearch.progress import phase
 from mpsearch.quantizers.base import InputMoments
@@ -67,20 +68,16 @@ def calibrate(
             found = replace(found, rotated=replace(_moments(product, turned), histogram=Histogram.of(turned)))
         sums[name] = InputMoments.pooled([sums[name], found]) if name in sums else found
 
-    hooks = []
+    hooks: list[tuple[nn.Module, Hook]] = []
     for name in names:
         module: Any = model.get_submodule(name)
         check_finite(name, module.weight.detach())  # else the next layer's input would be to blame
         if not isinstance(module, nn.Embedding):
-            hooks.append(module.register_forward_pre_hook(called(name), with_kwargs=True))
-    try:
-        with watched(model, [*names, *weights], see), phase("calibrate", len(batches)) as advance:
-            for inputs, _ in batches:
-                task.forward(model, inputs)
-                advance("")
-    finally:
-        for handle in hooks:
-            handle.remove()
+            hooks.append((module, called(name)))
+    with hooked(hooks), watched(model, [*names, *weights], see), phase("calibrate", len(batches)) as advance:
+        for inputs, _ in batches:
+            task.forward(model, inputs)
+            advance("")
     return {name: replace(_single(moments), histogram=inputs_of[name]) for name, moments in sums.items()}
 
 

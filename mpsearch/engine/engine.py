@@ -11,14 +11,13 @@ import itertools
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.engine.calibrate import fisher_bytes, hessian_bytes, hessians, mean_shifts, output_fishers
@@ -27,8 +26,9 @@ from mpsearch.engine.scoring import score_outputs
 from mpsearch.engine.weight_files import Bank
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score
-from mpsearch.graph.inplace import cloned_inputs, overwritten_inputs
+from mpsearch.graph.inplace import overwritten_inputs
 from mpsearch.graph.products import Product
+from mpsearch.graph.surgery import cloned_inputs, quantize_input, swapped_data
 from mpsearch.layer import check_finite, from_rows, weight_rows
 from mpsearch.quality import Quality
 from mpsearch.quantizers.base import InputMoments, Quantizer
@@ -257,33 +257,25 @@ class QuantEngine:
     def input_quantized(self, layer: str, scheme: str) -> Iterator[None]:
         """The layer's input is quantized as the scheme says, wherever one of its modules is called."""
         quantized = self.quantized(layer, scheme)
-        handles = [quantize_input(module, quantized) for module in self._modules[layer]]
-        try:
+        with ExitStack() as undo:
+            for module in self._modules[layer]:
+                undo.callback(quantize_input(module, quantized))
             yield
-        finally:
-            for handle in handles:
-                if handle is not None:
-                    handle.remove()
 
     @contextmanager
     def applied(self, allocation: Allocation) -> Iterator[nn.Module]:
         """The model with the allocation swapped in; groups that it leaves out stay float. Swaps back on the way out."""
-        saved: list[tuple[Tensor, Tensor]] = []
+        pairs = [(layer.name, scheme) for group, scheme in allocation.items() for layer in self._members[group]]
+        swaps = [self.swaps(*pair) for pair in pairs]  # all before the first is applied: quantizing may run the float model
         self._n_applied += 1
         try:
-            with ExitStack() as inputs:
-                pairs = [(layer.name, scheme) for group, scheme in allocation.items() for layer in self._members[group]]
-                swaps = [self.swaps(*pair) for pair in pairs]  # all before the first: quantizing may run the float model
-                for parameter, value in itertools.chain(*swaps):
-                    saved.append((parameter, parameter.data))
-                    parameter.data = value
+            with ExitStack() as stack:
+                stack.enter_context(swapped_data(itertools.chain(*swaps)))
                 for layer, scheme in pairs:
                     if self.space.schemes[scheme].input_format is not None:
-                        inputs.enter_context(self.input_quantized(layer, scheme))
+                        stack.enter_context(self.input_quantized(layer, scheme))
                 yield self.model
         finally:
-            for parameter, value in reversed(saved):  # a bias may be shared
-                parameter.data = value
             self._n_applied -= 1
 
     def score(self, allocation: Allocation, split: str = "search") -> Score:
@@ -336,29 +328,6 @@ class QuantEngine:
 def _mean_product(weight: Tensor, mean: Tensor) -> Tensor:
     """float64 `[rows]`: what rows, first dimension of `weight`, make of the mean `[k, columns]` of what meets their columns."""
     return torch.einsum("krc,kc->kr", weight.double().reshape(len(mean), -1, mean.shape[1]), mean).flatten()
-
-
-def quantize_input(
-    module: nn.Module, quantized: QuantizedTensor, how: Callable[[Tensor, int], Tensor] | None = None
-) -> RemovableHandle | None:
-    """From now on the module's input is quantized first, as the weight's scheme says; `None` where it stays as it is.
-
-    `how(x, n_inner)` does it in the scheme's place, with the gradient that training needs.
-    """
-    wanted = quantized.scheme.input_format
-    if wanted is None or isinstance(module, nn.Embedding):
-        return None
-    n_inner = 1 if isinstance(module, nn.Linear) else len(quantized.shape) - 1  # of a convolution: channels and space
-
-    def rounded(x: Tensor) -> Tensor:
-        return wanted.fake_quantize(x, n_inner, quantized.input_params) if how is None else how(x, n_inner)
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if args:
-            return (rounded(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "input": rounded(kwargs["input"])}
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def load_batches(task: Task, split: str, device: str) -> list[tuple[Any, Tensor]]:

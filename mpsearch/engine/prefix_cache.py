@@ -10,7 +10,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
 from typing import Any
@@ -20,7 +19,8 @@ from torch import Tensor, nn
 
 from mpsearch.allocation import ALPHABET, Allocation, SearchSpace
 from mpsearch.errors import check_memory
-from mpsearch.graph.calls import Call, Handler, Path, find_runs, follow, intercepted, owned_by, version
+from mpsearch.graph.calls import Call, Path, find_runs, follow, owned_by, version
+from mpsearch.graph.surgery import Handler, intercepted, swapped_data
 from mpsearch.graph.trace import first_samples
 from mpsearch.tasks.base import Task
 
@@ -169,11 +169,11 @@ class PrefixCache:
             with intercepted(_catch(run[-1], key, 0, caught)):
                 self.task.forward(self.model, self._sample)
             output, found, _ = caught[key]
-            with _changed(behind):
+            with swapped_data(_changed(behind)):
                 expected = self.task.forward(self.model, self._sample)
-            with _changed(everywhere):
+            with swapped_data(_changed(everywhere)):
                 self.task.forward(self.model, self._sample)
-            with _changed(behind), intercepted(_replay(run, output)):
+            with swapped_data(_changed(behind)), intercepted(_replay(run, output)):
                 logits = self.task.forward(self.model, self._sample)
         except Exception as error:  # weights that make no sense may break what looks at values; then nothing is known
             check_memory(error)
@@ -246,18 +246,13 @@ def _catch(call: Call, key: Key, macs: float, caught: dict[Key, tuple[Tensor, in
     module: Any = call.module
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        output = module._call_impl(*args, **kwargs)
+        output = module(*args, **kwargs)
         caught[key] = output, version(output), macs
         return output
 
     return {module: run}
 
 
-@contextmanager
-def _changed(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Each parameter holds its own values in other places, slightly larger; and its own again on the way out."""
-    with ExitStack() as stack:
-        for parameter in parameters:
-            stack.callback(setattr, parameter, "data", parameter.data)
-            parameter.data = torch.empty_like(parameter.data).copy_(parameter.data.roll(1) * (1 + 1 / 64))
-        yield
+def _changed(parameters: Sequence[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Each parameter and its own values in other places, slightly larger."""
+    return ((p, torch.empty_like(p.data).copy_(p.data.roll(1) * (1 + 1 / 64))) for p in parameters)

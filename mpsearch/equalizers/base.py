@@ -14,6 +14,7 @@ from mpsearch.errors import InputError, check_memory
 from mpsearch.graph.channel_scaling import SIX, Equalization, by_input
 from mpsearch.graph.fold import TOLERANCE
 from mpsearch.graph.links import Link, find_links
+from mpsearch.graph.surgery import hooked
 from mpsearch.graph.trace import first_samples
 from mpsearch.layer import kind_of, weight_rows
 from mpsearch.schemes.base import QuantScheme
@@ -52,13 +53,9 @@ class Network:
             return hook
 
         names = {name for link in self.links for name in link.consumers}
-        hooks = [self.model.get_submodule(n).register_forward_pre_hook(hook_for(n), with_kwargs=True) for n in names]
-        try:
+        with hooked([(self.model.get_submodule(name), hook_for(name)) for name in names]):
             for inputs, _ in self.batches:
                 self.task.forward(self.model, inputs)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return {name: (largest[name].cpu(), (sums[name] / counts[name]).float().cpu()) for name in names}
 
 

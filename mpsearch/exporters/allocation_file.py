@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
-from mpsearch.engine.engine import quantize_input
 from mpsearch.errors import InputError
 from mpsearch.files import read_regular
 from mpsearch.files.strict_json import JsonObject, canonical, parse
@@ -25,6 +24,7 @@ from mpsearch.files.tensor_file import SHA256, beside, check_regular
 from mpsearch.graph.channel_scaling import Equalization, load_equalization
 from mpsearch.graph.fold import Pair, apply_folds
 from mpsearch.graph.projections import expose_projections
+from mpsearch.graph.surgery import quantize_input
 from mpsearch.layer import from_rows, weights_sha256
 from mpsearch.packed.layers import QuantizedLayer
 from mpsearch.packed.model import pack

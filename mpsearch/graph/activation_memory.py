@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mpsearch.graph.surgery import hooked
 from mpsearch.graph.trace import Forward, evaluating
 from mpsearch.layer import Activations, LayerSpec
 from mpsearch.tree import tensors_in
@@ -106,19 +107,12 @@ def measure_activations(model: nn.Module, forward: Forward, inputs: Any, layers:
 
         return hook
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         recorder.caller = outer.pop()
 
-    handles = []
-    try:
-        for i, layer in enumerate(layers):
-            for module in {model.get_submodule(name) for name in layer.modules}:
-                handles += [module.register_forward_pre_hook(enter(i), with_kwargs=True), module.register_forward_hook(leave)]
-        with evaluating(model), recorder:
-            output = forward(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    before = {model.get_submodule(name): enter(i) for i, layer in enumerate(layers) for name in layer.modules}
+    with hooked(before.items(), [(module, leave) for module in before]), evaluating(model), recorder:
+        output = forward(model, inputs)
     for tensor in tensors_in(output):  # what comes out is read by whoever called
         if memory := recorder.of(tensor):
             memory.reads.append((len(recorder.callers), None))

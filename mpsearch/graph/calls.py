@@ -14,8 +14,7 @@ import math
 import weakref
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,11 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mpsearch.graph.surgery import hooked
 from mpsearch.graph.trace import Forward
 from mpsearch.layer import LayerGroup
 from mpsearch.tree import tensors_in
-
-Handler = Callable[..., Any]
 
 
 @dataclass(eq=False)
@@ -127,26 +125,6 @@ def _is_linked(last: Call, call: Call) -> bool:
     return last.result[0] is call.source[0] and last.result[1] == call.source[1] >= 0
 
 
-@contextmanager
-def intercepted(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
-    """The next call of each module is the handler's, hooks and all; each call after it, and all when this is over, its own."""
-
-    def once(module: nn.Module, handler: Handler) -> Handler:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            del vars(module)["_call_impl"]
-            return handler(*args, **kwargs)
-
-        return call
-
-    try:
-        for module, handler in handlers.items():
-            vars(module)["_call_impl"] = once(module, handler)
-        yield
-    finally:
-        for module in handlers:
-            vars(module).pop("_call_impl", None)
-
-
 def version(value: Any) -> int:
     """How often the tensor was written into; -1 for what is no plain tensor, or does not count."""
     plain = type(value) is Tensor and value.layout == torch.strided and not value.is_inference() and not value.requires_grad
@@ -165,27 +143,21 @@ def _record(model: nn.Module, forward: Forward, inputs: Any, weights: Sequence[T
     root, calls = Call(model, next(clock)), []
     stack = [root]
 
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         source = args[0] if args else None
         call = Call(module, next(clock), source=(source, version(source)))
         stack[-1].children.append(call)
         stack.append(call)
         calls.append(call)
 
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         call = stack.pop()
         call.end, call.result = next(clock), (output, version(output))
 
-    handles = []
-    try:
-        for module in model.modules():
-            handles.append(module.register_forward_pre_hook(enter, prepend=True))  # before one that quantizes the input
-            handles.append(module.register_forward_hook(leave))
-        with _Operations(weights, stack):
-            output = forward(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    modules = list(model.modules())
+    before, after = [(module, enter) for module in modules], [(module, leave) for module in modules]
+    with hooked(before, after, prepend=True), _Operations(weights, stack):  # before a hook that quantizes the input
+        output = forward(model, inputs)
     return root, calls, output
 
 

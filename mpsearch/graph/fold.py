@@ -19,6 +19,7 @@ from torch.backends import cudnn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpsearch.errors import InputError, check_memory, did_you_mean
+from mpsearch.graph.surgery import Hook, hooked
 from mpsearch.layer import from_rows, kind_of, rows_shape, weight_rows
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -186,30 +187,22 @@ def _run_and_watch(model: nn.Module, forward: Forward, inputs: Any) -> tuple[Ten
     made: dict[int, tuple[weakref.ref[Tensor], str]] = {}
     pairs: list[Pair] = []
 
-    def after_layer(name: str, output: Any, weight_ndim: int) -> None:
-        calls[name] += 1
+    names = {module: name for name, module in model.named_modules()}
+
+    def after_layer(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        calls[names[module]] += 1
         # As many dimensions as the weight: a batch of channels-first images, or of plain vectors. (A batch norm takes the
         # second dimension for channels, a linear layer on [n, tokens, features] writes them to the last.)
-        if isinstance(output, Tensor) and output.ndim == weight_ndim:
-            made[id(output)] = (weakref.ref(output), name)
+        if isinstance(output, Tensor) and output.ndim == module.weight.ndim:
+            made[id(output)] = (weakref.ref(output), names[module])
 
-    def before_norm(name: str, args: tuple[Any, ...]) -> None:
-        calls[name] += 1
+    def before_norm(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        calls[names[module]] += 1
         reference, layer = made.get(id(args[0]), (None, "")) if args else (None, "")
         if reference is not None and reference() is args[0]:
-            pairs.append((layer, name))
+            pairs.append((layer, names[module]))
 
-    hooks = []
-    for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
-            hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: before_norm(name, args)))
-        elif kind_of(module) is not None:
-            hooks.append(
-                module.register_forward_hook(lambda module, _, out, name=name: after_layer(name, out, module.weight.ndim))
-            )
-    try:
+    norms: list[tuple[nn.Module, Hook]] = [(module, before_norm) for module in names if isinstance(module, _BatchNorm)]
+    with hooked(norms, [(module, after_layer) for module in names if kind_of(module) is not None]):
         output = forward(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return output, [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mpsearch.graph.channel_scaling import SIX, ChannelClip, scale
 from mpsearch.graph.fold import uses_of_tensors
+from mpsearch.graph.surgery import hooked, replace_module, swapped_data
 from mpsearch.graph.trace import evaluating
 from mpsearch.layer import kind_of, rows_shape, runs_as_usual
 from mpsearch.progress import phase
@@ -81,7 +82,7 @@ class _Probe:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.seen[module].append(next(tensors_in((args, kwargs))).clone())
 
-        with self._hooked({module: look for module in self.layers | self.norms | self.clips}):
+        with hooked([(module, look) for module in self.layers | self.norms | self.clips]):
             self.outputs = self._run()
         unreached = {module for module in self.layers - self.seen.keys() if kind_of(module) != "embedding"}
         self.unreached = {rows_shape(m)[1] * getattr(m, "groups", 1) for m in unreached}
@@ -141,9 +142,9 @@ class _Probe:
                 raise _BlockedError
             return scaled
 
-        before = {module: give_back for module in self.layers} | {module: look_at_clip for module in self.clips}
+        before = [*((module, give_back) for module in self.layers), *((module, look_at_clip) for module in self.clips)]
         try:
-            with self._hooked(before, {module: clip for module in self.clips} | {producer: produce}):
+            with hooked(before, [*((module, clip) for module in self.clips), (producer, produce)]):
                 outputs = self._run()
         except _BlockedError:
             return None
@@ -168,8 +169,7 @@ class _Probe:
                 inverse = 1 / factors[index.to(factors.device)]
                 stack.enter_context(_scaled(self.model.get_submodule(name), inputs=inverse))
             for name, shape in link.clips.items():
-                stack.callback(self.model.set_submodule, name, self.model.get_submodule(name))
-                self.model.set_submodule(name, ChannelClip(SIX * factors.view(shape)).eval())
+                stack.callback(replace_module(self.model, name, ChannelClip(SIX * factors.view(shape)).eval()))
             return _is_close(self._run(), self.outputs)
 
     def _can_undo(self, module: nn.Module) -> bool:
@@ -184,15 +184,6 @@ class _Probe:
     def _run(self) -> Tensor:
         with evaluating(self.model):
             return self.forward(self.model, self.inputs)
-
-    @contextmanager
-    def _hooked(self, before: Mapping[nn.Module, Any], after: Mapping[nn.Module, Any] | None = None) -> Iterator[None]:
-        with ExitStack() as stack:
-            for module, hook in before.items():
-                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            for module, hook in (after or {}).items():
-                stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
-            yield
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -215,15 +206,9 @@ def _channels(module: Any) -> int:
 
 @contextmanager
 def _scaled(module: Any, outputs: Tensor | None = None, inputs: Tensor | None = None) -> Iterator[None]:
-    kept = {parameter: parameter.data for parameter in module.parameters(recurse=False)}
-    try:
-        for parameter in kept:
-            parameter.data = parameter.data.clone()
+    with swapped_data([(parameter, parameter.data.clone()) for parameter in module.parameters(recurse=False)]):
         scale(module, outputs, inputs)
         yield
-    finally:
-        for parameter, data in kept.items():
-            parameter.data = data
 
 
 def _carried(x: Tensor, before: Tensor, axis: int, factors: Tensor) -> Tensor | None:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mpsearch.graph.surgery import hooked
 from mpsearch.graph.uses import MATMULS, Use, watched_uses
 
 PATCH_BYTES = 2**26
@@ -163,9 +164,9 @@ def watched(model: nn.Module, names: Sequence[str], see: See) -> Iterator[None]:
             return output
 
     def enter(name: str) -> Callable[..., None]:
-        return lambda module, args: running.setdefault(id(module.weight), []).append((name, module))
+        return lambda module, args, kwargs: running.setdefault(id(module.weight), []).append((name, module))
 
-    def leave(module: Any, args: Any, output: Any) -> None:
+    def leave(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if calls := running.get(id(module.weight)):  # none where another hook raised before `enter` ran
             calls.pop()
 
@@ -173,15 +174,8 @@ def watched(model: nn.Module, names: Sequence[str], see: See) -> Iterator[None]:
         product = _product_of(use)
         return None if product is None else see(name, product, use.output)
 
-    hooks = []
-    for name in names:
-        if name in modules:
-            hooks.append(modules[name].register_forward_pre_hook(enter(name)))
-            hooks.append(modules[name].register_forward_hook(leave, always_call=True))
+    called = [name for name in names if name in modules]
+    before, after = [(modules[name], enter(name)) for name in called], [(modules[name], leave) for name in called]
     weights = {name: model.get_parameter(name) for name in names if name not in modules}
-    try:
-        with Watch(), watched_uses(model, weights, see_use):
-            yield
-    finally:
-        for handle in hooks:
-            handle.remove()
+    with hooked(before, after, always_call=True), Watch(), watched_uses(model, weights, see_use):
+        yield

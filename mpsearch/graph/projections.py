@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.graph.fold import uses_of_tensors
+from mpsearch.graph.surgery import Undo, snapshot
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -137,27 +139,19 @@ def expose_projections(model: nn.Module) -> nn.Module:
     return model
 
 
-def block_fused_paths(model: nn.Module) -> Callable[[], None]:
-    """Make transformer encoders of `model` call their submodules in eval mode too; returns what undoes it."""
-    undo: list[tuple[nn.Module, str, Any]] = []
-
-    def change(module: nn.Module, name: str, value: Any) -> None:
-        undo.append((module, name, getattr(module, name)))
-        setattr(module, name, value)
-
+def block_fused_paths(model: nn.Module) -> Undo:
+    """Make transformer encoders of `model` call their submodules in eval mode too; returns the undo."""
+    undo = ExitStack()
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
-            change(module, "activation_relu_or_gelu", 0)  # which the fused path alone reads
+            undo.callback(snapshot(module))
+            module.activation_relu_or_gelu = 0  # which the fused path alone reads
         elif isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
-            change(module, "use_nested_tensor", False)
+            undo.callback(snapshot(module))
+            module.use_nested_tensor = False
             if type(module) is nn.TransformerEncoder:
-                change(module, "__class__", PaddedEncoder)
-
-    def run_backwards() -> None:
-        for module, name, value in reversed(undo):
-            setattr(module, name, value)
-
-    return run_backwards
+                module.__class__ = PaddedEncoder
+    return undo.close
 
 
 def _project(module: nn.MultiheadAttention, made: dict[int, list[nn.Parameter]]) -> None:

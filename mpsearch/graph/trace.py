@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mpsearch.errors import InputError
+from mpsearch.graph.surgery import hooked
 from mpsearch.graph.uses import Use, watched_uses
 from mpsearch.layer import LayerSpec, kind_of, rows_shape
 from mpsearch.tree import map_tensors, tensors_in
@@ -59,13 +60,9 @@ def trace_layers(model: nn.Module, forward: Forward, inputs: Any) -> tuple[Layer
             total_macs[module] = total_macs.get(module, 0) + use.macs
 
     weights: dict[str, Any] = {modules[module]: module.weight for module in first_of.values()}
-    hooks = [module.register_forward_hook(count, with_kwargs=True) for module in modules]
-    try:
-        with evaluating(model), torch.no_grad(), watched_uses(model, weights, count_use):
-            forward(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    counted = [(module, count) for module in modules]
+    with hooked(after=counted), evaluating(model), torch.no_grad(), watched_uses(model, weights, count_use):
+        forward(model, inputs)
 
     owners: dict[int, list[nn.Module]] = {}
     for module in [*total_macs, *(module for module in modules if module not in total_macs)]:

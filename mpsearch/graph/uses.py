@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mpsearch.graph.surgery import hooked
 from mpsearch.layer import kind_of
 from mpsearch.tree import map_tensors, tensors_in
 
@@ -88,24 +89,20 @@ def watched_uses(model: nn.Module, weights: Mapping[str, nn.Parameter], see: See
             seen = see(of, Use(func, args, kwargs or {}, weights[of], first))
             return output if seen is None else map_tensors(lambda x: seen if x is first else x, output)
 
-    handles = []
-    for module in model.modules():
-        if (owned := names.get(id(module._parameters.get("weight")))) is not None and kind_of(module) is not None:
+    owners = {
+        module: owned
+        for module in model.modules()
+        if kind_of(module) is not None and (owned := names.get(id(module._parameters.get("weight")))) is not None
+    }
 
-            def enter(module: nn.Module, args: Any, name: str = owned) -> None:
-                running[name] += 1
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        running[owners[module]] += 1
 
-            def leave(module: nn.Module, args: Any, output: Any, name: str = owned) -> None:
-                running[name] -= 1
+    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        running[owners[module]] -= 1
 
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        with Watch():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked([(m, enter) for m in owners], [(m, leave) for m in owners], always_call=True), Watch():
+        yield
 
 
 def holders(model: nn.Module, weight: nn.Parameter, modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str]]:

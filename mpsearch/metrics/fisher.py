@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mpsearch.engine.engine import QuantEngine
 from mpsearch.errors import InputError, check_memory
+from mpsearch.graph.surgery import hooked
 from mpsearch.graph.uses import Use, watched_uses
 from mpsearch.metrics.base import Pair, SensitivityMetric
 
@@ -71,7 +72,6 @@ def seen_calls(engine: QuantEngine, readers: Sequence[str], inputs: Any) -> Iter
     `readers` are names of modules and of weights (`LayerSpec.readers`).
     """
     calls: list[tuple[str, Call]] = []
-    hooks = []
     modules = dict(engine.model.named_modules())
 
     def see(name: str, use: Use) -> Tensor:
@@ -79,23 +79,20 @@ def seen_calls(engine: QuantEngine, readers: Sequence[str], inputs: Any) -> Iter
         calls.append((name, Call(use.args, use.kwargs, output, use)))
         return output.clone()
 
-    for name in readers:
-        if name not in modules:
-            continue
+    def see_call(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        calls.append((names[module], Call(args, kwargs, output)))
+        return output.clone()  # what follows may work in place
 
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> Tensor:
-            output = output if output.requires_grad else output.detach().requires_grad_()
-            calls.append((name, Call(args, kwargs, output)))
-            return output.clone()  # what follows may work in place
-
-        hooks.append(modules[name].register_forward_hook(hook, with_kwargs=True))
-    try:
-        weights = {name: engine.model.get_parameter(name) for name in readers if name not in modules}
-        with torch.enable_grad(), engine.own_inputs(), watched_uses(engine.model, weights, see):
-            logits = engine.task.forward(engine.model, inputs)
-    finally:
-        for handle in hooks:
-            handle.remove()
+    names = {modules[name]: name for name in readers if name in modules}
+    weights = {name: engine.model.get_parameter(name) for name in readers if name not in modules}
+    with (
+        torch.enable_grad(),
+        hooked(after=[(module, see_call) for module in names]),
+        engine.own_inputs(),
+        watched_uses(engine.model, weights, see),
+    ):
+        logits = engine.task.forward(engine.model, inputs)
     yield logits, calls
 
 

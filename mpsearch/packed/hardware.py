@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from mpsearch import kernels
 from mpsearch.allocation import SearchSpace
 from mpsearch.costs.latency import FLOAT, REST, Latency
-from mpsearch.engine.engine import quantize_input
 from mpsearch.evaluation import Timing
+from mpsearch.graph.surgery import hooked, quantize_input
 from mpsearch.layer import LayerSpec, from_rows, kind_of, weight_rows
 from mpsearch.packed.layers import QuantizedLayer, kernel_for
 from mpsearch.packed.model import RUNS, installed, packed_weight, runs_packed
@@ -117,12 +117,8 @@ def _recorded(model: nn.Module, forward: Forward, layers: Sequence[LayerSpec], i
     def hook_for(name: str) -> Any:
         return lambda module, args, kwargs, output: calls[name].append(_Call(args, kwargs, output))
 
-    hooks = [model.get_submodule(name).register_forward_hook(hook_for(name), with_kwargs=True) for name in calls]
-    try:
+    with hooked(after=[(model.get_submodule(name), hook_for(name)) for name in calls]):
         forward(model, inputs)
-    finally:
-        for handle in hooks:
-            handle.remove()
     return calls
 
 
@@ -150,12 +146,11 @@ def _run_of(
 
             def dequantized() -> None:
                 for module, name in zip(modules, layer.modules, strict=True):
-                    handle = quantize_input(module, as_packed.weight)
+                    undo = quantize_input(module, as_packed.weight)
                     for call in calls[name]:
                         swapped = {"weight": from_rows(module, as_packed.weight.dequantize())}
                         torch.func.functional_call(module, swapped, call.args, call.kwargs)
-                    if handle is not None:
-                        handle.remove()
+                    undo()
 
             return dequantized
     pairs = [(module, call) for module, name in zip(made, layer.modules, strict=True) for call in calls[name]]

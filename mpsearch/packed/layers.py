@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch import kernels
+from mpsearch.graph.surgery import Undo, snapshot
 from mpsearch.layer import from_rows
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
 from mpsearch.schemes.input import SMALLEST_NORMAL, IntegerInput
@@ -176,22 +177,12 @@ class PackedConv(PackedModule):
         return output if input.dim() == len(self.shape) else output[0]
 
 
-def read_from(holder: Any, name: str, module: Any) -> Callable[[], None]:
-    """Make the parameter `name` of `holder` the packed `module`'s weight, dequantized when it is read; returns what undoes it."""
-    cls, parameters = type(holder), dict(holder._parameters)
-    had, tied = "tied_to" in vars(holder), vars(holder).get("tied_to", {})
-    del holder._parameters[name]
-    holder.tied_to = {**tied, name: module}  # no submodule, which would stand in the state a second time
+def read_from(holder: Any, name: str, module: Any) -> Undo:
+    """Make the parameter `name` of `holder` the packed `module`'s weight, dequantized when it is read; returns the undo."""
+    undo, cls = snapshot(holder), type(holder)
+    delattr(holder, name)
+    holder.tied_to = {**vars(holder).get("tied_to", {}), name: module}  # no submodule: the state dict would hold it twice
     holder.__class__ = type(cls.__name__, (cls,), {name: property(lambda self: self.tied_to[name].weight)})
-
-    def undo() -> None:
-        holder.__class__ = cls
-        holder._parameters.clear()
-        holder._parameters.update(parameters)
-        holder.tied_to = tied
-        if not had:
-            del holder.tied_to
-
     return undo
 
 

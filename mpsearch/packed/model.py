@@ -7,9 +7,8 @@ its stored tensors and dequantizes them whenever it is called: right, as small, 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -18,13 +17,13 @@ from torch import Tensor, nn
 
 from mpsearch import kernels
 from mpsearch.allocation import Allocation, SearchSpace
-from mpsearch.engine.engine import quantize_input
 from mpsearch.errors import InputError, check_memory
 from mpsearch.files import file_errors, write_atomically
 from mpsearch.files.tensor_file import TensorFile, opened, tensor_file
 from mpsearch.graph.channel_scaling import ChannelClip, Equalization
 from mpsearch.graph.fold import Pair, apply_folds
 from mpsearch.graph.projections import block_fused_paths, expose_projections
+from mpsearch.graph.surgery import Undo, quantize_input, replace_module, snapshot
 from mpsearch.graph.uses import holders
 from mpsearch.layer import kind_of, rows_shape, runs_as_usual
 from mpsearch.packed.layers import (
@@ -109,9 +108,8 @@ def quantized_layers(engine: Weights, allocation: Allocation) -> list[QuantizedL
 RUNS = {"linear": PackedLinear, "conv1d": PackedConv, "conv2d": PackedConv, "embedding": PackedEmbedding}
 
 
-def _install(model: nn.Module, layers: Iterable[QuantizedLayer]) -> Callable[[], None]:
+def _install(model: nn.Module, layers: Iterable[QuantizedLayer]) -> Undo:
     """Put packed modules in place, one layer after the other; returns what puts the float ones back."""
-    undo = [block_fused_paths(model)]
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -119,11 +117,8 @@ def _install(model: nn.Module, layers: Iterable[QuantizedLayer]) -> Callable[[],
     known = layers if isinstance(layers, Sequence) else ()
     biases = {id(model.get_submodule(m).bias): bias for layer in known for m, bias in layer.biases.items()}
 
-    def run_backwards() -> None:
-        for step in reversed(undo):
-            step()
-
-    try:
+    with ExitStack() as undo:
+        undo.callback(block_fused_paths(model))
         for layer in layers:
             modules: list[Any] = [model.get_submodule(name) for name in layer.modules]
             _check_shape(layer, modules[0])
@@ -137,16 +132,13 @@ def _install(model: nn.Module, layers: Iterable[QuantizedLayer]) -> Callable[[],
                 if runs:
                     new = RUNS[str(kind_of(module))](module, layer, packed, bias).eval()
                     for name in names[module]:
-                        model.set_submodule(name, new)
-                        undo.append(functools.partial(model.set_submodule, name, module))
+                        undo.callback(replace_module(model, name, new))
                 else:
                     new = module
-                    undo.append(_dequantize_when_called(module, layer, bias))
-            undo += [read_from(holder, name, new) for holder, name in others]
-    except BaseException:
-        run_backwards()
-        raise
-    return run_backwards
+                    undo.callback(_dequantize_when_called(module, layer, bias))
+            for holder, name in others:
+                undo.callback(read_from(holder, name, new))
+        return undo.pop_all().close
 
 
 def packed_weight(module: Any, weight: QuantizedTensor) -> Any:
@@ -167,38 +159,23 @@ def runs_packed(layer: QuantizedLayer, modules: Sequence[Any]) -> bool:
     return plain and not any(map(any, hooks)) and None not in ops
 
 
-def _dequantize_when_called(module: Any, layer: QuantizedLayer, bias: Tensor | None) -> Callable[[], None]:
-    cls, parameters, weight = type(module), dict(module._parameters), layer.weight
-    handle = quantize_input(module, weight)
-    module.__class__ = type(cls.__name__, (Dequantized, cls), {})
-    del module._parameters["weight"]
-    if bias is not None:
-        module._parameters["bias"] = nn.Parameter(bias, requires_grad=False)
-    attributes = {
-        "own_state": (*module._parameters, *module._buffers),
-        "stored": tuple(weight.tensors),
-        "kind": layer.kind,
-        "owners": layer.modules,
-        "scheme": weight.scheme,
-        "shape": weight.shape,
-    }
-    for name, tensor in weight.tensors.items():
-        module.register_buffer(f"stored_{name}", tensor.clone())  # no view of a file or of the bank
-    for name, value in attributes.items():
-        setattr(module, name, value)
-
-    def undo() -> None:
-        module.__class__ = cls
-        module._parameters.clear()
-        module._parameters.update(parameters)
-        for name in weight.tensors:
-            del module._buffers[f"stored_{name}"]
-        for name in attributes:
-            delattr(module, name)
-        if handle is not None:
-            handle.remove()
-
-    return undo
+def _dequantize_when_called(module: Any, layer: QuantizedLayer, bias: Tensor | None) -> Undo:
+    """Make the module a `Dequantized` one; returns the undo."""
+    weight = layer.weight
+    with ExitStack() as undo:
+        undo.callback(snapshot(module))
+        undo.callback(quantize_input(module, weight))
+        del module.weight
+        module.__class__ = type(type(module).__name__, (Dequantized, type(module)), {})
+        if bias is not None:
+            module.bias = nn.Parameter(bias, requires_grad=False)
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        module.own_state = tuple(name for name, _ in own)
+        module.stored, module.kind, module.owners = tuple(weight.tensors), layer.kind, layer.modules
+        module.scheme, module.shape = weight.scheme, weight.shape
+        for name, tensor in weight.tensors.items():
+            module.register_buffer(f"stored_{name}", tensor.clone())  # no view of a file or of the bank
+        return undo.pop_all().close
 
 
 def _check_shape(layer: QuantizedLayer, module: Any) -> None:

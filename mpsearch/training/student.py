@@ -8,17 +8,17 @@ bank again: nothing is learned that would not be stored, to the byte.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from mpsearch import kernels
 from mpsearch.allocation import Allocation
-from mpsearch.engine.engine import QuantEngine, quantize_input
+from mpsearch.engine.engine import QuantEngine
+from mpsearch.graph.surgery import Undo, quantize_input, snapshot
 from mpsearch.graph.uses import holders
 from mpsearch.layer import LayerSpec, from_rows, weight_rows
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
@@ -168,9 +168,7 @@ class Student:
     @contextmanager
     def installed(self) -> Iterator[None]:
         """The model runs on these weights and biases, and its inputs are quantized, while the block runs."""
-        undo: list[tuple[nn.Module, dict[str, Any], tuple[str, ...]]] = []
-        handles = []
-        try:
+        with ExitStack() as undo:
             for layer, scheme in self.layers:
                 stored = self._stored[layer.name, scheme]
                 modules: list[Any] = [self.base.model.get_submodule(module) for module in layer.modules]
@@ -182,28 +180,20 @@ class Student:
                     rows = stored.dequantize().to(self.base.device)
                 weight_of_modules = from_rows(modules[0], rows)
                 for holder, name in holders(self.base.model, modules[0].weight, modules):
-                    undo.append((holder, dict(holder._parameters), (name,)))
-                    del holder._parameters[name]
+                    undo.callback(snapshot(holder))
+                    delattr(holder, name)
                     setattr(holder, name, weight_of_modules)
                 for module in modules:
-                    undo.append((module, dict(module._parameters), ("weight", "bias")))
-                    handles.append(self._quantize_input(layer, module, stored))
-                    bias = module._parameters.pop("bias", None)
-                    del module._parameters["weight"]
+                    undo.callback(snapshot(module))
+                    undo.callback(self._quantize_input(layer, module, stored))
+                    del module.weight
                     module.weight = weight_of_modules
-                    module.bias = None if bias is None else self.value(self._biases[id(bias)])
+                    if (bias := getattr(module, "bias", None)) is not None:
+                        del module.bias
+                        module.bias = self.value(self._biases[id(bias)])
             yield
-        finally:
-            for module, parameters, names in reversed(undo):
-                for name in names:
-                    module.__dict__.pop(name, None)
-                module._parameters.clear()
-                module._parameters.update(parameters)
-            for handle in handles:
-                if handle is not None:
-                    handle.remove()
 
-    def _quantize_input(self, layer: LayerSpec, module: nn.Module, stored: QuantizedTensor) -> RemovableHandle | None:
+    def _quantize_input(self, layer: LayerSpec, module: nn.Module, stored: QuantizedTensor) -> Undo:
         """As the scheme says: straight through, or by the scale that learns."""
         how: Any = stored.scheme.input_format
         if f"{layer.name}.input_scale" not in self.latents:
