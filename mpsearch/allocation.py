@@ -7,6 +7,7 @@ group, keyed by `space.json`: that is short, greppable, and of fixed width.
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import math
 import re
@@ -54,6 +55,11 @@ class Allocation(Mapping[str, str]):
     def to_json(self) -> str:
         """One line of JSON, groups in their order."""
         return json.dumps(self._schemes, separators=(",", ":"))
+
+    @property
+    def id(self) -> str:
+        """12 hex digits that tell this allocation from all others of a run: the first of its JSON's SHA-256."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

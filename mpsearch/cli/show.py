@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mpsearch.evaluation import Evaluation
 from mpsearch.reporting.findings import non_inferior_sentence, times_sentence, warnings
-from mpsearch.reporting.page import summary_header, summary_rows
+from mpsearch.reporting.summary import summary_header, summary_rows
 from mpsearch.runs.noninferiority import smallest_non_inferior
 from mpsearch.runs.run import Run
 

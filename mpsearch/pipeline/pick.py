@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from mpsearch.allocation import Allocation
 from mpsearch.costs.size import parse_bytes
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
@@ -32,8 +30,8 @@ def pick(
     those, with `max_drop` the smallest that is not inferior to the float model by more than that (`noninferiority`); with
     `min_quality`, or `max_quality` where lower is better, the cheapest whose quality on the confirm split (on the search split
     where not all of the front was confirmed) is at least that good; with neither the one of lowest loss. Without any argument
-    the smallest non-inferior point by the run's own `max_drop`. `point` is an id (`point_id`): that allocation, of all that were
-    measured. What the confirm split chose is flattered by it a little.
+    the smallest non-inferior point by the run's own `max_drop`. `point` is an id (`Allocation.id`): that allocation, of all
+    that were measured. What the confirm split chose is flattered by it a little.
 
     Raises `InputError` where no point fits.
     """
@@ -68,14 +66,9 @@ def pick(
     return min(front, key=lambda e: e.loss)
 
 
-def point_id(allocation: Allocation) -> str:
-    """12 hex digits that tell an allocation from all others of a run: the first of its JSON's SHA-256."""
-    return hashlib.sha256(allocation.to_json().encode()).hexdigest()[:12]
-
-
 def _by_id(result: Run, asked: str) -> Evaluation:
     for allocation, evaluation in result.on("search").items():
-        if point_id(allocation) == asked:
+        if allocation.id == asked:
             return evaluation
     raise InputError(f"No allocation of this run has the id '{asked}'. Give the one that mpsearch solve printed.")
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from mpsearch.allocation import Allocation, SearchSpace
@@ -229,11 +228,6 @@ class Run:
         measured = self.on("search")
         found = [(s, measured[a]) for s in self.space.scheme_names if (a := self.space.uniform(s)) in measured]
         return sorted(found, key=lambda pair: pair[1].size_bytes)
-
-    def to_frame(self) -> pd.DataFrame:
-        """All evaluations, tidy: one row each, columns as in `evaluations.csv`."""
-        rows = [evaluation_row(e, self.space, self.quality_name, self.costs) for e in self.evaluations]
-        return pd.DataFrame(rows, columns=list(evaluation_columns(self.quality_name, self.costs)))
 
 
 def _difference(there: Any, here: Any) -> str:

@@ -91,8 +91,8 @@ def _node(name: str, key: str, node: Callable[[Evil], Any]) -> None:
 CALLS: dict[str, Callable[[Evil], dict[str, Any]]] = {
     "pandas.read_pickle": lambda e: {"_args_": [e.file("pkl")]},
     "pandas.io.pickle.read_pickle": lambda e: {"filepath_or_buffer": e.file("pkl")},
-    "mpsearch.runs.run.pd.read_pickle": lambda e: {"filepath_or_buffer": e.file("pkl")},
-    "mpsearch.reporting.report.pd.read_pickle": lambda e: {"_args_": [e.file("pkl")]},
+    "mpsearch.reporting.tables.pd.io.pickle.read_pickle": lambda e: {"filepath_or_buffer": e.file("pkl")},
+    "mpsearch.reporting.tables.pd.read_pickle": lambda e: {"_args_": [e.file("pkl")]},
     "mpsearch.tasks.cifar10.pickle.load": lambda e: {
         "_args_": [{"_target_": "builtins.open", "file": e.file("pkl"), "mode": "rb"}]
     },

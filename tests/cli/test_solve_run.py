@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from mpsearch.cli import main
-from mpsearch.pipeline.pick import point_id
 from mpsearch.runs.run import Run
 
 
@@ -49,7 +48,7 @@ def test_the_answer_is_exported_by_the_command_that_is_printed(solved, asked, co
     result = Run.load(place / "run")
     schemes = {name: layer["scheme"]["name"] for name, layer in exported["layers"].items()}
     (answer,) = (e for e in result.on("search").values() if dict(e.allocation) == schemes)
-    assert printed[-1] == f"pick.point={point_id(answer.allocation)}"
+    assert printed[-1] == f"pick.point={answer.allocation.id}"
     assert exported["scores"]["confirm"]["loss"] == result.on("confirm")[answer.allocation].loss
     within = [
         e

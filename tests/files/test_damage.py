@@ -19,7 +19,7 @@ from mpsearch.evaluation import Evaluation
 from mpsearch.files.csv_rows import write_rows
 from mpsearch.graph.channel_scaling import Equalization, load_equalization
 from mpsearch.layer import LayerSpec
-from mpsearch.reporting.report import confirm_columns, read_confirm
+from mpsearch.reporting.tables import confirm_columns, evaluations_table, read_confirm
 from mpsearch.runs.evaluation_rows import evaluation_row
 from mpsearch.runs.run import SENSITIVITY_COLUMNS, Run, RunFolder
 from mpsearch.schemes.integer import Integer
@@ -120,7 +120,7 @@ def loaded(folder: Path, name: str) -> str:
     if name == "confirm.csv":
         return read_confirm(result, folder).to_csv()
     table = result.sensitivity
-    tables = result.to_frame().to_csv() if name == "evaluations.csv" else (table.values.tolist(), table.effects.tolist())
+    tables = evaluations_table(result).to_csv() if name == "evaluations.csv" else (table.values.tolist(), table.effects.tolist())
     return repr((result.space, result.identity, tables))
 
 

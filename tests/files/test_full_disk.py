@@ -64,7 +64,7 @@ def commands(tiny, tmp_path, monkeypatch):
         settings = OmegaConf.to_container(compose("search", WORDS))
     monkeypatch.setattr("mpsearch.pipeline.search.LATENCY_SECONDS", 0.001)
     for name in ("pareto", "layers", "sensitivity", "interactions"):
-        monkeypatch.setattr(f"mpsearch.reporting.charts.{name}", lambda *args, **kwargs: None)
+        monkeypatch.setattr(f"mpsearch.reporting.report.draw_{name}", lambda *args, **kwargs: None)
 
     def build(key, **extra):
         made = {"model": tiny.net, "task": functools.partial(tiny.task, n=12)}

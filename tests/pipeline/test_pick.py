@@ -9,7 +9,7 @@ from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.layer import LayerSpec
-from mpsearch.pipeline.pick import pick, point_id
+from mpsearch.pipeline.pick import pick
 from mpsearch.runs.run import Run
 from mpsearch.schemes.integer import Integer
 
@@ -122,7 +122,7 @@ def test_an_empty_front_is_said():
 
 
 def test_any_measured_allocation_has_an_id():
-    ids = {point_id(e.allocation) for e in POINTS}
+    ids = {e.allocation.id for e in POINTS}
     assert len(ids) == len(POINTS)
     for e in POINTS:  # those beyond the budget and those that are dominated, too
-        assert pick(result(), point=point_id(e.allocation)).allocation == e.allocation
+        assert pick(result(), point=e.allocation.id).allocation == e.allocation

@@ -9,7 +9,7 @@ from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.layer import LayerSpec
 from mpsearch.reporting.findings import overfit_warning, splits_sentence, times_differ, times_sentence, uniform_sentences
-from mpsearch.reporting.page import summary_header, summary_rows
+from mpsearch.reporting.summary import summary_header, summary_rows
 from mpsearch.runs.run import Run
 from mpsearch.schemes.integer import Integer
 
@@ -65,13 +65,13 @@ def test_uniform_allocations_are_dominated_on_the_confirm_split_with_their_accur
     said = uniform_sentences(result())
     assert len(said) == 1, "w4 is dominated on the search split alone, and w2 on neither"
     assert said[0] == (
-        "On the confirm split uniform w8 is dominated: with no more bytes a point of the front has a loss of 0.003 instead of "
+        "On the confirm split uniform w8 is dominated: at no more bytes a point of the front has a loss of 0.003 instead of "
         "0.004, and accuracy 96.50 % instead of 96.10 %."
     )
     alone = result()
     alone = dataclasses.replace(alone, evaluations=[e for e in alone.evaluations if e.split == "search"])
     assert uniform_sentences(alone) == [
-        "On the search split uniform w4 is dominated: with no more bytes a point of the front has a loss of 0.04 instead of "
+        "On the search split uniform w4 is dominated: at no more bytes a point of the front has a loss of 0.04 instead of "
         "0.05, and accuracy 96.00 % instead of 95.00 %."
     ]
 

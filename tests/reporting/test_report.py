@@ -23,10 +23,13 @@ from mpsearch.pipeline.confirm import confirm
 from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.search import Evaluator, search
 from mpsearch.pipeline.sensitivity import measure_sensitivity
-from mpsearch.reporting import charts
+from mpsearch.reporting.charts.interactions import interactions
+from mpsearch.reporting.charts.layers import MAX_ROWS, layer_bits
+from mpsearch.reporting.charts.pareto import budget_positions
 from mpsearch.reporting.findings import findings, run_hypervolume
-from mpsearch.reporting.page import summary_rows
-from mpsearch.reporting.report import MAX_LAYER_ROWS, write_report
+from mpsearch.reporting.report import write_report
+from mpsearch.reporting.summary import summary, summary_rows
+from mpsearch.reporting.tables import evaluations_table, front_table, sensitivity_table, trained_table
 from mpsearch.runs.evaluation_rows import evaluation_row
 from mpsearch.runs.run import SENSITIVITY_COLUMNS, Run, RunFolder
 from mpsearch.tasks.overlap import overlap
@@ -95,22 +98,19 @@ def reported(tiny, tmp_path_factory):
     return result, folder
 
 
-def test_what_layers_do_together_is_drawn_where_the_metric_knows_it(reported, tmp_path, monkeypatch):
+def test_interactions_are_drawn_where_the_metric_knows_them(reported, tmp_path):
     result, folder = reported
     assert not (folder / "interactions.png").exists()
     assert "interactions.png" not in (folder / "report.md").read_text()
     effects = np.zeros((2, 3, 3), dtype=np.float32)
     effects[:, 0], effects[:, 1], effects[:, 2] = [[1] * 3, [0] * 3], [[-3] * 3, [0] * 3], [[1] * 3, [1] * 3]
-    drawn = []
-    monkeypatch.setattr(charts, "interactions", lambda values, folder: drawn.append(values))
     values = 0.5 * np.square(effects).sum(0)
     knowing = replace(result, sensitivity=replace(result.sensitivity, effects=effects, values=values))
+    drawn = interactions(knowing.sensitivity, pick(result))
+    assert drawn.loc["first", "second"] == pytest.approx(-1)
+    assert drawn.loc["last", "first"] == pytest.approx(0.5**0.5)
     write_report(knowing, tmp_path, pick(result))
-    assert drawn[0].loc["first", "second"] == pytest.approx(-1)
-    assert drawn[0].loc["last", "first"] == pytest.approx(0.5**0.5)
     assert "![Interactions](interactions.png)" in (tmp_path / "report.md").read_text()
-    monkeypatch.undo()
-    write_report(knowing, tmp_path, pick(result))
     assert (tmp_path / "interactions.png").stat().st_size > 5_000
 
 
@@ -230,23 +230,17 @@ def test_a_front_without_any_uniform_rival(tiny, tmp_path):
     assert "Hypervolume" not in page.read_text()
 
 
-def test_a_long_front_is_thinned_but_keeps_the_pick(tiny, tmp_path, monkeypatch):
+def test_a_long_front_is_thinned_but_keeps_the_pick(tiny):
     engine = tiny.engine(tiny.net(), tiny.task())
-    result, confirmed = searched(engine, {}, n_trials=27)
-    assert MAX_LAYER_ROWS == 24
-    monkeypatch.setattr("mpsearch.reporting.report.MAX_LAYER_ROWS", 2)
-    shown = {}
-    monkeypatch.setattr(
-        "mpsearch.reporting.charts.layers",
-        lambda bits, schemes, folder, picked: shown.update(bits=bits, schemes=schemes, picked=picked),
-    )
+    result, _ = searched(engine, {}, n_trials=27)
+    assert MAX_ROWS == 24
     picked = result.front[1]
-    write_report(result, tmp_path, picked, confirmed)
-    assert shown["picked"] == 1
-    assert shown["schemes"].iloc[1].to_dict() == dict(picked.allocation)
-    assert len(shown["bits"]) == 3
+    bits, schemes, position = layer_bits(result, picked, max_rows=2)
+    assert position == 1
+    assert schemes.iloc[1].to_dict() == dict(picked.allocation)
+    assert len(bits) == 3
     first = result.space.schemes[result.front[0].allocation["first"]]
-    assert shown["bits"].iloc[0]["first"] == first.storage_bits((4, 2, 3, 3)) / 72
+    assert bits.iloc[0]["first"] == first.storage_bits((4, 2, 3, 3)) / 72
 
 
 def test_hypervolume_is_that_of_the_front_below_the_uniform_corner(reported):
@@ -271,14 +265,14 @@ def test_summary_has_float_uniform_and_pick(reported):
 def test_a_damaged_confirm_table_is_named(reported, tmp_path, monkeypatch):
     result, _ = reported
     for figure in ("pareto", "layers", "sensitivity"):
-        monkeypatch.setattr(f"mpsearch.reporting.charts.{figure}", lambda *args, **kwargs: None)
+        monkeypatch.setattr(f"mpsearch.reporting.report.draw_{figure}", lambda *args, **kwargs: None)
     for text in ("", "\x00\x00", "scheme,drop\n,0.1\n"):
         (tmp_path / "confirm.csv").write_text(text)
         with pytest.raises(InputError, match=r"confirm.csv is damaged: .*\. Delete it and confirm again"):
             write_report(result, tmp_path, pick(result))
 
 
-def test_what_is_drawn_is_computed_by_hand(reported, tmp_path, monkeypatch):
+def test_what_is_drawn_is_computed_by_hand(reported):
     """The positions of the budgets in bytes, and the losses and qualities of a trained point before and after."""
     result, _ = reported
     picked = pick(result)
@@ -287,11 +281,7 @@ def test_what_is_drawn_is_computed_by_hand(reported, tmp_path, monkeypatch):
         split: replace(e, trial=None, origin=FINETUNED, loss=e.loss / 3, quality=e.quality + 0.25) for split, e in rows.items()
     }
     result = replace(result, evaluations=[*result.evaluations, *after.values()])
-    drawn = {}
-    monkeypatch.setattr(charts, "pareto", lambda *tables, **named: drawn.update(named))
-    write_report(result, tmp_path, picked)
-
-    (limits,) = drawn["limits"]
+    limits = budget_positions(result, "size_bytes")
     n_weights = sum(layer.numel for layer in result.space.layers)
     rest = result.space.other_bits / 8
     assert limits == {
@@ -299,11 +289,12 @@ def test_what_is_drawn_is_computed_by_hand(reported, tmp_path, monkeypatch):
         "budget.bytes = 420": 420,
         "budget.fraction = 0.45": pytest.approx(0.45 * (4 * n_weights + rest)),
     }
-    for row in drawn["trained"].to_dict("records"):
+    drawn = trained_table(result)
+    for row in drawn.to_dict("records"):
         was, became = rows[row["split"]], after[row["split"]]
         assert (row["loss_before"], row["loss"]) == (was.loss, became.loss)
         assert (row["accuracy_before"], row["accuracy"]) == (was.quality, became.quality)
-    assert len(drawn["trained"]) == 2
+    assert len(drawn) == 2
 
 
 def test_the_counts_of_the_page_are_those_of_the_tables(reported):
@@ -342,3 +333,25 @@ def test_dominated_points_are_counted_on_the_front_alone(reported):
     said = " ".join(findings(result, pick(result), table))
     assert "On the confirm split 3 of 4 points of the front are dominated in loss" in said
     assert "for 2 of them that point's accuracy is significantly better" in said
+
+
+def test_the_summary_says_what_to_do_next_in_less_than_a_screen(reported):
+    result, folder = reported
+    picked = pick(result)
+    shown = summary(result, picked, folder)
+    assert {len(row) for row in shown.rows} == {len(shown.header)}
+    assert f"{picked.size_bytes:,} bytes: " in shown.lines[0]
+    assert shown.lines[-3].startswith("export a point: mpsearch export ")
+    assert shown.lines[-3].endswith(f"pick.point={picked.allocation.id}")
+    assert len(shown.rows) + 6 + len(shown.lines) <= 22, "with a title, a frame, and the paths of the page and two files: 25"
+    assert not any(line.startswith("export") for line in summary(result, picked).lines)
+
+
+def test_the_tables_are_tidy(reported):
+    result, folder = reported
+    assert front_table(result).to_csv(index=False) == (folder / "front.csv").read_text()
+    table = sensitivity_table(result.sensitivity)
+    assert list(table.columns) == list(SENSITIVITY_COLUMNS)
+    first = table[(table.group == "first") & (table.scheme == "w4")].iloc[0]
+    assert first.value == result.sensitivity.values[0, result.space.scheme_names.index("w4")]
+    assert len(evaluations_table(result)) == len(result.evaluations)

@@ -114,7 +114,7 @@ def test_where_even_the_largest_point_drops_by_more_it_is_said():
     run = result([(0, 60), (0, 50), (0, 40)], 400)
     found = smallest_non_inferior(run, 0.005)
     assert (size(found), found.decided, found.within, found.n_needed) == (3000, False, False, None)
-    assert "which is more already" in non_inferior_sentence(run, found)
+    assert "already has an estimated drop of 10.00 points" in non_inferior_sentence(run, found)
     assert pick(run).size_bytes == 3000
     with pytest.raises(InputError, match=r"drop of at most 0\.50 points: on the confirm split the largest one has 10\.00 points"):
         pick(run, max_drop=0.005)

@@ -19,6 +19,7 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.layer import LayerSpec
 from mpsearch.quality import Quality
+from mpsearch.reporting.tables import evaluations_table
 from mpsearch.runs.evaluation_rows import evaluation_columns, evaluation_row
 from mpsearch.runs.run import SENSITIVITY_COLUMNS, Run, RunFolder
 from mpsearch.runs.space_json import write_identity
@@ -113,7 +114,7 @@ def test_a_run_is_loaded_from_its_folder_alone(run):
     assert result.budgets == {"bits": 3.5}
     assert result.sensitivity.unit == "nats"
     assert result.sensitivity.values[0].tolist() == [1.0, 1 / 3, 1 / 9]
-    frame = result.to_frame()
+    frame = evaluations_table(result)
     assert tuple(frame.columns) == evaluation_columns("accuracy")
     assert len(frame) == len(EVALUATIONS)
     assert frame.allocation.tolist() == ["", "222", "000", "010", "010", "010"]

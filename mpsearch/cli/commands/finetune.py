@@ -14,7 +14,7 @@ from mpsearch.errors import InputError, run_option
 from mpsearch.evaluation import FINETUNED, Evaluation
 from mpsearch.graph.channel_scaling import recorded
 from mpsearch.packed.agreement import check_verified
-from mpsearch.pipeline.pick import pick, point_id
+from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.prepare import Build, Settings, build_schemes, prepare
 from mpsearch.pipeline.resume import check_resumed
 from mpsearch.pipeline.search import Evaluator
@@ -63,7 +63,7 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
     )
     paths(folder, page, "pareto.png")
     check_verified([confirmed])
-    print(f"export it: mpsearch export {run_option(folder)} pick.point={point_id(allocation)} finetuned=true")
+    print(f"export it: mpsearch export {run_option(folder)} pick.point={allocation.id} finetuned=true")
 
 
 def train_point(

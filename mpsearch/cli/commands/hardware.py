@@ -17,7 +17,7 @@ from mpsearch.files import file_errors
 from mpsearch.graph.trace import batch_length, first_samples
 from mpsearch.packed.hardware import facts, measure_latency, self_test
 from mpsearch.pipeline.prepare import Build, Prepared, Settings, prepare
-from mpsearch.reporting.report import draw_latency
+from mpsearch.reporting.charts.latency import draw_latency
 
 LATENCY_SECONDS = 10.0  # spent on a latency table that a search needs
 

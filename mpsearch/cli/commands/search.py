@@ -27,7 +27,7 @@ from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.packed.agreement import check_verified
 from mpsearch.pipeline.confirm import confirm
 from mpsearch.pipeline.mirror import Mirror
-from mpsearch.pipeline.pick import pick, point_id
+from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.prepare import Build, Prepared, Settings, engine_elsewhere, prepare
 from mpsearch.pipeline.resume import check_resumed
 from mpsearch.pipeline.search import Evaluator, check_sampler
@@ -152,7 +152,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         summary(result, picked)
         paths(folder, page, "pareto.png", "front.csv")
         check_verified(result.on("confirm").values())
-        print(f"export a point: mpsearch export {run_option(folder)} pick.point={point_id(picked.allocation)}")
+        print(f"export a point: mpsearch export {run_option(folder)} pick.point={picked.allocation.id}")
 
 
 def _max_drop(asked: Any, task: Task) -> float:

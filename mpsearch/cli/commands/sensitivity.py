@@ -16,7 +16,7 @@ from mpsearch.graph.unsearched import sentence
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.pipeline.prepare import Build, Settings, prepare
 from mpsearch.pipeline.sensitivity import measure_sensitivity
-from mpsearch.reporting.report import draw_sensitivity
+from mpsearch.reporting.charts.sensitivity import draw_sensitivity
 from mpsearch.runs.run import RunFolder
 
 

@@ -14,7 +14,6 @@ from mpsearch.costs.size import Bytes
 from mpsearch.errors import InputError, run_option
 from mpsearch.graph.channel_scaling import recorded
 from mpsearch.pipeline.confirm import confirm
-from mpsearch.pipeline.pick import point_id
 from mpsearch.pipeline.prepare import Build, Settings, build_schemes, prepare
 from mpsearch.pipeline.resume import check_resumed
 from mpsearch.pipeline.search import Evaluator
@@ -69,4 +68,4 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
         page = write_report(result, folder, picked, confirmed)
         summary(result, picked)
         paths(folder, page, "pareto.png", "front.csv")
-        print(f"export it: mpsearch export {run_option(folder)} pick.point={point_id(picked.allocation)}")
+        print(f"export it: mpsearch export {run_option(folder)} pick.point={picked.allocation.id}")

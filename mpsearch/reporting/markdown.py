@@ -1,0 +1,164 @@
+"""`report.md`: what a run found, and how, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from mpsearch.evaluation import Evaluation
+from mpsearch.graph.unsearched import sentence
+from mpsearch.intervals import FEWEST, is_approximate, proportion_interval
+from mpsearch.packed.layers import kernel_for
+from mpsearch.reporting.findings import drop_text, findings, splits_sentence, times_sentence
+from mpsearch.reporting.summary import SIZES, summary_header, summary_rows
+from mpsearch.runs.run import Run
+
+INPUTS_ALONE = (
+    "Inputs are rounded just before a layer's product; its output, and all operations between layers (activations, pooling, "
+    "residual additions), are float32: no two operations exchange integers."
+)
+
+
+def page(run: Run, picked: Evaluation, confirmed: pd.DataFrame | None) -> str:
+    """`report.md`; `confirmed` is the table of `confirm.csv`, where there is one."""
+    blocks = [
+        f"# {run.identity.get('model_name', 'Model')} on {run.identity.get('task_name', 'its task')}",
+        _setting(run),
+        "![Pareto front](pareto.png)",
+        "## Findings",
+        "\n".join(findings(run, picked, confirmed)),
+        markdown_table(summary_header(run), summary_rows(run, picked)),
+        _measurements(run),
+        "## Schemes",
+        *_schemes(run),
+        "## Bits of each layer",
+        "![Bits of each layer](layers.png)",
+        "## Layer sensitivity",
+        "![Sensitivity](sensitivity.png)",
+        *(["![Interactions](interactions.png)"] if run.sensitivity.effects is not None else []),
+        "## The front",
+        _front(run, confirmed, picked),
+        *_trained(run),
+        "Tables: `front.csv`, `uniform.csv`, `confirm.csv`, `evaluations.csv`, `sensitivity.csv`; the space: `space.json`; "
+        "the settings: `config.yaml`.",
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown."""
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
+
+
+def _setting(run: Run) -> str:
+    """What was searched, and on which data."""
+    space, identity = run.space, run.identity
+    n_trials = sum(e.trial is not None for e in run.evaluations)
+    return "\n".join(
+        [
+            f"{len(space.groups)} layers or groups, {len(space.schemes)} schemes: 10^{space.log10_combinations:.1f} "
+            f"allocations. {n_trials} trials measured {len(run.on('search'))} different ones; {len(run.front)} of them make the "
+            "front.",
+            *[f"{split.capitalize()} data: {description}." for split, description in identity.get("data", {}).items()],
+            *([sentence(identity["not_searched"])] if "not_searched" in identity else []),
+            *([f"Channels were equalized beforehand: {_equalizer(identity)}."] if identity.get("equalizer") else []),
+            *([splits_sentence(identity["overlap"])] if "overlap" in identity else []),
+        ]
+    )
+
+
+def _schemes(run: Run) -> list[str]:
+    schemes = run.space.schemes
+    listed = "\n".join(f"- `{name}`: {scheme.describe()}" for name, scheme in schemes.items())
+    return [listed, *([INPUTS_ALONE] if any(scheme.input_format is not None for scheme in schemes.values()) else [])]
+
+
+def _front(run: Run, confirmed: pd.DataFrame | None, picked: Evaluation) -> str:
+    """The points of the front, with what the confirm split says of them."""
+    quality, marks = run.quality, {}
+    if confirmed is not None:
+        marks = {row.allocation: row for row in confirmed[confirmed.scheme == ""].itertuples()}
+    rows = []
+    for e in run.front:
+        mark = marks.get(e.allocation.to_json())
+        notes = ["picked"] if e.allocation == picked.allocation else []
+        drop = ""
+        if mark is not None:
+            drop = drop_text(quality, mark.drop, mark.drop_low, mark.drop_high)
+            notes += ["not inferior"] if mark.non_inferior == "yes" else []
+            if not pd.isna(mark.dominated_by_bytes):
+                better = f", whose {quality.name} is significantly better" if mark.significantly_dominated else ""
+                notes.append(f"dominated by {int(mark.dominated_by_bytes):,} bytes{better}")
+        rows.append((*_sizes(e), f"{e.loss:.4g}", quality.text(e.quality), drop, "; ".join(notes)))
+    header = [*SIZES, "loss search", f"{quality.label} search", f"{quality.drop_label}, confirm (95 %)", ""]
+    return markdown_table(header, rows)
+
+
+def _trained(run: Run) -> list[str]:
+    """The section on the points that were trained, smallest first; empty where none was."""
+    quality, trained, baseline = run.quality, run.finetuned("confirm"), run.baseline("confirm")
+    if not trained or baseline is None:
+        return []
+    confirmed, on_search = run.on("confirm"), run.finetuned("search")
+    rows = []
+    for after in sorted(trained.values(), key=lambda e: e.size_bytes):
+        both = confirmed[after.allocation], after
+        losses, qualities = [f"{e.loss:.4g}" for e in both], [quality.text(e.quality) for e in both]
+        drops = [drop_text(quality, *e.drop_from(baseline, quality)) for e in both]
+        rows.append((*_sizes(after), *losses, *qualities, *drops, f"{on_search[after.allocation].seconds:.0f}"))
+    header = [*SIZES, "loss before", "loss after", f"{quality.label} before", f"{quality.label} after"]
+    header += [f"{quality.drop_label}, before (95 %)", f"{quality.drop_label}, after (95 %)", "seconds of training"]
+    about = (
+        "Trained as they are stored (`mpsearch finetune`, or `confirm.finetune_steps`); scored on the confirm split, the epoch "
+        "chosen on the search split."
+    )
+    return ["## After training", about, markdown_table(header, rows)]
+
+
+def _sizes(e: Evaluation) -> tuple[str, str, str]:
+    return f"{e.average_bits:.3f}", f"{e.average_bits_all:.3f}", f"{e.size_bytes:,}"
+
+
+def _measurements(run: Run) -> str:
+    """What the intervals are, whether a point ran simulated or packed, which layers no kernel runs, and the times."""
+    said = _intervals(run)
+    said += (
+        " On the search split scores are simulated: dequantized weights, float32 arithmetic, inputs rounded as the scheme says."
+    )
+    confirmed = run.on("confirm").values()
+    if any(e.packed for e in confirmed):
+        said += " On the confirm split the models ran on packed weights."
+        if wrong := [e for e in confirmed if not e.verified]:
+            sizes = ", ".join(f"{e.size_bytes:,}" for e in wrong)
+            said += f" **Unverified: the points of {sizes} bytes.** Their packed outputs differ from the simulated ones."
+        used = {(layer, e.allocation[g.name]) for e in confirmed for g in run.space.groups for layer in g.layers}
+        without = {(la.kind, name) for la, name in used if kernel_for(la.kind, la.shape, run.space.schemes[name]) is None}
+        if without:
+            pairs = ", ".join(f"{kind} in `{name}`" for kind, name in sorted(without))
+            said += f" No kernel runs {pairs}: such layers are dequantized at every call, which is slow."
+    return said + times_sentence(run)
+
+
+def _intervals(run: Run) -> str:
+    """What the intervals are, and what the samples of the confirm split can show at all."""
+    said = "Intervals are 95 % intervals of the difference from the float model on the same samples."
+    baseline = run.baseline("confirm")
+    if baseline is None:
+        return said
+    n = baseline.n_samples
+    if run.quality.kind == "share":
+        least = proportion_interval(0, 0, n)[1]
+        said += f" {n:,} samples cannot show a drop below {100 * least:.2g} points, even where no prediction changes."
+    if is_approximate(n):
+        said += f" They are approximate: the confirm split has {n} independent samples, and coverage needs at least {FEWEST}."
+    return said
+
+
+def _equalizer(identity: Mapping[str, Any]) -> str:
+    """The equalizer with its settings: "CrossLayer (tolerance=0.001, max_sweeps=100)"."""
+    fields = {key: value for key, value in identity["equalizer"].items() if key not in ("_target_", "sha256")}
+    name = identity["equalizer"]["_target_"].rpartition(".")[2]
+    return name + (f" ({', '.join(f'{key}={value}' for key, value in fields.items())})" if fields else "")
