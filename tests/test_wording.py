@@ -57,7 +57,6 @@ PENDING: tuple[str, ...] = (
     "mpsearch/packed/",
     "mpsearch/pipeline/",
     "mpsearch/quantizers/",
-    "mpsearch/reporting/",
     "mpsearch/runs/",
     "mpsearch/runtimes/",
     "mpsearch/samplers/",
