@@ -25,7 +25,7 @@ def checked_batches(batches: Iterable[Any], split: str) -> list[Batch]:
         if isinstance(batches, Iterable):
             raise
         raise InputError(
-            f"The task's batches('{split}') must be a sequence of pairs (inputs, targets); got a {type(batches).__name__}."
+            f"The task's batches('{split}') must be a sequence of pairs (inputs, targets); got {_shown(batches)}."
         ) from error
 
 
@@ -47,4 +47,4 @@ def _shown(batch: Any) -> str:
         return f"a {type(batch).__name__} with {', '.join(map(str, batch))}"
     if isinstance(batch, list | tuple):
         return f"{len(batch)} parts"
-    return f"a {type(batch).__name__}"
+    return "None" if batch is None else f"a {type(batch).__name__}"

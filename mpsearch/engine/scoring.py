@@ -10,7 +10,7 @@ from torch import Tensor
 from mpsearch.divergence import CHUNK, Divergence
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score
-from mpsearch.intervals import cluster_values, paired_interval
+from mpsearch.intervals import bootstrap_values, cluster_values, paired_interval
 from mpsearch.quality import Quality
 from mpsearch.tasks.base import Task
 
@@ -23,8 +23,9 @@ def score_outputs(
     itself = outputs is None
     outputs = reference if outputs is None else outputs
     quality = Quality(task.quality_name, task.quality_kind)
-    baseline = _qualities(task, reference, targets, split)
-    qualities = baseline if itself else _qualities(task, outputs, targets, split)
+    targets = reference if task.against_float else targets
+    baseline, n_samples = _qualities(task, reference, targets, split)
+    qualities = baseline if itself else _qualities(task, outputs, targets, split)[0]
     low, high = (0.0, 0.0) if itself else paired_interval(qualities, baseline)
     return Score(
         loss=divergence.mean(outputs, reference),
@@ -33,23 +34,28 @@ def score_outputs(
         quality_low=quality.score(baseline.mean() + low),
         quality_high=quality.score(baseline.mean() + high),
         noise=_noise(outputs, reference),
-        n_samples=len(qualities),
+        n_samples=n_samples,
         qualities=qualities.astype(np.float32),
     )
 
 
-def _qualities(task: Task, outputs: Tensor, targets: Tensor, split: str) -> NDArray[np.float64]:
-    """The quality of each independent sample, `[n_samples]`."""
-    values = task.quality(outputs, targets).double().cpu().numpy()
-    clusters = task.clusters(split)
+def _qualities(task: Task, outputs: Tensor, targets: Tensor, split: str) -> tuple[NDArray[np.float64], int]:
+    """(values whose mean is the quality, one for each independent sample or bootstrap resample; number of samples)."""
+    quality, clusters = torch.as_tensor(task.quality(outputs, targets)), task.clusters(split)
+    if not quality.dim():
+        units = np.arange(len(targets)) if clusters is None else clusters.numpy()
+        values = bootstrap_values(lambda index: float(task.quality(outputs[index], targets[index])), units)
+        return values, len(np.unique(units))
+    values = quality.double().cpu().numpy()
     if clusters is None:
-        return values
+        return values, len(values)
     if clusters.shape != values.shape:
         raise InputError(
             f"The task's clusters of the {split} split must be one integer for each of its {len(values):,} quality values; "
             f"got shape {tuple(clusters.shape)}."
         )
-    return cluster_values(values, clusters.numpy())
+    values = cluster_values(values, clusters.numpy())
+    return values, len(values)
 
 
 def _noise(outputs: Tensor, reference: Tensor) -> float:

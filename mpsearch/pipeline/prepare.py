@@ -146,7 +146,8 @@ def prepare(settings: Settings, build: Build, equalization: Equalization | None 
             check_output(logits)
             task.divergence, why = task.chosen_divergence(model, calibration)
             print(f"loss: {task.divergence.describe()} ({why})")
-            qualities = task.quality(logits, targets)
+            targets = logits if task.against_float else targets
+            qualities = torch.as_tensor(task.quality(logits, targets))
             task.cross_entropy(logits, targets)
     except InputError:
         raise

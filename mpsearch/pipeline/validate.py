@@ -111,11 +111,12 @@ def check_output(logits: Any) -> None:
 def check_qualities(qualities: Tensor, n: int, quality: Quality) -> None:
     """Raise `InputError` unless they are at most `n` numbers of the quality's kind."""
     right = ((qualities >= 0) & (qualities <= 1)) if quality.kind == "share" else qualities.isfinite()
-    if qualities.ndim != 1 or not 1 <= len(qualities) <= n or not right.all():
+    if qualities.ndim > 1 or not 1 <= qualities.numel() <= n or not right.all():
         of = "from 0 to 1" if quality.kind == "share" else "that are finite"
         raise InputError(
-            f"The task's quality must be [{n}] numbers {of}, one a sample (fewer where a sample has several rows); got the shape "
-            f"{tuple(qualities.shape)}, from {float(qualities.min()):g} to {float(qualities.max()):g}."
+            f"The task's quality must be [{n}] numbers {of}, one per sample (fewer where a sample has several rows), or one "
+            f"number for all samples; got the shape {tuple(qualities.shape)}, from {float(qualities.min()):g} to "
+            f"{float(qualities.max()):g}."
         )
 
 

@@ -7,7 +7,6 @@ and `cross_entropy`; a new task is a subclass with `batches`, and a YAML in `con
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
@@ -25,7 +24,7 @@ from mpsearch.tree import map_tensors, tensors_in
 SPLITS = ("calibration", "search", "confirm")
 
 
-class Task(ABC):
+class Task:
     """Data and measurement; see the methods for what a subclass may change."""
 
     quality_name: str = "accuracy"
@@ -40,12 +39,18 @@ class Task(ABC):
     max_drop: float | None = None
     """The largest drop of the quality that counts as none, where `max_drop` does not say; `None`: `Quality.max_drop`."""
 
-    @abstractmethod
+    against_float: bool = False
+    """Whether the float model's outputs take the place of targets in `quality` and `cross_entropy`: a task without labels."""
+
     def batches(self, split: str) -> Sequence[Batch]:
         """The batches of one of `SPLITS`: the same ones in the same order every time, no sample in two splits.
 
         Pairs (inputs, targets) of tensors or NumPy arrays with n samples first; inputs may be nested (`mpsearch.tree`).
         """
+        raise InputError(
+            f"The task {type(self).__name__} has no method batches(split). Define it to return the batches of 'calibration', "
+            "'search' or 'confirm': a sequence of pairs (inputs, targets) of tensors or NumPy arrays."
+        )
 
     def loaded(self, split: str) -> list[Batch]:
         """`batches(split)`, checked, with tensors in the place of arrays; `InputError` for what is no pair."""
@@ -60,8 +65,10 @@ class Task(ABC):
         batches = self.loaded("calibration")
         for i in random.permutation(len(batches)):
             inputs, targets = batches[i]
-            for index in torch.from_numpy(random.permutation(len(targets))).split(batch_size):
-                yield map_tensors(partial(_taken, index), inputs), targets[index]
+            n = next((len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), len(targets))
+            rows = targets.unflatten(0, (n, -1))  # a sample may have several
+            for index in torch.from_numpy(random.permutation(n)).split(batch_size):
+                yield map_tensors(partial(_taken, index), inputs), rows[index].flatten(0, 1)
 
     def forward(self, model: nn.Module, inputs: Any) -> Tensor:
         """The outputs that are compared and measured, [n, columns] (logits, as a rule), for the inputs of one batch.
@@ -85,7 +92,8 @@ class Task(ABC):
         target's, else 0; of binary outputs the share that are on the target's side.
 
         `quality_kind` says how to read it. Where the n rows of logits are not independent (the tokens of a text), give either one
-        number for each text, or one for each token and the texts by `clusters`. It is given all of a split at once.
+        number for each text, or one for each token and the texts by `clusters`. It is given all of a split at once, and may
+        also return a single number for all of it (F1, mAP): its interval is then from a paired bootstrap.
         """
         return self._criterion(logits, targets).accuracy(logits, targets)
 

@@ -30,8 +30,7 @@ class Classification(Task):
         batch_size: int = 250,
         origins: Mapping[str, str] | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
+        check_batch_size(batch_size)
         given = zip(SPLITS, (calibration, search, confirm), strict=True)
         pairs = {split: (torch.as_tensor(x), torch.as_tensor(y)) for split, (x, y) in given}
         for split, (x, y) in pairs.items():
@@ -64,6 +63,12 @@ class Classification(Task):
         check_split(split)
         origin = self._origins.get(split)
         return f"{self._sizes[split]:,} samples" + (f", {origin}" if origin else "")
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise `InputError` for a batch size below 1."""
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
 
 
 def check_split(split: str) -> None:

@@ -18,7 +18,7 @@ from mpsearch.errors import InputError
 from mpsearch.intervals import FEWEST
 from mpsearch.tasks.arrays import read_arrays
 from mpsearch.tasks.base import SPLITS, Batch, Task
-from mpsearch.tasks.classification import check_split
+from mpsearch.tasks.classification import check_batch_size, check_split
 
 # Of a token's cross-entropy; a broken model's is infinite or NaN, and this is what a float64's exp still holds.
 MOST_NATS = 700.0
@@ -48,8 +48,7 @@ class Language(Task):
         batch_size: int = 16,
         source: str = "the texts",
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
+        check_batch_size(batch_size)
         if window < 2:
             raise InputError(f"window is {window}; it must be at least 2 tokens.")
         order = np.random.default_rng(seed).permutation(len(texts))

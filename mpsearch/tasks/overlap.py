@@ -22,7 +22,7 @@ def overlap(task: Task) -> dict[str, Any] | None:
     """
     found: dict[str, list[bytes]] = {}
     for split in SPLITS:
-        digests = sample_digests(task.batches(split))
+        digests = sample_digests(task.loaded(split))
         if digests is None:
             return None
         found[split] = digests

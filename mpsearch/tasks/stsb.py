@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mpsearch.errors import InputError
 from mpsearch.tasks.arrays import read_arrays
 from mpsearch.tasks.base import SPLITS, Batch, Task
-from mpsearch.tasks.classification import check_split, draw_splits
+from mpsearch.tasks.classification import check_batch_size, check_split, draw_splits
 
 TEMPERATURE = 0.05
 LARGEST_SCORE = 5.0
@@ -47,8 +47,7 @@ class STSBenchmark(Task):
         seed: int = 0,
         batch_size: int = 50,
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
+        check_batch_size(batch_size)
         folder = Path(data_dir).expanduser()
         train, dev = _read(folder / "sts_train.npz"), _read(folder / "sts_dev.npz")
         drawn = draw_splits(len(train[2]), {"calibration": n_calibration, "search": n_search}, seed, "The training part")
