@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend: the command line prints it as a sentence and ends with exit code 2."""
+"""Errors that the user can correct: the command line prints them as a sentence and ends with exit code 2."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """Something that came from the user is wrong: what came, what is allowed, what to do."""
+    """A value, file or model that the user gave is wrong; the message says what it got, what it expected, and what to do."""
 
 
-# What PyTorch's allocators say, on a CPU and on a GPU, in a RuntimeError.
+# The messages of PyTorch's allocators, on a CPU and on a GPU, in a RuntimeError.
 _NO_MEMORY = re.compile(r"not enough memory|(can't|cannot|failed to) allocate|out of memory", re.IGNORECASE)
 
 
 def check_memory(error: BaseException) -> None:
-    """Raise `InputError` where this error says that memory ran out; for handlers that would take it for another mistake."""
+    """Raise `InputError` where this error says that memory ran out, so that no handler takes it for another mistake."""
     is_os = isinstance(error, OSError) and error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or is_os or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
         said = " ".join(str(error).split())[:200]
@@ -51,6 +51,5 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def run_option(folder: Path) -> str:
     """`run=FOLDER` as a shell takes it, relative where it lies below the working directory."""
-    here = Path.cwd()
-    text = str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
+    text = str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
     return shlex.quote(f"run=./{text}" if text.startswith("~") or text == "null" else f"run={text}")

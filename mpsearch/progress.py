@@ -1,4 +1,7 @@
-"""One line for each phase that takes time: what, how far, how fast, how long still. Goes to stderr; results go to stdout."""
+"""The progress of each phase that takes time, on stderr: a live bar on a terminal, else one line at its end.
+
+Long phases write a line now and then in addition, so that a log file shows that they are alive. Results go to stdout.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LOG_EVERY_SECONDS = 60.0  # where stderr is no terminal
 
 console = Console(stderr=True)
-
 _quiet = False
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No phase shows while the block runs: a worker's are not its user's."""
+    """Show no progress while the block runs: that of a worker is not of interest to its user."""
     global _quiet
     before, _quiet = _quiet, True
     try:
@@ -26,56 +29,50 @@ def quiet() -> Iterator[None]:
         _quiet = before
 
 
-# Where stderr is a file, a line now and then instead of one that redraws.
-LOG_EVERY_SECONDS = 10.0
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.finished_speed or task.speed or 0:.1f}/s")
-
-
 @contextmanager
 def phase(what: str, total: int, done: int = 0) -> Iterator[Callable[[str], None]]:
-    """Yields `advance(note)`, to be called after each of `total` steps; `done` of them were found on disk."""
+    """Yield `advance(note)`, to be called after each of `total` steps; `done` of them were known before."""
     if _quiet:
+        yield _silent
+    elif console.is_terminal:
+        left = TimeRemainingColumn(elapsed_when_finished=True)
+        columns = [TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left]
+        with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, speed_estimate_period=600) as bar:
+            task = bar.add_task(what, total=total, completed=done, note="")
 
-        def silent(note: str = "") -> None:
-            pass
+            def advance(note: str = "") -> None:
+                bar.update(task, advance=1, note=note)
 
-        yield silent
-        return
-    if not console.is_terminal:
-        yield from _logged(what, total, done)
-        return
-    columns = [
-        TextColumn("{task.description:<12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    ]
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(what, total=total, completed=done, note="")
-
-        def advance(note: str = "") -> None:
-            bar.update(task, advance=1, note=note)
-
-        yield advance
+            yield advance
+    else:
+        log = _Log(what, total, done)
+        yield log.advance
+        log.write(log.note)
 
 
-def _logged(what: str, total: int, done: int) -> Iterator[Callable[[str], None]]:
-    start = last = time.monotonic()
-    n = done
+def _silent(note: str = "") -> None:
+    pass
 
-    def advance(note: str = "") -> None:
-        nonlocal n, last
-        n += 1
-        now = time.monotonic()
-        if now - last >= LOG_EVERY_SECONDS or n == total:
-            last = now
-            rate = (n - done) / max(now - start, 1e-9)
-            console.print(f"{what}: {n}/{total}, {rate:.1f}/s, {max(total - n, 0) / rate:.0f} s left {note}", highlight=False)
 
-    yield advance
+class _Log:
+    """Lines of a phase: how far it is, how fast, and how long it will still take."""
+
+    def __init__(self, what: str, total: int, done: int) -> None:
+        self.what, self.total, self.done, self.n = what, total, done, done
+        self.start = self.last = time.monotonic()
+        self.note = ""
+
+    def advance(self, note: str = "") -> None:
+        """Count a step."""
+        self.n, self.note = self.n + 1, note
+        if time.monotonic() - self.last >= LOG_EVERY_SECONDS and self.n < self.total:
+            self.write(note)
+
+    def write(self, note: str) -> None:
+        """Write a line."""
+        self.last = time.monotonic()
+        seconds, steps = self.last - self.start, self.n - self.done
+        left = f", {seconds / steps * (self.total - self.n):.0f} s left" if steps and self.n < self.total else ""
+        console.print(
+            f"{self.what}: {self.n}/{self.total} in {seconds:.1f} s{left} {note}".rstrip(), highlight=False, soft_wrap=True
+        )

@@ -43,7 +43,6 @@ PENDING: tuple[str, ...] = (
     "mpsearch/costs/",
     "mpsearch/engine/",
     "mpsearch/equalizers/",
-    "mpsearch/errors.py",
     "mpsearch/evaluation.py",
     "mpsearch/executors/",
     "mpsearch/exporters/",

@@ -1,0 +1,61 @@
+"""One line per phase in a file, a live bar on a terminal, nothing in a worker."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from mpsearch import progress
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """The text that goes to stderr, which is no terminal."""
+    stream = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=stream))
+    return stream
+
+
+def test_a_phase_is_one_line_in_a_file(written):
+    with progress.phase("search", 3) as advance:
+        for note in ("a", "b", "c"):
+            advance(note)
+            assert written.getvalue() == ""
+    (line,) = written.getvalue().splitlines()
+    assert line.startswith("search: 3/3 in ")
+    assert line.endswith(" s c")
+
+
+def test_a_long_phase_says_how_long_it_will_still_take(written, monkeypatch):
+    clock = iter([0.0, 61.0, 61.0, 90.0, 130.0, 130.0, 131.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.phase("search", 12, done=8) as advance:
+        for _ in range(3):
+            advance()
+    assert written.getvalue().splitlines() == [
+        "search: 9/12 in 61.0 s, 183 s left",
+        "search: 11/12 in 130.0 s, 43 s left",
+        "search: 11/12 in 131.0 s, 44 s left",
+    ]
+
+
+def test_a_resumed_phase_without_steps_ends_at_once(written):
+    with progress.phase("search", 4, done=4):
+        pass
+    assert written.getvalue().startswith("search: 4/4 in 0.0 s")
+
+
+def test_a_terminal_has_a_bar_from_the_first_second(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=stream, force_terminal=True, width=120))
+    with progress.phase("quantize", 2) as advance:
+        advance("conv1")
+    assert "quantize" in stream.getvalue()
+    assert "1/2" in stream.getvalue()
+    assert "conv1" in stream.getvalue()
+
+
+def test_a_worker_shows_nothing(written):
+    with progress.quiet(), progress.phase("search", 1) as advance:
+        advance("note")
+    assert written.getvalue() == ""
