@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Allocation": "allocation",
     "SearchSpace": "allocation",
+    **dict.fromkeys(("classification", "fidelity_task"), "tasks.makers"),
     "Budget": "budget",
     "Evaluation": "evaluation",
     "SensitivityTable": "evaluation",

@@ -134,6 +134,11 @@ def from_rows(module: Any, rows: Tensor) -> Tensor:
     return split.transpose(1, 2).reshape(groups * rows.shape[1], rows.shape[0] // groups, *rows.shape[2:])
 
 
+def set_values(parameter: nn.Parameter, values: Tensor) -> None:
+    """Give the parameter other values, in memory of its own: a tensor that shares its old memory keeps its values."""
+    parameter.data = torch.empty_like(parameter.data).copy_(values)
+
+
 def rows_shape(module: Any) -> tuple[int, ...]:
     """The shape of `weight_rows(module)`, without the copy."""
     shape = tuple(module.weight.shape)

@@ -146,11 +146,10 @@ def _run(job: Job, config: DictConfig) -> None:
     job.started, job.again = True, ""
     try:
         with _saved(job, config, folder) if job.command in SAVING else nullcontext(_merged(job, config)) as settings:
-            nodes = OmegaConf.create({key: value for key, value in settings.items() if key != "run"})
             from mpsearch.cli import commands
 
-            with memory_errors():
-                getattr(commands, job.command)(settings, functools.partial(build_object, nodes), folder)
+            with memory_errors(), _messages():
+                getattr(commands, job.command)(settings, functools.partial(build_object, settings), folder)
     except InputError as error:
         if job.wants_traceback:
             raise
@@ -196,6 +195,22 @@ def _saved(job: Job, config: DictConfig, folder: Path) -> Iterator[dict[str, Any
                     (folder / name).unlink(missing_ok=True)
                 folder.rmdir()
             raise
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """While the block runs, what mpsearch logs is printed."""
+    import logging
+
+    logger, handler = logging.getLogger("mpsearch"), logging.StreamHandler(sys.stdout)
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 @contextmanager

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpsearch.cli.error_messages import must_be_given
 from mpsearch.cli.saved_config import FILE, primary, require_trust, saved
 from mpsearch.errors import InputError
+from mpsearch.registry import must_be_given
 
 # What may differ from the saved config when a run is resumed; anything else would change what its trials mean.
 RESUMABLE = ("n_trials", "max_seconds", "device", "executor", "study.mirror", "confirm.finetune_steps")

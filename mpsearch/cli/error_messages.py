@@ -17,6 +17,7 @@ from typing import Any
 
 from mpsearch.errors import InputError, did_you_mean
 from mpsearch.files import file_sentence
+from mpsearch.registry import must_be_given
 
 CONF = "pkg://mpsearch.conf"
 
@@ -45,12 +46,16 @@ def sentence(error: Exception, command: str) -> str | None:
         return f"mpsearch {command} has no use for '{match[1]}'."
     if match := re.match(r"Could not override '(\S+)'", text):
         key, keys = match[1], _known(command, wrong_key=match[1])
+        if (cost := key.removeprefix("budget.")) != key and cost in _known(command, group="cost"):
+            return f"A budget on {cost} needs the cost: cost=[bytes,{cost}] {key}=VALUE."
         scheme = re.match(r"scheme\.([^.]+)\.", key)
         if scheme and f"scheme.{scheme[1]}" not in keys and scheme[1] in _known(command, group="scheme"):
             return f"'{scheme[1]}' is not among this run's schemes, so '{key}' cannot be set. Add it: scheme=[...,{scheme[1]}]"
         near = did_you_mean(key, difflib.get_close_matches(key, keys, cutoff=0.5) or {key for key in keys if "." not in key})
         adding = f" An argument of your own is added by +{key}=VALUE." if key.startswith(("model.", "task.")) else ""
         return f"There is no key '{key}'.{near}{adding}"
+    if "Config group override must be a string or a list" in text:
+        return "A choice must be a name or a list of names, as in scheme=[w4,w8]; got null."
     if match := re.match(r"Ambiguous value for argument '(\S+?)=(.*)'", text):
         key, values = match.groups()
         return f"{key} has several values: write '{key}=[{values}]' for a list, or add --multirun for a run with each."
@@ -92,13 +97,6 @@ def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
         yield f"{prefix}{key}"
         if isinstance(value, dict) and key != "hydra":
             yield from _dotted(value, f"{prefix}{key}.")
-
-
-def must_be_given(key: str, add: str = "") -> str:
-    """Says how a value that is missing is written."""
-    last = key.rpartition(".")[2]
-    is_path = last in ("run", "path", "file", "weights") or last.endswith(("_dir", "_path", "_file"))
-    return f"{key} must be given: {add}{key}={'PACKAGE.NAME' if last == '_target_' else 'PATH' if is_path else 'VALUE'}"
 
 
 def root_of(error: BaseException) -> BaseException:

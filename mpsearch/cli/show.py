@@ -9,9 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mpsearch.evaluation import Evaluation
-from mpsearch.reporting.findings import non_inferior_sentence, times_sentence, warnings
-from mpsearch.reporting.summary import summary_header, summary_rows
-from mpsearch.runs.noninferiority import smallest_non_inferior
+from mpsearch.reporting.summary import summary
 from mpsearch.runs.run import Run
 
 FILE_WIDTH = 120
@@ -22,22 +20,17 @@ def stdout() -> Console:
     return Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 
 
-def summary(result: Run, picked: Evaluation, max_drop: float | None = None) -> None:
-    """Print the float model, the uniform allocations and the picked point as a table, and what the confirm split decided.
-
-    `max_drop` is the margin that was asked for, `None`: the run's own.
-    """
-    table = Table(title=f"{len(result.front)} points on the front")
-    for i, column in enumerate(summary_header(result)):
+def print_summary(run: Run, picked: Evaluation, folder: Path | None = None, max_drop: float | None = None) -> None:
+    """Print what `mpsearch.reporting.summary` says of a run: a table, and the sentences and commands after it."""
+    about = summary(run, picked, folder, max_drop)
+    table = Table(title=about.title)
+    for i, column in enumerate(about.header):
         table.add_column(column, justify="right" if i else "left", no_wrap=not i)
-    for row in summary_rows(result, picked):
+    for row in about.rows:
         table.add_row(*row)
     stdout().print(table)
-    print(non_inferior_sentence(result, smallest_non_inferior(result, result.max_drop if max_drop is None else float(max_drop))))
-    if said := times_sentence(result):
-        print(said.strip())
-    for warning in warnings(result):
-        print(f"warning: {warning}")
+    for line in about.lines:
+        print(line)
 
 
 def paths(folder: Path, page: Path, *names: str) -> None:

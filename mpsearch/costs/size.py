@@ -62,3 +62,10 @@ class Fraction(Cost):
         """Each group's share of the float32 size."""
         whole = space.size_bits()
         return CostTable(self.name, self.column, space.storage_bits / whole, space.other_bits / whole)
+
+    def parse(self, text: str | float) -> float:
+        """See `Cost.parse`; `InputError` above 1."""
+        limit = super().parse(text)
+        if limit > 1:
+            raise InputError(f"budget.fraction must be at most 1, the size in float32; got {text}. For 12 % give 0.12.")
+        return limit

@@ -25,7 +25,7 @@ from mpsearch.graph.channel_scaling import Equalization, load_equalization
 from mpsearch.graph.fold import Pair, apply_folds
 from mpsearch.graph.projections import expose_projections
 from mpsearch.graph.surgery import quantize_input
-from mpsearch.layer import from_rows, weights_sha256
+from mpsearch.layer import from_rows, set_values, weights_sha256
 from mpsearch.packed.layers import QuantizedLayer
 from mpsearch.packed.model import pack
 from mpsearch.packed.stored import StoredLayer, check_fits, check_used
@@ -65,12 +65,12 @@ class ExportedAllocation:
             self.equalization.apply(model)
         for layer in self.layers():
             owner: Any = model.get_submodule(layer.modules[0])
-            owner.weight.copy_(from_rows(owner, layer.weight.dequantize()))
+            set_values(owner.weight, from_rows(owner, layer.weight.dequantize()))
             for name in layer.modules:
                 quantize_input(model.get_submodule(name), layer.weight)
             for name, bias in layer.biases.items():
                 biased: Any = model.get_submodule(name)
-                biased.bias.copy_(bias)
+                set_values(biased.bias, bias)
         return model
 
     def pack(self, model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from mpsearch.errors import InputError, check_memory, did_you_mean
 from mpsearch.files import file_errors, write_atomically
 from mpsearch.files.strict_json import damaged
 from mpsearch.files.tensor_file import read_tensors, tensor_file
-from mpsearch.layer import from_rows, kind_of, weight_rows
+from mpsearch.layer import from_rows, kind_of, set_values, weight_rows
 
 FILE = "equalization.safetensors"
 FORMAT = "mpsearch-equalization"
@@ -132,9 +132,9 @@ def scale(module: Any, outputs: Tensor | None = None, inputs: Tensor | None = No
         if outputs is not None:
             weight = weight * outputs.to(weight.device).view(-1, *[1] * (weight.ndim - 1))
         weight = from_rows(module, weight)
-    module.weight.copy_(weight)
+    set_values(module.weight, weight)
     if outputs is not None and getattr(module, "bias", None) is not None:
-        module.bias.copy_(module.bias.double() * outputs.to(module.bias.device))
+        set_values(module.bias, module.bias.double() * outputs.to(module.bias.device))
 
 
 def by_input(module: Any, rows: Tensor) -> Tensor:

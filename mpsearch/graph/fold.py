@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpsearch.errors import InputError, check_memory, did_you_mean
 from mpsearch.graph.surgery import Hook, hooked
-from mpsearch.layer import from_rows, kind_of, rows_shape, weight_rows
+from mpsearch.layer import from_rows, kind_of, rows_shape, set_values, weight_rows
 
 Forward = Callable[[nn.Module, Any], Any]
 Pair = tuple[str, str]
@@ -118,24 +118,24 @@ class _Fold:
     batch_norm: nn.Module
 
     def undo(self, model: nn.Module) -> None:
-        self.layer.weight.copy_(self.weight)
+        self.layer.weight.data = self.weight
         if self.bias is None:
             self.layer.bias = None
         else:
-            self.layer.bias.copy_(self.bias)
+            self.layer.bias.data = self.bias
         model.set_submodule(self.name, self.batch_norm)
 
 
 def _fold(model: nn.Module, layer_name: str, name: str) -> _Fold:
     layer: Any = model.get_submodule(layer_name)
     batch_norm: Any = model.get_submodule(name)
-    undo = _Fold(layer, layer.weight.clone(), None if layer.bias is None else layer.bias.clone(), name, batch_norm)
+    undo = _Fold(layer, layer.weight.data, None if layer.bias is None else layer.bias.data, name, batch_norm)
     weight, bias = folded(layer, batch_norm)
-    layer.weight.copy_(weight)
+    set_values(layer.weight, weight)
     if layer.bias is None:
         layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
     else:
-        layer.bias.copy_(bias)
+        set_values(layer.bias, bias)
     rest = list(batch_norm.children())
     model.set_submodule(name, (nn.Sequential(*rest) if rest else nn.Identity()).train(batch_norm.training))
     return undo

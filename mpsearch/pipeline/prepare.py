@@ -1,12 +1,15 @@
-"""What every command that runs a model begins with: build it, check it with its data, find its layers.
+"""The first step of every command that runs a model: check model, task and data, find the layers, restrict their schemes.
 
-Everything that a user may have got wrong is checked before anything is measured."""
+All mistakes of the user that can be known are found here, before anything is measured.
+"""
 
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +18,19 @@ import torch
 from torch import nn
 
 from mpsearch.allocation import SearchSpace
-from mpsearch.costs.activation_bytes import ActivationBytes
+from mpsearch.batches import Batch
 from mpsearch.costs.size import parse_bytes
 from mpsearch.divergence import Divergence, SoftmaxKL
 from mpsearch.engine.calibrate import calibrate
 from mpsearch.engine.engine import QuantEngine, load_batches
 from mpsearch.engine.weight_files import Bank
+from mpsearch.equalizers.base import Equalizer
 from mpsearch.errors import InputError, check_memory
 from mpsearch.graph.activation_memory import measure_activations
 from mpsearch.graph.channel_scaling import FILE, Equalization
-from mpsearch.graph.fold import TOLERANCE, fold_batch_norms
+from mpsearch.graph.fold import TOLERANCE, apply_folds, fold_batch_norms
 from mpsearch.graph.projections import expose_projections
+from mpsearch.graph.shared_copy import shared_copy
 from mpsearch.graph.sharing import check_reached, share
 from mpsearch.graph.trace import first_samples, trace_layers
 from mpsearch.graph.unsearched import other_bits, unsearched
@@ -33,110 +38,267 @@ from mpsearch.layer import weights_sha256
 from mpsearch.pipeline.validate import check_classes, check_model, check_output, check_qualities, check_repeatable
 from mpsearch.quality import Quality
 from mpsearch.quantizers.base import Quantizer
+from mpsearch.registry import resolve
 from mpsearch.runs.evaluation_rows import evaluation_columns
-from mpsearch.runtimes.base import Runtime
-from mpsearch.runtimes.native import Native
+from mpsearch.schemes.base import QuantScheme
+from mpsearch.schemes.floating import Float
 from mpsearch.schemes.rotated import Rotated
-from mpsearch.tasks.base import SPLITS, Batch, Task
+from mpsearch.tasks.base import SPLITS, Task
 from mpsearch.tasks.overlap import overlap
 
-Settings = Mapping[str, Any]
-Build = Callable[..., Any]
+logger = logging.getLogger("mpsearch")
 
+Model = nn.Module | Callable[[], nn.Module]
+Choice = Any  # a name of a registry, a node of it, or an object
 
-IDENTITY = (  # keys of `Prepared.identity`, which the weight bank depends on
+# The keys of `Prepared.identity`, on which the files of the weight bank depend.
+IDENTITY = (
     *("space", "quality_name", "quality_kind", "divergence", "model_name", "task_name", "model_sha256", "data_sha256", "data"),
     *("overlap", "quantizers", "not_searched", "folded_batch_norms", "equalizer", "bias_correction"),
 )
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """The float model ready to be quantized, and what it was before it was folded."""
+class EngineOptions:
+    """What an engine needs in addition to the prepared model; sizes in bytes, as numbers or as text ("2GB")."""
 
-    model: nn.Module
-    task: Task
-    divergence: Divergence
-    space: SearchSpace
-    quantizers: Mapping[str, Quantizer]
+    bias_correction: bool = True
+    bank_max_bytes: str | float = "2GB"
+    prefix_max_bytes: str | float = "1GB"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided about a model before the search: picklable, so that a worker prepares the same model from it."""
+
     model_sha256: str
     folds: tuple[tuple[str, str], ...]
-    calibration: Sequence[Batch]
     equalization: Equalization | None
-    not_searched: Mapping[str, Any]
-    build_model: Callable[[], nn.Module]  # the float model once more, from the same random numbers
+    equalizer: Mapping[str, Any] | None
+    space: SearchSpace
+    quantizers: Mapping[str, Quantizer]
 
-    def identity(self, settings: Settings) -> dict[str, Any]:
-        """What a run folder is known by; a run is not resumed under another one."""
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is ready to be quantized: `model` is a copy that shares weights with `original`, which stays as it is."""
+
+    original: nn.Module
+    model: nn.Module
+    task: Task
+    calibration: Sequence[Batch]
+    plan: Plan
+    options: EngineOptions
+    not_searched: Mapping[str, Any]
+    name: str
+
+    @property
+    def space(self) -> SearchSpace:
+        """The search space."""
+        return self.plan.space
+
+    @property
+    def divergence(self) -> Divergence:
+        """The loss."""
+        divergence = self.task.divergence
+        assert isinstance(divergence, Divergence)  # chosen by `_connect`
+        return divergence
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What identifies a run folder; a run is not resumed under another identity. JSON-able, with the keys `IDENTITY`."""
+        plan, task, divergence = self.plan, self.task, self.divergence
         identity = {
-            "space": self.space.to_dict(),
-            "quality_name": self.task.quality_name,
-            "quality_kind": self.task.quality_kind,
-            "divergence": {"name": self.divergence.name, "label": self.divergence.describe(), "unit": self.divergence.unit},
-            "model_name": _short(settings["model"]),
-            "task_name": type(self.task).__name__,
-            "model_sha256": self.model_sha256,
-            "data_sha256": self.task.fingerprint(),
-            "data": {split: self.task.describe(split) for split in SPLITS},
-            "overlap": self.overlap,
-            "quantizers": {name: _fields(quantizer) for name, quantizer in self.quantizers.items()},
+            "space": plan.space.to_dict(),
+            "quality_name": task.quality_name,
+            "quality_kind": task.quality_kind,
+            "divergence": {"name": divergence.name, "label": divergence.describe(), "unit": divergence.unit},
+            "model_name": self.name,
+            "task_name": type(task).__name__,
+            "model_sha256": plan.model_sha256,
+            "data_sha256": task.fingerprint(),
+            "data": {split: task.describe(split) for split in SPLITS},
+            "overlap": overlap(task),
+            "quantizers": {name: fields_of(quantizer) for name, quantizer in plan.quantizers.items()},
             "not_searched": self.not_searched,
-            "folded_batch_norms": [list(pair) for pair in self.folds],
-            "equalizer": self.equalization and {**settings["equalizer"], "sha256": self.equalization.sha256},
-            "bias_correction": settings["bias_correction"],
+            "folded_batch_norms": [list(pair) for pair in plan.folds],
+            "equalizer": plan.equalizer,
+            "bias_correction": self.options.bias_correction,
         }
         assert identity.keys() == set(IDENTITY), "a new key belongs in IDENTITY"
         return identity
 
-    @functools.cached_property
-    def overlap(self) -> dict[str, Any] | None:
-        """`overlap` of the task; kept, because it hashes every sample, and the run folder and the weight bank both ask."""
-        return overlap(self.task)
-
     def record(self, folder: Path) -> None:
-        """Write how the network was equalized, if it was, to the run's folder, where nothing says it yet."""
-        if self.equalization is not None and not (folder / FILE).exists():
-            self.equalization.save(folder / FILE)
+        """Write how channels were equalized, if they were, to the run's folder, unless that is recorded already."""
+        if self.plan.equalization is not None and not (folder / FILE).exists():
+            self.plan.equalization.save(folder / FILE)
 
-    def engine(self, settings: Settings, folder: Path) -> QuantEngine:
-        """Calibrate, and set up the engine; the run's `folder` keeps what is quantized."""
+    def engine(self, folder: Path) -> QuantEngine:
+        """Calibrate, and set up the engine; the run's `folder` keeps the quantized weights."""
         rotated = any(isinstance(scheme, Rotated) for scheme in self.space.schemes.values())
         return QuantEngine(
             self.model,
             self.task,
             self.space,
-            self.quantizers,
+            self.plan.quantizers,
             calibrate(self.model, self.task, self.space.layers, self.calibration, rotated=rotated),
-            bias_correction=settings["bias_correction"],
-            bank_max_bytes=parse_bytes(settings["bank_max_bytes"]),
-            prefix_max_bytes=parse_bytes(settings.get("prefix_max_bytes", "1GB")),
-            device=settings["device"],
-            bank=Bank(folder / "bank", self.identity(settings)),
+            bias_correction=self.options.bias_correction,
+            bank_max_bytes=parse_bytes(self.options.bank_max_bytes),
+            prefix_max_bytes=parse_bytes(self.options.prefix_max_bytes),
+            device=self.options.device,
+            bank=Bank(folder / "bank", self.identity),
         )
 
 
-def prepare(settings: Settings, build: Build, equalization: Equalization | None = None) -> Prepared:
-    """Build task, model, schemes and quantizers; find the layers. Raises `InputError` for what cannot be searched.
+def prepare(
+    model: Model,
+    task: Task,
+    *,
+    schemes: Mapping[str, Choice] | Sequence[str],
+    quantizer: Choice = "kronecker_descent",
+    quantizer_of: Mapping[str, Choice] | None = None,
+    runtime: Choice = "mpsearch",
+    equalizer: Choice | None = None,
+    equalization: Equalization | None = None,
+    pin: Sequence[str] = (),
+    share_patterns: Sequence[str] = (),
+    fold: bool = True,
+    activations: bool = False,
+    options: EngineOptions | None = None,
+    seed: int = 0,
+    name: str = "",
+) -> Prepared:
+    """Prepare a float model for a search; see `mpsearch.search` for the arguments.
 
-    `equalization` is the run's own, where it has been chosen already.
+    `equalization` is that of the run, where it was chosen before; with `activations` the memory of activations is measured.
+
+    Raises
+    ------
+    InputError
+        Model, task, data or options that cannot be searched.
     """
-    device = _device(settings["device"])
-    torch.manual_seed(settings["seed"])
+    options = options or EngineOptions()
+    named = resolved_schemes(schemes)
+    by_scheme = {**dict.fromkeys(named, quantizer), **(quantizer_of or {})}
+    if unknown := [scheme for scheme in by_scheme if scheme not in named]:
+        raise InputError(f"quantizer_of.{unknown[0]}: this run has no scheme '{unknown[0]}', only {', '.join(named)}.")
+    quantizers = {scheme: resolve("quantizer", choice) for scheme, choice in by_scheme.items()}
+    target = resolve("runtime", runtime if runtime is not None else "mpsearch")
+    original, copy, sha256 = _float_model(model, task, options.device, seed)
+    calibration, logits = _connect(copy, task, options.device)
+    inputs = calibration[0][0]
+    _expose_projections(copy, task, inputs, logits)
+    folds = fold_batch_norms(copy, task.forward, *(x for x, _ in calibration)) if fold else ()
+    made: Equalizer | None = None if equalizer is None else resolve("equalizer", equalizer)
+    if made is not None and equalization is None:
+        equalization = made.equalize(copy, task, calibration, named)
+    elif equalization is not None:
+        equalization.apply(copy)
+    layers = share(trace_layers(copy, task.forward, inputs), target.shared, required=False)
+    check_reached(copy, layers, target.shared, target.name)
+    layers = share(layers, share_patterns)
+    if activations:
+        layers = measure_activations(copy, task.forward, first_samples(inputs, 1), layers)
+    space = SearchSpace.build(layers, named, pin, other_bits(copy, layers), target)
+    if dropped := [scheme for scheme in named if scheme not in space.schemes]:
+        logger.info("not searched, because no layer may use it: %s", ", ".join(dropped))
+        if all(isinstance(scheme, Float) for scheme in space.schemes.values()):
+            raise InputError(
+                f"{target.name} runs no layer of this model in {', '.join(dropped)}, so that all would stay float; it runs "
+                f"{target.what}. Add such a scheme, or give the inputs static scales: scheme.{dropped[0]}.input.scale=static."
+            )
+    about = None if made is None or equalization is None else {**fields_of(made), "sha256": equalization.sha256}
+    plan = Plan(sha256, tuple(folds), equalization, about, space, {scheme: quantizers[scheme] for scheme in space.schemes})
+    name = name or type(original).__name__
+    return Prepared(original, copy, task, calibration, plan, options, unsearched(copy, layers), name)
+
+
+def prepare_planned(
+    model: Model,
+    task: Task,
+    plan: Plan,
+    options: EngineOptions,
+    not_searched: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    name: str = "",
+) -> Prepared:
+    """Prepare the same model once more, in a worker or for a finished run; `InputError` where its weights are others."""
+    original, copy, sha256 = _float_model(model, task, options.device, seed)
+    if sha256 != plan.model_sha256:
+        raise InputError(
+            f"The model has checksum {sha256[:12]}…; the model of the run had {plan.model_sha256[:12]}…. Give the same weights."
+        )
+    calibration, _ = _connect(copy, task, options.device)
+    planned_model(copy, plan)
+    return Prepared(original, copy, task, calibration, plan, options, not_searched, name or type(original).__name__)
+
+
+def planned_model(model: nn.Module, plan: Plan) -> nn.Module:
+    """Fold and equalize the float `model` in place as the plan says; returns it."""
+    apply_folds(expose_projections(model), plan.folds)
+    return model if plan.equalization is None else plan.equalization.apply(model)
+
+
+def planned_engine(
+    model: Model,
+    task: Task,
+    plan: Plan,
+    options: EngineOptions,
+    not_searched: Mapping[str, Any],
+    folder: Path,
+    *,
+    seed: int = 0,
+    name: str = "",
+) -> QuantEngine:
+    """In a worker: an engine like the search's own."""
+    return prepare_planned(model, task, plan, options, not_searched, seed=seed, name=name).engine(folder)
+
+
+def resolved_schemes(schemes: Mapping[str, Choice] | Sequence[str]) -> dict[str, QuantScheme]:
+    """Scheme objects by name, of names or of a mapping of names to objects; `InputError` where there is none."""
+    if isinstance(schemes, str):
+        schemes = [schemes]
+    if not schemes:
+        raise InputError("schemes must name at least one scheme, as in schemes=['w4', 'w8'] (scheme=[w4,w8]); got none.")
+    if not isinstance(schemes, Mapping):
+        if unnamed := [scheme for scheme in schemes if not isinstance(scheme, str)]:
+            raise InputError(f"schemes must be names, or a mapping of names to schemes; got a {type(unnamed[0]).__name__}.")
+        schemes = {scheme: scheme for scheme in schemes}
+    return {name: resolve("scheme", scheme, f"scheme.{name}") for name, scheme in schemes.items()}
+
+
+def fields_of(choice: Any) -> dict[str, Any]:
+    """A choice as JSON: its class and, of a dataclass, its fields."""
+    return {"class": type(choice).__name__, **(asdict(choice) if is_dataclass(choice) else {})}  # type: ignore[arg-type]
+
+
+@contextmanager
+def _seeded(seed: int) -> Any:
+    """The caller's random numbers go on as if nothing had been drawn here."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _float_model(model: Model, task: Task, device: str, seed: int) -> tuple[nn.Module, nn.Module, str]:
+    """The model, a copy of it on the device that shares its weights, and their SHA-256."""
+    if not isinstance(task, Task):
+        raise InputError(f"The task is a {type(task).__name__}; it must be an instance of a subclass of mpsearch.Task.")
+    evaluation_columns(task.quality_name)  # a name that is taken is refused before anything is measured
+    _check_device(device)
     # TF32 keeps 10 bits of a product: that is more error than an 8-bit weight makes.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    schemes = build_schemes(settings, build)
-    quantizer = build("quantizer")
-    quantizers = {name: build(f"quantizer_of.{name}") if name in settings["quantizer_of"] else quantizer for name in schemes}
-    task = build("task")
-    if not isinstance(task, Task):
-        raise InputError(f"The task is a {type(task).__name__}; it must be a subclass of mpsearch.Task.")
-    evaluation_columns(task.quality_name)  # a name that is taken is refused before anything is measured
-    random_state = torch.get_rng_state()
-    model = check_model(build("model")).eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
-    sha256 = weights_sha256(model)
-    model.to(device)
+    if not isinstance(model, nn.Module) and callable(model):
+        with _seeded(seed):
+            model = model()
+    original = check_model(model)
+    return original, shared_copy(original).to(device), weights_sha256(original)
+
+
+def _connect(model: nn.Module, task: Task, device: str) -> tuple[list[Batch], torch.Tensor]:
+    """The calibration batches and the outputs of the first; model, data and targets are checked, and the loss is chosen."""
     calibration = load_batches(task, "calibration", device)
     inputs, targets = calibration[0]
     try:
@@ -145,7 +307,7 @@ def prepare(settings: Settings, build: Build, equalization: Equalization | None 
             logits = task.forward(model, inputs)
             check_output(logits)
             task.divergence, why = task.chosen_divergence(model, calibration)
-            print(f"loss: {task.divergence.describe()} ({why})")
+            logger.info("loss: %s (%s)", task.divergence.describe(), why)
             targets = logits if task.against_float else targets
             qualities = torch.as_tensor(task.quality(logits, targets))
             task.cross_entropy(logits, targets)
@@ -159,50 +321,10 @@ def prepare(settings: Settings, build: Build, equalization: Equalization | None 
     if isinstance(task.divergence, SoftmaxKL):
         for split in SPLITS:
             check_classes(task.loaded(split), split, logits.shape[1])
-    _expose_projections(model, task, inputs, logits)
-    folds = fold_batch_norms(model, task.forward, *(x for x, _ in calibration)) if settings["fold_batch_norms"] else ()
-    if settings.get("equalizer") and equalization is None:
-        equalization = build("equalizer").equalize(model, task, calibration, schemes)
-    elif equalization is not None:
-        equalization.apply(model)
-    runtime: Runtime = build("runtime") if settings.get("runtime") else Native()
-    layers = share(trace_layers(model, task.forward, inputs), runtime.shared, required=False)
-    check_reached(model, layers, runtime.shared, runtime.name)
-    layers = share(layers, settings.get("share") or ())
-    if ActivationBytes.name in settings.get("cost", {}):
-        layers = measure_activations(model, task.forward, first_samples(inputs, 1), layers)
-    space = SearchSpace.build(layers, schemes, settings.get("pin") or (), other_bits(model, layers), runtime)
-    if dropped := [name for name in schemes if name not in space.schemes]:
-        print(f"not searched, as no layer may take it: {', '.join(dropped)}")
-    quantizers = {name: quantizers[name] for name in space.schemes}
-    again = functools.partial(_built_again, build, random_state)
-    rest = sha256, tuple(folds), calibration, equalization, unsearched(model, layers), again
-    return Prepared(model, task, task.divergence, space, quantizers, *rest)
+    return calibration, logits
 
 
-def engine_elsewhere(
-    settings: Settings, build: Build, model_sha256: str, folder: Path, equalization: Equalization | None
-) -> QuantEngine:
-    """In a worker: an engine like the search's own; `InputError` where it would be of another model."""
-    prepared = prepare(settings, build, equalization)
-    if prepared.model_sha256 != model_sha256:
-        raise InputError("A worker builds another model than the search does: its weights differ. Give all hosts the same files.")
-    return prepared.engine(settings, folder)
-
-
-def build_schemes(settings: Settings, build: Build) -> dict[str, Any]:
-    """The run's schemes by name."""
-    return {name: build(f"scheme.{name}") for name in settings["scheme"] or {}}
-
-
-def _built_again(build: Build, random_state: torch.Tensor) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.set_rng_state(random_state)
-        model: nn.Module = build("model")
-    return model.eval()
-
-
-def _device(name: str) -> str:
+def _check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -210,7 +332,6 @@ def _device(name: str) -> str:
         raise InputError(
             f"There is no device '{name}' here ({reason}). Use device=cpu, or device=cuda where a GPU answers."
         ) from None
-    return name
 
 
 @torch.no_grad()
@@ -221,16 +342,6 @@ def _expose_projections(model: nn.Module, task: Task, inputs: Any, logits: torch
     if change > TOLERANCE * largest:
         warnings.warn(
             f"With attention projections as layers of their own the model's outputs change by {change:.3g} (the largest is "
-            f"{largest:.3g}): it depends on what torch's fused paths leave at masked positions. The search runs without them.",
+            f"{largest:.3g}): they depend on what torch's fused paths leave at masked positions. The search runs without them.",
             stacklevel=2,
         )
-
-
-def _short(node: Mapping[str, Any]) -> str:
-    """A model in the words of its config: the last part of its target, and its whole numbers: "resnet depth=20"."""
-    words = [f"{key}={value}" for key, value in node.items() if isinstance(value, int) and not isinstance(value, bool)]
-    return " ".join([str(node.get("_target_", "?")).rpartition(".")[2], *words])
-
-
-def _fields(quantizer: Quantizer) -> dict[str, Any]:
-    return {"class": type(quantizer).__name__, **(asdict(quantizer) if is_dataclass(quantizer) else {})}

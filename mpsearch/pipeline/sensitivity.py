@@ -13,6 +13,7 @@ from mpsearch.executors.base import Executor
 from mpsearch.executors.in_process import InProcess
 from mpsearch.metrics.base import Pair, SensitivityMetric
 from mpsearch.progress import phase
+from mpsearch.runs.run import RunFolder
 
 Effects = NDArray[np.float32]
 
@@ -58,3 +59,21 @@ def measure_sensitivity(
             advance(f"{group} at {scheme}: {value:.3g} {unit}")
     values = np.array([[known.get((name, scheme), np.inf) for scheme in space.scheme_names] for name in space.names])
     return SensitivityTable(metric.name, unit, values, space, metric.exact, effects)
+
+
+def measured_sensitivity(
+    engine: QuantEngine,
+    metric: SensitivityMetric,
+    run: RunFolder,
+    known: Mapping[Pair, float],
+    executor: Executor | None = None,
+) -> SensitivityTable:
+    """`measure_sensitivity`, with every new row in the run's folder before the next is measured."""
+    space = engine.space
+    bits = {(g, s): int(space.storage_bits[i, j]) for i, g in enumerate(space.names) for j, s in enumerate(space.scheme_names)}
+
+    def record(group: str, scheme: str, value: float) -> None:
+        row = {"group": group, "scheme": scheme, "metric": metric.name, "value": value, "size_bits": bits[group, scheme]}
+        run.append("sensitivity", row)
+
+    return measure_sensitivity(engine, metric, known, record, executor, run.read_effects(space), run.write_effects)

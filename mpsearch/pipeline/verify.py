@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mpsearch.costs.size import Bytes, parse_bytes
 from mpsearch.engine.engine import QuantEngine
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
 from mpsearch.exporters.base import Exporter
-from mpsearch.graph.channel_scaling import Equalization
-from mpsearch.layer import weights_sha256
-from mpsearch.packed.model import Weights
-from mpsearch.pipeline.prepare import Prepared, Settings
+from mpsearch.graph.shared_copy import shared_copy
+from mpsearch.pipeline.prepare import Prepared
 from mpsearch.runs.run import Run, RunFolder
 
 # What float32 products in another order (packed kernels, another number of threads) move a logit by, at most, in nats: 1e-5 of
@@ -35,27 +33,15 @@ def tolerance(loss: float, has_quantized_inputs: bool) -> float:
     return of_logits + (CODE_ROUNDING * loss if has_quantized_inputs else 0.0)
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where an export takes its weights from, what the float model was, and `check`, which refuses what was not written right."""
-
-    weights: Weights
-    model_sha256: str
-    folds: Sequence[tuple[str, str]]
-    equalization: Equalization | None
-    check: Callable[[Exporter, Path, Evaluation], None]
-
-
 def check_loss(prepared: Prepared, engine: QuantEngine, exporter: Exporter, path: Path, recorded: Evaluation) -> None:
-    """Load what was written at `path` into the float model, built again, and score it on the search split.
+    """Load what was written at `path` into the float model and score it on the search split.
 
-    `InputError` where its loss is not the recorded one. A model that is not the same when it is built again is said in one line.
+    Raises
+    ------
+    InputError
+        Its loss is not the recorded one.
     """
-    model = prepared.build_model()
-    if model is prepared.model or weights_sha256(model) != prepared.model_sha256:
-        print("the float model is another one when it is built again: digests were checked, the loss was not measured again")
-        return
-    model = exporter.load(path, model.to(engine.device))
+    model = exporter.load(path, shared_copy(prepared.original).to(engine.device))
     loss = engine.score_of(model, "search").loss
     schemes = (engine.space.schemes[name] for name in recorded.allocation.values())
     if loss == recorded.loss:
@@ -72,14 +58,14 @@ class TooLarge(InputError):  # noqa: N818  (a limit that was asked for, not a fa
     """The written files exceed a limit in bytes."""
 
 
-def check_size(path: Path, point: Evaluation, pick: Settings, result: Run) -> None:
+def check_size(path: Path, point: Evaluation, limits: Mapping[str, Any], result: Run) -> None:
     """`TooLarge` where the files with tensors next to `path` together exceed pick.max_bytes, or else budget.bytes.
 
     Their headers count; JSON files do not, which describe them.
     """
     files = (file for file in path.parent.iterdir() if not file.name.startswith(".") and file.suffix != ".json")
     written = sum(file.stat().st_size for file in files)
-    name, limit = "pick.max_bytes", pick.get("max_bytes")
+    name, limit = "pick.max_bytes", limits.get("max_bytes")
     if limit is None:
         name, limit = f"budget.{Bytes.name}", result.budgets.get(Bytes.name)
     if limit is not None and written > parse_bytes(limit):

@@ -159,6 +159,6 @@ def _intervals(run: Run) -> str:
 
 def _equalizer(identity: Mapping[str, Any]) -> str:
     """The equalizer with its settings: "CrossLayer (tolerance=0.001, max_sweeps=100)"."""
-    fields = {key: value for key, value in identity["equalizer"].items() if key not in ("_target_", "sha256")}
-    name = identity["equalizer"]["_target_"].rpartition(".")[2]
+    fields = {key: value for key, value in identity["equalizer"].items() if key not in ("class", "sha256")}
+    name = identity["equalizer"]["class"]
     return name + (f" ({', '.join(f'{key}={value}' for key, value in fields.items())})" if fields else "")

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,13 +38,16 @@ SENSITIVITY_COLUMNS = ("group", "scheme", "metric", "value", "size_bits")
 class RunFolder:
     """The files of a run at `path`; one process at a time may write."""
 
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+    def __init__(self, path: Path | str, *, is_held: bool = False) -> None:
+        self.path, self.is_held = Path(path), is_held
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """The folder is this process's while the block runs; `InputError` where another one writes to it."""
-        with locked(self.path):
+        """The folder is this process's while the block runs; `InputError` where another one writes to it.
+
+        Where the caller holds the lock already (`is_held`), nothing happens.
+        """
+        with nullcontext() if self.is_held else locked(self.path):
             yield
 
     def identify(self, identity: Mapping[str, Any]) -> None:

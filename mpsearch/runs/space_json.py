@@ -106,9 +106,10 @@ def _check(root: JsonObject) -> None:
         "task_name": root.text,
         "objectives": root.texts,
         "costs": root.texts,
+        "cost_settings": lambda key: [root.object(key).object(name).text("class") for name in root.object(key).data],
         "budgets": lambda key: [root.object(key).number(name) for name in root.object(key).data],
         "data": root.mapping,
-        "equalizer": lambda key: root.data[key] is None or root.object(key).text("_target_"),
+        "equalizer": lambda key: root.data[key] is None or root.object(key).text("class"),
         "trials": lambda key: root.object(key).integer("in_flight"),
     }
     for key in checks.keys() & root.data.keys():

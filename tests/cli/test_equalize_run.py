@@ -1,22 +1,22 @@
 """A run on an equalized network: searched by a worker in another process, gone on with, exported, always the same network."""
 
-import functools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
 from mpsearch.cli.build import build_object
-from mpsearch.cli.commands.export import export
+from mpsearch.cli.commands import export
 from mpsearch.errors import InputError
 from mpsearch.exporters.allocation_file import load_allocation
 from mpsearch.exporters.native import Native
 from mpsearch.graph.channel_scaling import Equalization, recorded
 from mpsearch.models.digits import digits
-from mpsearch.pipeline.prepare import engine_elsewhere, prepare
+from mpsearch.pipeline.prepare import EngineOptions, planned_engine, prepare
 from mpsearch.runs.run import RunFolder
 from mpsearch.tasks.digits import Digits
 
@@ -36,7 +36,7 @@ def test_a_run_of_an_equalized_network(tmp_path):
     found = recorded(folder)
     about = json.loads((folder / "space.json").read_text())["equalizer"]
     assert about == {
-        "_target_": "mpsearch.equalizers.cross_layer.CrossLayer",
+        "class": "CrossLayer",
         "tolerance": 1e-3,
         "max_sweeps": 100,
         "sha256": found.sha256,
@@ -50,25 +50,28 @@ def test_a_run_of_an_equalized_network(tmp_path):
     page = (folder / "report.md").read_text()
     assert "Channels were equalized beforehand: CrossLayer (tolerance=0.001, max_sweeps=100)." in page
 
-    config = OmegaConf.load(folder / "config.yaml")
-    settings = OmegaConf.to_container(config)
+    settings = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
 
     def build(key, **extra):
-        return Native() if key == "exporter" else functools.partial(build_object, config)(key, **extra)
+        return Native() if key == "exporter" else build_object(settings, key, **extra)
 
-    prepared = prepare(settings, build)
-    assert prepared.equalization.sha256 == found.sha256  # found again on the same machine
-    RunFolder(folder).identify(prepared.identity(settings))
-    sha256 = prepared.model_sha256
+    def prepared(equalizer="cross_layer", equalization=None):
+        words = {"schemes": ["w2", "w4"], "quantizer": "clip_search", "name": "digits"}
+        return prepare(digits(), Digits(), equalizer=equalizer, equalization=equalization, **words)
+
+    again = prepared()
+    assert again.plan.equalization.sha256 == found.sha256  # the same one is found again on the same machine
+    RunFolder(folder).identify(again.identity)
 
     # What was recorded counts, not what would be found again.
     double = Equalization("CrossLayer", {n: t * 2 if n.endswith("inputs") else t / 2 for n, t in found.tensors.items()})
-    weight = engine_elsewhere(settings, build, sha256, folder, double).model.block1.conv2.weight
-    assert torch.equal(weight, 2 * prepared.model.block1.conv2.weight)
+    plan = replace(again.plan, equalization=double)
+    weight = planned_engine(digits, Digits(), plan, EngineOptions(), again.not_searched, folder).model.block1.conv2.weight
+    assert torch.equal(weight, 2 * again.model.block1.conv2.weight)
     with pytest.raises(InputError, match="it has another equalizer"):
-        RunFolder(folder).identify(prepare(settings, build, double).identity(settings))
+        RunFolder(folder).identify(prepared(equalization=double).identity)
     with pytest.raises(InputError, match="it has another equalizer"):
-        RunFolder(folder).identify(prepare(settings | {"equalizer": None}, build).identity(settings | {"equalizer": None}))
+        RunFolder(folder).identify(prepared(equalizer=None).identity)
 
     export(settings | {"pick": {"bits": 4}, "finetuned": False}, build, folder)
     exported = load_allocation(folder / "allocation.json")

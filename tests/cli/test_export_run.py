@@ -1,6 +1,5 @@
 """`mpsearch export`: what was written is scored again, fits the budget, and replaces an earlier export only as a whole."""
 
-import importlib
 import io
 import json
 import os
@@ -49,8 +48,8 @@ def run_once(tmp_path_factory):
 @pytest.fixture
 def run(run_once, tmp_path, monkeypatch):
     """A copy of it; the path of the run. An export draws no figures there: they take longer than all else."""
-    redraw = lambda folder, *rest: (Run.load(folder), None, None)  # noqa: E731
-    monkeypatch.setattr(importlib.import_module("mpsearch.cli.commands.export"), "redraw", redraw)
+    redrawn = lambda folder, choose, load: (load(), None, None)  # noqa: E731
+    monkeypatch.setattr("mpsearch.cli.commands.redrawn", redrawn)
     shutil.copytree(run_once, tmp_path, dirs_exist_ok=True)
     return tmp_path / "run"
 

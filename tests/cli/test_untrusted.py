@@ -78,10 +78,10 @@ def evil(real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evil:
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """What `report` would draw: figures take seconds, and are the same for every case."""
-    module = importlib.import_module("mpsearch.cli.commands.report")
+    module = importlib.import_module("mpsearch.reporting.report")
     seen: list[object] = []
 
-    def note(result: object, folder: Path, picked: object) -> Path:
+    def note(result: object, folder: Path, picked: object, confirmed: object = None) -> Path:
         seen.append(result)
         return folder / "report.md"
 

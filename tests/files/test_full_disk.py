@@ -17,10 +17,7 @@ from omegaconf import OmegaConf
 
 from mpsearch import files
 from mpsearch.cli.build import build_object
-from mpsearch.cli.commands.report import report
-from mpsearch.cli.commands.search import search
-from mpsearch.cli.commands.sensitivity import sensitivity
-from mpsearch.cli.commands.solve import solve
+from mpsearch.cli.commands import report, search, sensitivity, solve
 from mpsearch.errors import InputError
 
 MEASURED = ["measured_ms", "measured_ms_low", "measured_ms_high"]
@@ -68,7 +65,7 @@ def commands(tiny, tmp_path, monkeypatch):
 
     def build(key, **extra):
         made = {"model": tiny.net, "task": functools.partial(tiny.task, n=12)}
-        return made[key]() if key in made else build_object(OmegaConf.create(settings), key, **extra)
+        return made[key]() if key in made else build_object(settings, key, **extra)
 
     def run(command, folder, disk=None, **own):
         monkeypatch.setattr(files, "os", os)

@@ -4,10 +4,7 @@ import errno
 
 import pytest
 import torch
-from hydra import compose, initialize_config_module
-from omegaconf import OmegaConf
 
-from mpsearch.cli.build import build_object
 from mpsearch.errors import InputError, check_memory, memory_errors
 from mpsearch.metrics.fisher import gradients_at
 from mpsearch.pipeline.prepare import prepare
@@ -37,17 +34,11 @@ def test_what_the_allocators_say_is_known():
 
 
 def test_the_first_forward_pass(tiny, monkeypatch):
-    with initialize_config_module("mpsearch.conf", version_base="1.3"):
-        settings = OmegaConf.to_container(compose("search"))
     task, model = tiny.task(), tiny.net()
-
-    def build(key, **extra):
-        made = {"model": model, "task": task}
-        return made[key] if key in made else build_object(OmegaConf.create(settings), key, **extra)
 
     monkeypatch.setattr(model, "forward", allocate)
     with pytest.raises(InputError, match=SENTENCE):
-        prepare(settings, build)
+        prepare(model, task, schemes=["w4"])
 
 
 def test_the_gradients_of_a_metric(monkeypatch):

@@ -1,0 +1,425 @@
+"""The functions of the public API: the steps of the pipeline for a model in memory. The command line calls nothing else."""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mpsearch.allocation import Allocation, SearchSpace
+from mpsearch.budget import read_budgets
+from mpsearch.costs.latency import Latency, read_latency
+from mpsearch.costs.size import Bytes
+from mpsearch.errors import InputError, run_option
+from mpsearch.evaluation import SensitivityTable
+from mpsearch.executors.base import at_least_one
+from mpsearch.graph.channel_scaling import recorded
+from mpsearch.graph.unsearched import sentence
+from mpsearch.metrics.base import SensitivityMetric
+from mpsearch.pipeline.confirm import confirm as confirm_front
+from mpsearch.pipeline.finetune import summarized, train_point
+from mpsearch.pipeline.goal import goal_of, latency_table, objective_names, resolved_costs
+from mpsearch.pipeline.prepare import Choice, EngineOptions, Model, Prepared, prepare
+from mpsearch.pipeline.result import Point, Result, grown, load_result
+from mpsearch.pipeline.sensitivity import measured_sensitivity
+from mpsearch.pipeline.session import SearchSession
+from mpsearch.pipeline.solve import best_within, cheapest_within, solution
+from mpsearch.pipeline.workspace import reopened
+from mpsearch.quality import Quality
+from mpsearch.registry import resolve
+from mpsearch.reporting.tables import evaluations_table
+from mpsearch.runs.run import RunFolder
+from mpsearch.tasks.base import Task
+from mpsearch.training.finetune import Training, check_trainable
+
+__all__ = ["confirm", "finetune", "hardware", "load_result", "report", "search", "sensitivity", "solve"]
+
+logger = logging.getLogger("mpsearch")
+
+
+def search(
+    model: Model,
+    task: Task,
+    *,
+    schemes: Mapping[str, Choice] | Sequence[str],
+    budget: Mapping[str, Any] | None = None,
+    runtime: Choice = "mpsearch",
+    quantizer: Choice = "kronecker_descent",
+    quantizer_of: Mapping[str, Choice] | None = None,
+    equalizer: Choice | None = None,
+    metric: Choice = "gauss_newton",
+    sampler: Choice = "front",
+    executor: Choice = "in_process",
+    costs: Mapping[str, Choice] | Sequence[Choice] = ("bytes", "bits", "fraction"),
+    objective: str | Sequence[str] = "bytes",
+    pin: Sequence[str] = (),
+    share: Sequence[str] = (),
+    max_drop: float | None = None,
+    n_trials: int = 200,
+    n_seeds: int = 20,
+    max_seconds: float | None = None,
+    in_flight: int = 4,
+    finetune_steps: int | None = None,
+    fold_batch_norms: bool = True,
+    bias_correction: bool = True,
+    bank_max_bytes: str | float = "2GB",
+    prefix_max_bytes: str | float = "1GB",
+    mirror: str | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    folder: Path | str | RunFolder | None = None,
+    name: str = "",
+) -> Result:
+    """Find how many bits each layer of a model should get.
+
+    The sensitivity of each layer is measured, allocations are proposed within the budget and evaluated on the search split, and
+    the Pareto front and the uniform allocations are scored once more on the confirm split, packed. An interrupted run is resumed
+    by the same call with the same `folder`.
+
+    Parameters
+    ----------
+    model : nn.Module, or a function that returns one
+        A trained float32 model. It is left unchanged, and its weights are not copied as a whole.
+    task : Task
+        Data in three splits and what is measured of the outputs: `mpsearch.classification`, `mpsearch.fidelity_task`, or an
+        instance of a subclass of `mpsearch.Task`.
+    schemes : sequence of names, or mapping of names to schemes
+        The number formats to choose from: "w4", "w4g64", "w4a8", …
+    budget : mapping, optional
+        Cost -> limit: {"bytes": "120kB"}, {"bits": 3} (average bits of searched weights), {"fraction": 0.12} (of float32), …
+        Without a budget the whole front is searched.
+    runtime : str or Runtime
+        Where the model will run: restricts schemes, and ties layers that the runtime fuses.
+    quantizer : str or Quantizer
+        Finds codes and scales; `quantizer_of` names another one for single schemes.
+    equalizer : str or Equalizer, optional
+        Scales channels first, without changing the float model's outputs: "cross_layer", "awq", "smooth_quant".
+    metric : str or SensitivityMetric
+        Estimates sensitivities: "gauss_newton" (a few backward passes), "kl" (an evaluation for each layer and scheme), …
+    sampler : str or a sampler
+        Proposes allocations: "front", "ilp", or one of Optuna's ("tpe", "nsga2", …).
+    executor : str or Executor
+        Where evaluations run: "in_process", "local", "dask", "ray".
+    costs : sequence of names or costs, or mapping
+        What an allocation costs; costs that `budget` or `objective` name are added.
+    objective : str or two
+        The cost, or two, that the front trades against the loss.
+    pin, share : sequence of str
+        "pattern:schemes" restricts layers, as in "conv1:w8" or "layer3.*:>=4"; "*.q|*.k|*.v" makes layers share a scheme.
+    max_drop : float, optional
+        The largest drop in quality that counts as none; by default the task's, else that of its kind of quality.
+    n_trials, n_seeds : int
+        Allocations to evaluate; how many of them are exact solutions of the additive problem along the front.
+    max_seconds : float, optional
+        The search ends after this many seconds.
+    in_flight : int
+        Trials that are proposed before the first of them is told; at least two for each worker.
+    finetune_steps : int, optional
+        Train each point of the front for so many steps before it is confirmed.
+    fold_batch_norms, bias_correction : bool
+        Fold batch norms into the layers before them; correct biases for the mean error of the outputs.
+    bank_max_bytes, prefix_max_bytes : str or float
+        Memory for dense copies of quantized weights, and for layer outputs from which evaluations start.
+    mirror : str, optional
+        URL of an Optuna storage to which finished trials are written, for optuna-dashboard.
+    seed : int
+        The same seed on the same machine gives the same trials.
+    device : str
+        "cpu" or "cuda".
+    folder : path, optional
+        Where the run is kept; a temporary folder by default, which is deleted with the result.
+    name : str
+        What the report calls the model; its class by default.
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    InputError
+        A model, task, option or folder that cannot be searched; the message says what to change.
+    """
+    options = EngineOptions(bias_correction, bank_max_bytes, prefix_max_bytes, device)
+    at_least_one("in_flight", in_flight)
+    objectives = objective_names(objective)
+    cost_objects = resolved_costs(costs, budget, objectives)
+    kept, run = _opened(folder)
+    with run.locked():
+        prepared = prepare(
+            model,
+            task,
+            schemes=schemes,
+            quantizer=quantizer,
+            quantizer_of=quantizer_of,
+            runtime=runtime,
+            equalizer=equalizer,
+            equalization=recorded(run.path),
+            pin=pin,
+            share_patterns=share,
+            fold=fold_batch_norms,
+            activations="activation_bytes" in cost_objects,
+            options=options,
+            seed=seed,
+            name=name,
+        )
+        logger.info(sentence(prepared.not_searched))
+        goal = goal_of(prepared, cost_objects, budget, objectives, run.path)
+        session = SearchSession(
+            model=model,
+            prepared=prepared,
+            goal=goal,
+            metric=resolve("metric", metric),
+            sampler=resolve("sampler", sampler),
+            executor=resolve("executor", executor),
+            run=run,
+            seed=seed,
+            in_flight=in_flight,
+            max_drop=_max_drop(max_drop, task),
+            training=_training(finetune_steps, prepared, seed),
+            mirror=mirror,
+        )
+        return replace(session.search(n_trials, n_seeds, max_seconds), keep=kept)
+
+
+def sensitivity(
+    model: Model,
+    task: Task,
+    *,
+    schemes: Mapping[str, Choice] | Sequence[str],
+    metric: Choice = "gauss_newton",
+    quantizer: Choice = "kronecker_descent",
+    quantizer_of: Mapping[str, Choice] | None = None,
+    equalizer: Choice | None = None,
+    fold_batch_norms: bool = True,
+    bias_correction: bool = True,
+    bank_max_bytes: str | float = "2GB",
+    prefix_max_bytes: str | float = "1GB",
+    seed: int = 0,
+    device: str = "cpu",
+    folder: Path | str | RunFolder | None = None,
+    name: str = "",
+) -> SensitivityTable:
+    """Measure the sensitivity of each layer to each scheme, and nothing else; see `search` for the arguments."""
+    kept, run = _opened(folder)
+    options = EngineOptions(bias_correction, bank_max_bytes, prefix_max_bytes, device)
+    estimator: SensitivityMetric = resolve("metric", metric)
+    with run.locked(), kept or nullcontext():
+        prepared = prepare(
+            model,
+            task,
+            schemes=schemes,
+            quantizer=quantizer,
+            quantizer_of=quantizer_of,
+            equalizer=equalizer,
+            equalization=recorded(run.path),
+            fold=fold_batch_norms,
+            options=options,
+            seed=seed,
+            name=name,
+        )
+        logger.info(sentence(prepared.not_searched))
+        prepared.record(run.path)
+        about = {"name": estimator.name, "unit": estimator.unit_for(prepared.divergence), "exact": estimator.exact}
+        run.identify({**prepared.identity, "metric": about})
+        return measured_sensitivity(prepared.engine(run.path), estimator, run, {})
+
+
+def hardware(
+    model: Model,
+    task: Task,
+    *,
+    schemes: Mapping[str, Choice] | Sequence[str],
+    batch_size: int = 1,
+    seconds: float = 10.0,
+    quantizer: Choice = "round_to_nearest",
+    quantizer_of: Mapping[str, Choice] | None = None,
+    pin: Sequence[str] = (),
+    fold_batch_norms: bool = True,
+    seed: int = 0,
+    device: str = "cpu",
+    folder: Path | str | RunFolder | None = None,
+) -> tuple[SearchSpace, list[Latency]]:
+    """Measure how long this machine takes for each layer in each scheme; see `search` for the other arguments.
+
+    Parameters
+    ----------
+    batch_size : int
+        Samples of a forward pass.
+    seconds : float
+        Time to spend on measuring.
+
+    Returns
+    -------
+    The searched layers, and the rows of `latency.csv`, which `costs=["latency_ms"]` reads.
+    """
+    kept, run = _opened(folder)
+    with run.locked(), kept or nullcontext():
+        prepared = prepare(
+            model,
+            task,
+            schemes=schemes,
+            quantizer=quantizer,
+            quantizer_of=quantizer_of,
+            pin=pin,
+            fold=fold_batch_norms,
+            options=EngineOptions(device=device),
+            seed=seed,
+        )
+        return prepared.space, read_latency(latency_table(prepared, batch_size, run.path, seconds))
+
+
+def solve(result: Result, *, budget: Mapping[str, Any] | None = None, max_drop: float | None = None) -> Point:
+    """Solve a finished run for another budget, or for the cheapest point within a drop in quality; measure and confirm it.
+
+    Parameters
+    ----------
+    result : Result
+        From `search`, or from `load_result` with the model and the task.
+    budget : mapping, optional
+        Cost -> limit, in addition to those of the run.
+    max_drop : float, optional
+        The largest drop in quality on the search split: 0.01 is a point of accuracy, or 1 % of a perplexity.
+
+    Returns
+    -------
+    Point
+        The point; its `result` holds all that was measured.
+
+    Raises
+    ------
+    InputError
+        Neither was given, or no allocation meets them.
+    """
+    run = result.run
+    asked = {name: limit for name, limit in (budget or {}).items() if limit is not None}
+    if max_drop is None and not asked:
+        raise InputError("Nothing to solve for: got neither a budget nor max_drop. Give budget.bytes=100kB, or max_drop=0.01.")
+    most = 1 if run.quality.kind == "share" else math.inf
+    if max_drop is not None and (type(max_drop) not in (int, float) or not 0 <= max_drop < most):
+        raise InputError(f"max_drop must be a number from 0 to {most}, 0.01 for a point of accuracy; got '{max_drop}'.")
+    if not run.front:
+        raise InputError(f"The run has no front to start from yet. Resume it: mpsearch search {run_option(result.folder)}.")
+    costs = resolved_costs(result.costs, asked, [])
+    budgets = read_budgets({**run.budgets, **asked}, costs, run.space)
+    if budgets:
+        solution(run.space, run.sensitivity.losses(), budgets)  # an infeasible budget is an error before a model is loaded
+    workspace = result.workspace
+    with reopened(workspace, run, costs) as evaluate:
+        if max_drop is None:
+            picked = best_within(evaluate, run.sensitivity, budgets, run.objectives)
+        else:
+            tables = (cost.table(run.space) for cost in costs.values() if cost.column in run.costs)
+            objective = next((t for t in tables if t.column == run.objectives[0]), None) or Bytes().table(run.space)
+            picked = cheapest_within(evaluate, run.sensitivity, budgets, objective, max_drop)
+        run = replace(run, evaluations=tuple(evaluate.evaluations))
+        evaluate(picked.allocation, picked.origin, "confirm")  # also where a cost that is no objective was limited
+        confirmed = confirm_front(evaluate, run)
+        return Point(grown(result, evaluate.evaluations, workspace, confirmed), picked)
+
+
+def confirm(result: Result, allocations: Sequence[Mapping[str, str]]) -> pd.DataFrame:
+    """Score allocations on the confirm split, packed, and record the evaluations with the run.
+
+    Parameters
+    ----------
+    result : Result
+        From `search`, or from `load_result` with the model and the task.
+    allocations : sequence of mappings
+        Group -> scheme name, for every group of the search space.
+
+    Returns
+    -------
+    pandas.DataFrame
+        A row for each allocation, columns as in `Result.evaluations`.
+    """
+    space = result.run.space
+    for allocation in allocations:
+        if set(allocation) != set(space.names) or not set(allocation.values()) <= set(space.schemes):
+            raise InputError(
+                f"An allocation must give each of the {len(space.names)} groups one of {', '.join(space.schemes)}; "
+                f"got {dict(allocation)}."
+            )
+    with reopened(result.workspace, result.run, result.costs) as evaluate:
+        found = [evaluate(Allocation(allocation), "user", "confirm") for allocation in allocations]
+    return evaluations_table(replace(result.run, evaluations=tuple(found)))
+
+
+def finetune(
+    result: Result | Point,
+    *,
+    epochs: int = 20,
+    batches: int | None = None,
+    batch_size: int = 64,
+    learning_rate: float = 1e-3,
+    loss: str = "kl",
+    seed: int = 0,
+    **limits: Any,
+) -> Point:
+    """Train a point as it is stored (quantization-aware training) and score it on both splits.
+
+    Parameters
+    ----------
+    result : Result or Point
+        A point, or a result of which `limits` pick one, as `Result.pick` does.
+    epochs, batches, batch_size : int
+        Epochs; batches of an epoch (`None`: all that the task has to train on); samples of a batch.
+    learning_rate : float
+        In units of a weight matrix's root mean square, and of a scale.
+    loss : str
+        "kl" (the divergence from the float model's outputs) or "cross_entropy" (the task's own loss).
+    seed : int
+        Of the order of the data.
+
+    Returns
+    -------
+    Point
+        Its `export` writes the trained weights; its `training` says how the training went.
+    """
+    training = Training(epochs, learning_rate, batch_size, batches, loss, seed)  # type: ignore[arg-type]
+    point = result if isinstance(result, Point) else result.pick(**limits)
+    source, allocation = point.result, point.allocation
+    workspace = source.workspace
+    with reopened(workspace, source.run, source.costs) as evaluate:
+        trained, _, after = train_point(evaluate, allocation, training, source.folder)
+        new = grown(source, evaluate.evaluations, workspace, source.confirmed)
+        summary = summarized(trained, epochs, new.run.quality, evaluate.qualities(allocation), after.qualities(allocation))
+    return Point(new, new.run.finetuned("search")[allocation], summary)
+
+
+def report(result: Result, **limits: Any) -> Path:
+    """Write tables, figures and the page of a run; see `Result.report`."""
+    return result.report(**limits)
+
+
+def _opened(folder: Path | str | RunFolder | None) -> tuple[tempfile.TemporaryDirectory[str] | None, RunFolder]:
+    """The run's folder, and the temporary folder that takes its place where none is given."""
+    if isinstance(folder, RunFolder):
+        return None, folder
+    kept = tempfile.TemporaryDirectory(prefix="mpsearch-") if folder is None else None
+    return kept, RunFolder(kept.name if kept is not None else folder or "")
+
+
+def _max_drop(asked: float | None, task: Task) -> float:
+    """The drop that counts as none: as it was asked for, else the task's own, else that of the kind of quality."""
+    if asked is None:
+        return Quality(task.quality_name, task.quality_kind).max_drop if task.max_drop is None else task.max_drop
+    if isinstance(asked, bool) or not isinstance(asked, int | float) or not 0 <= asked < math.inf:
+        raise InputError(f"max_drop must be a number of 0 or more, 0.01 for a point of accuracy; got '{asked}'.")
+    return float(asked)
+
+
+def _training(steps: int | None, prepared: Prepared, seed: int) -> Training | None:
+    """How the points of the front are trained before they are confirmed; `None`: not at all."""
+    if steps is None:
+        return None
+    at_least_one("finetune_steps", steps)
+    check_trainable(prepared.task, prepared.space.schemes.values())
+    return Training.of_steps(steps, seed)

@@ -1,0 +1,152 @@
+"""Write a point of a run to files that a runtime opens: written aside, checked, and only then moved to their place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mpsearch.allocation import SearchSpace
+from mpsearch.engine.weight_files import Bank
+from mpsearch.errors import InputError, run_option
+from mpsearch.evaluation import Evaluation
+from mpsearch.exporters.base import Exporter, Picked, publish
+from mpsearch.graph.shared_copy import shared_copy
+from mpsearch.layer import weight_rows, weights_sha256
+from mpsearch.packed.model import Weights
+from mpsearch.pipeline.pick import pick
+from mpsearch.pipeline.prepare import IDENTITY, Plan, planned_model
+from mpsearch.pipeline.verify import TooLarge, check_loss, check_size, staging
+from mpsearch.pipeline.workspace import Source, Workspace, recorded_plan
+from mpsearch.quantizers.round_to_nearest import RoundToNearest
+from mpsearch.runs.evaluation_rows import SCORED
+from mpsearch.runs.run import Run
+from mpsearch.schemes.base import QuantizedTensor
+from mpsearch.schemes.floating import Float
+from mpsearch.training.finetune import restored
+
+logger = logging.getLogger("mpsearch")
+
+Check = Callable[[Exporter, Path, Evaluation], None]
+
+
+@dataclass(frozen=True)
+class BankedWeights:
+    """The quantized weights of a finished run, where there are no data; `model` is float, folded and equalized."""
+
+    model: nn.Module
+    space: SearchSpace
+    bank: Bank
+    bias_correction: bool
+
+    def quantized(self, layer: str, scheme: str) -> QuantizedTensor:
+        """From the bank; in a float format, which it does not keep, rounded. `InputError` where the bank has none intact."""
+        target, weight = self.space.schemes[scheme], weight_rows(self.model.get_submodule(layer))
+        if isinstance(target, Float):
+            return RoundToNearest().quantize(weight.float().cpu(), target)
+        banked = self.bank.read(layer, scheme, target, tuple(weight.shape))
+        if banked is None:
+            raise InputError(self._absent(f"the weight of '{layer}' in {scheme}"))
+        target.check(banked.tensors, banked.shape)
+        return banked
+
+    def biases(self, layer: str, scheme: str) -> dict[str, Tensor]:
+        """Corrected ones, from the bank; `InputError` where a layer with a bias has none there."""
+        (modules,) = (la.modules for la in self.space.layers if la.name == layer)
+        has_bias = any(getattr(self.model.get_submodule(name), "bias", None) is not None for name in modules)
+        if not self.bias_correction or not has_bias:
+            return {}
+        banked = self.bank.read_biases(layer, scheme)
+        if banked is None:
+            raise InputError(self._absent(f"the corrected bias of '{layer}' in {scheme}"))
+        return banked
+
+    def _absent(self, what: str) -> str:
+        return f"{self.bank.folder} has no intact entry for {what}, and the task's data are absent. Restore one of them."
+
+
+def without_data(source: Source, run: Run, folder: Path) -> tuple[BankedWeights, Plan, Check]:
+    """The weights of the run's bank; `InputError` where the model, or how it was equalized, is not what the run recorded."""
+    plan = recorded_plan(run, folder, dict.fromkeys(run.space.schemes, RoundToNearest()))
+    original = source.float_model().eval()
+    if (sha256 := weights_sha256(original)) != plan.model_sha256:
+        raise InputError(
+            f"The model has checksum {sha256[:12]}…; the run's had {plan.model_sha256[:12]}…. Give the weights of the run."
+        )
+
+    def check(exporter: Exporter, path: Path, evaluation: Evaluation) -> None:
+        exporter.load(path, shared_copy(original))  # which checks the digests
+
+    bank = Bank(folder / "bank", {key: run.identity.get(key) for key in IDENTITY})
+    model = planned_model(shared_copy(original), plan)
+    return BankedWeights(model, run.space, bank, run.identity["bias_correction"]), plan, check
+
+
+def export_point(
+    run: Run,
+    picked: Evaluation,
+    exporter: Exporter,
+    source: Source | Workspace,
+    run_folder: Path,
+    folder: Path,
+    *,
+    finetuned: bool,
+    limits: Mapping[str, Any],
+) -> tuple[Path, Evaluation]:
+    """Write the point to `folder`; the path of its main file, and the point that was written.
+
+    The files are loaded and scored again before an earlier export in `folder` is replaced. Headers included (JSON descriptions
+    aside) they fit `limits["max_bytes"]`, or else the run's budget of bytes; where headers make the files larger than
+    `max_bytes`, the next smaller point is taken.
+    """
+    trained = {split: e for split in SCORED if (e := run.finetuned(split).get(picked.allocation)) is not None}
+    if finetuned and "search" not in trained:
+        raise InputError(f"This point was not trained. Run: mpsearch finetune {run_option(run_folder)} with the same pick.")
+    weights, plan, check = _weights(source, run, run_folder, trained["search"] if finetuned else None)
+    with staging(folder) as inside:
+        while True:
+            scores = trained if finetuned else {s: e for s in SCORED if (e := run.on(s).get(picked.allocation)) is not None}
+            point = Picked(
+                scores["search"], scores, run.baselines, run.quality_name, plan.model_sha256, plan.folds, plan.equalization
+            )
+            path = exporter.export(point, weights, inside)
+            try:
+                check_size(path, picked, limits, run)
+                break
+            except TooLarge as error:
+                picked = _smaller(picked, run, limits, error, finetuned)
+        check(exporter, path, scores["search"])
+        return publish(path, folder), scores["search"]
+
+
+def _weights(source: Source | Workspace, run: Run, folder: Path, trained: Evaluation | None) -> tuple[Weights, Plan, Check]:
+    if isinstance(source, Source) and source.task is None:
+        if trained is not None:
+            raise InputError("A trained point is exported with the task's data only. Restore them.")
+        return without_data(source, run, folder)
+    workspace = source.open(run, folder) if isinstance(source, Source) else source
+    engine, prepared = workspace.engine, workspace.prepared
+    if trained is not None:
+        engine = restored(engine, trained.allocation, trained.loss, folder / "finetuned")
+
+    def check(exporter: Exporter, path: Path, evaluation: Evaluation) -> None:
+        check_loss(prepared, engine, exporter, path, evaluation)
+
+    return engine, prepared.plan, check
+
+
+def _smaller(picked: Evaluation, run: Run, limits: Mapping[str, Any], error: TooLarge, finetuned: bool) -> Evaluation:
+    """The next smaller point, where a size was asked for; `error`, with what to do, where none was or there is none."""
+    if finetuned or limits.get("max_bytes") is None:
+        raise InputError(
+            f"{error} Give that limit as pick.max_bytes: the largest point whose files fit is exported then; or a larger one."
+        ) from error
+    if picked.size_bytes <= min(e.size_bytes for e in run.front):
+        raise InputError(f"{error} It is the smallest of the front. Raise the limit, or search with smaller schemes.") from error
+    smaller = pick(run, **{**limits, "max_bytes": picked.size_bytes - 1})
+    logger.info("%s The next smaller point, of %s bytes, is taken.", error, f"{smaller.size_bytes:,}")
+    return smaller

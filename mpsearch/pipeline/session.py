@@ -1,0 +1,129 @@
+"""A search of a prepared model in a run folder: sensitivities, trials, confirmation."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mpsearch.errors import InputError
+from mpsearch.evaluation import Confirmed, SensitivityTable
+from mpsearch.executors.base import Executor
+from mpsearch.metrics.base import SensitivityMetric
+from mpsearch.pipeline.confirm import confirm
+from mpsearch.pipeline.finetune import train_point
+from mpsearch.pipeline.goal import Goal
+from mpsearch.pipeline.mirror import Mirror
+from mpsearch.pipeline.prepare import Model, Prepared, fields_of, planned_engine
+from mpsearch.pipeline.result import Result
+from mpsearch.pipeline.resume import check_resumed
+from mpsearch.pipeline.search import Evaluator, check_sampler, search
+from mpsearch.pipeline.sensitivity import measured_sensitivity
+from mpsearch.pipeline.workspace import Workspace
+from mpsearch.progress import phase, quiet
+from mpsearch.quality import Quality
+from mpsearch.runs.run import Run, RunFolder
+from mpsearch.samplers.base import complete
+from mpsearch.training.finetune import Training
+
+
+@dataclass(frozen=True)
+class SearchSession:
+    """What a search is made of; the caller holds the lock of the run's folder."""
+
+    model: Model
+    prepared: Prepared
+    goal: Goal
+    metric: SensitivityMetric
+    sampler: Any
+    executor: Executor
+    run: RunFolder
+    seed: int
+    in_flight: int
+    max_drop: float
+    training: Training | None
+    mirror: str | None
+
+    def identity(self) -> dict[str, Any]:
+        """What identifies the run: that of the prepared model, and what its trials depend on. JSON-able."""
+        unit = self.metric.unit_for(self.prepared.divergence)
+        return {
+            **self.prepared.identity,
+            "metric": {"name": self.metric.name, "unit": unit, "exact": self.metric.exact, **fields_of(self.metric)},
+            "trials": {"in_flight": self.in_flight},
+            "budgets": {budget.table.name: budget.limit for budget in self.goal.budgets},
+            "objectives": [table.column for table in self.goal.objectives],
+            "max_drop": self.max_drop,
+            "costs": [table.column for table in self.goal.other_costs],
+            "cost_settings": {name: fields_of(cost) for name, cost in self.goal.costs.items()},
+        }
+
+    def search(self, n_trials: int, n_seeds: int, max_seconds: float | None) -> Result:
+        """Measure, search and confirm; or resume."""
+        goal, prepared, space = self.goal, self.prepared, self.prepared.space
+        unit = self.metric.unit_for(prepared.divergence)
+        unmeasured = SensitivityTable(self.metric.name, unit, np.zeros(space.allowed.shape), space)
+        check_sampler(complete(self.sampler, unmeasured, goal.objectives, goal.budgets, self.seed), space, goal.budgets)
+        with self.executor:
+            engine = prepared.engine(self.run.path)
+            parts = self.model, prepared.task, prepared.plan, prepared.options, prepared.not_searched, self.run.path.absolute()
+            self.executor.start(engine, functools.partial(planned_engine, *parts, seed=self.seed, name=prepared.name))
+            identity = self.identity()
+            quality = Quality(prepared.task.quality_name, prepared.task.quality_kind)
+            known_sensitivity, known = self._known(identity, quality)
+            check_resumed(engine, self.run, known)
+            sensitivity = measured_sensitivity(engine, self.metric, self.run, known_sensitivity, self.executor)
+            record = self.run.recorder(space, quality.name, identity["costs"])
+            evaluate = Evaluator(engine, goal.budgets, record, known, goal.other_costs, goal.batch_size, self.executor)
+            mirror = self._mirror(identity["objectives"])
+            with mirror or contextlib.nullcontext():
+                search(
+                    evaluate,
+                    sensitivity,
+                    complete(self.sampler, sensitivity, goal.objectives, goal.budgets, self.seed),
+                    n_trials=n_trials,
+                    n_seeds=n_seeds,
+                    max_seconds=max_seconds,
+                    objectives=goal.objectives,
+                    in_flight=self.in_flight,
+                    finished=mirror or (lambda trial, evaluation: None),
+                )
+            found, confirmed = self._confirmed(evaluate, sensitivity, identity)
+        return Result(found, self.run.path, Workspace(prepared, engine, self.run.path), goal.costs, confirmed)
+
+    def _known(self, identity: dict[str, Any], quality: Quality) -> tuple[Any, list[Any]]:
+        """What an interrupted run has measured; a new folder is marked as this run's."""
+        space = self.prepared.space
+        self.prepared.record(self.run.path)
+        self.run.identify(identity)
+        for table in ("sensitivity", "evaluations"):
+            self.run.mend(table)
+        known = self.run.read_sensitivity(space, self.metric.name)
+        return known, self.run.read_evaluations(space, quality, identity["costs"])
+
+    def _mirror(self, objectives: Sequence[str]) -> Mirror | None:
+        name = "/".join(self.run.path.parts[-2:])  # the runs of a sweep are 0, 1, 2
+        return Mirror(self.mirror, name, self.prepared.space, objectives) if self.mirror else None
+
+    def _confirmed(
+        self, evaluate: Evaluator, sensitivity: SensitivityTable, identity: dict[str, Any]
+    ) -> tuple[Run, list[Confirmed]]:
+        def record() -> Run:
+            columns = identity["budgets"], identity, identity["objectives"], identity["costs"]
+            return Run(self.prepared.space, identity["quality_name"], tuple(evaluate.evaluations), sensitivity, *columns)
+
+        found = record()
+        if not found.front:
+            raise InputError("No trial was run, so there is no front. Give n_trials above 0.")
+        confirmed = confirm(evaluate, found)
+        if self.training is not None:
+            with phase("finetune", len(found.front)) as advance:
+                for point in found.front:
+                    with quiet():
+                        _, trained, _ = train_point(evaluate, point.allocation, self.training, self.run.path)
+                    advance(f"{point.average_bits:.2f} bits: {found.quality.label} {found.quality.text(trained.quality)}")
+        return record(), confirmed
