@@ -6,7 +6,7 @@ ones. Alone, Tango's covers a little less than 93 % where 4 to 6 samples differ,
 in 6.7 instead of 2.5 % of cases; together they cover at least 95 %, each end at least 97 %. All other values get Student's t
 interval of the mean difference. Values that are not independent (the tokens of a text) are first reduced to one for each
 cluster. A measure of all samples together (F1, mAP) is resampled, with the same samples for both models.
-`scripts/coverage.py` measures the coverage of all of them.
+`scripts/bench_intervals.py` measures their coverage.
 """
 
 from __future__ import annotations

@@ -1,24 +1,20 @@
-"""How well executors use their workers, with evaluations that only sleep 0.1 s: evaluations a second over the workers' ideal.
-
-    python scripts/bench_executors.py [--json FILE]      # needs mpsearch[dask,ray]; both clusters, of 8 workers, are started here
-
-160 evaluations, twice as many under way as there are workers, after a first few for each worker, which builds its engine. Written
-to reports/bench_executors/.
-"""
+"""How well executors use their workers."""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from pages import Row, machine, write
+from harness import Row, UnavailableError, benchmark
 
 from mpsearch.allocation import Allocation
 from mpsearch.evaluation import Score
@@ -27,69 +23,67 @@ from mpsearch.executors.dask import Dask
 from mpsearch.executors.local import Local
 from mpsearch.executors.ray import Ray
 
-SECONDS = 0.1
-
 
 class Sleeper:
-    """Takes its time."""
+    """Stands for an engine whose evaluations take `seconds`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
 
     def score(self, allocation: Allocation, split: str = "search") -> Score:
-        """A score of nothing after `SECONDS`."""
-        time.sleep(SECONDS)
+        """A score of nothing, after sleeping."""
+        time.sleep(self.seconds)
         return Score(0, 0, 0, 0, 0, 0, 1, np.zeros(0))
 
 
-def efficiency(executor: Executor, n: int = 160) -> float:
-    """Evaluations a second over `workers / SECONDS`."""
-    with executor:
-        executor.start(Sleeper(), functools.partial(Sleeper))
-        for future in [executor.submit(Allocation({"g": f"first{i}"})) for i in range(6 * executor.workers)]:
-            future.result()
-        start, running = time.perf_counter(), deque[object]()
-        for i in range(n):
-            if len(running) == 2 * executor.workers:
-                running.popleft().result()  # type: ignore[attr-defined]
-            running.append(executor.submit(Allocation({"g": str(i)})))
-        for future in running:
-            future.result()  # type: ignore[attr-defined]
-        return n * SECONDS / executor.workers / (time.perf_counter() - start)
-
-
-def main() -> None:
-    """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0"]
-    scheduler = subprocess.Popen([*command, "--no-dashboard"], stderr=subprocess.PIPE, text=True, env=path)
-    assert scheduler.stderr is not None
-    address = next(line.split()[-1] for line in scheduler.stderr if "Scheduler at:" in line)
-    command = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--nworkers", "8"]
-    workers = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=path)
-    rows: list[Row] = []
+@contextlib.contextmanager
+def cluster(n_workers: int) -> Iterator[str]:
+    """The address of a Dask scheduler with so many workers, while the block runs."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
+    scheduler = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    address = next(line.split()[-1] for line in scheduler.stderr or () if "Scheduler at:" in line)
+    command = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--nworkers", str(n_workers)]
+    workers = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
     try:
         from distributed import Client
 
         with Client(address) as client:
-            client.wait_for_workers(8, timeout=120)
-        cases: list[tuple[str, float, Executor]] = [
-            ("local, 2 workers", 0.95, Local(2)),
-            ("Dask, 8 workers", 0.9, Dask(address)),
-            ("Ray, 8 workers", 0.9, Ray(8)),
-        ]
-        for name, bar, executor in cases:
-            rows.append({"what": "efficiency at 0.1 s", "case": name, "value": efficiency(executor), "bar": bar})
-            print(rows[-1], flush=True)
+            client.wait_for_workers(n_workers, timeout=120)
+        yield address
     finally:
         for process in (workers, scheduler):
             process.terminate()
-    rows.append(machine())
-    table = ["| executor | share of the ideal | bar |", "| --- | ---: | ---: |"]
-    table += [f"| {row['case']} | {row['value']:.3f} | {row['bar']} |" for row in rows[:-1]]
-    page = ["# bench_executors: evaluations that sleep 0.1 s", "", *table, "", str(rows[-1]["case"])]
-    write("bench_executors", page, rows, arguments.json)
+            process.wait()
 
 
-if __name__ == "__main__":
-    main()
+def efficiency(executor: Executor, seconds: float, n: int) -> float:
+    """Evaluations a second over `workers / seconds`, twice as many in flight as there are workers."""
+    with executor:
+        executor.start(Sleeper(seconds), functools.partial(Sleeper, seconds))
+        for future in [executor.submit(Allocation({"g": f"first{i}"})) for i in range(6 * executor.workers)]:
+            future.result()  # each worker has built its engine
+        start, running = time.perf_counter(), deque()
+        for i in range(n):
+            if len(running) == 2 * executor.workers:
+                running.popleft().result()
+            running.append(executor.submit(Allocation({"g": str(i)})))
+        for future in running:
+            future.result()
+        return n * seconds / executor.workers / (time.perf_counter() - start)
+
+
+@benchmark(
+    "executors",
+    executor=("local", "dask", "ray"),
+    seconds=(0.1,),
+    evaluations=(160,),
+    quick={"executor": ("local",), "seconds": (0.01,), "evaluations": (8,)},
+)
+def executors(executor: str, seconds: float, evaluations: int) -> Iterator[Row]:
+    """Evaluations that only sleep, on 2 local processes, and on 8 workers of Dask and of Ray that are started here."""
+    if importlib.util.find_spec({"dask": "distributed", "ray": "ray"}.get(executor, "sys")) is None:
+        raise UnavailableError(f"pip install -e '.[{executor}]'")
+    with cluster(8) if executor == "dask" else contextlib.nullcontext("") as address:
+        made = {"local": lambda: Local(2), "dask": lambda: Dask(address), "ray": lambda: Ray(8)}[executor]()
+        yield {"value": efficiency(made, seconds, evaluations), "unit": "share of the ideal"}

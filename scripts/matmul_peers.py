@@ -1,9 +1,9 @@
 """Other libraries' products with quantized weights, for `bench_matmul.py`: ONNX Runtime's MatMulNBits and ggml's types.
 
-    pip install -e ".[bench]"      ggml comes inside llama-cpp-python, which pip builds from source (13 minutes on one core)
+    pip install -e ".[bench]"      ggml is part of llama-cpp-python, which pip builds from source
 
-Each peer multiplies by copies of a weight float32 [rows, columns], quantized its own way, on one thread or more. What is not
-installed is left out and named by `absent`.
+Each peer multiplies by copies of a weight float32 [rows, columns], quantized by the peer, on one thread or more. Peers that are
+not installed are left out.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from mpsearch import kernels
 
 GROUP_SIZE = 128
 GGML_TYPES = {"ggml Q4_0": 2, "ggml Q4_K": 12, "ggml Q8_0": 8, "ggml Q2_K": 10, "ggml TQ2_0": 35}
-# What a peer is compared with: our width with int8 input.
+# Peer -> the width, with int8 input, that it is compared with.
 BITS = {"ORT b2": 2, "ORT b4": 4, "ORT b8": 8, "ggml Q4_0": 4, "ggml Q4_0 repacked": 4, "ggml Q4_K": 4, "ggml Q4_K repacked": 4}
 BITS |= {"ggml Q8_0": 8, "ggml Q2_K": 2, "ggml TQ2_0": 2}
 
-Run = Callable[[int], Tensor]  # multiplies by copy i
+Run = Callable[[int], Tensor]  # multiplies by copy i of the weight
+Product = tuple[Run, int]  # and how many copies there are
 
 
 def absent() -> list[str]:
@@ -34,25 +35,25 @@ def absent() -> list[str]:
     return [name for name in ("onnxruntime", "onnx", "llama_cpp") if importlib.util.find_spec(name) is None]
 
 
-def peers(weight: Tensor, x: Tensor, copies: Callable[[float], int], n_threads: int) -> dict[str, Run]:
-    """Products of x float32 [tokens, columns]; `copies(n_bytes)` says how many of a weight of that size to make."""
-    found = {}
+def peers(weight: Tensor, x: Tensor, copies: Callable[[float], int], n_threads: int) -> dict[str, Product]:
+    """Products of x float32 [tokens, columns]; `copies(n_bytes)` is how many copies to make of a weight of that size."""
+    products: dict[str, Product] = {}
     if not {"onnxruntime", "onnx"} & set(absent()):
         for bits in (2, 4, 8):
-            found[f"ORT b{bits}"] = onnxruntime_product(weight, x, bits, copies(weight.numel() * bits / 8), n_threads)
+            products[f"ORT b{bits}"] = onnxruntime_product(weight, x, bits, copies(weight.numel() * bits / 8), n_threads)
     if "llama_cpp" not in absent() and weight.shape[1] % 32 == 0:
         ggml = Ggml()
         for name, kind in GGML_TYPES.items():
             if weight.shape[1] % 256 and kind not in (2, 8):
                 continue  # these come in blocks of 256 columns
             for repacked in (False, True):
-                run = ggml.product(weight, x, kind, repacked, copies, n_threads)
-                if run is not None:
-                    found[name + " repacked" * repacked] = run
-    return found
+                product = ggml.product(weight, x, kind, repacked, copies, n_threads)
+                if product is not None:
+                    products[name + " repacked" * repacked] = product
+    return products
 
 
-def onnxruntime_product(weight: Tensor, x: Tensor, bits: int, n_copies: int, n_threads: int) -> Run:
+def onnxruntime_product(weight: Tensor, x: Tensor, bits: int, n_copies: int, n_threads: int) -> Product:
     """One-node models with MatMulNBits at accuracy level 4 (int8 input), in groups of 128, asymmetric."""
     import numpy as np
     import onnxruntime
@@ -104,10 +105,10 @@ def onnxruntime_product(weight: Tensor, x: Tensor, bits: int, n_copies: int, n_t
         bindings.append(binding)
 
     def run(i: int) -> Tensor:
-        sessions[i % n_copies].run_with_iobinding(bindings[i % n_copies])
+        sessions[i].run_with_iobinding(bindings[i])
         return y
 
-    return run
+    return run, n_copies
 
 
 class _InitParams(ctypes.Structure):
@@ -143,14 +144,14 @@ class Ggml:
         if not address:
             return None
         types = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(device)
-        found = []
-        while types and types[len(found)]:
-            found.append(ctypes.c_void_p(types[len(found)]))
-        return next((kind for kind in found if b"REPACK" in self("ggml_backend_buft_name", ctypes.c_char_p, kind)), None)
+        kinds: list[ctypes.c_void_p] = []
+        while types and types[len(kinds)]:
+            kinds.append(ctypes.c_void_p(types[len(kinds)]))
+        return next((kind for kind in kinds if b"REPACK" in self("ggml_backend_buft_name", ctypes.c_char_p, kind)), None)
 
     def product(
         self, weight: Tensor, x: Tensor, kind: int, repacked: bool, copies: Callable[[float], int], n_threads: int
-    ) -> Run | None:
+    ) -> Product | None:
         """`None` where this build does not repack the type."""
         rows, columns = weight.shape
         n_bytes = rows * self("ggml_row_size", ctypes.c_size_t, ctypes.c_int(kind), ctypes.c_int64(columns))
@@ -186,7 +187,7 @@ class Ggml:
         compute = self._libraries[0].ggml_backend_graph_compute
 
         def run(i: int) -> Tensor:
-            compute(backend, graphs[i % len(graphs)])
-            return results[i % len(graphs)]
+            compute(backend, graphs[i])
+            return results[i]
 
-        return run
+        return run, len(graphs)
