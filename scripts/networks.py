@@ -5,16 +5,12 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from harness import ROOT, Row, UnavailableError
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
-from torch import nn
 
 from mpsearch.allocation import Allocation
 from mpsearch.engine.calibrate import calibrate
@@ -22,12 +18,8 @@ from mpsearch.engine.engine import FLOAT, QuantEngine
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score
 from mpsearch.layer import weight_rows
-from mpsearch.models.bert import minilm
-from mpsearch.models.digits import digits
-from mpsearch.models.efficientnet import efficientnet_lite0
-from mpsearch.models.llama import smollm2, stories260k
-from mpsearch.models.resnet import resnet
 from mpsearch.pipeline.prepare import prepare
+from mpsearch.registry import node, resolve
 from mpsearch.schemes.base import QuantScheme
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.input import IntegerInput
@@ -36,41 +28,28 @@ from mpsearch.schemes.level_input import LevelInput
 from mpsearch.schemes.outliers import Outliers
 from mpsearch.schemes.ranges import RANGES
 from mpsearch.schemes.rotated import Rotated
-from mpsearch.tasks.base import Task
-from mpsearch.tasks.cifar10 import Cifar10
-from mpsearch.tasks.digits import Digits
-from mpsearch.tasks.imagenet import ImageNetSample
-from mpsearch.tasks.language import Stories
-from mpsearch.tasks.stsb import STSBenchmark
-from mpsearch.tasks.wikitext2 import WikiText2
 
 DATA = Path(os.environ.get("MPSEARCH_DATA", ROOT / ".." / "shared" / "data"))
 
 
 class Network(NamedTuple):
-    """A trained network and its task, which takes the sizes of its splits; `share` are groups of layers that share a scheme."""
+    """Of a model of the registry: its task, the folder of its data in `DATA`, its weights there, layers that share a scheme."""
 
-    model: Callable[[], nn.Module]
-    task: Callable[..., Task]
+    task: str
+    folder: str = ""
+    weights: str = ""
     share: tuple[str, ...] = ()
 
 
 NETWORKS = {
-    "digits": Network(digits, lambda n_search=0, n_confirm=0, **options: Digits(**options)),
-    "resnet20": Network(
-        lambda: resnet(20, DATA / "cifar10" / "resnet20.safetensors"), functools.partial(Cifar10, DATA / "cifar10", n_search=1000)
-    ),
+    "digits": Network("digits"),
+    "resnet20": Network("cifar10", "cifar10", "resnet20.safetensors"),
     "stories260k": Network(
-        lambda: stories260k(DATA / "stories260k" / "model.safetensors"),
-        functools.partial(Stories, DATA / "stories260k"),
-        ("*.q_proj|*.k_proj|*.v_proj", "*.gate_proj|*.up_proj"),
+        "stories", "stories260k", "model.safetensors", ("*.q_proj|*.k_proj|*.v_proj", "*.gate_proj|*.up_proj")
     ),
-    "minilm": Network(minilm, functools.partial(STSBenchmark, DATA / "stsb"), ("*.query|*.key|*.value",)),
-    "efficientnet_lite0": Network(
-        lambda: efficientnet_lite0().to(memory_format=torch.channels_last),  # type: ignore[call-overload]  # three times as fast
-        functools.partial(ImageNetSample, DATA / "imagenet_sample"),
-    ),
-    "smollm2": Network(smollm2, functools.partial(WikiText2, DATA / "wikitext2")),
+    "minilm": Network("stsb", "stsb", share=("*.query|*.key|*.value",)),
+    "efficientnet_lite0": Network("imagenet_sample", "imagenet_sample"),
+    "smollm2": Network("wikitext2", "wikitext2"),
 }
 FP8, NVFP4 = ("e4m3", "channel", "float32"), ("e2m1", 16, "e4m3")
 W4G16A4 = Integer(4, 16, input=IntegerInput(4, symmetric=False))
@@ -108,11 +87,9 @@ SCHEMES: dict[str, QuantScheme] = {  # those that conf/scheme does not have
 }
 
 
-def choice(kind: str, name: str) -> Any:
-    """The object that `conf/<kind>/<name>.yaml` describes, with its defaults."""
-    if kind == "scheme" and name in SCHEMES:
-        return SCHEMES[name]
-    return instantiate(OmegaConf.load(ROOT / "conf" / kind / f"{name}.yaml"), _convert_="object")
+def choice(group: str, name: str) -> Any:
+    """The object of a name in a registry, with its defaults, or one of `SCHEMES`."""
+    return resolve(group, SCHEMES.get(name, name))
 
 
 @functools.lru_cache(maxsize=2)
@@ -132,38 +109,29 @@ def load(
     Raises `UnavailableError` where the data or the weights are missing.
     """
     of = NETWORKS[network]
-    names = (*schemes, "fp32") if float_layers else schemes
-    settings: dict[str, Any] = {
-        "device": "cpu",
-        "seed": 0,
-        "scheme": dict.fromkeys(names),
-        "quantizer_of": {},
-        "equalizer": None if equalizer == "none" else equalizer,
-        "fold_batch_norms": True,
-        "share": of.share if shared else (),
-        "pin": [*([f"*:{'|'.join(schemes)}", f"{float_layers}:fp32"] if float_layers else [])],
-    }
-
-    def build(key: str) -> Any:
-        kind, _, name = key.partition(".")
-        known: dict[str, Callable[[], Any]] = {
-            "model": of.model,
-            "task": lambda: of.task(**splits),
-            "quantizer": lambda: choice("quantizer", quantizer),
-            "equalizer": lambda: choice("equalizer", equalizer),
-        }
-        return known[kind]() if kind in known else choice(kind, name)
-
+    folder = DATA / of.folder
+    weights = {"weights": str(folder / of.weights)} if of.weights else {}
+    data = {"data_dir": str(folder)} if of.folder else {}
     try:
-        prepared = prepare(settings, build)
-    except (InputError, FileNotFoundError) as error:
-        if network == "digits":
-            raise
+        model = resolve("model", {**node("model", network), **weights})
+        task = resolve("task", {**node("task", of.task), **data, **splits})
+    except InputError as error:
         raise UnavailableError(str(error)) from error
+    if network == "efficientnet_lite0":
+        model = model.to(memory_format=torch.channels_last)  # three times as fast
+    prepared = prepare(
+        model,
+        task,
+        schemes={name: SCHEMES.get(name, name) for name in (*schemes, *(["fp32"] if float_layers else []))},
+        quantizer=quantizer,
+        equalizer=None if equalizer == "none" else equalizer,
+        share_patterns=of.share if shared else (),
+        pin=[f"*:{'|'.join(schemes)}", f"{float_layers}:fp32"] if float_layers else (),
+    )
     rotated = any(isinstance(scheme, Rotated) for scheme in prepared.space.schemes.values())
     moments = calibrate(prepared.model, prepared.task, prepared.space.layers, prepared.calibration, rotated=rotated)
     return QuantEngine(
-        prepared.model, prepared.task, prepared.space, prepared.quantizers, moments, prefix_max_bytes=prefix_max_bytes
+        prepared.model, prepared.task, prepared.space, prepared.plan.quantizers, moments, prefix_max_bytes=prefix_max_bytes
     )
 
 
