@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,10 +209,10 @@ def sensitivity(
     name: str = "",
 ) -> SensitivityTable:
     """Measure the sensitivity of each layer to each scheme, and nothing else; see `search` for the arguments."""
-    kept, run = _opened(folder)
+    _kept, run = _opened(folder)
     options = EngineOptions(bias_correction, bank_max_bytes, prefix_max_bytes, device)
     estimator: SensitivityMetric = resolve("metric", metric)
-    with run.locked(), kept or nullcontext():
+    with run.locked():
         prepared = prepare(
             model,
             task,
@@ -260,8 +261,8 @@ def hardware(
     -------
     The searched layers, and the rows of `latency.csv`, which `costs=["latency_ms"]` reads.
     """
-    kept, run = _opened(folder)
-    with run.locked(), kept or nullcontext():
+    _kept, run = _opened(folder)
+    with run.locked():
         prepared = prepare(
             model,
             task,
@@ -399,12 +400,22 @@ def report(result: Result, **limits: Any) -> Path:
     return result.report(**limits)
 
 
-def _opened(folder: Path | str | RunFolder | None) -> tuple[tempfile.TemporaryDirectory[str] | None, RunFolder]:
+class _TemporaryFolder:
+    """A new folder, deleted with this object."""
+
+    def __init__(self) -> None:
+        self.path = tempfile.mkdtemp(prefix="mpsearch-")
+        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+
+def _opened(folder: Path | str | RunFolder | None) -> tuple[_TemporaryFolder | None, RunFolder]:
     """The run's folder, and the temporary folder that takes its place where none is given."""
     if isinstance(folder, RunFolder):
         return None, folder
-    kept = tempfile.TemporaryDirectory(prefix="mpsearch-") if folder is None else None
-    return kept, RunFolder(kept.name if kept is not None else folder or "")
+    if folder is not None:
+        return None, RunFolder(folder)
+    temporary = _TemporaryFolder()
+    return temporary, RunFolder(temporary.path)
 
 
 def _max_drop(asked: float | None, task: Task) -> float:
