@@ -7,12 +7,11 @@ plain PyTorch and the specification. Where a compiled module is missing everythi
 
 from mpsearch.kernels.backends import active_backend, available_backends, use_backend
 from mpsearch.kernels.convolution import conv, conv_a8
-from mpsearch.kernels.embedding import embedding
 from mpsearch.kernels.feedback import round_with_feedback
 from mpsearch.kernels.half_quadratic import half_quadratic
 from mpsearch.kernels.packed_conv import PackedConv, pack_conv, unpack_conv
 from mpsearch.kernels.packed_weight import MOST_GROUP_COLUMNS, PackedWeight, pack_weight, unpack_weight
-from mpsearch.kernels.products import linear, linear_a8
+from mpsearch.kernels.products import embedding, linear, linear_a8
 from mpsearch.kernels.quantization import dequantize, pack, quantize, unpack
 from mpsearch.kernels.rotation import blocks_of, rotate
 

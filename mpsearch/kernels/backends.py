@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import os
@@ -14,12 +15,16 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import InputError
-from mpsearch.kernels import cuda_backend
+from mpsearch.kernels import arguments, cuda_backend
 
-compiled: Any = None  # the compiled module, where there is one
+address_of = ctypes.addressof  # of a struct
+compiled: Any = None  # the compiled module, if there is one
 _missing: str | None = None
 try:
-    compiled = importlib.import_module("mpsearch.kernels._cpu")
+    module = importlib.import_module("mpsearch.kernels._cpu")
+    if getattr(module, "arguments_bytes", int)() != arguments.TOTAL_BYTES:
+        raise ImportError(f"{module.__file__} was built from other sources")
+    compiled = module
 except ImportError as error:
     _missing = str(error)
     if os.environ.get("MPSEARCH_REQUIRE_KERNELS") == "1":
@@ -33,19 +38,20 @@ if hasattr(os, "register_at_fork"):
     # (The compiled kernels start threads of their own anew; they use as many as PyTorch.)
     os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
-_COMPILED: tuple[str, ...] = () if compiled is None else tuple(compiled.backends())
-_AVAILABLE = ("reference", *_COMPILED)
+COMPILED: tuple[str, ...] = () if compiled is None else tuple(compiled.backends())
 _forced: str | None = None
 
 
 def available_backends() -> tuple[str, ...]:
     """The backends that this machine runs, slowest first, such as `("reference", "baseline", "avx2")`."""
-    return _AVAILABLE
+    return ("reference", *COMPILED)
 
 
 def active_backend() -> str:
     """The backend that CPU tensors take now: the fastest there is, or the one that `use_backend` forces."""
-    return _AVAILABLE[-1] if _forced is None else _forced
+    if _forced is not None:
+        return _forced
+    return COMPILED[-1] if COMPILED else "reference"
 
 
 @contextmanager
@@ -57,7 +63,7 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _forced
     if name not in available_backends():
-        raise InputError(f"Kernel backend '{name}' is not available here. There is: {', '.join(available_backends())}.")
+        raise InputError(f"The kernel backend must be one of {', '.join(available_backends())}; got '{name}'.")
     before, _forced = _forced, name
     try:
         yield
@@ -74,7 +80,7 @@ def backend_of(tensor: Tensor, *, on_cuda: bool = True) -> str:
         if on_cuda and _forced != "reference" and cuda_backend.takes(tensor):
             return "cuda"
         if tensor.is_cuda and on_cuda and _forced is None:
-            _warn_missing_cuda()
+            warn_missing_cuda()
         if not tensor.is_cpu:
             return "reference"
     if _missing is not None and _forced is None:
@@ -90,9 +96,12 @@ def is_plain(x: Tensor) -> bool:
     return type(x) is Tensor and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
 
 
-def backend_index(backend: str) -> int:
-    """The number by which the compiled module knows a backend."""
-    return _COMPILED.index(backend)
+def run(name: str, backend: str, tensor: Tensor, struct: ctypes.Structure) -> None:
+    """Call the kernel `name` of a backend that is not `reference` with its struct of arguments, on the device of `tensor`."""
+    if backend == "cuda":
+        cuda_backend.call(name, tensor, struct)
+    else:
+        getattr(compiled, name)(COMPILED.index(backend), address_of(struct), torch.get_num_threads())
 
 
 @functools.cache  # once a process
@@ -106,7 +115,8 @@ def _warn_missing() -> None:
 
 
 @functools.cache  # once a process
-def _warn_missing_cuda() -> None:
+def warn_missing_cuda() -> None:
+    """Say why tensors on a GPU take plain PyTorch."""
     warnings.warn(
         f"mpsearch's CUDA kernels are missing ({cuda_backend.missing}): tensors on the GPU take plain PyTorch, where a product "
         "unpacks its whole weight each time. Build them with `pip install --force-reinstall --no-deps .` in the source tree on "

@@ -1,14 +1,14 @@
-"""The face of half-quadratic fitting: grids that make few errors large, by shrinkage and closed forms in turn."""
+"""Half-quadratic fitting: grids that make few errors large, by shrinkage and closed forms in turn."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mpsearch.errors import InputError
 from mpsearch.kernels import reference_half_quadratic
-from mpsearch.kernels.backends import backend_index, backend_of, compiled
-from mpsearch.kernels.memory import readable
+from mpsearch.kernels.arguments import HalfQuadraticArguments
+from mpsearch.kernels.backends import backend_of, run
+from mpsearch.kernels.checks import SCALE_DTYPES, check_range, checked
 
 
 def half_quadratic(
@@ -23,59 +23,56 @@ def half_quadratic(
     beta: float,
     growth: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(codes uint8 `[rows, columns]`, scales, zero points float32) of the best of `n_steps` grids and the given one.
+    """The best of `n_steps` grids and the given one: codes uint8 `[rows, columns]`, scales, zero points float32.
 
-    weight       float32 `[rows, columns]`, finite
-    scales       float16 or float32 `[rows, n_groups]`: where the fit starts
-    zero_points  float32 `[rows, n_groups]`; fitted too where `fit_zeros`, among the whole numbers from 0 to 2**bits - 1
-    beta         how closely the split error follows the true one at first, in units of the first scale; times `growth` a step
+    Parameters
+    ----------
+    weight
+        float32 `[rows, columns]`, finite.
+    scales
+        float16 or float32 `[rows, n_groups]`: where the fit starts.
+    zero_points
+        float32 `[rows, n_groups]`; fitted too where `fit_zeros`, among the integers from 0 to 2**bits - 1.
+    beta
+        How closely the split error follows the true one at first, in units of the first scale; times `growth` a step.
 
     What is minimized is the sum of |weight - (code - zero) * scale|^(3/4) over each group, by the half-quadratic splitting of
-    Badri and Shaji 2023 (HQQ); no group ends with a larger one than it started with.
+    Badri and Shaji 2023 (HQQ); no group ends with a larger one than it started with. `reference_half_quadratic.py` gives every
+    rounding.
 
-    `reference_half_quadratic.py` gives every rounding. Raises `InputError` where shapes do not fit together.
+    Raises
+    ------
+    InputError
+        Shapes do not fit together.
     """
-    _check(weight, scales, zero_points, bits, group_size)
-    weight, scales, zero_points = readable("weight", weight), readable("scales", scales), readable("zero_points", zero_points)
-    rows, columns = weight.shape
+    check_range("bits", bits, 1, 8)
+    check_range("group_size", group_size, 1)
+    weight = checked("weight", weight, torch.float32, ("rows", "columns"))
+    (rows, columns), device = weight.shape, weight.device
     group_size = min(group_size, max(columns, 1))
-    betas = torch.tensor([beta * growth**step for step in range(n_steps + 1)], dtype=torch.float32, device=weight.device)
+    per_group = (rows, -(-columns // group_size))
+    scales = checked("scales", scales, SCALE_DTYPES, per_group, device)
+    zero_points = checked("zero_points", zero_points, torch.float32, per_group, device)
+    betas = torch.tensor([beta * growth**step for step in range(n_steps + 1)], dtype=torch.float32, device=device)
     backend = backend_of(weight, on_cuda=False)
     if backend == "reference" or not weight.numel():
         return reference_half_quadratic.half_quadratic(weight, scales, zero_points, bits, group_size, fit_zeros, betas)
     codes = torch.empty(weight.shape, dtype=torch.uint8)
-    found, zeros = scales.float().clone(), zero_points.clone()
-    compiled.half_quadratic(
-        backend_index(backend),
-        weight.data_ptr(),
-        betas.data_ptr(),
-        found.data_ptr(),
-        zeros.data_ptr(),
-        codes.data_ptr(),
-        rows,
-        columns,
-        group_size,
-        len(betas),
-        bits,
-        fit_zeros,
-        scales.dtype == torch.float16,
-        torch.get_num_threads(),
+    fitted_scales, fitted_zeros = scales.float().clone(), zero_points.clone()
+    arguments = HalfQuadraticArguments(
+        weight=weight.data_ptr(),
+        betas=betas.data_ptr(),
+        scales=fitted_scales.data_ptr(),
+        zero_points=fitted_zeros.data_ptr(),
+        codes=codes.data_ptr(),
+        rows=rows,
+        columns=columns,
+        group_size=group_size,
+        n_groups=per_group[1],
+        n_betas=len(betas),
+        bits=bits,
+        fit_zeros=fit_zeros,
+        half_scales=scales.dtype == torch.float16,
     )
-    return codes, found.to(scales.dtype), zeros
-
-
-def _check(weight: Tensor, scales: Tensor, zero_points: Tensor, bits: int, group_size: int) -> None:
-    if not 1 <= bits <= 8 or group_size < 1:
-        raise InputError(f"bits is {bits} and group_size {group_size}, but they must be 1 to 8, and 1 or more.")
-    if weight.dim() != 2 or weight.dtype != torch.float32 or not weight.is_contiguous():
-        raise InputError(f"weight is {weight.dtype} {list(weight.shape)}, but must be float32 [rows, columns], contiguous.")
-    shape = (weight.shape[0], -(-weight.shape[1] // group_size))
-    for name, tensor, dtypes in (
-        ("scales", scales, (torch.float16, torch.float32)),
-        ("zero_points", zero_points, (torch.float32,)),
-    ):
-        if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous() or tensor.device != weight.device:
-            raise InputError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)} on {tensor.device}, but must be "
-                f"{' or '.join(map(str, dtypes))} {list(shape)}, contiguous, on {weight.device}, a value for each group."
-            )
+    run("half_quadratic", backend, weight, arguments)
+    return codes, fitted_scales.to(scales.dtype), fitted_zeros

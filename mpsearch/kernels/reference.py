@@ -69,6 +69,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mpsearch.kernels.formats import InputFormat
+
 LANES = 8  # of the error sum
 TILE_ROWS = 16
 BLOCK_COLUMNS = 32
@@ -87,20 +89,20 @@ def quantize(
 ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
     """Codes `[rows, columns]`, scales and zero points `[rows, n_groups]`, and whether all weights and scales are finite."""
     columns = weight.shape[1]
-    groups = _split(weight, group_size)  # [rows, n_groups, size]
+    groups = split_groups(weight, group_size)  # [rows, n_groups, size]
     low = groups.amin(-1).clamp(max=0.0)
     high = groups.amax(-1).clamp(min=0.0)
     if ratios is None:
         ratio = torch.ones_like(low)
     else:
         counts = torch.ones(1, columns, device=weight.device) if importance is None else importance
-        ratio = _best_ratios(groups, low, high, ratios, _split(counts, group_size), bits, symmetric, scale_dtype)
+        ratio = _best_ratios(groups, low, high, ratios, split_groups(counts, group_size), bits, symmetric, scale_dtype)
     scale, inverse, zero = _grid(low, high, ratio, bits, symmetric, scale_dtype)
     position = groups * inverse[..., None] + zero[..., None]
     codes = _nearest_code(position, bits).to(torch.uint8)
     finite = bool(torch.isfinite(weight).all() and torch.isfinite(scale).all())
     zero_points = None if symmetric else zero.to(torch.uint8)
-    return _join(codes, columns, group_size), scale.to(scale_dtype), zero_points, finite
+    return join_groups(codes, columns, group_size), scale.to(scale_dtype), zero_points, finite
 
 
 def dequantize_codes(
@@ -112,8 +114,8 @@ def dequantize_codes(
 ) -> Tensor:
     """`(code - zero) * scale` as float32 `[rows, columns]`."""
     zero = torch.full_like(scales, _implied_zero(bits), dtype=torch.float32) if zero_points is None else zero_points.float()
-    groups = _split(codes.float(), group_size)
-    return _join((groups - zero[..., None]) * scales.float()[..., None], codes.shape[1], group_size)
+    groups = split_groups(codes.float(), group_size)
+    return join_groups((groups - zero[..., None]) * scales.float()[..., None], codes.shape[1], group_size)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -144,8 +146,8 @@ def unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
 
 def dequantize_doubled(codes: Tensor, scales: Tensor, doubled_zeros: Tensor, group_size: int) -> Tensor:
     """`(code - zero) * scale` as float32 `[rows, columns]`, from doubled zero points."""
-    centred = _split(codes.float(), group_size) - 0.5 * doubled_zeros.float()[..., None]
-    return _join(centred * scales.float()[..., None], codes.shape[1], group_size)
+    centred = split_groups(codes.float(), group_size) - 0.5 * doubled_zeros.float()[..., None]
+    return join_groups(centred * scales.float()[..., None], codes.shape[1], group_size)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -183,12 +185,10 @@ def linear_a8(
     doubled_zeros: Tensor,  # [rows, n_groups] int16
     group_size: int,
     bias: Tensor | None,  # [rows] float32
-    input_scale: float | None,
-    largest_code: int,
-    zero_point: int,
+    input: InputFormat,
 ) -> Tensor:
     """x, quantized to int8, times the weight transposed, plus the bias: float32 `[tokens, rows]`."""
-    x8, token_scale = quantize_tokens(x, input_scale, largest_code, zero_point)
+    x8, token_scale = quantize_tokens(x, *input)
     total = x.new_zeros(len(x), len(codes))
     for group in range(scales.shape[1]):
         columns = slice(group * group_size, (group + 1) * group_size)
@@ -243,7 +243,7 @@ def unpack_weight(
     for quad, at, vector, to, width in _pieces(bits):
         quads[quad] |= ((vectors[:, :, :, vector] >> to) & (2**width - 1)) << at
     groups = quads.permute(1, 4, 2, 3, 0, 5).reshape(n_tiles * TILE_ROWS, n_groups, -1)
-    return _join(groups, columns, group_size)[:rows], scales, doubled
+    return join_groups(groups, columns, group_size)[:rows], scales, doubled
 
 
 def packed_grid(rows: int, columns: int, group_size: int) -> tuple[int, int, int]:
@@ -268,7 +268,7 @@ def _pieces(bits: int) -> Iterator[tuple[int, int, int, int, int]]:
             yield 8 - left_over + quad, at, vector, fields * bits + bit, 1
 
 
-def _split(matrix: Tensor, group_size: int) -> Tensor:
+def split_groups(matrix: Tensor, group_size: int) -> Tensor:
     """`[rows, columns]` -> `[rows, n_groups, size]`, zeros behind a shorter last group and up to a multiple of `LANES`."""
     rows, columns = matrix.shape
     n_groups = -(-columns // group_size)
@@ -276,8 +276,8 @@ def _split(matrix: Tensor, group_size: int) -> Tensor:
     return pad(whole, (0, -group_size % LANES))
 
 
-def _join(groups: Tensor, columns: int, group_size: int) -> Tensor:
-    """The inverse of `_split`."""
+def join_groups(groups: Tensor, columns: int, group_size: int) -> Tensor:
+    """The inverse of `split_groups`."""
     return groups[..., :group_size].flatten(1)[:, :columns].contiguous()
 
 

@@ -29,17 +29,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpsearch.kernels.formats import ConvFormat, Geometry, InputFormat
 from mpsearch.kernels.reference import TILE_ROWS, input_shift, pack, quantize_tokens, unpack
 
 UNIT_COLUMNS = 4
 WHOLE, GATHERED, LANES = range(3)
-Pair = tuple[int, int]
 
 
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Tensor:
-    """x `[n, channels, h, w]` convolved with `weight` `[rows, channels / groups, kh, kw]`, in float64, as float32."""
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, format: ConvFormat, geometry: Geometry) -> Tensor:
+    """x `[n, channels, h, w]` convolved with `weight` `[rows, columns]`, in float64, as float32."""
+    kernels = weight.double().reshape(format.rows, -1, *format.kernel)
     bias = None if bias is None else bias.double()
-    return F.conv2d(x.double(), weight.double(), bias, stride, padding, dilation, groups).float()
+    stride, padding, dilation = geometry.pairs
+    return F.conv2d(x.double(), kernels, bias, stride, padding, dilation, format.groups).float()
 
 
 def conv_a8(
@@ -47,24 +49,19 @@ def conv_a8(
     codes: Tensor,  # [rows, columns] uint8
     scales: Tensor,  # [rows, n_groups]
     zero_points: Tensor | None,  # [rows, n_groups] uint8; None: symmetric
-    bits: int,
-    group_size: int,
     bias: Tensor | None,  # [rows] float32
-    input_scale: float | None,
-    largest_code: int,
-    zero_point: int,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    groups: int,
+    format: ConvFormat,
+    geometry: Geometry,
+    input: InputFormat,
 ) -> Tensor:
     """x, quantized to int8, convolved with a quantized weight: float32 `[n, rows, positions]`."""
+    bits, group_size, groups = format.bits, format.group_size, format.groups
+    stride, padding, dilation = geometry.pairs
     (rows, columns), n = codes.shape, len(x)
-    x8, sample_scale = quantize_tokens(x.flatten(1), input_scale, largest_code, zero_point)
-    sides, shift = (padding[1], padding[1], padding[0], padding[0]), float(input_shift(largest_code, zero_point))
+    x8, sample_scale = quantize_tokens(x.flatten(1), *input)
+    sides, shift = (padding[1], padding[1], padding[0], padding[0]), float(input_shift(input.largest_code, input.zero_point))
     padded = F.pad(x8.reshape(x.shape).double(), sides, value=shift)
-    windows = F.unfold(padded, kernel_size, dilation, 0, stride)
+    windows = F.unfold(padded, format.kernel, dilation, 0, stride)
     windows = windows.reshape(n, groups, columns, -1)
     doubled_zeros = torch.full_like(scales, 1 if bits == 1 else 2**bits) if zero_points is None else 2 * zero_points.double()
     total = x.new_zeros(n, rows, windows.shape[-1])
@@ -77,22 +74,19 @@ def conv_a8(
     return y if bias is None else y + bias[:, None]
 
 
-def order_of(rows: int, columns: int, group_size: int, kernel_size: Pair, groups: int) -> int:
+def order_of(format: ConvFormat) -> int:
     """The order in which a convolution's codes are packed."""
-    taps = kernel_size[0] * kernel_size[1]
-    if groups > 1 and rows // groups < TILE_ROWS:
+    if format.groups > 1 and format.rows // format.groups < TILE_ROWS:
         return LANES
-    return WHOLE if group_size >= columns or group_size % (UNIT_COLUMNS * taps) == 0 else GATHERED
+    whole_channels = format.group_size >= format.columns or format.group_size % (UNIT_COLUMNS * format.taps) == 0
+    return WHOLE if whole_channels else GATHERED
 
 
 def pack_conv(
     codes: Tensor,  # [rows, columns] uint8
     scales: Tensor,  # [rows, n_groups] float16 or float32
     zero_points: Tensor | None,  # [rows, n_groups] uint8; None: symmetric
-    bits: int,
-    group_size: int,
-    kernel_size: Pair,
-    groups: int,
+    format: ConvFormat,
 ) -> Tensor:
     """The weight as the convolutions read it: uint8, one dimension."""
     if codes.numel() == 0:
@@ -100,26 +94,17 @@ def pack_conv(
     parts = [scales.contiguous().flatten().view(torch.uint8)]
     if zero_points is not None:
         parts.append(zero_points.flatten())
-    rows, columns = codes.shape
-    for tile, by_unit, place in _places(rows, columns, group_size, kernel_size, groups, codes.device):
+    for tile, by_unit, place in _places(format, codes.device):
         stream = codes.new_empty(place.numel())
         stream[place] = codes[tile][:, by_unit]
-        parts.append(pack(stream, bits))
+        parts.append(pack(stream, format.bits))
     return torch.cat(parts)
 
 
-def unpack_conv(
-    data: Tensor,
-    rows: int,
-    columns: int,
-    bits: int,
-    group_size: int,
-    scale_dtype: torch.dtype,
-    symmetric: bool,
-    kernel_size: Pair,
-    groups: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def unpack_conv(data: Tensor, format: ConvFormat) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and zero points of what `pack_conv` made."""
+    rows, columns, bits, group_size, _, symmetric, _, _ = format
+    scale_dtype = format.scale_dtype
     n_groups = -(-columns // group_size)
     codes = data.new_empty(rows, columns)
     if codes.numel() == 0:
@@ -130,7 +115,7 @@ def unpack_conv(
     scales = data[:at].clone().view(scale_dtype).reshape(rows, n_groups)
     zero_points = None if symmetric else data[at : at + n_scales].reshape(rows, n_groups).clone()
     at += 0 if symmetric else n_scales
-    for tile, by_unit, place in _places(rows, columns, group_size, kernel_size, groups, data.device):
+    for tile, by_unit, place in _places(format, data.device):
         end = at + -(-place.numel() * bits // 8)
         stream = unpack(data[at:end], bits, place.numel())
         codes[tile, by_unit] = stream[place]
@@ -138,36 +123,34 @@ def unpack_conv(
     return codes, scales, zero_points
 
 
-def packed_bytes(
-    rows: int, columns: int, bits: int, group_size: int, scale_bytes: int, symmetric: bool, kernel_size: Pair, groups: int
-) -> int:
+def packed_bytes(format: ConvFormat) -> int:
     """The size of what `pack_conv` makes."""
+    rows, columns, bits, group_size, _, symmetric, _, _ = format
     if rows == 0 or columns == 0:
         return 0
-    order = order_of(rows, columns, group_size, kernel_size, groups)
-    run = _run(rows, groups, order)
+    run = _run(format)
     n_full, rest = divmod(run, TILE_ROWS)
     codes = rows // run * (n_full * (TILE_ROWS * columns * bits // 8) + -(-rest * columns * bits // 8))
-    return rows * -(-columns // group_size) * (scale_bytes + (not symmetric)) + codes
+    return rows * -(-columns // group_size) * (format.scale_dtype.itemsize + (not symmetric)) + codes
 
 
-def _run(rows: int, groups: int, order: int) -> int:
+def _run(format: ConvFormat) -> int:
     """Rows that are cut into tiles together: those of one group of the convolution, or all."""
-    return rows if order == LANES else rows // groups
+    return format.rows if order_of(format) == LANES else format.rows // format.groups
 
 
-def _tiles(rows: int, groups: int, order: int) -> list[slice]:
+def _tiles(format: ConvFormat) -> list[slice]:
     """The rows of each tile."""
-    run = _run(rows, groups, order)
-    firsts = [row for begin in range(0, rows, run) for row in range(begin, begin + run, TILE_ROWS)]
+    run = _run(format)
+    firsts = [row for begin in range(0, format.rows, run) for row in range(begin, begin + run, TILE_ROWS)]
     return [slice(first, min(first + TILE_ROWS, (first // run + 1) * run)) for first in firsts]
 
 
-def _units(columns: int, group_size: int, kernel_size: Pair, order: int) -> Iterator[list[int]]:
+def _units(format: ConvFormat) -> Iterator[list[int]]:
     """The columns of each unit."""
-    taps = kernel_size[0] * kernel_size[1]
-    for begin in range(0, columns, group_size):
-        end = min(begin + group_size, columns)
+    order, taps = order_of(format), format.taps
+    for begin in range(0, format.columns, format.group_size):
+        end = min(begin + format.group_size, format.columns)
         if order == WHOLE:
             for tap in range(taps):
                 at_tap = range(begin + tap, end, taps)
@@ -177,17 +160,14 @@ def _units(columns: int, group_size: int, kernel_size: Pair, order: int) -> Iter
             yield from (list(range(i, min(i + n, end))) for i in range(begin, end, n))
 
 
-def _places(
-    rows: int, columns: int, group_size: int, kernel_size: Pair, groups: int, device: torch.device
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _places(format: ConvFormat, device: torch.device) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Of each tile its rows, the columns by unit `[columns]`, and where in its stream codes so sorted lie `[rows, columns]`."""
-    order = order_of(rows, columns, group_size, kernel_size, groups)
-    units = list(_units(columns, group_size, kernel_size, order))
+    units = list(_units(format))
     sizes = torch.tensor([len(unit) for unit in units], device=device)
     by_unit = torch.tensor([column for unit in units for column in unit], device=device)
     size = sizes.repeat_interleave(sizes)
     start = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)  # of a column's unit
-    within = torch.arange(columns, device=device) - start
-    for tile in _tiles(rows, groups, order):
+    within = torch.arange(format.columns, device=device) - start
+    for tile in _tiles(format):
         row = torch.arange(tile.stop - tile.start, device=device)[:, None]
         yield tile, by_unit, start * len(row) + row * size + within

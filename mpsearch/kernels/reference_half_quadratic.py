@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mpsearch.kernels.reference import LANES, SMALLEST_NORMAL, _join, _split
+from mpsearch.kernels.reference import LANES, SMALLEST_NORMAL, join_groups, split_groups
 
 
 def half_quadratic(
@@ -39,9 +39,9 @@ def half_quadratic(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes uint8 `[rows, columns]`, scales in the dtype they came in and zero points `[rows, n_groups]`."""
     columns, top = weight.shape[1], float(2**bits - 1)
-    x = _split(weight, group_size)
-    there = _split(torch.ones(1, columns, device=weight.device), group_size)
-    n = there.sum(-1)
+    x = split_groups(weight, group_size)
+    present = split_groups(torch.ones(1, columns, device=weight.device), group_size)
+    n = present.sum(-1)
     scale, zero = scales.float(), zero_points
     unit = scale.abs()
     per_unit = _inverse(unit)
@@ -50,11 +50,11 @@ def half_quadratic(
     for beta in betas:
         inverse = _inverse(scale)
         code = (x * inverse[..., None] + zero[..., None]).clamp(0, top).round()
-        d = (code - zero[..., None]) * there
+        d = (code - zero[..., None]) * present
         r = x - d * scale[..., None]
         a = (r.abs() * per_unit[..., None]).clamp(min=SMALLEST_NORMAL)
         root = 1.0 / _square_root(_square_root(a))
-        cost = _sum(a * root * there)
+        cost = _sum(a * root * present)
         better = cost < best
         best = torch.where(better, cost, best)
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
@@ -68,7 +68,7 @@ def half_quadratic(
         fits = (divisor > 0) & (moved.abs() >= SMALLEST_NORMAL) & (moved.abs() < torch.inf)
         scale, zero = torch.where(fits, moved, scale), zero + shift
     code = (x * _inverse(best_scale)[..., None] + best_zero[..., None]).clamp(0, top).round()
-    return _join(code.to(torch.uint8), columns, group_size), best_scale.to(scales.dtype), best_zero
+    return join_groups(code.to(torch.uint8), columns, group_size), best_scale.to(scales.dtype), best_zero
 
 
 def _inverse(scale: Tensor) -> Tensor:

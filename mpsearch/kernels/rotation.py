@@ -1,14 +1,14 @@
-"""The face of rotation by a Hadamard matrix of signs; registered with `torch.library` as `mpsearch::rotate`."""
+"""Rotation by a Hadamard matrix of signs; registered with `torch.library` as `mpsearch::rotate`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mpsearch.errors import InputError
 from mpsearch.kernels import cuda_backend, reference_rotation
-from mpsearch.kernels.backends import backend_index, backend_of, compiled, is_plain
-from mpsearch.kernels.memory import readable
+from mpsearch.kernels.arguments import DTYPES, RotateArguments
+from mpsearch.kernels.backends import backend_of, is_plain, run
+from mpsearch.kernels.checks import check_tensor, checked
 from mpsearch.kernels.operators import register
 from mpsearch.kernels.reference_rotation import blocks_of
 
@@ -28,41 +28,31 @@ def rotate(x: Tensor, *, back: bool = False) -> Tensor:
 
 
 def _rotate(x: Tensor, back: bool) -> Tensor:
-    _check(x)
-    x = readable("x", x.detach())
+    x = checked("x", x, tuple(DTYPES), ("...", "columns"), contiguous=False)
     if x.numel() == 0:
         return x.clone()
     columns = x.shape[-1]
     backend = backend_of(x, on_cuda=columns <= cuda_backend.MOST_ROTATED_COLUMNS)
     if backend == "reference" or (backend != "cuda" and x.dtype != torch.float32):
         return reference_rotation.rotate(x.float(), back).to(x.dtype)
-    x = x.contiguous()
+    x, factors = x.contiguous(), reference_rotation.factors_of(columns, x.device)
     y = torch.empty_like(x)
-    if backend == "cuda":
-        cuda_backend.rotate(x, reference_rotation.factors_of(columns, x.device), y, back)
-        return y
-    compiled.rotate(
-        backend_index(backend),
-        x.data_ptr(),
-        reference_rotation.factors_of(columns, x.device).data_ptr(),
-        y.data_ptr(),
-        x.numel() // columns,
-        columns,
-        back,
-        torch.get_num_threads(),
+    arguments = RotateArguments(
+        x=x.data_ptr(),
+        factors=factors.data_ptr(),
+        y=y.data_ptr(),
+        rows=x.numel() // columns,
+        columns=columns,
+        back=back,
+        dtype=DTYPES[x.dtype],
     )
+    run("rotate", backend, x, arguments)
     return y
 
 
 def _fake(x: Tensor, back: bool) -> Tensor:
-    _check(x)
+    check_tensor("x", x, tuple(DTYPES), ("...", "columns"), contiguous=False)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _check(x: Tensor) -> None:
-    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16) or x.dim() == 0:
-        dtype = str(x.dtype).removeprefix("torch.")
-        raise InputError(f"x is {dtype} {list(x.shape)}, but must be float32, float16 or bfloat16 [..., columns].")
 
 
 register("rotate", "Tensor x, bool back", _rotate, _fake)

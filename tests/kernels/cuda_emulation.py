@@ -39,7 +39,8 @@ def compiler() -> str | None:
 
 def state() -> str:
     """A name for the sources as they are."""
-    files = sorted([*SOURCES.glob("*"), *(HERE / "cuda").glob("*"), Path(__file__)])
+    shared = [SOURCES.parent / "cpu" / name for name in ("arguments.h", "input.h")]
+    files = sorted([*SOURCES.glob("*"), *shared, *(HERE / "cuda").glob("*"), Path(__file__)])
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

@@ -56,51 +56,57 @@ def _run(command: list[str]) -> None:
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
 
 
-_address_of = torch.Tensor.data_ptr
+_data_ptr = torch.Tensor.data_ptr
 
 
 class Program:
-    """A running program: its functions take what the compiled module's take, addresses being those of `tensors`."""
+    """A running program: its functions take what the compiled module's take, addresses being those of `tensors` and `structs`."""
 
     def __init__(self, command: list[str]) -> None:
         self.tensors: dict[int, torch.Tensor] = {}
+        self.structs: dict[int, ctypes.Structure] = {}
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def __getattr__(self, name: str) -> Callable:
         return functools.partial(self.call, name)
 
-    def address_of(self, tensor: torch.Tensor) -> int:
+    def data_ptr(self, tensor: torch.Tensor) -> int:
         """Takes the place of `torch.Tensor.data_ptr`: the address, by which a call will find the tensor."""
-        address = _address_of(tensor)
+        address = _data_ptr(tensor)
         self.tensors[address] = tensor
         return address
 
+    def address_of(self, arguments: ctypes.Structure) -> int:
+        """Takes the place of `ctypes.addressof`."""
+        address = ctypes.addressof(arguments)
+        self.structs[address] = arguments
+        return address
+
     def backends(self) -> list[str]:
-        return self._call("backends").split()
+        return self._call("backends", b"", []).split()
 
-    def call(self, name: str, *arguments: float) -> int:
-        return int(self._call(name, *arguments) or 0)
+    def call(self, name: str, backend: int, address: int, n_threads: int) -> None:
+        arguments = self.structs.pop(address)
+        pointers = [
+            (getattr(type(arguments), field).offset, value)
+            for field, kind, *_ in arguments._fields_
+            if kind is ctypes.c_void_p and (value := getattr(arguments, field)) and self.tensors[value].nbytes
+        ]
+        request = [packed_numbers(backend, n_threads, ctypes.sizeof(arguments)), bytes(arguments), packed_numbers(len(pointers))]
+        sizes = [(value, self.tensors[value].nbytes) for _, value in pointers]
+        for (offset, value), (_, size) in zip(pointers, sizes, strict=True):
+            request += [packed_numbers(offset, size), ctypes.string_at(value, size)]
+        self._call(name, b"".join(request), sizes)
 
-    def _call(self, name: str, *arguments: float) -> str:
-        request = [f"{name}\n".encode(), struct.pack("<q", len(arguments))]
-        tensors = []
-        for argument in arguments:
-            if isinstance(argument, float):
-                request.append(struct.pack("<cd", b"d", argument))
-            elif argument and argument in self.tensors:
-                size = self.tensors[argument].nbytes
-                tensors.append((argument, size))
-                request += [struct.pack("<cq", b"b", size), ctypes.string_at(argument, size)]
-            else:
-                request.append(struct.pack("<cq", b"i", argument))
+    def _call(self, name: str, request: bytes, tensors: list[tuple[int, int]]) -> str:
         try:
-            self.process.stdin.write(b"".join(request))
+            self.process.stdin.write(f"{name}\n".encode() + request)
             self.process.stdin.flush()
             result = self.process.stdout.readline()
         except BrokenPipeError:
             result = b""
         if not result:
-            raise RuntimeError(f"{name}{arguments} ended the program: {self.process.stderr.read().decode()}")
+            raise RuntimeError(f"{name} ended the program: {self.process.stderr.read().decode()}")
         for address, size in tensors:
             ctypes.memmove(address, self.process.stdout.read(size), size)
         return result.decode().strip()
@@ -108,3 +114,7 @@ class Program:
     def close(self) -> None:
         with self.process:  # closes its pipes and waits
             pass
+
+
+def packed_numbers(*numbers: int) -> bytes:
+    return struct.pack(f"<{len(numbers)}q", *numbers)

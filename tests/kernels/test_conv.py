@@ -308,15 +308,15 @@ def test_nothing_strides_and_unfolded_kernels(backend: str, convolve) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"bits": 9}, "bits is 9, but must be 1 to 8"),
-        ({"codes": torch.zeros(6, 18)}, r"codes are float32 \[6, 18\], but must be uint8 \[rows, columns\]"),
+        ({"bits": 9}, "bits must be 1 to 8; got 9"),
+        ({"codes": torch.zeros(6, 18)}, r"codes must be uint8 \[rows, columns\]; got float32 \[6, 18\]"),
         ({"codes": torch.full((6, 18), 16, dtype=torch.uint8)}, "The largest code is 16, but 4 bits hold 0 to 15"),
         ({"scales": torch.full((6, 2), torch.inf)}, "12 of 12 scales are NaN or infinite"),
         ({"kernel_size": (2, 2)}, "codes have 18 columns, which a kernel of 4 weights a channel does not divide"),
-        ({"kernel_size": (3, 3, 3)}, r"kernel_size is \(3, 3, 3\), but must be 1 or 2 whole numbers of 1 or more"),
-        ({"kernel_size": (0, 3)}, r"kernel_size is \(0, 3\), but must be"),
-        ({"groups": 4}, "groups is 4, which does not divide the weight's 6 rows"),
-        ({"groups": 0}, "groups is 0, which does not divide the weight's 6 rows"),
+        ({"kernel_size": (3, 3, 3)}, r"kernel_size must be 1 or 2 integers of 1 or more; got \(3, 3, 3\)"),
+        ({"kernel_size": (0, 3)}, r"kernel_size must be 1 or 2 integers of 1 or more; got \(0, 3\)"),
+        ({"groups": 4}, "groups must divide the weight's 6 rows; got 4"),
+        ({"groups": 0}, "groups must divide the weight's 6 rows; got 0"),
     ],
 )
 def test_packing_refuses(change: dict, sentence: str) -> None:
@@ -332,16 +332,16 @@ X = torch.ones(2, 4, 8, 8)
 @pytest.mark.parametrize(
     ("x", "change", "sentence"),
     [
-        (X.double(), {}, r"x is float64 \[2, 4, 8, 8\], but must be float32 \[n, 4, height, width\]"),
-        (X[0], {}, r"x is float32 \[4, 8, 8\], but must be float32 \[n, 4, height, width\]"),
-        (X[:, :3], {}, r"x is float32 \[2, 3, 8, 8\], but must be float32 \[n, 4, height, width\]"),
-        (X.to("meta"), {}, "x is on meta and the packed weight on cpu"),
-        (X, {"stride": (0, 1)}, r"stride is \(0, 1\), but must be 2 whole numbers of 1 or more"),
-        (X, {"padding": (1,)}, r"padding is \(1,\), but must be 2 whole numbers of 0 or more"),
-        (X, {"dilation": (1, -1)}, r"dilation is \(1, -1\), but must be 2 whole numbers of 1 or more"),
+        (X.double(), {}, r"x must be float32 \[n, 4, height, width\] on cpu; got float64 \[2, 4, 8, 8\]"),
+        (X[0], {}, r"x must be float32 \[n, 4, height, width\] on cpu; got float32 \[4, 8, 8\]"),
+        (X[:, :3], {}, r"x must be float32 \[n, 4, height, width\] on cpu; got float32 \[2, 3, 8, 8\]"),
+        (X.to("meta"), {}, r"x must be float32 .* on cpu; got float32 \[2, 4, 8, 8\] on meta"),
+        (X, {"stride": (0, 1)}, r"stride must be 2 integers of 1 or more; got \(0, 1\)"),
+        (X, {"padding": (1,)}, r"padding must be 2 integers of 0 or more; got \(1,\)"),
+        (X, {"dilation": (1, -1)}, r"dilation must be 2 integers of 1 or more; got \(1, -1\)"),
         (X, {"dilation": (4, 1)}, r"The kernel covers \[9, 3\] values, dilation included, but the padded input has \[8, 8\]"),
-        (X, {"bias": torch.ones(5)}, r"bias is float32 \[5\] on cpu, but must be float32 \[6\] on cpu"),
-        (X, {"bias": torch.ones(6).half()}, r"bias is float16 \[6\]"),
+        (X, {"bias": torch.ones(5)}, r"bias must be float32 \[6\] on cpu; got float32 \[5\] on cpu"),
+        (X, {"bias": torch.ones(6).half()}, r"bias must be float32 \[6\] on cpu; got float16 \[6\]"),
     ],
 )
 def test_convolutions_refuse(convolve, x: Tensor, change: dict, sentence: str) -> None:
@@ -351,13 +351,13 @@ def test_convolutions_refuse(convolve, x: Tensor, change: dict, sentence: str) -
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), 1e-39])
 def test_an_input_scale_out_of_range_is_refused(scale: float) -> None:
-    with pytest.raises(InputError, match=r"input_scale is .*, but must be from 1\.17549e-38 to 3\.40282e"):
+    with pytest.raises(InputError, match=rf"input_scale must be 1\.17549e-38 to 3\.40282e\+38; got {scale}"):
         kernels.conv_a8(X, Case(6, 4, (3, 3), (8, 8)).packed(), **ONE, input_scale=scale)
 
 
 def test_a_packed_weight_of_another_size_is_refused() -> None:
     packed = Case(6, 4, (3, 3), (8, 8)).packed()
-    sentence = r"packed weight is uint8 \[119\], but 4 bits \[6, 36\] .* are uint8 \[120\]"
+    sentence = r"packed weight must be contiguous uint8 \[120\] for 4 bits \[6, 36\] .*; got uint8 \[119\]"
     with pytest.raises(InputError, match=sentence):
         replace(packed, data=packed.data[:-1])
     with pytest.raises(InputError, match=sentence):

@@ -10,6 +10,8 @@ from cuda_contract import BITS, CHECKS, some_packed, some_weight
 from mpsearch import kernels
 from mpsearch.errors import InputError
 from mpsearch.kernels import cuda_backend
+from mpsearch.kernels.arguments import DequantizeArguments, PackArguments, QuantizeArguments, RotateArguments
+from mpsearch.kernels.formats import InputFormat, WeightFormat
 
 
 @pytest.fixture(scope="session")
@@ -42,6 +44,9 @@ def test_nothing_is_read_or_written_behind_the_end(emulated: cuda_backend.Librar
     def ends(tensor: torch.Tensor) -> torch.Tensor:
         return cuda_emulation.guarded(emulated, tensor)
 
+    def addresses(**tensors: torch.Tensor) -> dict[str, int]:
+        return {name: tensor.data_ptr() for name, tensor in tensors.items()}
+
     with cuda_emulation.lent(emulated):
         for bits in BITS:
             for rows, columns, group_size in ((16, 128, 128), (17, 96, 32), (33, 320, 64), (5, 52, 40)):
@@ -49,23 +54,35 @@ def test_nothing_is_read_or_written_behind_the_end(emulated: cuda_backend.Librar
                 codes, scales, zero_points = (ends(of) for of in quantized if of is not None)
                 weight, out = ends(torch.randn(rows, columns)), ends(torch.empty(rows, columns))
                 written = [ends(of) for of in kernels.quantize(weight, bits=bits, group_size=group_size, symmetric=False)]
-                cuda_backend.quantize(
-                    weight, bits, group_size, False, torch.float16, None, None, written[0], written[1], written[2]
-                )
-                packed = ends(kernels.pack(codes, bits))
-                cuda_backend.pack(codes, packed, bits)
-                cuda_backend.unpack(packed, written[0], bits)
-                cuda_backend.dequantize(packed, scales, zero_points, out, bits, group_size)
-                cuda_backend.rotate(weight, ends(torch.randn(columns)), out, back=False)
+                packed, flag = ends(kernels.pack(codes, bits)), ends(torch.zeros(1, dtype=torch.int32))
+                sizes = {"rows": rows, "columns": columns, "group_size": group_size, "n_groups": scales.shape[1], "bits": bits}
+                calls = {
+                    "quantize": QuantizeArguments(
+                        **addresses(weight=weight, codes=written[0], scales=written[1], zero_points=written[2], not_finite=flag),
+                        **sizes,
+                        rows_per_importance=1,
+                        half_scales=True,
+                    ),
+                    "pack": PackArguments(**addresses(source=codes, target=packed, seen=flag), numel=codes.numel(), bits=bits),
+                    "unpack": PackArguments(**addresses(source=packed, target=written[0]), numel=codes.numel(), bits=bits),
+                    "dequantize": DequantizeArguments(
+                        **addresses(packed=packed, scales=scales, zero_points=zero_points, weight=out), **sizes, half_scales=True
+                    ),
+                    "rotate": RotateArguments(
+                        **addresses(x=weight, factors=ends(torch.randn(columns)), y=out), rows=rows, columns=columns
+                    ),
+                }
+                for name, arguments in calls.items():
+                    cuda_backend.call(name, weight, arguments)
                 data = ends(kernels.pack_weight(codes, scales, zero_points, bits=bits, group_size=group_size).data)
-                how = (columns, group_size, bits, True)
+                format = WeightFormat(rows, columns, bits, group_size, half_scales=True, symmetric=False)
                 for dtype, n_tokens in ((torch.float16, 1), (torch.bfloat16, 17), (torch.float32, 2), (torch.float32, 300)):
                     x, y = ends(torch.randn(n_tokens, columns).to(dtype)), ends(torch.empty(n_tokens, rows, dtype=dtype))
                     bias = ends(torch.randn(rows))
-                    cuda_backend.linear(x, data, y, bias, *how, False, None, 127, -1)
+                    cuda_backend.linear(x, data, y, bias, format, None)
                     if n_tokens < 20:  # int8 input: symmetric, and not, with a grid of its own for each token
-                        cuda_backend.linear(x, data, y, bias, *how, True, None, 127, -1)
-                        cuda_backend.linear(x, data, y, bias, *how, True, None, 15, 0)
+                        cuda_backend.linear(x, data, y, bias, format, InputFormat())
+                        cuda_backend.linear(x, data, y, bias, format, InputFormat(None, 15, 0))
 
 
 def test_a_barrier_that_not_all_threads_reach_is_an_error(emulated: cuda_backend.Library) -> None:
@@ -78,7 +95,7 @@ def test_a_barrier_that_not_all_threads_reach_is_an_error(emulated: cuda_backend
 def test_half_input_is_for_gpus(emulated: cuda_backend.Library) -> None:
     packed, _, _ = some_packed("cpu", 3, 64, 32, bits=4, symmetric=False)
     x = torch.ones(2, 64, dtype=torch.float16)
-    with pytest.raises(InputError, match=r"x is float16 \[2, 64\], but must be float32"):
+    with pytest.raises(InputError, match=r"x must be float32 .*; got float16 \[2, 64\]"):
         kernels.linear(x, packed)
     with cuda_emulation.lent(emulated):
         assert kernels.linear(x, packed).dtype == torch.float16

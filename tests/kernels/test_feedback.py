@@ -119,17 +119,23 @@ def test_it_is_gptq_as_published():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"bits": 9}, "bits is 9, but must be 1 to 8"),
+        ({"bits": 9}, "bits must be 1 to 8; got 9"),
         (
             {"scales": torch.ones(4, 2, dtype=torch.float16)},
-            r"scales is torch.float16 \[4, 2\] on cpu",
+            r"scales must be contiguous float32 \[4, n_groups\] on cpu; got float16 \[4, 2\] on cpu",
         ),
-        ({"feedback": torch.zeros(1, 6, 5)}, r"feedback is torch.float32 \[1, 6, 5\].* must be torch.float32 \[1, 6, 6\]"),
-        ({"feedback": torch.zeros(3, 6, 6)}, "feedback has 3 matrices, but the 4 rows"),
-        ({"column_groups": torch.full((6,), 2, dtype=torch.int32)}, "column_groups must be 0 to 1, as scales have 2 groups"),
-        ({"errors": torch.zeros(4, 5)}, r"errors is torch.float32 \[4, 5\]"),
-        ({"fixed": torch.zeros(4, 6)}, r"fixed is torch.float32 \[4, 6\] on cpu, but must be torch.bool \[4, 6\]"),
-        ({"weight": torch.zeros(4)}, "have 1, 3 and 2 dimensions, but must have 2, 3 and 2"),
+        (
+            {"feedback": torch.zeros(1, 6, 5)},
+            r"feedback must be contiguous float32 \[k, 6, 6\] on cpu; got float32 \[1, 6, 5\] on cpu",
+        ),
+        ({"feedback": torch.zeros(3, 6, 6)}, r"feedback must be \[k, 6, 6\] with 4 rows a multiple of k; got k=3"),
+        (
+            {"column_groups": torch.full((6,), 2, dtype=torch.int32)},
+            "column_groups must be 0 to 1, as scales have 2 groups a row; got 2 to 2",
+        ),
+        ({"errors": torch.zeros(4, 5)}, r"errors must be contiguous float32 \[4, 6\] on cpu; got float32 \[4, 5\]"),
+        ({"fixed": torch.zeros(4, 6)}, r"fixed must be contiguous bool \[4, 6\] on cpu; got float32 \[4, 6\] on cpu"),
+        ({"weight": torch.zeros(4)}, r"weight must be contiguous float32 \[rows, columns\]; got float32 \[4\]"),
     ],
 )
 def test_what_does_not_fit_is_said(change, sentence):

@@ -140,10 +140,10 @@ def test_no_group_ends_worse_than_it_started(case):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"bits": 9}, "bits is 9 and group_size 6"),
-        ({"weight": torch.zeros(4, 6).double()}, r"weight is torch.float64 \[4, 6\]"),
-        ({"scales": torch.ones(4, 2)}, r"scales is torch.float32 \[4, 2\].* \[4, 1\].* a value for each group"),
-        ({"zero_points": torch.ones(4, 1, dtype=torch.uint8)}, "zero_points is torch.uint8"),
+        ({"bits": 9}, "bits must be 1 to 8; got 9"),
+        ({"weight": torch.zeros(4, 6).double()}, r"weight must be contiguous float32 .*; got float64 \[4, 6\]"),
+        ({"scales": torch.ones(4, 2)}, r"scales must be contiguous float16 or float32 \[4, 1\] on cpu; got float32 \[4, 2\]"),
+        ({"zero_points": torch.ones(4, 1, dtype=torch.uint8)}, "zero_points must be contiguous float32 .*; got uint8"),
     ],
 )
 def test_what_does_not_fit_is_said(change, sentence):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -91,12 +90,10 @@ def names(command: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
     monkeypatch.setenv("ASAN_OPTIONS", "detect_leaks=0")  # the worker pool is never destroyed
     program = Program(command)
     names = tuple(program.backends())
-    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: program.address_of(tensor))
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mpsearch.kernels") and hasattr(module, "compiled"):
-            monkeypatch.setattr(module, "compiled", program)
-    monkeypatch.setattr(backends, "_COMPILED", names)
-    monkeypatch.setattr(backends, "_AVAILABLE", ("reference", *names))
+    monkeypatch.setattr(torch.Tensor, "data_ptr", lambda tensor: program.data_ptr(tensor))
+    monkeypatch.setattr(backends, "compiled", program)
+    monkeypatch.setattr(backends, "address_of", program.address_of)
+    monkeypatch.setattr(backends, "COMPILED", names)
     for module in (test_conv, test_feedback, test_half_quadratic, test_products, test_quantize, test_rotation):
         monkeypatch.setattr(module, "COMPILED", names)
     yield names

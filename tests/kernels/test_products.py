@@ -300,20 +300,20 @@ def test_thread_counts_agree(backend: str, product, threads) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"bits": 9}, "bits is 9, but must be 1 to 8"),
-        ({"group_size": 0}, "group_size is 0, but must be 1 or more"),
-        ({"codes": torch.zeros(4, 6)}, r"codes are float32 \[4, 6\], but must be uint8 \[rows, columns\]"),
-        ({"codes": torch.zeros(24, dtype=torch.uint8)}, r"codes are uint8 \[24\], but must be"),
+        ({"bits": 9}, "bits must be 1 to 8; got 9"),
+        ({"group_size": 0}, "group_size must be 1 or more; got 0"),
+        ({"codes": torch.zeros(4, 6)}, r"codes must be uint8 \[rows, columns\]; got float32 \[4, 6\]"),
+        ({"codes": torch.zeros(24, dtype=torch.uint8)}, r"codes must be uint8 \[rows, columns\]; got uint8 \[24\]"),
         ({"codes": torch.full((4, 6), 16, dtype=torch.uint8)}, "The largest code is 16, but 4 bits hold 0 to 15"),
-        ({"scales": torch.ones(4, 2).double()}, "scales are float64, but must be float16 or float32"),
-        ({"scales": torch.ones(4, 1)}, r"scales have shape \[4, 1\], but one value per group is \[4, 2\]"),
+        ({"scales": torch.ones(4, 2).double()}, "scales must be float16 or float32 .*; got float64"),
+        ({"scales": torch.ones(4, 1)}, r"scales must be float16 or float32 \[4, 2\] on cpu; got float32 \[4, 1\]"),
         ({"scales": torch.tensor([[1.0, torch.nan]] * 4)}, "4 of 8 scales are NaN or infinite"),
         ({"scales": torch.tensor([[1.0, 1.0]] * 3 + [[-torch.inf, 1.0]]).half()}, "1 of 8 scales are NaN or infinite"),
-        ({"zero_points": torch.zeros(4, 2)}, "zero_points are float32, but must be uint8"),
-        ({"zero_points": torch.zeros(4, 3, dtype=torch.uint8)}, r"zero_points have shape \[4, 3\]"),
+        ({"zero_points": torch.zeros(4, 2)}, "zero_points must be uint8 .*; got float32"),
+        ({"zero_points": torch.zeros(4, 3, dtype=torch.uint8)}, r"zero_points must be uint8 \[4, 2\] on cpu; got uint8 \[4, 3\]"),
         (
             {"codes": torch.zeros(1, 40_000, dtype=torch.uint8), "scales": torch.ones(1, 1), "group_size": 40_000},
-            "A group has 40000 columns, but products take up to 32768",
+            "group_size must be at most 32768 for products; got 40000",
         ),
     ],
 )
@@ -328,10 +328,10 @@ def test_packing_refuses(backend: str, change: dict, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("x", "sentence"),
     [
-        (torch.ones(2, 63), r"x is float32 \[2, 63\], but must be float32 \[..., 64\]"),
-        (torch.ones(2, 64).double(), r"x is float64 \[2, 64\], but must be float32"),
-        (torch.tensor(1.0), r"x is float32 \[\], but"),
-        (torch.ones(2, 64, device="meta"), "x is on meta and the packed weight on cpu"),
+        (torch.ones(2, 63), r"x must be float32 \[..., 64\], the columns of the weight; got float32 \[2, 63\]"),
+        (torch.ones(2, 64).double(), r"x must be float32 .*; got float64 \[2, 64\]"),
+        (torch.tensor(1.0), r"x must be float32 .*; got float32 \[\]"),
+        (torch.ones(2, 64, device="meta"), "x and the packed weight must be on one device; got meta and cpu"),
     ],
 )
 def test_products_refuse(product, x: Tensor, sentence: str) -> None:
@@ -343,10 +343,10 @@ def test_products_refuse(product, x: Tensor, sentence: str) -> None:
 @pytest.mark.parametrize(
     ("bias", "sentence"),
     [
-        (torch.ones(4), r"bias is float32 \[4\] on cpu, but must be float32 \[3\] on cpu"),
-        (torch.ones(3).double(), r"bias is float64 \[3\]"),
-        (torch.ones(1, 3), r"bias is float32 \[1, 3\]"),
-        (torch.ones(3, device="meta"), r"bias is float32 \[3\] on meta"),
+        (torch.ones(4), r"bias must be float32 \[3\] on cpu; got float32 \[4\] on cpu"),
+        (torch.ones(3).double(), r"bias must be float32 \[3\] on cpu; got float64 \[3\]"),
+        (torch.ones(1, 3), r"bias must be float32 \[3\] on cpu; got float32 \[1, 3\]"),
+        (torch.ones(3, device="meta"), r"bias must be float32 \[3\] on cpu; got float32 \[3\] on meta"),
     ],
 )
 def test_a_bias_is_refused(product, bias: Tensor, sentence: str) -> None:
@@ -356,27 +356,27 @@ def test_a_bias_is_refused(product, bias: Tensor, sentence: str) -> None:
 
 @pytest.mark.parametrize("input_scale", [0.0, -1.0, 1e-39, float("nan"), float("inf"), 1e39])
 def test_an_input_scale_is_refused(input_scale: float) -> None:
-    with pytest.raises(InputError, match=re.escape(f"input_scale is {input_scale}, but must be from 1.17549e-38 to")):
+    with pytest.raises(InputError, match=re.escape(f"input_scale must be 1.17549e-38 to 3.40282e+38; got {input_scale}")):
         kernels.linear_a8(torch.ones(2, 64), some_packed(3, 64, 4, 32), None, input_scale)
 
 
 @pytest.mark.parametrize(("largest_code", "zero_point"), [(0, 0), (255, 0), (15, 16)])
 def test_codes_of_an_input_are_refused(largest_code: int, zero_point: int) -> None:
-    with pytest.raises(InputError, match=f"largest_code is {largest_code} and zero_point {zero_point}, but must be 1 to 254"):
+    with pytest.raises(InputError, match=f"largest_code must be 1 to 254, .*; got {largest_code} and {zero_point}"):
         kernels.linear_a8(torch.ones(2, 64), some_packed(3, 64, 4, 32), None, 0.1, largest_code, False, zero_point)
-    with pytest.raises(InputError, match="zero_point is -1, but must be 0 to largest_code, 15"):
+    with pytest.raises(InputError, match="zero_point must be 0 to largest_code, 15; got -1"):
         kernels.linear_a8(torch.ones(2, 64), some_packed(3, 64, 4, 32), None, 0.1, 15, False, -1)
-    with pytest.raises(InputError, match="largest_code is 128 and zero_point 0, but must be 1 to 127"):
+    with pytest.raises(InputError, match=r"largest_code must be 1 to 127, .*; got 128 and 0"):
         kernels.linear_a8(torch.ones(2, 64), some_packed(3, 64, 4, 32), None, None, 128, False)
 
 
 def test_a_packed_weight_of_another_size_is_refused() -> None:
     packed = some_packed(16, 64, 4, 32)
-    sentence = r"packed weight is uint8 \[639\], but 4 bits \[16, 64\] in groups of 32 are uint8 \[640\]"
+    sentence = r"packed weight must be contiguous uint8 \[640\] for 4 bits \[16, 64\] in groups of 32; got uint8 \[639\]"
     with pytest.raises(InputError, match=sentence):
         PackedWeight(packed.data[:-1], 16, 64, 4, 32, True, False)
     with pytest.raises(InputError, match=sentence):
-        torch.ops.mpsearch.linear(torch.ones(1, 64), packed.data[:-1], 16, 64, 4, 32, True)
+        torch.ops.mpsearch.linear(torch.ones(1, 64), packed.data[:-1], packed.format)
 
 
 @pytest.mark.parametrize("product", [kernels.linear, kernels.linear_a8])
@@ -389,7 +389,7 @@ def test_gradients_are_not_followed(backend: str, product) -> None:
 @pytest.mark.parametrize("name", ["linear", "linear_a8"])
 def test_registration(name: str) -> None:
     packed = some_packed(20, 64, 4, 32)
-    arguments = (packed.data, 20, 64, 4, 32, True)
+    arguments = (packed.data, packed.format)
     for x, bias in ((torch.randn(3, 64), None), (torch.randn(2, 5, 64), torch.randn(20))):
         torch.library.opcheck(getattr(torch.ops.mpsearch, name).default, (x, *arguments, bias))
     meta = getattr(torch.ops.mpsearch, name)(torch.ones(5, 64, device="meta"), packed.data.to("meta"), *arguments[1:])

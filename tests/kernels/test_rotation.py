@@ -70,7 +70,7 @@ def test_shapes_strides_and_dtypes():
     half = x.bfloat16()
     assert torch.equal(kernels.rotate(half), kernels.rotate(half.float()).bfloat16())
     assert kernels.rotate(torch.full((1, 8), torch.nan)).isnan().all()
-    with pytest.raises(InputError, match=r"x is int64 \[3\], but must be float32, float16 or bfloat16"):
+    with pytest.raises(InputError, match=r"x must be float32, float16 or bfloat16 \[..., columns\]; got int64 \[3\]"):
         kernels.rotate(torch.zeros(3, dtype=torch.int64))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from mpsearch import kernels
 from mpsearch.errors import InputError
+from mpsearch.kernels import backends
 
 HOW = {"bits": 4, "group_size": 8}
 Case = tuple[Callable[..., object], dict[str, Tensor]]
@@ -48,7 +48,7 @@ def cases() -> dict[str, Case]:
         "unpack_weight": (lambda data: kernels.unpack_weight(kernels.PackedWeight(data, *numbers, False)), {"data": linear.data}),
         "linear": (lambda **t: kernels.linear(weight=linear, **t), {"x": x, "bias": bias}),
         "linear operator": (
-            lambda x, data, bias: ops.linear(x, data, *numbers, bias),
+            lambda x, data, bias: ops.linear(x, data, linear.format, bias),
             {"x": x, "data": linear.data, "bias": bias},
         ),
         "linear_a8": (lambda **t: kernels.linear_a8(weight=linear, **t), {"x": x, "bias": bias}),
@@ -64,7 +64,7 @@ def cases() -> dict[str, Case]:
         ),
         "conv_a8": (lambda **t: kernels.conv_a8(weight=conv, **t, **window), {"x": image, "bias": bias}),
         "embedding": (
-            lambda indices, data: ops.embedding(indices, data, *numbers),
+            lambda indices, data: ops.embedding(indices, data, linear.format),
             {"indices": torch.tensor([[1, 7, 0]]), "data": linear.data},
         ),
         "rotate": (lambda x: kernels.rotate(x), {"x": x}),
@@ -138,16 +138,15 @@ def test_negative_views_have_their_sign(operator: str, name: str, backend: str) 
 
 def test_indices_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the caller's tensor becomes while the kernel runs has no effect: what was checked is what is read."""
-    module = sys.modules["mpsearch.kernels.embedding"]
     packed = kernels.pack_weight(*kernels.quantize(torch.randn(8, 16), symmetric=True, **HOW), **HOW)
-    indices, real = torch.tensor([1, 7, 0]), module.compiled  # type: ignore[attr-defined]
+    indices, real = torch.tensor([1, 7, 0]), backends.compiled
     expected = kernels.embedding(indices, packed)
 
-    def meanwhile(*arguments: int) -> int:
+    def meanwhile(*arguments: int) -> None:
         indices.fill_(5)
-        return real.embedding(*arguments)
+        real.embedding(*arguments)
 
-    monkeypatch.setattr(module, "compiled", SimpleNamespace(embedding=meanwhile))
+    monkeypatch.setattr(backends, "compiled", SimpleNamespace(embedding=meanwhile))
     assert torch.equal(kernels.embedding(indices, packed), expected)
     assert indices.tolist() == [5, 5, 5]
 
@@ -159,21 +158,21 @@ FLAGS = {"half_scales": True, "symmetric": True}
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"symmetric": 3.5}, "symmetric is 3.5, but must be True or False"),
-        ({"half_scales": 1}, "half_scales is 1, but must be True or False"),
-        ({"rows": 2**31}, "rows is 2147483648, but must be an integer from 0 to 2147483647"),
-        ({"rows": 2**31 - 1, "columns": 2**31 - 1}, r"are uint8 \[\d+\], contiguous"),
-        ({"columns": -1}, "columns is -1, but must be an integer"),
-        ({"bits": 4.0}, "bits is 4.0, but must be an integer"),
-        ({"bits": True}, "bits is True, but must be an integer"),
-        ({"bits": 9}, "but 9 bits .* contiguous. Make it with pack_"),
+        ({"symmetric": 3.5}, "symmetric must be True or False; got 3.5"),
+        ({"half_scales": 1}, "half_scales must be True or False; got 1"),
+        ({"rows": 2**31}, "rows must be an integer from 0 to 2147483647; got 2147483648"),
+        ({"rows": 2**31 - 1, "columns": 2**31 - 1}, r"must be contiguous uint8 \[\d+\] for 4 bits"),
+        ({"columns": -1}, "columns must be an integer .*; got -1"),
+        ({"bits": 4.0}, "bits must be an integer .*; got 4.0"),
+        ({"bits": True}, "bits must be an integer .*; got True"),
+        ({"bits": 9}, "for 9 bits .* Make it with pack_"),
         ({"group_size": 0}, "in groups of 0.* Make it with pack_"),
-        ({"data": torch.zeros(1, dtype=torch.uint8)}, r"the packed weight is uint8 \[1\], but .* are uint8 \[0\], contiguous"),
-        ({"data": bytearray()}, "data is a bytearray, but must be a tensor"),
-        ({"kernel_size": [1, 1]}, r"kernel_size is \[1, 1\], but must be a tuple"),
-        ({"kernel_size": (1.0,)}, r"kernel_size is \(1.0,\), but must be a tuple"),
+        ({"data": torch.zeros(1, dtype=torch.uint8)}, r"The packed weight must be contiguous uint8 \[0\] .*; got uint8 \[1\]"),
+        ({"data": bytearray()}, "data must be a tensor; got bytearray"),
+        ({"kernel_size": [1, 1]}, r"kernel_size must be a tuple .*; got \[1, 1\]"),
+        ({"kernel_size": (1.0,)}, r"kernel_size must be a tuple .*; got \(1.0,\)"),
         ({"kernel_size": (2**40,)}, "kernel .1099511627776. .* Make it with pack_conv"),
-        ({"groups": 0}, "0 groups of the convolution .* Make it with pack_conv"),
+        ({"groups": 0}, "0 groups of the convolution.* Make it with pack_conv"),
     ],
 )
 def test_fields_of_packed_weights_are_checked(change: dict, sentence: str) -> None:

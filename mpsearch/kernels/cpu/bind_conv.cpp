@@ -1,15 +1,10 @@
-// The shell of the convolutions and of embeddings: tables, scratch memory and the sharing of work among threads.
+// The shell of the convolutions: tables, scratch memory and the sharing of work among threads.
 #include <atomic>
 #include <bit>
-#include <memory>
 #include <vector>
 
 #include "bindings.h"
-#include "dispatch.h"
 #include "threads.h"
-
-namespace nb = nanobind;
-using namespace nb::literals;
 
 namespace mpsearch {
 namespace {
@@ -21,36 +16,17 @@ constexpr double kNsPerRanged = 0.03;         // value of x
 constexpr double kNsPerInt8Product = 0.0065;  // of a tile of 16 rows
 constexpr double kNsPerFloatProduct = 0.025;
 
-// What the face hands over, in this order, as an array of int64.
-struct ConvShape {
-    int64_t n_samples, channels, height, width, rows, out_height, out_width;
-    int64_t kernel_h, kernel_w, stride_h, stride_w, padding_h, padding_w, dilation_h, dilation_w, groups;
-    int64_t bits, group_size, half_scales, symmetric, order, channels_last;
-};
-
-// Scratch memory of the calling thread, kept for its next call: a fresh piece costs page faults each time.
-template <int slot>
-uint8_t* scratch(size_t bytes) {
-    static thread_local std::unique_ptr<uint8_t[]> memory;
-    static thread_local size_t size = 0;
-    if (bytes + 63 > size) {
-        memory.reset();  // before the new piece is asked for
-        size = 0;
-        memory.reset(new uint8_t[bytes + 63]);
-        size = bytes + 63;
-    }
-    return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
-}
-constexpr int kCallSlot = 0, kKernelSlot = 1, kSampleSlot = 2;
-
-int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
 int64_t round_up(int64_t a, int64_t to) {
     return ceil_div(a, to) * to;
 }
 
-ConvJob conv_job(const ConvShape& shape, const uint8_t* data, const float* bias, bool int8_input) {
+uint8_t* kernel_scratch(size_t bytes) {
+    return scratch(kKernelSlot, bytes);
+}
+
+ConvJob conv_job(const ConvArguments& arguments) {
+    const ConvShape& shape = arguments.shape;
+    const uint8_t* data = arguments.packed;
     ConvJob job{};
     job.rows = shape.rows;
     job.groups = shape.groups;
@@ -59,14 +35,14 @@ ConvJob conv_job(const ConvShape& shape, const uint8_t* data, const float* bias,
     job.columns = job.group_channels * shape.kernel_h * shape.kernel_w;
     job.group_size = shape.group_size;
     job.n_groups = ceil_div(job.columns, job.group_size);
-    job.bits = static_cast<int>(shape.bits);
+    job.bits = shape.bits;
     job.half_scales = shape.half_scales;
     job.order = static_cast<Order>(shape.order);
     job.scales = data;
     const int64_t n_scales = job.rows * job.n_groups;
     job.zero_points = shape.symmetric ? nullptr : data + n_scales * (job.half_scales ? 2 : 4);
     job.codes = data + n_scales * ((job.half_scales ? 2 : 4) + (shape.symmetric ? 0 : 1));
-    job.bias = bias;
+    job.bias = arguments.bias;
     job.channels = shape.channels;
     job.height = shape.height, job.width = shape.width;
     job.out_height = shape.out_height, job.out_width = shape.out_width;
@@ -82,8 +58,8 @@ ConvJob conv_job(const ConvShape& shape, const uint8_t* data, const float* bias,
     job.padded_width = job.width + 2 * job.padding_w;
     job.group_staged = round_up(job.group_channels, 4);
     job.staged_channels = job.groups * job.group_staged;
-    job.scratch = scratch<kKernelSlot>;
-    job.int8_input = int8_input;
+    job.scratch = kernel_scratch;
+    job.int8_input = arguments.int8_input;
     return job;
 }
 
@@ -151,20 +127,10 @@ void run_sample(
                  [&](int64_t begin, int64_t end) { kernels.multiply(job, begin, end); });
 }
 
-void conv(int backend,
-          uintptr_t x,
-          uintptr_t data,
-          uintptr_t bias,
-          uintptr_t y,
-          uintptr_t shape_at,
-          bool int8_input,
-          double input_scale,
-          int largest_code,
-          int zero_point,
-          int n_threads) {
-    const ConvShape& shape = *at<const ConvShape>(shape_at);
-    const Kernels& all = backends().at(backend).kernels;
-    ConvJob whole = conv_job(shape, at<const uint8_t>(data), at<const float>(bias), int8_input);
+void conv(const Kernels& all, const ConvArguments& arguments, int n_threads) {
+    const ConvShape& shape = arguments.shape;
+    const bool int8_input = arguments.int8_input;
+    ConvJob whole = conv_job(arguments);
     const ConvKernels& kernels = *(whole.order == Order::kLanes ? all.conv_lanes
                                    : int8_input                 ? all.conv_int8
                                                                 : all.conv_float);
@@ -174,10 +140,9 @@ void conv(int backend,
     whole.unit_columns = units.columns.data();
     whole.n_units = static_cast<int64_t>(units.columns.size());
     whole.record_bytes = round_up(kernels.record_bytes(whole), 64);
-    const InputFormat format{static_cast<float>(input_scale), largest_code, zero_point};
     const int64_t staged_bytes =
         whole.padded_height * whole.padded_width * whole.staged_channels * kernels.element_bytes(whole);
-    whole.records = scratch<kCallSlot>(whole.n_tiles * whole.record_bytes + staged_bytes);
+    whole.records = scratch(kConvSlot, whole.n_tiles * whole.record_bytes + staged_bytes);
     whole.staged = whole.records + whole.n_tiles * whole.record_bytes;
     parallel_for(n_threads, whole.n_tiles, kNsPerDecoded * static_cast<double>(16 * whole.columns),
                  [&](int64_t begin, int64_t end) { kernels.decode(whole, begin, end); });
@@ -186,10 +151,10 @@ void conv(int backend,
     const int64_t y_each = shape.rows * shape.out_height * shape.out_width;
     const auto run = [&](int64_t sample, uint8_t* staged, int threads) {
         ConvJob job = whole;
-        job.x = at<const float>(x) + sample * x_each;
-        job.y = at<float>(y) + sample * y_each;
+        job.x = arguments.x + sample * x_each;
+        job.y = arguments.y + sample * y_each;
         job.staged = staged;
-        run_sample(kernels, *all.conv_int8, format, job, threads);
+        run_sample(kernels, *all.conv_int8, arguments.input, job, threads);
     };
     if (shape.n_samples < 2 * n_threads) {
         for (int64_t sample = 0; sample < shape.n_samples; ++sample)
@@ -201,54 +166,15 @@ void conv(int backend,
                                  static_cast<double>(16 * whole.n_tiles * whole.columns * shape.out_height) *
                                  static_cast<double>(shape.out_width);
     parallel_for(n_threads, shape.n_samples, sample_ns, [&](int64_t begin, int64_t end) {
-        uint8_t* staged = scratch<kSampleSlot>(staged_bytes);
+        uint8_t* staged = scratch(kSampleSlot, staged_bytes);
         for (int64_t sample = begin; sample < end; ++sample) run(sample, staged, 1);
     });
 }
 
-int64_t embedding(int backend,
-                  uintptr_t indices,
-                  bool wide_indices,
-                  int64_t n,
-                  uintptr_t packed,
-                  uintptr_t y,
-                  int64_t rows,
-                  int64_t columns,
-                  int64_t group_size,
-                  int bits,
-                  bool half_scales,
-                  int n_threads) {
-    const auto index = [&](int64_t i) {
-        return wide_indices ? at<const int64_t>(indices)[i] : int64_t{at<const int32_t>(indices)[i]};
-    };
-    for (int64_t i = 0; i < n; ++i)
-        if (index(i) < 0 || index(i) >= rows) return i;
-    LinearJob job{};
-    job.packed = at<const uint8_t>(packed);
-    job.rows = rows;
-    job.columns = columns;
-    job.group_size = group_size;
-    job.n_groups = ceil_div(columns, group_size);
-    job.group_blocks = ceil_div(group_size, 32);
-    job.bits = bits;
-    job.half_scales = half_scales;
-    const Kernels& kernels = backends().at(backend).kernels;
-    parallel_for(n_threads, n, 0.5 * static_cast<double>(columns), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) kernels.embed(job, index(i), at<float>(y) + i * columns);
-    });
-    return -1;
-}
-
 }  // namespace
 
-void bind_conv(nb::module_& module) {
-    using no_gil = nb::call_guard<nb::gil_scoped_release>;
-    module.def("conv", &conv, no_gil(), "backend"_a, "x"_a, "data"_a, "bias"_a, "y"_a, "shape"_a, "int8_input"_a,
-               "input_scale"_a, "largest_code"_a, "zero_point"_a, "n_threads"_a,
-               "y = convolution of x with a packed weight, + bias.");
-    module.def("embedding", &embedding, no_gil(), "backend"_a, "indices"_a, "wide_indices"_a, "n"_a, "packed"_a, "y"_a,
-               "rows"_a, "columns"_a, "group_size"_a, "bits"_a, "half_scales"_a, "n_threads"_a,
-               "Rows of a packed weight as floats; the place of the first index out of range, or -1.");
+void bind_conv(nanobind::module_& module) {
+    define<ConvArguments, conv>(module, "conv", "x convolved with a packed weight, plus the bias.");
 }
 
 }  // namespace mpsearch

@@ -1,17 +1,11 @@
-// The shell of the matrix products: packing a weight for them, rotating their input, and multiplying.
+// The shell of the matrix products and embeddings: packing a weight for them, rotating their input, and multiplying.
 #include <algorithm>
 #include <atomic>
-#include <memory>
 
 #include "bindings.h"
-#include "dispatch.h"
 #include "threads.h"
 
-namespace nb = nanobind;
-using namespace nb::literals;
-
 namespace mpsearch {
-
 namespace {
 
 // What an item costs on one thread, for deciding how many threads are worth waking (measured, rounded).
@@ -20,119 +14,74 @@ constexpr double kNsPerStagedValue = 0.5;      // of x
 constexpr double kNsPerStreamedWeight = 0.03;  // read and unpacked
 constexpr double kNsPerProduct = 0.008;        // a weight times a token
 constexpr double kNsPerRotatedValue = 0.3;
+constexpr double kNsPerEmbeddedValue = 0.5;
 
-WeightJob weight_job(uintptr_t codes,
-                     uintptr_t scales,
-                     uintptr_t zero_points,
-                     uintptr_t packed,
-                     int64_t rows,
-                     int64_t columns,
-                     int64_t group_size,
-                     int bits,
-                     bool half_scales) {
-    return {at<uint8_t>(codes),
-            at<void>(scales),
-            at<uint8_t>(zero_points),
-            at<uint8_t>(packed),
-            rows,
-            columns,
-            group_size,
-            (columns + group_size - 1) / group_size,
-            (group_size + 31) / 32,
-            bits,
-            half_scales};
+WeightJob weight_job(const WeightArguments& arguments) {
+    const WeightFormat& format = arguments.format;
+    return {
+        .codes = arguments.codes,
+        .scales = arguments.scales,
+        .zero_points = arguments.zero_points,
+        .packed = arguments.packed,
+        .rows = format.rows,
+        .columns = format.columns,
+        .group_size = format.group_size,
+        .n_groups = ceil_div(format.columns, format.group_size),
+        .group_blocks = ceil_div(format.group_size, 32),
+        .bits = format.bits,
+        .half_scales = format.half_scales,
+    };
 }
 
-int pack_weight(int backend,
-                uintptr_t codes,
-                uintptr_t scales,
-                uintptr_t zero_points,
-                uintptr_t packed,
-                int64_t packed_bytes,
-                int64_t rows,
-                int64_t columns,
-                int64_t group_size,
-                int bits,
-                bool half_scales,
-                int n_threads) {
-    const Kernels& kernels = backends().at(backend).kernels;
-    const WeightJob job = weight_job(codes, scales, zero_points, packed, rows, columns, group_size, bits, half_scales);
-    use_huge_pages(packed, packed_bytes);
+double tile_ns(const WeightJob& job) {
+    return 16 * kNsPerRepackedCode * static_cast<double>(job.columns);
+}
+
+void pack_weight(const Kernels& kernels, const WeightArguments& arguments, int n_threads) {
+    const WeightJob job = weight_job(arguments);
+    use_huge_pages(job.packed, arguments.packed_bytes);
     std::atomic<int> seen{0};
-    parallel_for(n_threads, (rows + 15) / 16, 16 * kNsPerRepackedCode * static_cast<double>(columns),
+    parallel_for(n_threads, ceil_div(job.rows, 16), tile_ns(job),
                  [&](int64_t begin, int64_t end) { seen.fetch_or(kernels.pack_weight(job, begin, end)); });
-    return seen.load();
+    *arguments.seen = seen.load();
 }
 
-void unpack_weight(int backend,
-                   uintptr_t codes,
-                   uintptr_t scales,
-                   uintptr_t zero_points,
-                   uintptr_t packed,
-                   int64_t rows,
-                   int64_t columns,
-                   int64_t group_size,
-                   int bits,
-                   bool half_scales,
-                   int n_threads) {
-    const Kernels& kernels = backends().at(backend).kernels;
-    const WeightJob job = weight_job(codes, scales, zero_points, packed, rows, columns, group_size, bits, half_scales);
-    use_huge_pages(codes, rows * columns);
-    parallel_for(n_threads, (rows + 15) / 16, 16 * kNsPerRepackedCode * static_cast<double>(columns),
+void unpack_weight(const Kernels& kernels, const WeightArguments& arguments, int n_threads) {
+    const WeightJob job = weight_job(arguments);
+    use_huge_pages(job.codes, job.rows * job.columns);
+    parallel_for(n_threads, ceil_div(job.rows, 16), tile_ns(job),
                  [&](int64_t begin, int64_t end) { kernels.unpack_weight(job, begin, end); });
 }
 
-// Scratch of the calling thread, kept for the next call: a fresh piece costs page faults each time.
-uint8_t* scratch(size_t bytes) {
-    static thread_local std::unique_ptr<uint8_t[]> memory;
-    static thread_local size_t size = 0;
-    if (bytes + 63 > size) {
-        memory.reset();  // before the new piece is asked for
-        size = 0;
-        memory.reset(new uint8_t[bytes + 63]);
-        size = bytes + 63;
-    }
-    return at<uint8_t>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
+// A job without x and without tokens.
+LinearJob linear_job(const uint8_t* packed, const WeightFormat& format) {
+    LinearJob job{};
+    job.packed = packed;
+    job.rows = format.rows;
+    job.columns = format.columns;
+    job.group_size = format.group_size;
+    job.n_groups = ceil_div(format.columns, format.group_size);
+    job.group_blocks = ceil_div(format.group_size, 32);
+    job.bits = format.bits;
+    job.half_scales = format.half_scales;
+    return job;
 }
 
-void linear(int backend,
-            uintptr_t x,
-            uintptr_t packed,
-            uintptr_t bias,
-            uintptr_t y,
-            int64_t n_tokens,
-            int64_t rows,
-            int64_t columns,
-            int64_t group_size,
-            int bits,
-            bool half_scales,
-            bool int8_input,
-            double input_scale,
-            int largest_code,
-            int zero_point,
-            int n_threads) {
-    const Kernels& kernels = backends().at(backend).kernels;
-    LinearJob job{};
-    job.packed = at<const uint8_t>(packed);
-    job.bias = at<const float>(bias);
-    job.rows = rows;
-    job.columns = columns;
-    job.group_size = group_size;
-    job.n_groups = (columns + group_size - 1) / group_size;
-    job.group_blocks = (group_size + 31) / 32;
-    job.bits = bits;
-    job.half_scales = half_scales;
-    job.input = {static_cast<float>(input_scale), largest_code, zero_point};
-    const int64_t n_tiles = (rows + 15) / 16, padded_columns = job.n_groups * job.group_blocks * 32;
-    for (int64_t done = 0; done < n_tokens; done += kMostTokens) {
-        job.x = at<const float>(x) + done * columns;
-        job.y = at<float>(y) + done * rows;
-        job.n_tokens = std::min(n_tokens - done, kMostTokens);
+void linear(const Kernels& kernels, const LinearArguments& arguments, int n_threads) {
+    const bool int8_input = arguments.int8_input;
+    LinearJob job = linear_job(arguments.packed, arguments.format);
+    job.bias = arguments.bias;
+    job.input = arguments.input;
+    const int64_t n_tiles = ceil_div(job.rows, 16), padded_columns = job.n_groups * job.group_blocks * 32;
+    for (int64_t done = 0; done < arguments.n_tokens; done += kMostTokens) {
+        job.x = static_cast<const float*>(arguments.x) + done * job.columns;
+        job.y = static_cast<float*>(arguments.y) + done * job.rows;
+        job.n_tokens = std::min(arguments.n_tokens - done, kMostTokens);
         job.tokens_per_block = kernels.tokens_per_block(job.n_tokens, int8_input);
-        job.n_token_blocks = (job.n_tokens + job.tokens_per_block - 1) / job.tokens_per_block;
+        job.n_token_blocks = ceil_div(job.n_tokens, job.tokens_per_block);
         const int64_t padded_tokens = job.n_token_blocks * job.tokens_per_block;
         const int64_t value_bytes = int8_input ? 1 : 4;
-        uint8_t* memory = scratch(padded_tokens * (padded_columns * value_bytes + 4 + job.n_groups * 4));
+        uint8_t* memory = scratch(kLinearSlot, padded_tokens * (padded_columns * value_bytes + 4 + job.n_groups * 4));
         job.staged = memory;
         memory += padded_tokens * padded_columns * value_bytes;
         job.token_scales = reinterpret_cast<float*>(memory);
@@ -148,31 +97,36 @@ void linear(int backend,
     }
 }
 
-void rotate(
-    int backend, uintptr_t x, uintptr_t factors, uintptr_t y, int64_t rows, int64_t columns, bool back, int n_threads) {
-    const Kernels& kernels = backends().at(backend).kernels;
-    const RotateJob job{at<const float>(x), at<const float>(factors), at<float>(y), columns, back};
-    parallel_for(n_threads, rows, kNsPerRotatedValue * static_cast<double>(columns),
+void embedding(const Kernels& kernels, const EmbeddingArguments& arguments, int n_threads) {
+    const auto index = [&](int64_t i) {
+        return arguments.wide_indices ? static_cast<const int64_t*>(arguments.indices)[i]
+                                      : int64_t{static_cast<const int32_t*>(arguments.indices)[i]};
+    };
+    for (int64_t i = 0; i < arguments.n_indices; ++i) {
+        if (index(i) >= 0 && index(i) < arguments.format.rows) continue;
+        *arguments.bad_place = i;
+        return;
+    }
+    const LinearJob job = linear_job(arguments.packed, arguments.format);
+    const double row_ns = kNsPerEmbeddedValue * static_cast<double>(job.columns);
+    parallel_for(n_threads, arguments.n_indices, row_ns, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) kernels.embed(job, index(i), arguments.y + i * job.columns);
+    });
+}
+
+void rotate(const Kernels& kernels, const RotateArguments& job, int n_threads) {
+    parallel_for(n_threads, job.rows, kNsPerRotatedValue * static_cast<double>(job.columns),
                  [&](int64_t begin, int64_t end) { kernels.rotate(job, begin, end); });
 }
 
 }  // namespace
 
-void bind_products(nb::module_& module) {
-    using no_gil = nb::call_guard<nb::gil_scoped_release>;
-    module.def(
-        "pack_weight", &pack_weight, no_gil(), "backend"_a, "codes"_a, "scales"_a, "zero_points"_a, "packed"_a,
-        "packed_bytes"_a, "rows"_a, "columns"_a, "group_size"_a, "bits"_a, "half_scales"_a, "n_threads"_a,
-        "To the products' streaming layout; returns the codes or-ed together, and 256 where a scale is not finite.");
-    module.def("unpack_weight", &unpack_weight, no_gil(), "backend"_a, "codes"_a, "scales"_a, "zero_points"_a,
-               "packed"_a, "rows"_a, "columns"_a, "group_size"_a, "bits"_a, "half_scales"_a, "n_threads"_a,
-               "From the products' streaming layout.");
-    module.def("linear", &linear, no_gil(), "backend"_a, "x"_a, "packed"_a, "bias"_a, "y"_a, "n_tokens"_a, "rows"_a,
-               "columns"_a, "group_size"_a, "bits"_a, "half_scales"_a, "int8_input"_a, "input_scale"_a,
-               "largest_code"_a, "zero_point"_a, "n_threads"_a,
-               "y = x W^T + bias with W in the products' streaming layout.");
-    module.def("rotate", &rotate, no_gil(), "backend"_a, "x"_a, "factors"_a, "y"_a, "rows"_a, "columns"_a, "back"_a,
-               "n_threads"_a, "Each row times a Hadamard matrix of signs, or its inverse.");
+void bind_products(nanobind::module_& module) {
+    define<WeightArguments, pack_weight>(module, "pack_weight", "To the products' streaming layout.");
+    define<WeightArguments, unpack_weight>(module, "unpack_weight", "From the products' streaming layout.");
+    define<LinearArguments, linear>(module, "linear", "y = x W^T + bias with W in the products' streaming layout.");
+    define<EmbeddingArguments, embedding>(module, "embedding", "Rows of a weight in the products' streaming layout.");
+    define<RotateArguments, rotate>(module, "rotate", "Each row times a Hadamard matrix of signs, or its inverse.");
 }
 
 }  // namespace mpsearch

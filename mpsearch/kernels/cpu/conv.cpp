@@ -104,6 +104,15 @@ static void multiply(const ConvJob& job, int64_t begin, int64_t end) {
         });
 }
 
-const ConvKernels conv_float = {element_bytes, record_bytes, decode, nullptr, clear, stage, chunk, multiply};
+const ConvKernels conv_float = {
+    .element_bytes = element_bytes,
+    .record_bytes = record_bytes,
+    .decode = decode,
+    .range = nullptr,
+    .clear = clear,
+    .stage = stage,
+    .chunk = chunk,
+    .multiply = multiply,
+};
 
 }  // namespace mpsearch::MPSEARCH_ISA

@@ -102,8 +102,3 @@ struct ConvKernels {
 };
 
 }  // namespace mpsearch
-
-#define MPSEARCH_DECLARE_CONV(isa)                              \
-    namespace mpsearch::isa {                                   \
-    extern const ConvKernels conv_float, conv_int8, conv_lanes; \
-    }

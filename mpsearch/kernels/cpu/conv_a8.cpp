@@ -319,6 +319,15 @@ static void multiply(const ConvJob& job, int64_t begin, int64_t end) {
     multiply_as<int16_t>(job, begin, end);
 }
 
-const ConvKernels conv_int8 = {element_bytes, record_bytes, decode, range, clear, stage, chunk, multiply};
+const ConvKernels conv_int8 = {
+    .element_bytes = element_bytes,
+    .record_bytes = record_bytes,
+    .decode = decode,
+    .range = range,
+    .clear = clear,
+    .stage = stage,
+    .chunk = chunk,
+    .multiply = multiply,
+};
 
 }  // namespace mpsearch::MPSEARCH_ISA

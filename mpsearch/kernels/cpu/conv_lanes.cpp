@@ -49,7 +49,7 @@ static void decode(const ConvJob& job, int64_t begin, int64_t end) {
         float* weights = record + (job.n_groups + 1) * kTileRows;
         const int64_t rows = tile_rows(job, tile);
         const int64_t n_codes = rows * job.columns;
-        unpack(job.codes + tile * stream_bytes(job, kTileRows), stream, n_codes, job.bits, 0, (n_codes + 7) / 8);
+        unpack_codes(job.codes + tile * stream_bytes(job, kTileRows), stream, n_codes, job.bits);
         read_bias(job, tile, record + job.n_groups * kTileRows);
         memset(weights, 0, job.columns * kTileRows * sizeof(float));
         for (int64_t group = 0; group < job.n_groups; ++group) {
@@ -236,6 +236,15 @@ static void multiply(const ConvJob& job, int64_t begin, int64_t end) {
     }
 }
 
-const ConvKernels conv_lanes = {element_bytes, record_bytes, decode, nullptr, nullptr, nullptr, chunk, multiply};
+const ConvKernels conv_lanes = {
+    .element_bytes = element_bytes,
+    .record_bytes = record_bytes,
+    .decode = decode,
+    .range = nullptr,
+    .clear = nullptr,
+    .stage = nullptr,
+    .chunk = chunk,
+    .multiply = multiply,
+};
 
 }  // namespace mpsearch::MPSEARCH_ISA

@@ -1,11 +1,8 @@
 // What the convolutions' kernels share: unpacking a tile, walking over output positions, storing results.
 #pragma once
 
-#include "conv.h"
+#include "kernels.h"
 #include "tile.h"
-
-MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
-MPSEARCH_DECLARE_CONV(MPSEARCH_ISA)
 
 namespace mpsearch::MPSEARCH_ISA {
 
@@ -66,7 +63,7 @@ MPSEARCH_INLINE const uint8_t* unpack_tile(const ConvJob& job, int64_t tile, uin
     const int64_t rows = tile_rows(job, tile), run = tile / job.tiles_per_run, in_run = tile % job.tiles_per_run;
     const uint8_t* packed = job.codes + run * stream_bytes(job, job.tiled_rows) + in_run * stream_bytes(job, kTileRows);
     const int64_t n_codes = rows * job.columns;
-    unpack(packed, stream, n_codes, job.bits, 0, (n_codes + 7) / 8);
+    unpack_codes(packed, stream, n_codes, job.bits);
     if (rows == kTileRows && job.columns == 4 * job.n_units) return stream;
     memset(quads, 0, job.n_units * kQuadBytes);
     for (int64_t unit = 0; unit < job.n_units; ++unit) {

@@ -7,8 +7,6 @@
 #include "half.h"
 #include "kernels.h"
 
-MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
-
 namespace mpsearch::MPSEARCH_ISA {
 
 constexpr int64_t kWindow = 2048;  // codes unpacked at a time
@@ -19,7 +17,7 @@ static void scale_codes(const uint8_t* codes, float* weight, int64_t n, F8 zero_
     if (i < n) store_first((load_codes(codes + i) - zero_point) * scale, weight + i, n - i);
 }
 
-void dequantize(const DequantizeJob& job, int64_t begin, int64_t end) {
+void dequantize(const DequantizeArguments& job, int64_t begin, int64_t end) {
     const int64_t numel = job.rows * job.columns;
     const float implied = job.bits == 1 ? 0.5f : static_cast<float>(1 << (job.bits - 1));
     alignas(32) uint8_t window[kWindow + 8];  // `load_codes` may read 7 beyond
@@ -35,8 +33,14 @@ void dequantize(const DequantizeJob& job, int64_t begin, int64_t end) {
             if (at < window_begin || at >= window_end) {
                 window_begin = at & ~int64_t{7};
                 window_end = numel - window_begin < kWindow ? numel : window_begin + kWindow;
-                unpack(job.packed + window_begin / 8 * job.bits, window, numel - window_begin, job.bits, 0,
-                       (window_end - window_begin + 7) / 8);
+                const PackArguments part{
+                    .source = job.packed + window_begin / 8 * job.bits,
+                    .target = window,
+                    .seen = nullptr,
+                    .numel = numel - window_begin,
+                    .bits = job.bits,
+                };
+                unpack(part, 0, (window_end - window_begin + 7) / 8);
             }
             const int64_t here = (stop < window_end ? stop : window_end) - at;
             scale_codes(window + (at - window_begin), job.weight + at, here, broadcast(zero_point), broadcast(scale));

@@ -7,47 +7,43 @@
 #include <sys/auxv.h>
 #endif
 
-#define MPSEARCH_BACKEND(isa)                                                                                  \
-    Backend {                                                                                                  \
-        #isa, Kernels {                                                                                        \
-            isa::quantize, isa::dequantize, isa::pack, isa::unpack, isa::pack_weight, isa::unpack_weight,      \
-                isa::tokens_per_block, isa::stage, isa::stage_int8, isa::linear, isa::linear_a8, isa::embed,   \
-                isa::round_with_feedback, isa::half_quadratic, isa::rotate, &isa::conv_float, &isa::conv_int8, \
-                &isa::conv_lanes                                                                               \
-        }                                                                                                      \
-    }
-
 #if defined(MPSEARCH_HAS_baseline)
-MPSEARCH_DECLARE_KERNELS(baseline)
-MPSEARCH_DECLARE_CONV(baseline)
+namespace mpsearch::baseline {
+extern const Kernels kernels;
+}
 #endif
 #if defined(MPSEARCH_HAS_avx2)
-MPSEARCH_DECLARE_KERNELS(avx2)
-MPSEARCH_DECLARE_CONV(avx2)
+namespace mpsearch::avx2 {
+extern const Kernels kernels;
+}
 #endif
 #if defined(MPSEARCH_HAS_avx512)
-MPSEARCH_DECLARE_KERNELS(avx512)
-MPSEARCH_DECLARE_CONV(avx512)
+namespace mpsearch::avx512 {
+extern const Kernels kernels;
+}
 #endif
 #if defined(MPSEARCH_HAS_avx512vnni)
-MPSEARCH_DECLARE_KERNELS(avx512vnni)
-MPSEARCH_DECLARE_CONV(avx512vnni)
+namespace mpsearch::avx512vnni {
+extern const Kernels kernels;
+}
 #endif
 #if defined(MPSEARCH_HAS_neon)
-MPSEARCH_DECLARE_KERNELS(neon)
-MPSEARCH_DECLARE_CONV(neon)
+namespace mpsearch::neon {
+extern const Kernels kernels;
+}
 #endif
 #if defined(MPSEARCH_HAS_neondotprod)
-MPSEARCH_DECLARE_KERNELS(neondotprod)
-MPSEARCH_DECLARE_CONV(neondotprod)
+namespace mpsearch::neondotprod {
+extern const Kernels kernels;
+}
 #endif
 
 namespace mpsearch {
 
-static std::vector<Backend> find_backends() {
-    std::vector<Backend> found;
+static std::vector<Backend> available_backends() {
+    std::vector<Backend> available;
 #if defined(MPSEARCH_HAS_baseline)
-    found.push_back(MPSEARCH_BACKEND(baseline));
+    available.push_back({"baseline", &baseline::kernels});
 #endif
 #if defined(__x86_64__)
     [[maybe_unused]] const bool avx2 =
@@ -57,26 +53,26 @@ static std::vector<Backend> find_backends() {
                                          __builtin_cpu_supports("avx512vl");
 #endif
 #if defined(MPSEARCH_HAS_avx2)
-    if (avx2) found.push_back(MPSEARCH_BACKEND(avx2));
+    if (avx2) available.push_back({"avx2", &avx2::kernels});
 #endif
 #if defined(MPSEARCH_HAS_avx512)
-    if (avx512) found.push_back(MPSEARCH_BACKEND(avx512));
+    if (avx512) available.push_back({"avx512", &avx512::kernels});
 #endif
 #if defined(MPSEARCH_HAS_avx512vnni)
-    if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(MPSEARCH_BACKEND(avx512vnni));
+    if (avx512 && __builtin_cpu_supports("avx512vnni")) available.push_back({"avx512vnni", &avx512vnni::kernels});
 #endif
 #if defined(MPSEARCH_HAS_neon)
-    found.push_back(MPSEARCH_BACKEND(neon));
+    available.push_back({"neon", &neon::kernels});
 #endif
 #if defined(MPSEARCH_HAS_neondotprod) && defined(__linux__)
-    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) found.push_back(MPSEARCH_BACKEND(neondotprod));
+    if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) available.push_back({"neondotprod", &neondotprod::kernels});
 #endif
-    return found;
+    return available;
 }
 
 const std::vector<Backend>& backends() {
-    static const std::vector<Backend> found = find_backends();
-    return found;
+    static const std::vector<Backend> available = available_backends();
+    return available;
 }
 
 }  // namespace mpsearch

@@ -9,10 +9,10 @@ namespace mpsearch {
 
 struct Backend {
     const char* name;
-    Kernels kernels;
+    const Kernels* kernels;
 };
 
-// Slowest first; found once.
+// Slowest first.
 const std::vector<Backend>& backends();
 
 }  // namespace mpsearch

@@ -7,8 +7,6 @@
 // Bound: the latency of memory, for rows that are not in a cache.
 #include "tile.h"
 
-MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
-
 namespace mpsearch::MPSEARCH_ISA {
 
 MPSEARCH_INLINE uint32_t move_word_bits(uint32_t word, int from, int to, int width) {

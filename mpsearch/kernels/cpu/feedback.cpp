@@ -12,8 +12,6 @@
 #include "codes.h"
 #include "kernels.h"
 
-MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
-
 namespace mpsearch::MPSEARCH_ISA {
 
 constexpr int64_t kRows = kFeedbackRows, kBlock = 128;
@@ -50,7 +48,7 @@ struct Grid {
     float scale[kRows], inverse[kRows], zero[kRows];
 };
 
-static void load_grid(const FeedbackJob& job, int64_t row, int64_t n_rows, int64_t group, Grid& grid) {
+static void load_grid(const FeedbackArguments& job, int64_t row, int64_t n_rows, int64_t group, Grid& grid) {
     for (int64_t r = 0; r < kRows; ++r) {
         const bool there = r < n_rows;
         const float scale = there ? job.scales[(row + r) * job.n_groups + group] : 0;
@@ -62,7 +60,7 @@ static void load_grid(const FeedbackJob& job, int64_t row, int64_t n_rows, int64
 }
 
 // Columns [begin, end) of a tile whose targets have the errors of all columns before the block in them.
-static void round_block(const FeedbackJob& job,
+static void round_block(const FeedbackArguments& job,
                         const float* feedback,
                         int64_t row,
                         int64_t n_rows,
@@ -106,13 +104,13 @@ static void round_block(const FeedbackJob& job,
     }
 }
 
-void round_with_feedback(const FeedbackJob& job, int64_t begin, int64_t end, float* scratch) {
-    const int64_t columns = job.columns;
+void round_with_feedback(const FeedbackArguments& job, int64_t begin, int64_t end, float* scratch) {
+    const int64_t columns = job.columns, tiles_per_matrix = (job.rows_per_matrix + kRows - 1) / kRows;
     float* errors = scratch;
     float* target = errors + columns * kRows;
     float* within = target + kBlock * kRows;
     for (int64_t tile = begin; tile < end; ++tile) {
-        const int64_t matrix = tile / job.tiles_per_matrix, first = tile % job.tiles_per_matrix * kRows;
+        const int64_t matrix = tile / tiles_per_matrix, first = tile % tiles_per_matrix * kRows;
         const int64_t row = matrix * job.rows_per_matrix + first;
         const int64_t n_rows = job.rows_per_matrix - first < kRows ? job.rows_per_matrix - first : kRows;
         const float* feedback = job.feedback + matrix * columns * columns;

@@ -10,8 +10,6 @@
 #include "half.h"
 #include "kernels.h"
 
-MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
-
 namespace mpsearch::MPSEARCH_ISA {
 
 constexpr float kSmallestNormal = 0x1p-126f;
@@ -55,7 +53,8 @@ MPSEARCH_INLINE void add_columns(F8 x, F8 there, const Step& step, Sums& sums) {
     sums.dy = sums.dy + d * y;
 }
 
-static void fit_group(const HalfQuadraticJob& job, const float* x, int64_t n, float& best_scale, float& best_zero) {
+static void fit_group(
+    const HalfQuadraticArguments& job, const float* x, int64_t n, float& best_scale, float& best_zero) {
     const float ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};
     const float top = static_cast<float>((1 << job.bits) - 1), count = static_cast<float>(n);
     float scale = best_scale, zero = best_zero, best = __builtin_inff();
@@ -92,7 +91,7 @@ static void fit_group(const HalfQuadraticJob& job, const float* x, int64_t n, fl
     }
 }
 
-void half_quadratic(const HalfQuadraticJob& job, int64_t begin, int64_t end) {
+void half_quadratic(const HalfQuadraticArguments& job, int64_t begin, int64_t end) {
     const F8 none = broadcast(0), top = broadcast(static_cast<float>((1 << job.bits) - 1));
     for (int64_t group = begin; group < end; ++group) {
         const int64_t column = group % job.n_groups * job.group_size, left = job.columns - column;

@@ -1,47 +1,15 @@
 // What the shell hands to the kernels, and the table of kernels that every instruction set provides.
 //
-// All matrices are row-major and contiguous. "Group" i of a [rows, columns] matrix is columns
-// [group_size * (i % n_groups), ...) of row i / n_groups, where n_groups = ceil(columns / group_size); a row's last
-// group may be shorter. Kernels work on a range of groups (or of blocks of 8 codes), so that a thread takes any part of
-// a matrix.
+// Kernels work on a range of groups (or of tiles, rows, blocks of 8 codes), so that a thread takes any part of a matrix. Group
+// i of a matrix is group i % n_groups of row i / n_groups.
 #pragma once
 
 #include <cstdint>
 
+#include "arguments.h"
 #include "conv.h"
-#include "input.h"
 
 namespace mpsearch {
-
-struct QuantizeJob {
-    const float* weight;      // [rows, columns]
-    const float* importance;  // [rows / rows_per_importance, columns], or null: all ones
-    const float* ratios;      // [n_ratios] clip ratios, or null: plain min-max
-    uint8_t* codes;           // [rows, columns]
-    void* scales;             // [rows, n_groups] float16 or float32
-    uint8_t* zero_points;     // [rows, n_groups], or null: symmetric
-    int64_t columns;
-    int64_t group_size;
-    int64_t n_groups;  // per row
-    int64_t rows_per_importance;
-    int64_t n_ratios;
-    int bits;  // 1..8
-    bool symmetric;
-    bool half_scales;  // scales are float16
-};
-
-struct DequantizeJob {
-    const uint8_t* packed;       // [ceil(rows * columns * bits / 8)]
-    const void* scales;          // [rows, n_groups] float16 or float32
-    const uint8_t* zero_points;  // [rows, n_groups], or null: symmetric
-    float* weight;               // [rows, columns]
-    int64_t rows;
-    int64_t columns;
-    int64_t group_size;
-    int64_t n_groups;  // per row
-    int bits;
-    bool half_scales;
-};
 
 // A weight before and after packing for the products; tile.h describes the layout of `packed`.
 struct WeightJob {
@@ -81,74 +49,19 @@ struct LinearJob {
     InputFormat input;  // int8 only
 };
 
-// Rounding with feedback; row r takes matrix r / rows_per_matrix, whose rows are cut into tiles of kFeedbackRows.
-struct FeedbackJob {
-    const float* weight;           // [rows, columns]
-    const float* feedback;         // [n_matrices, columns, columns]
-    const float* scales;           // [rows, n_groups]
-    const float* zero_points;      // [rows, n_groups]
-    const int32_t* column_groups;  // [columns], in [0, n_groups)
-    const float* errors;           // [rows, columns] to begin with, or null: none yet
-    const uint8_t* fixed;          // [rows, columns]: 1 where the error stays what it is, or null: nowhere
-    uint8_t* codes;                // [rows, columns]
-    int64_t columns;
-    int64_t n_groups;
-    int64_t rows_per_matrix;
-    int64_t tiles_per_matrix;
-    int bits;
-};
-
-constexpr int64_t kFeedbackRows = 32;
-
-// Half-quadratic fitting of grids, in place.
-struct HalfQuadraticJob {
-    const float* weight;  // [rows, columns]
-    const float* betas;   // [n_betas]
-    float* scales;        // [rows, n_groups]
-    float* zero_points;   // [rows, n_groups]
-    uint8_t* codes;       // [rows, columns]
-    int64_t columns;
-    int64_t group_size;
-    int64_t n_groups;  // per row
-    int64_t n_betas;
-    int bits;
-    bool fit_zeros;
-    bool half_scales;  // scales are rounded to float16
-};
-
-// Rows of x times a Hadamard matrix of signs; `factors` are +-1 / sqrt(columns of the block).
-struct RotateJob {
-    const float* x;        // [rows, columns]
-    const float* factors;  // [columns]
-    float* y;              // [rows, columns], may be x
-    int64_t columns;
-    bool back;  // the factors come last: the inverse
-};
-
-constexpr int64_t kMostTokens = 256;  // of one LinearJob
+constexpr int64_t kFeedbackRows = 32;  // of a tile of rounding with feedback
+constexpr int64_t kMostTokens = 256;   // of one LinearJob
 
 struct Kernels {
     // Groups [begin, end). False where a weight or a scale is not finite.
-    bool (*quantize)(const QuantizeJob& job, int64_t begin, int64_t end);
+    bool (*quantize)(const QuantizeArguments& job, int64_t begin, int64_t end);
 
     // Groups [begin, end).
-    void (*dequantize)(const DequantizeJob& job, int64_t begin, int64_t end);
+    void (*dequantize)(const DequantizeArguments& job, int64_t begin, int64_t end);
 
-    // Blocks [begin, end) of 8 codes. Returns all codes or-ed together, which shows whether they fit.
-    uint8_t (*pack)(const uint8_t* codes,  // [numel]
-                    uint8_t* packed,       // [ceil(numel * bits / 8)]
-                    int64_t numel,
-                    int bits,
-                    int64_t begin,
-                    int64_t end);
-
-    // Blocks [begin, end) of 8 codes.
-    void (*unpack)(const uint8_t* packed,  // [ceil(numel * bits / 8)]
-                   uint8_t* codes,         // [numel]
-                   int64_t numel,
-                   int bits,
-                   int64_t begin,
-                   int64_t end);
+    // Blocks [begin, end) of 8 codes. Packing returns all codes or-ed together, which shows whether they fit.
+    uint8_t (*pack)(const PackArguments& job, int64_t begin, int64_t end);
+    void (*unpack)(const PackArguments& job, int64_t begin, int64_t end);
 
     // Tiles [begin, end) of 16 rows. Packing returns all codes or-ed together, and 256 where a scale is not finite.
     int (*pack_weight)(const WeightJob& job, int64_t begin, int64_t end);
@@ -168,14 +81,15 @@ struct Kernels {
     // Row `row` of a weight in the products' layout (x and tokens of the job are not used) to y, [columns].
     void (*embed)(const LinearJob& job, int64_t row, float* y);
 
-    // Tiles [begin, end); scratch is [(columns + 128) * kFeedbackRows + 128 * 128].
-    void (*round_with_feedback)(const FeedbackJob& job, int64_t begin, int64_t end, float* scratch);
+    // Tiles [begin, end) of kFeedbackRows rows; a matrix's last one may be shorter. scratch is
+    // [(columns + 128) * kFeedbackRows + 128 * 128].
+    void (*round_with_feedback)(const FeedbackArguments& job, int64_t begin, int64_t end, float* scratch);
 
     // Groups [begin, end).
-    void (*half_quadratic)(const HalfQuadraticJob& job, int64_t begin, int64_t end);
+    void (*half_quadratic)(const HalfQuadraticArguments& job, int64_t begin, int64_t end);
 
     // Rows [begin, end).
-    void (*rotate)(const RotateJob& job, int64_t begin, int64_t end);
+    void (*rotate)(const RotateArguments& job, int64_t begin, int64_t end);
 
     // Float input, int8 input, and either for groups of few rows.
     const ConvKernels *conv_float, *conv_int8, *conv_lanes;
@@ -185,21 +99,25 @@ struct Kernels {
 
 // An instruction set's kernels live in a namespace of its name. Their sources must not use inline functions of the
 // standard library: the linker keeps one copy of each, perhaps one with instructions that the machine lacks.
-#define MPSEARCH_DECLARE_KERNELS(isa)                                                                         \
-    namespace mpsearch::isa {                                                                                 \
-    bool quantize(const QuantizeJob& job, int64_t begin, int64_t end);                                        \
-    void dequantize(const DequantizeJob& job, int64_t begin, int64_t end);                                    \
-    uint8_t pack(const uint8_t* codes, uint8_t* packed, int64_t numel, int bits, int64_t begin, int64_t end); \
-    void unpack(const uint8_t* packed, uint8_t* codes, int64_t numel, int bits, int64_t begin, int64_t end);  \
-    int pack_weight(const WeightJob& job, int64_t begin, int64_t end);                                        \
-    void unpack_weight(const WeightJob& job, int64_t begin, int64_t end);                                     \
-    int tokens_per_block(int64_t n_tokens, bool int8_input);                                                  \
-    void stage(const LinearJob& job, int64_t begin, int64_t end);                                             \
-    void stage_int8(const LinearJob& job, int64_t begin, int64_t end);                                        \
-    void linear(const LinearJob& job, int64_t begin, int64_t end);                                            \
-    void linear_a8(const LinearJob& job, int64_t begin, int64_t end);                                         \
-    void embed(const LinearJob& job, int64_t row, float* y);                                                  \
-    void round_with_feedback(const FeedbackJob& job, int64_t begin, int64_t end, float* scratch);             \
-    void half_quadratic(const HalfQuadraticJob& job, int64_t begin, int64_t end);                             \
-    void rotate(const RotateJob& job, int64_t begin, int64_t end);                                            \
-    }
+#if defined(MPSEARCH_ISA)
+namespace mpsearch::MPSEARCH_ISA {
+bool quantize(const QuantizeArguments& job, int64_t begin, int64_t end);
+void dequantize(const DequantizeArguments& job, int64_t begin, int64_t end);
+uint8_t pack(const PackArguments& job, int64_t begin, int64_t end);
+void unpack(const PackArguments& job, int64_t begin, int64_t end);
+void unpack_codes(const uint8_t* packed, uint8_t* codes, int64_t numel, int bits);  // all of them, on one thread
+int pack_weight(const WeightJob& job, int64_t begin, int64_t end);
+void unpack_weight(const WeightJob& job, int64_t begin, int64_t end);
+int tokens_per_block(int64_t n_tokens, bool int8_input);
+void stage(const LinearJob& job, int64_t begin, int64_t end);
+void stage_int8(const LinearJob& job, int64_t begin, int64_t end);
+void linear(const LinearJob& job, int64_t begin, int64_t end);
+void linear_a8(const LinearJob& job, int64_t begin, int64_t end);
+void embed(const LinearJob& job, int64_t row, float* y);
+void round_with_feedback(const FeedbackArguments& job, int64_t begin, int64_t end, float* scratch);
+void half_quadratic(const HalfQuadraticArguments& job, int64_t begin, int64_t end);
+void rotate(const RotateArguments& job, int64_t begin, int64_t end);
+extern const ConvKernels conv_float, conv_int8, conv_lanes;
+extern const Kernels kernels;  // the table of all of them (table.cpp)
+}  // namespace mpsearch::MPSEARCH_ISA
+#endif

@@ -14,8 +14,6 @@
 // a vector of weights to make them floats.
 #include "tile.h"
 
-MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
-
 namespace mpsearch::MPSEARCH_ISA {
 
 constexpr int kStripBlocks = 4;  // made floats at a time: 8 KB

@@ -20,8 +20,6 @@
 // VNNI on Zen 4, of which 82 to 87% were measured in groups of 128.
 #include "tile.h"
 
-MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
-
 namespace mpsearch::MPSEARCH_ISA {
 
 constexpr int kStripBlocks = 8;       // unpacked at a time: 4 KB for each tile

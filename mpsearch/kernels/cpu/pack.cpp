@@ -7,8 +7,6 @@
 #include "codes.h"
 #include "kernels.h"
 
-MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
-
 namespace mpsearch::MPSEARCH_ISA {
 
 template <int bits>
@@ -65,14 +63,18 @@ static void unpack_blocks(const uint8_t* packed, uint8_t* codes, int64_t numel, 
     }
 }
 
-uint8_t pack(const uint8_t* codes, uint8_t* packed, int64_t numel, int bits, int64_t begin, int64_t end) {
+uint8_t pack(const PackArguments& job, int64_t begin, int64_t end) {
     uint8_t seen = 0;
-    with_bits(bits, [&]<int width>() { seen = pack_blocks<width>(codes, packed, numel, begin, end); });
+    with_bits(job.bits, [&]<int width>() { seen = pack_blocks<width>(job.source, job.target, job.numel, begin, end); });
     return seen;
 }
 
-void unpack(const uint8_t* packed, uint8_t* codes, int64_t numel, int bits, int64_t begin, int64_t end) {
-    with_bits(bits, [&]<int width>() { unpack_blocks<width>(packed, codes, numel, begin, end); });
+void unpack(const PackArguments& job, int64_t begin, int64_t end) {
+    with_bits(job.bits, [&]<int width>() { unpack_blocks<width>(job.source, job.target, job.numel, begin, end); });
+}
+
+void unpack_codes(const uint8_t* packed, uint8_t* codes, int64_t numel, int bits) {
+    with_bits(bits, [&]<int width>() { unpack_blocks<width>(packed, codes, numel, 0, (numel + 7) / 8); });
 }
 
 }  // namespace mpsearch::MPSEARCH_ISA

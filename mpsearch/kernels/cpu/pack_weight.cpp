@@ -5,8 +5,6 @@
 // code: 1 + bits / 8. Bound: the transpose, about half an operation per code.
 #include "tile.h"
 
-MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
-
 namespace mpsearch::MPSEARCH_ISA {
 
 struct Block {

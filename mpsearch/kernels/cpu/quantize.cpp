@@ -16,8 +16,6 @@
 #include "half.h"
 #include "kernels.h"
 
-MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
-
 namespace mpsearch::MPSEARCH_ISA {
 
 constexpr float kSmallestNormal = 0x1p-126f;  // scales below it have no finite inverse: they count as 0
@@ -34,7 +32,7 @@ struct Format {
     bool half_scales;
 };
 
-static Format format_of(const QuantizeJob& job) {
+static Format format_of(const QuantizeArguments& job) {
     const float top = static_cast<float>((1 << job.bits) - 1), middle = static_cast<float>(1 << (job.bits - 1));
     const bool one_bit = job.bits == 1;
     const float symmetric_steps = one_bit ? 0.5f : middle - 1;
@@ -132,7 +130,7 @@ static inline void measure_errors(const float* x,           // [n]
 
 // The ratio with the least error; of equals the first.
 template <bool weighted>
-static float best_ratio(const QuantizeJob& job,
+static float best_ratio(const QuantizeArguments& job,
                         const Format& format,
                         const float* x,
                         const float* importance,
@@ -181,7 +179,7 @@ static inline void write_codes(const float* x, int64_t n, F8 top, F8 inverse, F8
     }
 }
 
-static void store_scales(const QuantizeJob& job, const float* scale, int64_t group, int64_t count) {
+static void store_scales(const QuantizeArguments& job, const float* scale, int64_t group, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
         if (job.half_scales)
             static_cast<uint16_t*>(job.scales)[group + i] = half_from_float(scale[i]);
@@ -190,7 +188,7 @@ static void store_scales(const QuantizeJob& job, const float* scale, int64_t gro
     }
 }
 
-bool quantize(const QuantizeJob& job, int64_t begin, int64_t end) {
+bool quantize(const QuantizeArguments& job, int64_t begin, int64_t end) {
     const Format format = format_of(job);
     const int64_t fitting = kBatchBytes / (static_cast<int64_t>(sizeof(float)) * job.group_size);
     const int64_t batch = fitting < 1 ? 1 : fitting < 8 ? fitting : 8;

@@ -11,8 +11,6 @@
 #include "kernels.h"
 #include "simd.h"
 
-MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
-
 namespace mpsearch::MPSEARCH_ISA {
 
 // The stages of 1, 2 and 4 lanes: a lane and its partner's value, one of them with its sign turned.
@@ -106,7 +104,9 @@ static void rotate_block(const float* x, const float* before, const float* after
     }
 }
 
-void rotate(const RotateJob& job, int64_t begin, int64_t end) {
+void rotate(const RotateArguments& job, int64_t begin, int64_t end) {
+    const float* x = static_cast<const float*>(job.x);
+    float* y = static_cast<float*>(job.y);
     int64_t largest = 1;
     while (2 * largest <= job.columns) largest *= 2;
     for (int64_t row = begin; row < end; ++row) {
@@ -114,8 +114,8 @@ void rotate(const RotateJob& job, int64_t begin, int64_t end) {
         for (int64_t n = largest; at < job.columns; n /= 2) {
             if (n > job.columns - at) continue;
             const float* factors = job.factors + at;
-            rotate_block(job.x + row * job.columns + at, job.back ? nullptr : factors, job.back ? factors : nullptr,
-                         job.y + row * job.columns + at, n);
+            rotate_block(x + row * job.columns + at, job.back ? nullptr : factors, job.back ? factors : nullptr,
+                         y + row * job.columns + at, n);
             at += n;
         }
     }

@@ -8,8 +8,6 @@
 // memory or, for few tokens, the first cache.
 #include "tile.h"
 
-MPSEARCH_DECLARE_KERNELS(MPSEARCH_ISA)
-
 namespace mpsearch::MPSEARCH_ISA {
 
 int tokens_per_block(int64_t n_tokens, bool int8_input) {

@@ -37,7 +37,7 @@ message(STATUS "CUDA kernels: ${MPSEARCH_NVCC} ${targets}")
 set(flags -std=c++20 -O3 --fmad=false --threads 2 -ccbin ${CMAKE_CXX_COMPILER} -Xcompiler=-fPIC,-fvisibility=hidden,-Wall
     ${targets})
 set(folder ${CMAKE_CURRENT_SOURCE_DIR}/cuda)
-file(GLOB headers CONFIGURE_DEPENDS ${folder}/*.cuh ${folder}/*.h)
+file(GLOB headers CONFIGURE_DEPENDS ${folder}/*.cuh ${folder}/*.h ${folder}/../cpu/arguments.h ${folder}/../cpu/input.h)
 set(objects)
 
 # add_object(NAME SOURCE FLAG...): one object file; an empty one where it does not compile, which then does not link.

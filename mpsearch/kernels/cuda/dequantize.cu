@@ -98,17 +98,13 @@ int dequantize(const DequantizeJob& job, uintptr_t stream) {
 
 using namespace mpsearch::cuda;
 
-int mpsearch_dequantize_stream(const uint8_t* packed,
-                               void* weight,
-                               int dtype,
-                               int64_t rows,
-                               int64_t columns,
-                               int64_t group_size,
-                               int bits,
-                               int half_scales,
-                               uintptr_t stream) {
-    const DequantizeJob job{make_stream(packed, rows, columns, group_size, bits, half_scales), weight, dtype};
+int mpsearch_dequantize_stream(const mpsearch::StreamArguments* arguments, uintptr_t stream) {
+    const DequantizeJob job{
+        .stream = make_stream(arguments->packed, arguments->format),
+        .weight = arguments->weight,
+        .dtype = arguments->dtype,
+    };
     constexpr decltype(&dequantize<1>) widths[] = {dequantize<1>, dequantize<2>, dequantize<3>, dequantize<4>,
                                                    dequantize<5>, dequantize<6>, dequantize<7>, dequantize<8>};
-    return widths[bits - 1](job, stream);
+    return widths[arguments->format.bits - 1](job, stream);
 }

@@ -14,3 +14,7 @@ int mpsearch_count_devices(int* count) {
 int mpsearch_use_device(int device) {
     return cudaSetDevice(device);
 }
+
+int64_t mpsearch_arguments_bytes() {
+    return mpsearch::kArgumentsBytes;
+}

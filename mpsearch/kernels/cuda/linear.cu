@@ -35,15 +35,16 @@ int ranges_of(const Stream& stream, int n_tiles, int n_processors) {
     return static_cast<int>(std::max<int64_t>(1, std::min(n_tiles <= 2 ? n_processors : slots, units / n_warps)));
 }
 
-Pass pass_of(const Stream& stream, bool int8_input, int dtype, int64_t n_tokens, int n_processors) {
+Pass pass_of(const Stream& stream, const LinearArguments& arguments) {
+    const bool int8_input = arguments.int8_input;
     Pass pass{};
-    pass.parts = !int8_input && dtype == kFloat32 ? 3 : 1;
+    pass.parts = !int8_input && arguments.dtype == kFloat32 ? 3 : 1;
     const int columns_each = pass.parts * stream.classes;
     const int most = int8_input ? kMostInt8Columns : kMostColumns;
-    pass.tokens = static_cast<int>(std::min<int64_t>(n_tokens, most / columns_each));
+    pass.tokens = static_cast<int>(std::min<int64_t>(arguments.n_tokens, most / columns_each));
     const int tiles = (pass.tokens * columns_each + kTileColumns - 1) / kTileColumns;
     pass.n_tiles = tiles <= 1 ? 1 : int8_input || (tiles > 2 && tiles <= 4) ? 4 : tiles == 2 ? 2 : 8;
-    pass.n_ranges = int8_input ? 0 : ranges_of(stream, pass.n_tiles, n_processors);
+    pass.n_ranges = int8_input ? 0 : ranges_of(stream, pass.n_tiles, arguments.n_processors);
     pass.staged_bytes = aligned(int64_t{stream.n_steps} * pass.n_tiles * (int8_input ? 2 : 4) * kWarp * 16);
     const int64_t rest = int8_input                         ? pass.tokens * (4 + 4 * int64_t{stream.n_groups})
                          : pass.n_ranges == stream.n_strips ? 0
@@ -62,52 +63,37 @@ int multiply(bool int8_input, const ProductJob& job, int n_tiles, uintptr_t stre
 
 using namespace mpsearch::cuda;
 
-int64_t mpsearch_linear_scratch(
-    int int8_input, int dtype, int64_t n_tokens, int64_t rows, int64_t columns, int64_t group_size, int n_processors) {
-    const Stream stream = make_stream(nullptr, rows, columns, group_size, 1, true);
-    return pass_of(stream, int8_input, dtype, n_tokens, n_processors).scratch_bytes;
+int64_t mpsearch_linear_scratch(const mpsearch::LinearArguments* arguments) {
+    return pass_of(make_stream(nullptr, arguments->format), *arguments).scratch_bytes;
 }
 
-int mpsearch_linear(int int8_input,
-                    int dtype,
-                    const void* x,
-                    const uint8_t* packed,
-                    const float* bias,
-                    void* y,
-                    uint8_t* scratch,
-                    float input_scale,
-                    int largest_code,
-                    int zero_point,
-                    int64_t n_tokens,
-                    int64_t rows,
-                    int64_t columns,
-                    int64_t group_size,
-                    int bits,
-                    int half_scales,
-                    int n_processors,
-                    uintptr_t stream) {
+int mpsearch_linear(const mpsearch::LinearArguments* arguments, uintptr_t stream) {
+    const mpsearch::WeightFormat& format = arguments->format;
+    const bool int8_input = arguments->int8_input;
+    const int dtype = arguments->dtype;
+    const int64_t n_tokens = arguments->n_tokens;
     ProductJob job{};
-    job.stream = make_stream(packed, rows, columns, group_size, bits, half_scales);
-    job.bias = bias;
+    job.stream = make_stream(arguments->packed, format);
+    job.bias = arguments->bias;
     job.dtype = dtype;
-    const Pass pass = pass_of(job.stream, int8_input, dtype, n_tokens, n_processors);
-    const int64_t value_bytes = dtype == kFloat32 ? 4 : 2;
-    const bool whole = group_size % kBlockColumns == 0 && columns % group_size == 0;
-    job.direct = !int8_input && dtype != kFloat32 && whole && reinterpret_cast<uintptr_t>(x) % 16 == 0 &&
-                 n_tokens * job.stream.classes <= kTileColumns;
+    const Pass pass = pass_of(job.stream, *arguments);
+    const int64_t value_bytes = dtype == mpsearch::kFloat32 ? 4 : 2;
+    const bool whole = format.group_size % kBlockColumns == 0 && format.columns % format.group_size == 0;
+    job.direct = !int8_input && dtype != mpsearch::kFloat32 && whole &&
+                 reinterpret_cast<uintptr_t>(arguments->x) % 16 == 0 && n_tokens * job.stream.classes <= kTileColumns;
     job.parts = pass.parts;
     job.n_ranges = pass.n_ranges;
     for (int64_t done = 0; done < n_tokens; done += pass.tokens) {
         job.n_tokens = static_cast<int>(std::min<int64_t>(pass.tokens, n_tokens - done));
-        job.x = static_cast<const uint8_t*>(x) + done * columns * value_bytes;
-        job.y = static_cast<uint8_t*>(y) + done * rows * value_bytes;
-        uint8_t* rest = scratch + pass.staged_bytes;
+        job.x = static_cast<const uint8_t*>(arguments->x) + done * format.columns * value_bytes;
+        job.y = static_cast<uint8_t*>(arguments->y) + done * format.rows * value_bytes;
+        uint8_t* rest = arguments->scratch + pass.staged_bytes;
         if (!job.direct) {
             StageJob stage{};
             stage.stream = job.stream;
             stage.x = job.x;
-            stage.staged = scratch;
-            stage.input = {input_scale, largest_code, zero_point};
+            stage.staged = arguments->scratch;
+            stage.input = arguments->input;
             stage.dtype = dtype;
             stage.parts = pass.parts;
             stage.n_tokens = job.n_tokens;
@@ -118,14 +104,14 @@ int mpsearch_linear(int int8_input,
             }
             const int error = int8_input ? stage_int8(stage, stream) : stage_floats(stage, stream);
             if (error) return error;
-            job.x = scratch;
+            job.x = arguments->scratch;
             job.token_scales = stage.token_scales;
             job.token_sums = stage.token_sums;
         }
         if (!int8_input) job.partial = reinterpret_cast<float*>(rest);
         constexpr decltype(&multiply<1>) widths[] = {multiply<1>, multiply<2>, multiply<3>, multiply<4>,
                                                      multiply<5>, multiply<6>, multiply<7>, multiply<8>};
-        const int error = widths[bits - 1](int8_input, job, pass.n_tiles, stream);
+        const int error = widths[format.bits - 1](int8_input, job, pass.n_tiles, stream);
         if (error) return error;
     }
     return 0;

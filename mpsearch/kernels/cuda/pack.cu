@@ -13,25 +13,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-struct PackJob {
-    const uint8_t* from;
-    uint8_t* to;
-    int* seen;
-    int64_t numel;
-    int bits;
-};
-
-struct DequantizeJob {
-    const uint8_t* packed;
-    const void* scales;
-    const uint8_t* zero_points;
-    float* weight;
-    int64_t numel, columns, group_size, n_groups;
-    int bits;
-    float middle;
-    bool half_scales;
-};
-
 // Every other field of 2^i * bits bits moves to its neighbour, or away from it to the middle of the two.
 MPSEARCH_DEVICE uint64_t compress(uint64_t codes, int bits) {
     for (int field = 8, width = bits; field < 64; field *= 2, width *= 2) {
@@ -60,14 +41,14 @@ MPSEARCH_DEVICE int64_t thread_number() {
     return int64_t{blockIdx.x} * kThreads + threadIdx.x;
 }
 
-__global__ void pack_kernel(const PackJob job) {
+__global__ void pack_kernel(const PackArguments job) {
     const int64_t at = 8 * thread_number(), n = job.numel - at < 8 ? job.numel - at : 8;
     uint32_t seen = 0;
     if (n > 0) {
-        const uint64_t codes = n == 8 && reinterpret_cast<uintptr_t>(job.from) % 8 == 0
-                                   ? *reinterpret_cast<const uint64_t*>(job.from + at)
-                                   : load_bytes(job.from + at, n);
-        store_bytes(compress(codes, job.bits), job.to + at / 8 * job.bits, (n * job.bits + 7) / 8);
+        const uint64_t codes = n == 8 && reinterpret_cast<uintptr_t>(job.source) % 8 == 0
+                                   ? *reinterpret_cast<const uint64_t*>(job.source + at)
+                                   : load_bytes(job.source + at, n);
+        store_bytes(compress(codes, job.bits), job.target + at / 8 * job.bits, (n * job.bits + 7) / 8);
         seen = static_cast<uint32_t>(codes | codes >> 32);
     }
     seen |= seen >> 16;
@@ -76,24 +57,24 @@ __global__ void pack_kernel(const PackJob job) {
     if (threadIdx.x % kWarp == 0 && (seen & 255)) atomic_or(job.seen, static_cast<int>(seen & 255));
 }
 
-__global__ void unpack_kernel(const PackJob job) {
+__global__ void unpack_kernel(const PackArguments job) {
     const int64_t at = 8 * thread_number(), n = job.numel - at < 8 ? job.numel - at : 8;
     if (n <= 0) return;
-    const uint64_t word = load_bytes(job.from + at / 8 * job.bits, (n * job.bits + 7) / 8);
+    const uint64_t word = load_bytes(job.source + at / 8 * job.bits, (n * job.bits + 7) / 8);
     uint64_t codes = 0;
     for (int i = 0; i < 8; ++i) codes |= (word >> i * job.bits & ((1u << job.bits) - 1)) << 8 * i;
-    if (n == 8 && reinterpret_cast<uintptr_t>(job.to) % 8 == 0)
-        *reinterpret_cast<uint64_t*>(job.to + at) = codes;
+    if (n == 8 && reinterpret_cast<uintptr_t>(job.target) % 8 == 0)
+        *reinterpret_cast<uint64_t*>(job.target + at) = codes;
     else
-        store_bytes(codes, job.to + at, n);
+        store_bytes(codes, job.target + at, n);
 }
 
-__global__ void dequantize_kernel(const DequantizeJob job) {
-    const int64_t at = 8 * thread_number(), n = job.numel - at < 8 ? job.numel - at : 8;
+__global__ void dequantize_kernel(const DequantizeArguments job) {
+    const int64_t at = 8 * thread_number(), left = job.rows * job.columns - at, n = left < 8 ? left : 8;
     if (n <= 0) return;
     const uint64_t word = load_bytes(job.packed + at / 8 * job.bits, (n * job.bits + 7) / 8);
     int64_t row = at / job.columns, column = at % job.columns, group = -1;
-    float scale = 0, zero = job.middle, values[8];
+    float scale = 0, zero = job.bits == 1 ? 0.5f : static_cast<float>(1 << (job.bits - 1)), values[8];
     for (int i = 0; i < 8; ++i) {
         values[i] = 0;
         if (i >= n) continue;
@@ -132,27 +113,14 @@ int launch_eights(void (*kernel)(Job), int64_t numel, uintptr_t stream, const Jo
 
 using namespace mpsearch::cuda;
 
-int mpsearch_pack(const uint8_t* codes, uint8_t* packed, int* seen, int64_t numel, int bits, uintptr_t stream) {
-    return launch_eights(pack_kernel, numel, stream, PackJob{codes, packed, seen, numel, bits});
+int mpsearch_pack(const mpsearch::PackArguments* arguments, uintptr_t stream) {
+    return launch_eights(pack_kernel, arguments->numel, stream, *arguments);
 }
 
-int mpsearch_unpack(const uint8_t* packed, uint8_t* codes, int64_t numel, int bits, uintptr_t stream) {
-    return launch_eights(unpack_kernel, numel, stream, PackJob{packed, codes, nullptr, numel, bits});
+int mpsearch_unpack(const mpsearch::PackArguments* arguments, uintptr_t stream) {
+    return launch_eights(unpack_kernel, arguments->numel, stream, *arguments);
 }
 
-int mpsearch_dequantize(const uint8_t* packed,
-                        const void* scales,
-                        const uint8_t* zero_points,
-                        float* weight,
-                        int64_t rows,
-                        int64_t columns,
-                        int64_t group_size,
-                        int bits,
-                        int half_scales,
-                        uintptr_t stream) {
-    const float middle = bits == 1 ? 0.5f : static_cast<float>(1 << (bits - 1));
-    const int64_t n_groups = (columns + group_size - 1) / group_size, numel = rows * columns;
-    const DequantizeJob job{packed,     scales,   zero_points, weight, numel,           columns,
-                            group_size, n_groups, bits,        middle, half_scales != 0};
-    return launch_eights(dequantize_kernel, numel, stream, job);
+int mpsearch_dequantize(const mpsearch::DequantizeArguments* arguments, uintptr_t stream) {
+    return launch_eights(dequantize_kernel, arguments->rows * arguments->columns, stream, *arguments);
 }

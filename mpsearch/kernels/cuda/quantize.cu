@@ -26,18 +26,9 @@ constexpr int kParts = 8;                     // of an error's sum
 constexpr int kRatiosAtOnce = 2;              // whose errors a lane sums in one pass over the columns
 constexpr int kGroupsAtOnce = 4;              // of short groups, for each lane
 
-struct QuantizeJob {
-    const float* weight;
-    const float* importance;
-    const float* ratios;
-    uint8_t* codes;
-    void* scales;
-    uint8_t* zero_points;
-    int* not_finite;
-    int64_t columns, group_size, n_groups, rows_per_importance, n_ratios;
+struct QuantizeJob : QuantizeArguments {
     int64_t n_all;             // groups in all rows
     float top, steps, middle;  // largest code; steps between 0 (or the lowest) and the highest; implied zero point
-    bool symmetric, half_scales;
 };
 
 struct Grid {
@@ -212,49 +203,19 @@ int launch_short(const QuantizeJob& job, uintptr_t stream) {
 
 using namespace mpsearch::cuda;
 
-int mpsearch_quantize(const float* weight,
-                      const float* importance,
-                      const float* ratios,
-                      uint8_t* codes,
-                      void* scales,
-                      uint8_t* zero_points,
-                      int* not_finite,
-                      int64_t rows,
-                      int64_t columns,
-                      int64_t group_size,
-                      int64_t rows_per_importance,
-                      int64_t n_ratios,
-                      int bits,
-                      int symmetric,
-                      int half_scales,
-                      uintptr_t stream) {
-    const float top = static_cast<float>((1 << bits) - 1), middle = static_cast<float>(1 << (bits - 1));
-    const float steps = !symmetric ? top : bits == 1 ? 0.5f : middle - 1;
-    const int64_t n_groups = (columns + group_size - 1) / group_size;
-    const QuantizeJob job{weight,
-                          importance,
-                          ratios,
-                          codes,
-                          scales,
-                          zero_points,
-                          not_finite,
-                          columns,
-                          group_size,
-                          n_groups,
-                          rows_per_importance,
-                          n_ratios,
-                          rows * n_groups,
-                          top,
-                          steps,
-                          bits == 1 ? 0.5f : middle,
-                          symmetric != 0,
-                          half_scales != 0};
-    const uintptr_t addresses = reinterpret_cast<uintptr_t>(weight) | 4 * reinterpret_cast<uintptr_t>(codes);
-    if (!ratios && columns % group_size == 0 && addresses % 16 == 0) {
-        if (group_size == 16) return launch_short<4>(job, stream);
-        if (group_size == 32) return launch_short<8>(job, stream);
-        if (group_size == 64) return launch_short<16>(job, stream);
-        if (group_size == 128) return launch_short<32>(job, stream);
+int mpsearch_quantize(const mpsearch::QuantizeArguments* arguments, uintptr_t stream) {
+    QuantizeJob job{*arguments, 0, 0, 0, 0};
+    const int bits = job.bits;
+    job.n_all = job.rows * job.n_groups;
+    job.top = static_cast<float>((1 << bits) - 1);
+    job.middle = bits == 1 ? 0.5f : static_cast<float>(1 << (bits - 1));
+    job.steps = !job.symmetric ? job.top : bits == 1 ? 0.5f : job.middle - 1;
+    const uintptr_t addresses = reinterpret_cast<uintptr_t>(job.weight) | 4 * reinterpret_cast<uintptr_t>(job.codes);
+    if (!job.ratios && job.columns % job.group_size == 0 && addresses % 16 == 0) {
+        if (job.group_size == 16) return launch_short<4>(job, stream);
+        if (job.group_size == 32) return launch_short<8>(job, stream);
+        if (job.group_size == 64) return launch_short<16>(job, stream);
+        if (job.group_size == 128) return launch_short<32>(job, stream);
     }
     constexpr int64_t per_block = kThreads / kWarp;
     return launch(quantize_any, (job.n_all + per_block - 1) / per_block, kThreads, 0, stream, job);

@@ -11,15 +11,6 @@ namespace {
 
 constexpr int kThreads = 128;
 
-struct RotateJob {
-    const void* x;         // [rows, columns] of `dtype`
-    const float* factors;  // [columns]
-    void* y;               // [rows, columns] of `dtype`
-    int64_t columns;
-    int dtype;
-    bool back;
-};
-
 MPSEARCH_DEVICE float load_float(const void* x, int dtype, int64_t at) {
     if (dtype == kFloat32) return static_cast<const float*>(x)[at];
     const uint16_t bits = static_cast<const uint16_t*>(x)[at];
@@ -57,7 +48,7 @@ MPSEARCH_DEVICE void stages(float* values, int n, int apart) {
     }
 }
 
-__global__ void __launch_bounds__(kThreads) rotate_rows(const RotateJob job) {
+__global__ void __launch_bounds__(kThreads) rotate_rows(const RotateArguments job) {
     float* values = reinterpret_cast<float*>(shared_memory());
     const int64_t row = int64_t{blockIdx.x} * job.columns;
     int64_t largest = 1;
@@ -96,17 +87,9 @@ __global__ void __launch_bounds__(kThreads) rotate_rows(const RotateJob job) {
 
 using namespace mpsearch::cuda;
 
-int mpsearch_rotate(const void* x,
-                    const float* factors,
-                    void* y,
-                    int64_t rows,
-                    int64_t columns,
-                    int dtype,
-                    int back,
-                    uintptr_t stream) {
+int mpsearch_rotate(const mpsearch::RotateArguments* arguments, uintptr_t stream) {
     int64_t largest = 1;
-    while (2 * largest <= columns) largest *= 2;
-    const RotateJob job{x, factors, y, columns, dtype, back != 0};
+    while (2 * largest <= arguments->columns) largest *= 2;
     const auto shared = static_cast<int64_t>(sizeof(float)) * place(static_cast<int>(largest));
-    return launch(rotate_rows, rows, kThreads, shared, stream, job);
+    return launch(rotate_rows, arguments->rows, kThreads, shared, stream, *arguments);
 }

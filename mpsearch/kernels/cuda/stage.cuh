@@ -9,7 +9,6 @@
 // holds what ../cpu/input.h says; beside it the sum of a token's values in each group.
 #pragma once
 
-#include "../cpu/input.h"
 #include "stream.cuh"
 
 namespace mpsearch::cuda {

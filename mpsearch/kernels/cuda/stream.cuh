@@ -13,6 +13,7 @@
 // needs no barrier.
 #pragma once
 
+#include "../cpu/arguments.h"
 #include "ptx.cuh"
 
 namespace mpsearch::cuda {
@@ -43,25 +44,24 @@ struct Stream {
     bool half_scales;
 };
 
-inline Stream make_stream(
-    const uint8_t* packed, int64_t rows, int64_t columns, int64_t group_size, int bits, int half_scales) {
+inline Stream make_stream(const uint8_t* packed, const WeightFormat& format) {
     Stream stream{};
     stream.packed = packed;
-    stream.rows = rows;
-    stream.columns = columns;
-    stream.group_size = group_size;
-    stream.n_tiles = (rows + kTileRows - 1) / kTileRows;
+    stream.rows = format.rows;
+    stream.columns = format.columns;
+    stream.group_size = format.group_size;
+    stream.n_tiles = (format.rows + kTileRows - 1) / kTileRows;
     stream.n_strips = (stream.n_tiles + 1) / 2;
-    stream.n_groups = static_cast<int>((columns + group_size - 1) / group_size);
-    stream.group_blocks = static_cast<int>((group_size + kBlockColumns - 1) / kBlockColumns);
+    stream.n_groups = static_cast<int>((format.columns + format.group_size - 1) / format.group_size);
+    stream.group_blocks = static_cast<int>((format.group_size + kBlockColumns - 1) / kBlockColumns);
     stream.n_blocks = stream.n_groups * stream.group_blocks;
     stream.classes = stream.group_blocks == 1 ? 4 : stream.group_blocks == 2 ? 2 : 1;
     stream.group_steps = (stream.group_blocks + kStepBlocks - 1) / kStepBlocks;
     stream.n_steps =
         stream.classes == 1 ? stream.n_groups * stream.group_steps : (stream.n_blocks + kStepBlocks - 1) / kStepBlocks;
-    stream.half_scales = half_scales != 0;
-    stream.header_bytes = half_scales ? 64 : 128;
-    stream.record_bytes = stream.header_bytes + int64_t{stream.group_blocks} * bits * kQuadBytes;
+    stream.half_scales = format.half_scales;
+    stream.header_bytes = format.half_scales ? 64 : 128;
+    stream.record_bytes = stream.header_bytes + int64_t{stream.group_blocks} * format.bits * kQuadBytes;
     return stream;
 }
 

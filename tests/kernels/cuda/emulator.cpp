@@ -200,6 +200,10 @@ int mpsearch_count_devices(int* count) {
     return 0;
 }
 
+int64_t mpsearch_arguments_bytes() {
+    return mpsearch::kArgumentsBytes;
+}
+
 int mpsearch_use_device(int) {
     return 0;
 }

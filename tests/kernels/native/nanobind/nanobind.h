@@ -52,7 +52,7 @@ struct module_ {
         functions[name] = [=](const std::vector<uint64_t>& given) {
             if (given.size() != sizeof...(Arguments))
                 throw std::runtime_error(std::string(name) + " takes " + std::to_string(sizeof...(Arguments)) +
-                                         " arguments, but " + std::to_string(given.size()) + " came.");
+                                         " arguments; got " + std::to_string(given.size()) + ".");
             return [&]<size_t... i>(std::index_sequence<i...>) {
                 if constexpr (std::is_void_v<Result>)
                     return function(from_bits<Arguments>(given[i])...), std::string();
