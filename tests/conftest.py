@@ -29,6 +29,15 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)  # tensors here are tiny: on a busy machine threads that wait for one another take ten times as long
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Run the whole suite in a process per core, where pytest-xdist is installed; what is named on the command line in one."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and "PYTEST_XDIST_WORKER" not in os.environ
+    if whole and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses = min(len(os.sched_getaffinity(0)), 8)
+        config.option.dist = "loadfile"
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The folder of real models and data sets; a test that asks for it is skipped where there is none."""

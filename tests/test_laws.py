@@ -39,6 +39,11 @@ EVERY_SCHEME = [
 ]
 
 
+def some_seeds(n):
+    """Seeds 0 to `n` - 1: the first fifth of them in every run of the tests, all in the full one."""
+    return [pytest.param(seed, marks=[pytest.mark.slow] * (5 * seed >= n)) for seed in range(n)]
+
+
 class Odd(nn.Module):
     """Layers of every kind and of sizes that fill no byte and no group: odd rows, odd columns, one weight, tied weights."""
 
@@ -77,7 +82,7 @@ def test_all_schemes_have_their_turn():
     assert len(drawn) > 210
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", some_seeds(20))
 def test_size_has_one_definition(tiny, seed):
     """50 random allocations each: what is counted, what is budgeted, what is reported, and what the packed tensors weigh."""
     rng, engine = random_engine(tiny, seed)
@@ -113,7 +118,7 @@ class SCORE:  # what a stored size does not depend on
     n_samples, verified = 0, True
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", some_seeds(5))
 def test_the_exported_file_weighs_what_was_counted(tiny, tmp_path, seed):
     """To the byte, but for corrected biases, which are those of the model and counted there."""
     rng, engine = random_engine(tiny, seed)

@@ -36,6 +36,8 @@ INPUT = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
 VALUES = (None, True, -1, 0, 2**70, 1.5, "", "x", [], {}, [[]], {"class": "Integer"}, "float32", "int8", "../x")
 N = 420  # mutations of each kind of file
 
+pytestmark = pytest.mark.slow
+
 
 def net():
     torch.manual_seed(0)

@@ -27,6 +27,7 @@ WORDS = (
 )
 
 
+@pytest.mark.slow
 def test_a_run_of_an_equalized_network(tmp_path):
     ended = subprocess.run(
         [sys.executable, "-c", LAUNCH, "search", *WORDS], cwd=tmp_path, capture_output=True, text=True, timeout=300

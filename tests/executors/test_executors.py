@@ -28,6 +28,7 @@ from mpsearch.samplers.front import Front
 
 FOLDER = os.path.dirname(conftest.__file__)
 PATH = f"{FOLDER}{os.pathsep}{os.path.dirname(__file__)}"  # of workers
+CLUSTERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("dask", "ray")]
 
 
 def tiny_engine():
@@ -139,7 +140,7 @@ def test_no_allocation_is_tried_twice(expected):
     assert len({tuple(allocation.items()) for _, _, allocation, *_ in expected}) == 24
 
 
-@pytest.mark.parametrize("executor", ["in_process", "local", "dask", "ray"], indirect=True)
+@pytest.mark.parametrize("executor", ["in_process", "local", *CLUSTERS], indirect=True)
 def test_the_same_trials_wherever_they_are_measured(engine, expected, executor):
     assert trials(engine, executor) == expected
 
@@ -160,7 +161,7 @@ def names(folder):
     return sorted(name.split(".")[0] for name in os.listdir(folder))
 
 
-@pytest.mark.parametrize("executor", ["local", "dask", "ray"], indirect=True)
+@pytest.mark.parametrize("executor", ["local", *CLUSTERS], indirect=True)
 def test_a_worker_that_is_killed_loses_nothing(tmp_path, executor):
     sleeper = Sleeper(str(tmp_path), 0.2)
     with executor:
@@ -174,7 +175,7 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path, executor):
     assert len(again) <= 2, "what was done is not done again, but for what was under way"
 
 
-@pytest.mark.parametrize("executor", ["local", "ray"], indirect=True)
+@pytest.mark.parametrize("executor", ["local", CLUSTERS[1]], indirect=True)
 def test_work_that_kills_its_worker_is_given_up(executor):
     with executor:
         executor.start(None, functools.partial(Killer))
@@ -217,7 +218,7 @@ if __name__ == "__main__":
     assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
 
 
-@pytest.mark.parametrize("executor", ["in_process", "local", "dask", "ray"], indirect=True)
+@pytest.mark.parametrize("executor", ["in_process", "local", *CLUSTERS], indirect=True)
 def test_an_error_of_a_worker_comes_back(executor):
     with executor:
         executor.start(Refuser(), functools.partial(Refuser))

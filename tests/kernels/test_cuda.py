@@ -13,6 +13,8 @@ from mpsearch.kernels import cuda_backend
 from mpsearch.kernels.arguments import DequantizeArguments, PackArguments, QuantizeArguments, RotateArguments
 from mpsearch.kernels.formats import InputFormat, WeightFormat
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def emulated(pytestconfig: pytest.Config) -> cuda_backend.Library:

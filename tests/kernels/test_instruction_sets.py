@@ -32,6 +32,8 @@ from native_program import NATIVE, Program
 from mpsearch import kernels
 from mpsearch.kernels import backends
 
+pytestmark = pytest.mark.slow
+
 SETS = {"sanitized": ("baseline", "avx2"), "simde": ("avx512", "avx512vnni"), "qemu": ("neon", "neondotprod")}
 
 

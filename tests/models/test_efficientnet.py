@@ -66,6 +66,7 @@ def test_absent_weights_are_a_sentence(monkeypatch):
         efficientnet_lite0()
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_lite0_knows_its_pictures(data_dir):
     pytest.importorskip("PIL")

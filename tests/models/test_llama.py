@@ -87,6 +87,7 @@ def test_sizes_of_stories260k():
     assert sum(p.numel() for p in stories260k().parameters()) == 260_032
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_stories260k_has_its_recorded_perplexity(data_dir):
     folder = data_dir / "stories260k"

@@ -77,6 +77,7 @@ def test_other_depths_are_refused():
         resnet(18)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_resnet20_scores_its_published_figure(data_dir):
     folder = data_dir / "cifar10"

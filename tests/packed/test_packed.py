@@ -251,6 +251,7 @@ def on_meta(build):
         return build().eval()
 
 
+@pytest.mark.slow  # compiles by PyTorch's inductor
 @pytest.mark.parametrize("scheme", ["w4g5", "w8a8", "fp16", "nf4", "nvfp4", "w3o", "w4r", "w4a8r", "w8a4r"])
 def test_compiled_and_exported(engine, scheme):
     """Every op is opaque to both: no graph breaks, the same result to the last bit."""
@@ -400,6 +401,7 @@ def test_groups_that_are_left_out_stay_float(engine):
         assert type(model.first) is nn.Conv2d
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @pytest.mark.parametrize("schemes", [("w4", "w8"), ("w4a8", "w8a8")], ids="-".join)
 def test_resnet20_tells_the_same_packed_and_simulated(tiny, data_dir, schemes):

@@ -64,6 +64,7 @@ def test_smollm2_s_own_pieces():
     assert text_of(tokenizer, ids) == text
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @needs_smollm2
 def test_articles_are_dealt_out_whole(data_dir):
