@@ -36,8 +36,8 @@ def node(group: str, name: str) -> Node:
         raise InputError(f"There is no {group} '{name}'.{did_you_mean(name, names(group))}")
     text = resources.files("mpsearch.conf").joinpath(group, f"{name}.yaml").read_text(encoding="utf-8")
     content = yaml.safe_load(text)
-    found: Node = content[group][name] if "# @package _global_" in text else content
-    return found
+    choice: Node = content[group][name] if "# @package _global_" in text else content
+    return choice
 
 
 def resolve(group: str, choice: Any, key: str = "", **extra: Any) -> Any:
@@ -102,13 +102,13 @@ def locate(path: str) -> Callable[..., Any]:
     for n in range(len(parts) - 1, 0, -1):
         module = ".".join(parts[:n])
         try:
-            found: Any = importlib.import_module(module)
+            imported: Any = importlib.import_module(module)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise  # the module is there and imports one that is not
             continue
         try:
-            return functools.reduce(getattr, parts[n:], found)
+            return functools.reduce(getattr, parts[n:], imported)
         except AttributeError as error:
             raise ImportError(str(error)) from error
     raise ModuleNotFoundError(f"No module named '{parts[0]}'" if len(parts) > 1 else f"'{path}' is not PACKAGE.NAME")
