@@ -56,7 +56,6 @@ PENDING: tuple[str, ...] = (
     "mpsearch/packed/",
     "mpsearch/pipeline/",
     "mpsearch/quantizers/",
-    "mpsearch/runs/",
     "mpsearch/runtimes/",
     "mpsearch/samplers/",
     "mpsearch/schemes/",

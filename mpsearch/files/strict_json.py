@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,86 +69,76 @@ class JsonObject:
 
     def objects(self, key: str) -> list[JsonObject]:
         """The list of objects at `key`."""
-        values = self._typed(key, list, "a list of objects")
+        values = self._checked(key, lambda value: type(value) is list, "a list of objects")
         return [JsonObject(value, self.path, self.remedy, f"{self._at(key)}[{i}]") for i, value in enumerate(values)]
 
     def text(self, key: str) -> str:
         """The string at `key`."""
-        value = self._typed(key, str, "a string")
-        if any("\ud800" <= character <= "\udfff" for character in value):  # half of a pair, which no file can be named by
-            raise self._wrong(key, "a string of Unicode characters")
-        return value
+        self._checked(key, lambda value: type(value) is str, "a string")
+        # Half of a surrogate pair, by which no file can be named.
+        return self._checked(key, lambda text: not any("\ud800" <= c <= "\udfff" for c in text), "a string of Unicode characters")
 
     def boolean(self, key: str) -> bool:
         """`true` or `false` at `key`."""
-        return self._typed(key, bool, "true or false")
+        return self._checked(key, lambda value: type(value) is bool, "true or false")
 
     def number(self, key: str) -> float:
         """The finite number at `key`."""
-        if type(value := self._get(key)) not in (int, float) or not math.isfinite(value):
-            raise self._wrong(key, "a finite number")
-        return float(value)
+        return float(self._checked(key, lambda x: type(x) in (int, float) and math.isfinite(x), "a finite number"))
 
     def integer(self, key: str) -> int:
         """The integer at `key`, 0 or more."""
-        value = self._typed(key, int, "an integer, 0 or more")
-        if value < 0:
-            raise self._wrong(key, "an integer, 0 or more")
-        return value
+        return self._checked(key, _is_size, "an integer, 0 or more")
 
     def texts(self, key: str) -> tuple[str, ...]:
         """The list of strings at `key`, none of them twice."""
-        values = self._typed(key, list, "a list of strings")
-        if not all(type(value) is str for value in values) or len(set(values)) < len(values):
-            raise self._wrong(key, "a list of different strings")
-        return tuple(values)
+        values = self._checked(key, _is_list_of(lambda value: type(value) is str), "a list of strings")
+        return tuple(self._checked(key, lambda _: len(set(values)) == len(values), "a list of different strings"))
 
     def integers(self, key: str) -> tuple[int, ...]:
         """The list of integers, 0 or more, at `key`."""
-        values = self._typed(key, list, "a list of integers")
-        if not all(type(value) is int and value >= 0 for value in values):
-            raise self._wrong(key, "a list of integers, 0 or more")
-        return tuple(values)
+        return tuple(self._checked(key, _is_list_of(_is_size), "a list of integers, 0 or more"))
 
     def pairs(self, key: str) -> list[tuple[str, str]]:
         """The list of pairs of strings at `key`."""
-        values = self._typed(key, list, "a list of pairs of strings")
-        for pair in values:
-            if not isinstance(pair, list) or len(pair) != 2 or not all(type(name) is str for name in pair):
-                raise self._wrong(key, "a list of pairs of strings")
+        is_text = _is_list_of(lambda value: type(value) is str)
+        values = self._checked(key, _is_list_of(lambda pair: is_text(pair) and len(pair) == 2), "a list of pairs of strings")
         return [(one, other) for one, other in values]
 
     def mapping(self, key: str) -> Mapping[str, str]:
         """The object of strings at `key`."""
-        found = self.object(key).data
-        if not all(type(value) is str for value in found.values()):
-            raise self._wrong(key, "an object of strings")
-        return found
+        self.object(key)
+        return self._checked(key, lambda data: all(type(value) is str for value in data.values()), "an object of strings")
 
     def _get(self, key: str) -> Any:
         if key not in self.data:
             raise self.damaged(f"'{self._at(key)}' is missing")
         return self.data[key]
 
-    def _typed(self, key: str, kind: type, what: str) -> Any:
+    def _checked(self, key: str, is_right: Callable[[Any], bool], expected: str) -> Any:
         value = self._get(key)
-        if type(value) is not kind:
-            raise self._wrong(key, what)
+        if not is_right(value):
+            raise self.damaged(f"'{self._at(key)}' must be {expected}, got {_short(value)}")
         return value
-
-    def _wrong(self, key: str, what: str) -> DamagedFileError:
-        return self.damaged(f"'{self._at(key)}' must be {what}, got {_short(self.data[key])}")
 
     def _at(self, key: str) -> str:
         return f"{self.place}.{key}" if self.place else key
 
 
+def _is_size(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_list_of(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: type(value) is list and all(map(is_right, value))
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    data = dict(pairs)
+    if len(data) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key '{next(key for key in keys if keys.count(key) > 1)}' appears twice")
-    return found
+    return data
 
 
 def _integer(text: str) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from mpsearch.allocation import Allocation
+from mpsearch.errors import run_option
 from mpsearch.evaluation import Confirmed, Evaluation, SensitivityTable
 from mpsearch.files.csv_rows import Row, read_rows
 from mpsearch.intervals import is_approximate
@@ -125,7 +126,7 @@ def read_confirm(run: Run, folder: Path) -> pd.DataFrame | None:
         }
         return tuple(values[column] for column in columns)
 
-    remedy = f"Delete it and confirm again: mpsearch search run={folder}"
+    remedy = f"Delete it and confirm again: mpsearch search {run_option(folder)}"
     return pd.DataFrame(read_rows(file, columns, parse, at_once=True, remedy=remedy), columns=list(columns))
 
 

@@ -36,19 +36,19 @@ def evaluation_row(evaluation: Evaluation, space: SearchSpace, quality_name: str
     """An evaluation as a row of `evaluations.csv`; the float model has no allocation, and no costs except the size."""
     values = {f.name: getattr(evaluation, f.name) for f in fields(Evaluation) if f.name != "costs"}
     values["allocation"] = space.encode(evaluation.allocation) if evaluation.allocation else ""
-    of_costs = (evaluation.costs.get(name) for name in costs)
-    return dict(zip(evaluation_columns(quality_name, costs), (*values.values(), *of_costs), strict=True))
+    cells = (*values.values(), *(evaluation.costs.get(name) for name in costs))
+    return dict(zip(evaluation_columns(quality_name, costs), cells, strict=True))
 
 
 def _timing(row: Row) -> dict[str, Any]:
     """The fields of a timed forward pass: all of them, or none."""
     columns = ("measured_ms", "measured_ms_low", "measured_ms_high")
-    found = {column: row.number(column) if row.cells[column] else None for column in columns}
-    timed = found["measured_ms"] is not None
+    times = {column: row.number(column) if row.cells[column] else None for column in columns}
+    timed = times["measured_ms"] is not None
     for column in (*columns, "measured_on"):
         if bool(row.cells[column]) != timed:
             raise row.damage(column, "a value, as there is a measured_ms" if timed else "nothing, as there is no measured_ms")
-    return {**found, "measured_on": row.cells["measured_on"]}
+    return {**times, "measured_on": row.cells["measured_on"]}
 
 
 class EvaluationReader:

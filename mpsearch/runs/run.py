@@ -1,8 +1,8 @@
-"""All of a run, in its folder: append-only tables while it goes, and what they say when it is done.
+"""A run: its folder, with append-only tables, and the record that is read from it.
 
-`space.json` says what was searched, on which model and data; a folder whose identity differs is not gone on with.
-`sensitivity.csv` and `evaluations.csv` grow by whole rows that are on disk before the next measurement begins. A row that a kill
-cut short (no line end) is dropped; anything else that was changed is an error: every file that is read back has a checksum.
+`space.json` says what was searched, on which model and data; a run whose identity differs is not resumed. `sensitivity.csv` and
+`evaluations.csv` grow by complete rows that are on disk before the next measurement begins. A row that a kill cut short (no line
+end) is dropped; any other change is an error: every file that is read back has a checksum.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.divergence import SoftmaxKL
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, run_option
 from mpsearch.evaluation import FINETUNED, Evaluation, SensitivityTable
 from mpsearch.files import locked, read_regular, write_atomically
 from mpsearch.files.csv_rows import Row, append_row, mend, read_rows
@@ -51,18 +51,17 @@ class RunFolder:
             yield
 
     def identify(self, identity: Mapping[str, Any]) -> None:
-        """Write `space.json`, or compare with the one that is there."""
+        """Write `space.json`, or raise `InputError` where the one of the folder differs."""
         file = self.path / "space.json"
         if not file.exists():
             write_identity(file, identity)
             return
-        identity = json.loads(json.dumps(identity))
-        there = self.read_identity()
-        for key, value in identity.items():
-            if there.get(key) != value:
+        recorded = self.read_identity()
+        for key, value in json.loads(json.dumps(identity)).items():
+            if recorded.get(key) != value:
                 raise InputError(
                     f"The run folder {self.path} belongs to another run: it has another {key.replace('_', ' ')}"
-                    f"{_difference(there.get(key), value)}. Start a new run, or give back what it was started with."
+                    f"{_difference(recorded.get(key), value)}. Start a new run, or give back what it was started with."
                 )
 
     def read_identity(self) -> dict[str, Any]:
@@ -73,7 +72,7 @@ class RunFolder:
         return read_identity(file)
 
     def recorder(self, space: SearchSpace, quality_name: str, costs: Sequence[str]) -> Callable[[Evaluation], None]:
-        """What adds an evaluation to `evaluations.csv`."""
+        """A function that adds an evaluation to `evaluations.csv`."""
         return lambda evaluation: self.append("evaluations", evaluation_row(evaluation, space, quality_name, costs))
 
     def append(self, table: str, row: Mapping[str, Any]) -> None:
@@ -85,7 +84,7 @@ class RunFolder:
         mend(self.path / f"{table}.csv")
 
     def read_sensitivity(self, space: SearchSpace, metric: str) -> dict[tuple[str, str], float]:
-        """(group, scheme) -> value, of what was measured so far."""
+        """(group, scheme) -> value, as far as measured."""
         known: dict[tuple[str, str], float] = {}
         bits = dict(zip(space.names, space.storage_bits.tolist(), strict=True))
 
@@ -102,24 +101,23 @@ class RunFolder:
         return known
 
     def write_effects(self, effects: NDArray[np.float32]) -> None:
-        """`effects.npy`: `SensitivityTable.effects`, followed by the SHA-256 of the file up to there."""
+        """Write `effects.npy`: `SensitivityTable.effects`, followed by the SHA-256 of these bytes."""
         content = io.BytesIO()
         np.save(content, effects, allow_pickle=False)
         write_atomically(self.path / "effects.npy", content.getvalue() + hashlib.sha256(content.getvalue()).digest())
 
     def read_effects(self, space: SearchSpace) -> NDArray[np.float32] | None:
-        """What `write_effects` wrote; `None` where there are none."""
+        """`SensitivityTable.effects`, float32 `[n, n_groups, n_schemes]`; `None` where the run has none."""
         file = self.path / "effects.npy"
         if not file.exists():
             return None
         content = read_regular(file)
-        content, digest = content[:-32], content[-32:]
-        if hashlib.sha256(content).digest() != digest:
-            raise InputError(f"{file} is damaged: it does not end with its SHA-256. Delete it, and it is measured again.")
         try:
-            effects: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False)
+            if hashlib.sha256(content[:-32]).digest() != content[-32:]:
+                raise ValueError("it does not end with its SHA-256")
+            effects: NDArray[np.float32] = np.load(io.BytesIO(content[:-32]), allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise InputError(f"{file} is damaged ({error}). Delete it, and it is measured again.") from None
+            raise InputError(f"{file} is damaged: {error}. Delete it, and it is measured again.") from None
         if effects.dtype != np.float32 or effects.shape[1:] != space.allowed.shape or not np.isfinite(effects).all():
             raise InputError(
                 f"{file} is of another run: got {effects.dtype} {list(effects.shape)} for {len(space.names)} groups and "
@@ -164,24 +162,29 @@ class Run:
         identity = run.read_identity()
         space = read_space(identity["space"], schemes, run.path / "space.json")
         quality = Quality(identity["quality_name"], identity.get("quality_kind", "share"))
-        metric, unit = identity["metric"]["name"], identity["metric"]["unit"]
-        known = run.read_sensitivity(space, metric)
-        pairs = int(space.allowed.sum())
-        if len(known) < pairs:
+        metric, costs = identity["metric"], identity.get("costs", [])
+        known = run.read_sensitivity(space, metric["name"])
+        if len(known) < space.allowed.sum():
             raise InputError(
-                f"{run.path / 'sensitivity.csv'} holds {len(known)} of {pairs} rows: the run was interrupted, or the file cut. "
-                f"Go on with: mpsearch search run={run.path}."
+                f"{run.path / 'sensitivity.csv'} holds {len(known)} of {space.allowed.sum()} rows: the run was interrupted, or "
+                f"the file cut. Resume it: mpsearch search {run_option(run.path)}."
             )
         values = np.array([[known.get((g, s), np.inf) for s in space.scheme_names] for g in space.names])
-        costs, objectives = identity.get("costs", []), identity.get("objectives", ["size_bytes"])
-        evaluations = run.read_evaluations(space, quality, costs)
-        table = SensitivityTable(metric, unit, values, space, identity["metric"].get("exact", False), run.read_effects(space))
-        budgets = identity.get("budgets", {})
-        return cls(space, quality.name, evaluations, table, budgets, identity, objectives, costs)
+        effects = run.read_effects(space)
+        return cls(
+            space,
+            quality.name,
+            run.read_evaluations(space, quality, costs),
+            SensitivityTable(metric["name"], metric["unit"], values, space, metric.get("exact", False), effects),
+            identity.get("budgets", {}),
+            identity,
+            identity.get("objectives", ["size_bytes"]),
+            costs,
+        )
 
     @property
     def quality(self) -> Quality:
-        """How the quality is read."""
+        """The quality and how it is read."""
         return Quality(self.quality_name, self.identity.get("quality_kind", "share"))
 
     @property
@@ -192,7 +195,7 @@ class Run:
 
     @property
     def max_drop(self) -> float:
-        """The largest drop of the quality that counts as none, as the run was started with."""
+        """The largest drop of the quality that counts as none."""
         return self.identity.get("max_drop", self.quality.max_drop)
 
     def baseline(self, split: str = "search") -> Evaluation | None:
@@ -202,15 +205,15 @@ class Run:
     @property
     def baselines(self) -> dict[str, Evaluation]:
         """Split -> the float model's evaluation, where there is one."""
-        return {split: found for split in SCORED if (found := self.baseline(split)) is not None}
+        return {split: baseline for split in SCORED if (baseline := self.baseline(split)) is not None}
 
     def on(self, split: str) -> dict[Allocation, Evaluation]:
         """Allocation -> its (first) evaluation on the split, the float model's and the finetuned ones left out."""
-        found: dict[Allocation, Evaluation] = {}
+        first: dict[Allocation, Evaluation] = {}
         for evaluation in self.evaluations:
             if evaluation.split == split and evaluation.origin not in ("float", FINETUNED):
-                found.setdefault(evaluation.allocation, evaluation)
-        return found
+                first.setdefault(evaluation.allocation, evaluation)
+        return first
 
     def finetuned(self, split: str) -> dict[Allocation, Evaluation]:
         """Allocation -> its latest evaluation on the split after training."""
@@ -229,13 +232,12 @@ class Run:
     def uniform(self) -> list[tuple[str, Evaluation]]:
         """(scheme, evaluation on the search split) of the uniform allocations, smallest first."""
         measured = self.on("search")
-        found = [(s, measured[a]) for s in self.space.scheme_names if (a := self.space.uniform(s)) in measured]
-        return sorted(found, key=lambda pair: pair[1].size_bytes)
+        uniform = [(s, measured[a]) for s in self.space.scheme_names if (a := self.space.uniform(s)) in measured]
+        return sorted(uniform, key=lambda pair: pair[1].size_bytes)
 
 
-def _difference(there: Any, here: Any) -> str:
-    if isinstance(there, dict) and isinstance(here, dict):
-        keys = sorted(key for key in {*there, *here} if there.get(key) != here.get(key))
-        return f" in {', '.join(keys)}"
-    there, here = (text if len(text := str(value)) <= 40 else f"{text[:12]}…" for value in (there, here))
-    return f" ({there} there, {here} here)"
+def _difference(recorded: Any, given: Any) -> str:
+    if isinstance(recorded, dict) and isinstance(given, dict):
+        return f" in {', '.join(sorted(key for key in {*recorded, *given} if recorded.get(key) != given.get(key)))}"
+    texts = (text if len(text := str(value)) <= 40 else f"{text[:12]}…" for value in (recorded, given))
+    return f" ({' there, '.join(texts)} here)"

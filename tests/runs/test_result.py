@@ -103,7 +103,7 @@ def test_effects_come_back_exactly_and_what_is_damaged_is_refused(run):
     pickled = io.BytesIO()
     np.save(pickled, np.array([{}], dtype=object), allow_pickle=True)
     (run.path / "effects.npy").write_bytes(pickled.getvalue() + hashlib.sha256(pickled.getvalue()).digest())
-    with pytest.raises(InputError, match=r"effects.npy is damaged .*allow_pickle"):
+    with pytest.raises(InputError, match=r"effects.npy is damaged: .*allow_pickle"):
         run.read_effects(SPACE)
 
 
