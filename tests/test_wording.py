@@ -59,7 +59,6 @@ PENDING: tuple[str, ...] = (
     "mpsearch/runtimes/",
     "mpsearch/samplers/",
     "mpsearch/schemes/",
-    "mpsearch/tasks/",
     "mpsearch/training/",
     "scripts/",
 )

@@ -1,4 +1,4 @@
-"""Any `.npz` file with samples `x` and class numbers `y`: the shortest way from one's own data to a search."""
+"""An `.npz` file with samples `x` and classes `y`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Arrays(Classification):
     """The three splits drawn disjointly, with `seed`, from one `.npz`.
 
     In the file: `x` float or uint8, [n, features], [n, channels, *space] or, with layout "channels_last",
-    [n, *space, channels]; `y` whole numbers [n]. uint8 is divided by 255, then (x - mean) / std is taken for each channel where
+    [n, *space, channels]; `y` integers [n]. uint8 is divided by 255, then (x - mean) / std is taken for each channel where
     these are given. A size of `None` is a third of the data. Raises `InputError` for files and sizes that are not so.
     """
 
@@ -57,13 +57,13 @@ class Arrays(Classification):
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """`x` (any numbers) and `y` (whole numbers [n]) of an `.npz` file. Objects are never unpickled.
+    """`x` (any numbers) and `y` (integers [n]) of an `.npz` file. Objects are never unpickled.
 
     Raises `InputError` where there is no such file, where it is damaged, or where x or y is missing or of another kind.
     """
     x, y = read_arrays(path, "x", "y")
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
-        raise InputError(f"y in {path} is {y.dtype} {list(y.shape)}; it must be whole numbers [n], a class number a sample.")
+        raise InputError(f"y in {path} is {y.dtype} {list(y.shape)}; it must be integers [n], the class of each sample.")
     return x, y
 
 
@@ -79,6 +79,6 @@ def read_arrays(path: Path, *wanted: str) -> list[np.ndarray]:
         raise InputError(f"{path} is not a whole .npz file of plain arrays ({error}). Save it again with numpy.savez.") from error
     for name in wanted:
         if name not in arrays:
-            how = ", ".join(f"{name}=…" for name in wanted)
-            raise InputError(f"{path} has no array '{name}', only {names}. Save it with numpy.savez(path, {how}).")
+            arguments = ", ".join(f"{name}=…" for name in wanted)
+            raise InputError(f"{path} has no array '{name}', only {names}. Save it with numpy.savez(path, {arguments}).")
     return [arrays[name] for name in wanted]

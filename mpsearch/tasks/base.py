@@ -1,4 +1,4 @@
-"""What a task is: the data in three splits, how a model is run on them, and what is measured of its logits.
+"""The contract of tasks: data in three splits, how a model is run on them, and what is measured of its outputs.
 
 A task knows nothing of quantization or devices. The engine moves batches to where the model is and asks `forward`, `quality`
 and `cross_entropy`; a new task is a subclass with `batches`, and a YAML in `conf/task/`.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from mpsearch.batches import Batch, checked_batches
 from mpsearch.divergence import Divergence, RelativeMSE, choose
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, did_you_mean
 from mpsearch.tree import map_tensors, tensors_in
 
 # Calibration data set scales, search data score proposals, confirmation data are never seen by the search.
@@ -137,6 +138,42 @@ class Task:
                 start = hashlib.sha256(f"{split} {i} {tensor.dtype} {list(tensor.shape[1:])}".encode())
                 streams.setdefault(i, start).update(_bytes(tensor))
         return "".join(stream.hexdigest() for stream in streams.values())
+
+
+class StoredTask(Task):
+    """A task whose batches are held in memory, by split; `origins` say of each split where its samples come from."""
+
+    def __init__(self, batches: Mapping[str, Sequence[Batch]], origins: Mapping[str, str] | None = None) -> None:
+        self._batches, self._origins = dict(batches), dict(origins or {})
+
+    def batches(self, split: str) -> Sequence[Batch]:
+        """The batches of one of `SPLITS`; `InputError` for another name."""
+        if split not in SPLITS:
+            raise InputError(f"There is no split '{split}'." + did_you_mean(split, SPLITS))
+        return self._batches[split]
+
+    def describe(self, split: str) -> str:
+        """As in "400 samples, digits"."""
+        n = sum(batch_length(inputs) for inputs, _ in self.batches(split))
+        return ", ".join([f"{n:,} samples", *([self._origins[split]] if split in self._origins else [])])
+
+
+def in_batches(batch_size: int, inputs: Any, targets: Tensor) -> list[Batch]:
+    """Consecutive samples, the last batch smaller where they do not divide; `InputError` for a batch size below 1."""
+    check_batch_size(batch_size)
+    slices = [slice(start, start + batch_size) for start in range(0, batch_length(inputs), batch_size)]
+    return [(map_tensors(itemgetter(part), inputs), targets[part]) for part in slices]
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise `InputError` for a batch size below 1."""
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
+
+
+def batch_length(inputs: Any) -> int:
+    """The number of samples of a batch: the length of its first tensor."""
+    return len(next(tensors_in(inputs)))
 
 
 def _logits_of(output: Any) -> Tensor:

@@ -66,7 +66,7 @@ class Cifar10(Classification):
     def training(self, epoch: int, batch_size: int, seed: int) -> Iterator[Batch]:
         """All training images but those of the search split: padded by 4 pixels, cropped at random, and every other one mirrored.
 
-        Read anew for each epoch: a search has no use for them, and a quarter of a gigabyte of room.
+        Read anew for each epoch: a search does not need them, and they take a quarter of a gigabyte.
         """
         random = np.random.default_rng([seed, epoch])
         x, y = _read_all(self._train_paths)
@@ -85,9 +85,9 @@ def find_files(data_dir: Path) -> tuple[list[Path], list[Path]]:
         (data_dir, "data_batch_[1-5]", "test_batch"),
         (data_dir / "cifar-10-batches-py", "data_batch_[1-5]", "test_batch"),
     ):
-        found = sorted(folder.glob(train)), sorted(folder.glob(test))
-        if all(found):
-            return found
+        paths = sorted(folder.glob(train)), sorted(folder.glob(test))
+        if all(paths):
+            return paths
     raise InputError(
         f"No CIFAR-10 in {data_dir}: looked for train_*.npz and test_*.npz, for data_batch_1 to 5 and test_batch, there and in "
         "cifar-10-batches-py. Unpack the Python version of CIFAR-10 there, or set task.data_dir to where it is."

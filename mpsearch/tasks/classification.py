@@ -1,4 +1,4 @@
-"""Classification of arrays held in memory: what the digits, CIFAR-10 and `.npz` tasks share, and the checks at their door."""
+"""Classification of arrays held in memory: the base of the digits, CIFAR-10 and `.npz` tasks, and checks of their data."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpsearch.errors import InputError, did_you_mean
-from mpsearch.tasks.base import SPLITS, Batch, Task
+from mpsearch.errors import InputError
+from mpsearch.tasks.base import SPLITS, StoredTask, in_batches
 
 Pair = tuple[Tensor | np.ndarray, Tensor | np.ndarray]
 
 
-class Classification(Task):
+class Classification(StoredTask):
     """Three pairs (x, y) of tensors or arrays, one for each split, already preprocessed.
 
     x float32 [n, features] or [n, channels, *space], y int64 [n] in 0..n_classes - 1. `n_classes` defaults to the largest
@@ -30,7 +30,6 @@ class Classification(Task):
         batch_size: int = 250,
         origins: Mapping[str, str] | None = None,
     ) -> None:
-        check_batch_size(batch_size)
         given = zip(SPLITS, (calibration, search, confirm), strict=True)
         pairs = {split: (torch.as_tensor(x), torch.as_tensor(y)) for split, (x, y) in given}
         for split, (x, y) in pairs.items():
@@ -47,34 +46,7 @@ class Classification(Task):
                     f"Labels of the {split} split run from {low} to {high}; with {self.n_classes} classes they must lie in "
                     f"0..{self.n_classes - 1}. Number the classes from 0, or raise n_classes."
                 )
-        self._origins = dict(origins or {})
-        self._sizes = {split: len(y) for split, (_, y) in pairs.items()}
-        self._batches = {
-            split: list(zip(x.split(batch_size), y.split(batch_size), strict=True)) for split, (x, y) in pairs.items()
-        }
-
-    def batches(self, split: str) -> Sequence[Batch]:
-        """Views of the split's data, `batch_size` samples each, the last one smaller."""
-        check_split(split)
-        return self._batches[split]
-
-    def describe(self, split: str) -> str:
-        """As in "400 samples, digits"."""
-        check_split(split)
-        origin = self._origins.get(split)
-        return f"{self._sizes[split]:,} samples" + (f", {origin}" if origin else "")
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Raise `InputError` for a batch size below 1."""
-    if batch_size < 1:
-        raise InputError(f"batch_size is {batch_size}; it must be at least 1.")
-
-
-def check_split(split: str) -> None:
-    """Raise `InputError` for a name that is none of `SPLITS`."""
-    if split not in SPLITS:
-        raise InputError(f"There is no split '{split}'." + did_you_mean(split, SPLITS))
+        super().__init__({split: in_batches(batch_size, x, y) for split, (x, y) in pairs.items()}, origins)
 
 
 def draw_splits(n: int, sizes: Mapping[str, int | None], seed: int, source: str) -> dict[str, np.ndarray]:
@@ -86,7 +58,7 @@ def draw_splits(n: int, sizes: Mapping[str, int | None], seed: int, source: str)
     counts = {split: share if size is None else size for split, size in sizes.items()}
     asked = ", ".join(f"n_{split}={count}" for split, count in counts.items())
     if not all(isinstance(count, int) and count >= 1 for count in counts.values()):
-        raise InputError(f"Every split needs a whole number of samples, at least 1; of {n:,} in {source} were asked for {asked}.")
+        raise InputError(f"The number of samples of a split must be an integer, at least 1; got {asked}, of {n:,} in {source}.")
     total = sum(counts.values())
     if total > n:
         raise InputError(f"{source} holds {n:,} samples, {total:,} were asked for ({asked}). Ask for {total - n:,} fewer.")
@@ -122,11 +94,11 @@ def _check_arrays(split: str, x: Tensor, y: Tensor) -> None:
             f"x of the {split} split is {x.dtype} {list(x.shape)}; it must be float32 [n, features] or [n, channels, *space]."
         )
     if y.dtype != torch.int64 or y.ndim != 1:
-        raise InputError(f"y of the {split} split is {y.dtype} {list(y.shape)}; it must be int64 [n], a class number a sample.")
+        raise InputError(f"y of the {split} split is {y.dtype} {list(y.shape)}; it must be int64 [n], the class of each sample.")
     if len(x) != len(y):
         raise InputError(f"The {split} split has {len(x):,} samples in x and {len(y):,} labels in y. They must be as many.")
     if x.numel() == 0:
         raise InputError(f"The {split} split is empty: x has shape {list(x.shape)}. Give it at least 1 sample.")
     if not torch.isfinite(x).all():
         bad = int((~torch.isfinite(x)).flatten(1).any(1).sum())
-        raise InputError(f"{bad:,} of {len(x):,} samples of the {split} split hold NaN or infinite values. Remove or mend them.")
+        raise InputError(f"{bad:,} of {len(x):,} samples of the {split} split hold NaN or infinite values. Correct them.")

@@ -44,12 +44,12 @@ class Digits(Classification):
 
 def read_digits() -> tuple[np.ndarray, np.ndarray]:
     """All images, float32 [1797, 1, 8, 8] in 0..1, and labels, int64 [1797], in the order of scikit-learn's file."""
-    found = importlib.util.find_spec("sklearn")
-    folders = list(found.submodule_search_locations or []) if found else []
+    package = importlib.util.find_spec("sklearn")
+    folders = (package.submodule_search_locations or []) if package else []
     paths = [Path(folder) / "datasets" / "data" / "digits.csv.gz" for folder in folders]
     path = next((path for path in paths if path.is_file()), None)
     if path is None:
-        raise InputError("The digits come with scikit-learn, which is not installed here. Run: pip install scikit-learn")
+        raise InputError("The digits come with scikit-learn, which is not installed. Run: pip install scikit-learn")
     table = np.loadtxt(path, delimiter=",", dtype=np.float32)
     if table.shape != (N_IMAGES, 65):
         raise InputError(f"{path} has shape {list(table.shape)} instead of [{N_IMAGES}, 65]. Install scikit-learn again.")

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from mpsearch.errors import InputError
 from mpsearch.intervals import FEWEST
 from mpsearch.tasks.arrays import read_arrays
-from mpsearch.tasks.base import SPLITS, Batch, Task
-from mpsearch.tasks.classification import check_batch_size, check_split
+from mpsearch.tasks.base import SPLITS, Batch, StoredTask, in_batches
 
 # Of a token's cross-entropy; a broken model's is infinite or NaN, and this is what a float64's exp still holds.
 MOST_NATS = 700.0
@@ -27,7 +26,7 @@ MOST_NATS = 700.0
 N_BLOCKS = FEWEST - 1
 
 
-class Language(Task):
+class Language(StoredTask):
     """Windows of token ids int64 [n, window] and the ids that follow each, int64 [n * window].
 
     `texts` are token ids, one array a text, shuffled with `seed` and dealt out until each split has its windows; the confirm
@@ -48,15 +47,14 @@ class Language(Task):
         batch_size: int = 16,
         source: str = "the texts",
     ) -> None:
-        check_batch_size(batch_size)
         if window < 2:
             raise InputError(f"window is {window}; it must be at least 2 tokens.")
         order = np.random.default_rng(seed).permutation(len(texts))
         lengths = np.array([len(texts[i]) for i in order])
         self.window, self._source = window, source
-        self._batches: dict[str, list[Batch]] = {}
         self._n_texts: dict[str, int] = {}
         self._clusters: dict[str, Tensor] = {}
+        batches: dict[str, list[Batch]] = {}
         start = 0
         for split, n in zip(SPLITS, (n_calibration, n_search, n_confirm), strict=True):
             if n is not None and n < 1:
@@ -72,24 +70,19 @@ class Language(Task):
             taken = int(np.searchsorted(ends, n * window + 1)) + 1
             ids = np.concatenate([texts[i] for i in order[start : start + taken]])[: n * window + 1].astype(np.int64)
             x, y = (torch.from_numpy(part).view(n, window) for part in (ids[:-1], ids[1:]))
-            batches = zip(x.split(batch_size), y.split(batch_size), strict=True)
-            self._batches[split] = [(a, b.flatten()) for a, b in batches]
+            batches[split] = [(inputs, targets.flatten()) for inputs, targets in in_batches(batch_size, x, y)]
             self._n_texts[split] = taken
             texts_of_tokens = np.repeat(np.arange(taken), lengths[start : start + taken])[1 : n * window + 1]
             blocks = np.arange(n * window) * min(N_BLOCKS, n * window) // (n * window)
             self._clusters[split] = torch.from_numpy(texts_of_tokens if len(np.unique(texts_of_tokens)) > 1 else blocks)
             start += taken
-
-    def batches(self, split: str) -> Sequence[Batch]:
-        """`batch_size` windows each, the last one fewer."""
-        check_split(split)
-        return self._batches[split]
+        super().__init__(batches)
 
     def training(self, epoch: int, batch_size: int, seed: int) -> Iterator[Batch]:
         """The calibration split's texts, cut into windows at another place each epoch (one holds the end and the beginning)."""
         random = np.random.default_rng([seed, epoch])
         shift = int(random.integers(self.window))
-        pairs = [torch.cat([batch[i].flatten() for batch in self._batches["calibration"]]) for i in (0, 1)]
+        pairs = [torch.cat([batch[i].flatten() for batch in self.batches("calibration")]) for i in (0, 1)]
         x, y = (part.roll(shift).view(-1, self.window) for part in pairs)
         for index in torch.from_numpy(random.permutation(len(x))).split(batch_size):
             yield x[index], y[index].flatten()
@@ -105,20 +98,18 @@ class Language(Task):
 
     def clusters(self, split: str) -> Tensor:
         """The text of each predicted token, int64 [windows * window]; in a split of one text, `N_BLOCKS` blocks of it."""
-        check_split(split)
         return self._clusters[split]
 
     def describe(self, split: str) -> str:
         """As in "64 windows of 256 tokens from 37 stories"."""
-        check_split(split)
-        n = sum(len(x) for x, _ in self._batches[split])
+        n = sum(len(x) for x, _ in self.batches(split))
         return f"{n:,} windows of {self.window} tokens from {self._n_texts[split]} of {self._source}"
 
 
 class Stories(Language):
-    """TinyStories, as tokens of the `stories260k` model: `tokens_dev.npz` (`tokens` whole numbers [n]) in `data_dir`."""
+    """TinyStories, as tokens of the `stories260k` model: `tokens_dev.npz` (`tokens` integers [n]) in `data_dir`."""
 
-    BEGIN = 1  # begins each story
+    BEGIN = 1  # the token that begins each text
 
     def __init__(
         self,
@@ -138,8 +129,8 @@ class Stories(Language):
 
 
 def read_tokens(path: Path) -> np.ndarray:
-    """The array `tokens` (whole numbers [n], none below 0) of an `.npz` file, or an `InputError`."""
+    """The array `tokens` (integers [n], none below 0) of an `.npz` file, or an `InputError`."""
     (tokens,) = read_arrays(path, "tokens")
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer) or not len(tokens) or tokens.min() < 0:
-        raise InputError(f"tokens in {path} is {tokens.dtype} {list(tokens.shape)}; it must be whole numbers [n], from 0 up.")
+        raise InputError(f"tokens in {path} is {tokens.dtype} {list(tokens.shape)}; it must be integers [n], from 0 up.")
     return tokens

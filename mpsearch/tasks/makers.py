@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -15,9 +15,8 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, SubsetRandomSam
 from mpsearch.batches import Batch, checked_batches
 from mpsearch.divergence import Divergence, RelativeMSE, SigmoidKL, choose
 from mpsearch.errors import InputError
-from mpsearch.tasks.base import SPLITS, Task
-from mpsearch.tasks.classification import check_batch_size, check_split
-from mpsearch.tree import arrays_to_tensors, map_tensors, tensors_in
+from mpsearch.tasks.base import SPLITS, StoredTask, Task, batch_length, in_batches
+from mpsearch.tree import arrays_to_tensors, tensors_in
 
 Metric = Callable[[Tensor, Tensor], Any]
 SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -115,7 +114,7 @@ def fidelity_task(
     )
 
 
-class DataTask(Task):
+class DataTask(StoredTask):
     """Batches held in memory, measured by a metric; see `classification`."""
 
     def __init__(
@@ -130,17 +129,11 @@ class DataTask(Task):
         divergence: str | Divergence | None,
         per_token: bool,
     ) -> None:
-        check_batch_size(batch_size)
         self._metric, self.divergence, self.per_token = metric, divergence, per_token
         pairs = {split: read_batches(data, split, batch_size, labelled) for split, data in splits.items()}
-        self._batches = {split: [(x, self._rows(x, y)) for x, y in batches] for split, batches in pairs.items()}
+        super().__init__({split: [(x, self._rows(x, y)) for x, y in batches] for split, batches in pairs.items()})
         name, kind = self._default_quality()
         self.quality_name, self.quality_kind = quality_name or name, quality_kind or kind
-
-    def batches(self, split: str) -> Sequence[Batch]:
-        """The batches as they were read."""
-        check_split(split)
-        return self._batches[split]
 
     def forward(self, model: nn.Module, inputs: Any) -> Tensor:
         """The outputs `[n, columns]`; per token `[n * tokens, columns]`."""
@@ -155,12 +148,9 @@ class DataTask(Task):
         """The sample of each token."""
         if not self.per_token:
             return None
-        per_sample = [len(targets) // length(inputs) for inputs, targets in self.batches(split) for _ in range(length(inputs))]
-        return torch.arange(len(per_sample)).repeat_interleave(torch.tensor(per_sample))
-
-    def describe(self, split: str) -> str:
-        """As in "400 samples"."""
-        return f"{sum(length(inputs) for inputs, _ in self.batches(split)):,} samples"
+        n_rows = [(batch_length(inputs), len(targets)) for inputs, targets in self.batches(split)]
+        per_sample = torch.tensor([rows // n for n, rows in n_rows for _ in range(n)])
+        return torch.arange(len(per_sample)).repeat_interleave(per_sample)
 
     def _default_quality(self) -> tuple[str, str]:
         """(name, kind)."""
@@ -232,9 +222,14 @@ def apply_metric(metric: Metric, outputs: Tensor, targets: Tensor) -> Tensor:
 
 def read_batches(data: Any, split: str, batch_size: int, labelled: bool) -> list[Batch]:
     """The batches of a split, read once; `InputError` for a loader that shuffles and for data that are no batches."""
-    is_pair = isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor | np.ndarray)
-    if is_pair if labelled else isinstance(data, Tensor | np.ndarray | Mapping):
-        data = _split(tuple(data) if labelled else data, batch_size)
+    if labelled and isinstance(data, tuple | list) and len(data) == 2 and isinstance(data[1], Tensor | np.ndarray):
+        inputs, targets = map(arrays_to_tensors, data)
+        if batch_length(inputs) != len(targets):
+            raise InputError(f"The {split} data have {batch_length(inputs):,} inputs and {len(targets):,} targets; give as many.")
+        data = in_batches(batch_size, inputs, targets)
+    elif not labelled and isinstance(data, Tensor | np.ndarray | Mapping):
+        inputs = arrays_to_tensors(data)
+        data = [x for x, _ in in_batches(batch_size, inputs, torch.zeros(batch_length(inputs)))]
     elif isinstance(data, Dataset):
         data = DataLoader(data, batch_size=batch_size)
     if isinstance(data, DataLoader) and isinstance(getattr(data.batch_sampler, "sampler", data.sampler), SHUFFLING):
@@ -246,18 +241,6 @@ def read_batches(data: Any, split: str, batch_size: int, labelled: bool) -> list
         arrays, kind = "a pair (inputs, targets)" if labelled else "a tensor of inputs", type(data).__name__
         raise InputError(f"The {split} data must be {arrays}, a Dataset, a DataLoader or an iterable of batches; got a {kind}.")
     return checked_batches([_labelled(batch) if labelled else _unlabelled(batch, split) for batch in data], split)
-
-
-def length(inputs: Any) -> int:
-    """The number of samples of a batch."""
-    return len(next(tensors_in(inputs)))
-
-
-def _split(data: Any, batch_size: int) -> Iterator[Any]:
-    """Batches of consecutive samples."""
-    tensors = arrays_to_tensors(data)
-    for start in range(0, length(tensors), batch_size):
-        yield map_tensors(lambda x: x[start : start + batch_size], tensors)  # noqa: B023  (called before the next turn)
 
 
 def _labelled(batch: Any) -> Any:
@@ -274,7 +257,7 @@ def _unlabelled(batch: Any, split: str) -> Any:
         raise InputError(
             f"A batch of the {split} split must hold tensors or arrays with samples first; got a {type(batch).__name__}."
         )
-    return inputs, torch.zeros(length(inputs), dtype=torch.long)
+    return inputs, torch.zeros(batch_length(inputs), dtype=torch.long)
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:

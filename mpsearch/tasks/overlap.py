@@ -20,24 +20,24 @@ def overlap(task: Task) -> dict[str, Any] | None:
     samples cannot be told apart (an input tensor has no such dimension, or they differ in length). Raises `InputError` where
     every confirm sample is in another split: nothing would be confirmed.
     """
-    found: dict[str, list[bytes]] = {}
+    hashes: dict[str, list[bytes]] = {}
     for split in SPLITS:
         digests = sample_digests(task.loaded(split))
         if digests is None:
             return None
-        found[split] = digests
+        hashes[split] = digests
     shared = {}
     for i, split in enumerate(SPLITS):
         for other in SPLITS[:i]:
-            known = set(found[other])
-            shared[f"{split} in the {other}"] = sum(digest in known for digest in found[split])
-    seen = {*found["calibration"], *found["search"]}
-    if found["confirm"] and all(digest in seen for digest in found["confirm"]):
+            known = set(hashes[other])
+            shared[f"{split} in the {other}"] = sum(digest in known for digest in hashes[split])
+    seen = {*hashes["calibration"], *hashes["search"]}
+    if hashes["confirm"] and all(digest in seen for digest in hashes["confirm"]):
         raise InputError(
-            f"All {len(found['confirm']):,} samples of the confirm split are in the calibration or the search split, too. Give "
+            f"All {len(hashes['confirm']):,} samples of the confirm split are in the calibration or the search split, too. Give "
             "the confirm split data of its own."
         )
-    return {"samples": {split: len(digests) for split, digests in found.items()}, "shared": shared}
+    return {"samples": {split: len(digests) for split, digests in hashes.items()}, "shared": shared}
 
 
 def sample_digests(batches: Sequence[Batch]) -> list[bytes] | None:

@@ -7,7 +7,6 @@ what the encoder was trained on: each first sentence's similarities with all sec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +17,17 @@ from torch import Tensor, nn
 
 from mpsearch.errors import InputError
 from mpsearch.tasks.arrays import read_arrays
-from mpsearch.tasks.base import SPLITS, Batch, Task
-from mpsearch.tasks.classification import check_batch_size, check_split, draw_splits
+from mpsearch.tasks.base import SPLITS, Batch, StoredTask, check_batch_size, in_batches
+from mpsearch.tasks.classification import draw_splits
 
 TEMPERATURE = 0.05
 LARGEST_SCORE = 5.0
 
 
-class STSBenchmark(Task):
+class STSBenchmark(StoredTask):
     """Pairs of sentences as token ids int64 [n, length], filled up with 0, and the people's scores float32 [n].
 
-    `data_dir` holds `sts_train.npz` and `sts_dev.npz` (`a`, `b` whole numbers [n, length]; `gold` float [n]). Calibration and
+    `data_dir` holds `sts_train.npz` and `sts_dev.npz` (`a`, `b` integers [n, length]; `gold` float [n]). Calibration and
     search pairs are drawn with `seed` from the former, the confirm split is the latter's first `n_confirm`, all where it is
     `None`. Within a split pairs are ordered by length, so that little is filled up. Every batch is full, for a row of logits has
     one for each of its batch: sizes are multiples of `batch_size`. Raises `InputError` for sizes and files that are not so.
@@ -55,19 +54,14 @@ class STSBenchmark(Task):
         if not 1 <= n_dev <= len(dev[2]):
             raise InputError(f"n_confirm is {n_dev:,}; sts_dev.npz has {len(dev[2]):,} pairs. Give 1 to that, or null.")
         parts = [*([array[index] for array in train] for index in drawn.values()), [array[:n_dev] for array in dev]]
-        self._batches: dict[str, list[Batch]] = {}
+        batches: dict[str, list[Batch]] = {}
         for split, (a, b, gold) in zip(SPLITS, parts, strict=True):
             if len(gold) % batch_size:
                 raise InputError(f"n_{split} is {len(gold):,}; it must be a multiple of batch_size, {batch_size}.")
             order = np.argsort((a != 0).sum(1) + (b != 0).sum(1), kind="stable")
-            tensors = [torch.from_numpy(array[order]) for array in (a.astype(np.int64), b.astype(np.int64), gold)]
-            batches = zip(*(tensor.split(batch_size) for tensor in tensors), strict=True)
-            self._batches[split] = [((x, y), z) for x, y, z in batches]
-
-    def batches(self, split: str) -> Sequence[Batch]:
-        """`batch_size` pairs each."""
-        check_split(split)
-        return self._batches[split]
+            x, y, scores = (torch.from_numpy(array[order]) for array in (a.astype(np.int64), b.astype(np.int64), gold))
+            batches[split] = in_batches(batch_size, (x, y), scores)
+        super().__init__(batches, {split: f"STS-B {'dev' if split == 'confirm' else 'train'}" for split in SPLITS})
 
     def forward(self, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
         """Similarities of each first sentence with all second ones over the temperature, [n, n]."""
@@ -83,12 +77,6 @@ class STSBenchmark(Task):
         """Of the people's score as a share of 5 and each pair's cosine, both read as a chance of meaning the same."""
         chance = _similarities(logits).clamp(0.01, 0.99)
         return F.binary_cross_entropy(chance, targets / LARGEST_SCORE, reduction="none")
-
-    def describe(self, split: str) -> str:
-        """As in "300 pairs, STS-B train"."""
-        check_split(split)
-        n = sum(len(gold) for _, gold in self._batches[split])
-        return f"{n:,} pairs, STS-B {'dev' if split == 'confirm' else 'train'}"
 
 
 def rho_parts(x: np.ndarray, y: np.ndarray) -> np.ndarray:

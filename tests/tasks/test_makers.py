@@ -66,6 +66,7 @@ def test_mappings_are_keyword_arguments_and_tuples_positional_ones():
         (lambda x, y: 3, "calibration data must be a pair .* a DataLoader or an iterable of batches; got a int"),
         (lambda x, y: [(x, y, y)], "must be a pair .*got 3 parts"),
         (lambda x, y: None, "got a NoneType"),
+        (lambda x, y: (x, y[:9]), "calibration data have 10 inputs and 9 targets"),
     ],
 )
 def test_other_data_are_one_sentence(form, message):

@@ -59,7 +59,7 @@ class Bag(nn.Module):
 
 def test_pairs_are_scored_by_their_own_similarity(folder, tiny):
     task = STSBenchmark(folder, 20, 20, None, batch_size=10)
-    assert task.describe("confirm") == "30 pairs, STS-B dev"
+    assert task.describe("confirm") == "30 samples, STS-B dev"
     model = Bag()
     with torch.no_grad():
         logits = torch.cat([task.forward(model, x) for x, _ in task.batches("confirm")])

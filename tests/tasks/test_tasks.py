@@ -192,7 +192,7 @@ def test_splits_are_drawn_disjointly():
     with pytest.raises(InputError, match=r"it holds 8 samples, 9 were asked for \(n_a=5, n_b=4\). Ask for 1 fewer"):
         draw_splits(8, {"a": 5, "b": None}, 0, "it")
     for size in (0, -1, 2.5):
-        with pytest.raises(InputError, match=rf"whole number of samples, at least 1; of 8 in it were asked for n_a={size}"):
+        with pytest.raises(InputError, match=rf"must be an integer, at least 1; got n_a={size}, of 8 in it"):
             draw_splits(8, {"a": size}, 0, "it")
     with pytest.raises(InputError, match="n_a=0"):
         draw_splits(2, dict.fromkeys("abc"), 0, "it")
@@ -265,7 +265,7 @@ def test_arrays_at_the_door(tmp_path):
         ({"x": x}, r"no array 'y', only \['x'\]"),
         ({"images": x, "y": y}, r"no array 'x', only \['images', 'y'\]"),
         ({"x": x, "y": y[:8]}, "9 samples in x and 8 labels"),
-        ({"x": x, "y": y.astype(np.float32)}, r"y in .* is float32 \[9\]; it must be whole numbers"),
+        ({"x": x, "y": y.astype(np.float32)}, r"y in .* is float32 \[9\]; it must be integers"),
         ({"x": x, "y": y[:, None]}, r"y in .* is int64 \[9, 1\]"),
         ({"x": x.astype(np.int64), "y": y}, r"x in .* is int64 \[9, 3, 4, 4\]"),
         ({"x": x[:, 0, 0, 0], "y": y}, r"x in .* is float32 \[9\]"),
