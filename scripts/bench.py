@@ -12,7 +12,6 @@ for stay in them. Data are read from `$MPSEARCH_DATA` (default: `../shared/data`
 from __future__ import annotations
 
 import argparse
-import csv
 import importlib
 import json
 import os
@@ -76,21 +75,14 @@ def run(options: argparse.Namespace, registry: dict) -> None:
 
 def merged(file: Path, rows: list[dict]) -> list[dict]:
     """`rows` in place of those of the same `what` and `case` in the file, and the others of it."""
-    new = {(row["what"], row["case"]) for row in rows}
+    import pandas as pd
+
     if not file.exists():
         return rows
-    with file.open(newline="") as stream:
-        kept = [row for row in csv.DictReader(stream) if (row["what"], row["case"]) not in new]
-    return [{key: _number(value) for key, value in row.items() if value != ""} for row in kept] + rows
-
-
-def _number(text: str) -> float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    new = {(row["what"], str(row["case"])) for row in rows}
+    old = pd.read_csv(file, dtype={"case": str, "commit": str}).to_dict("records")
+    kept = [{key: value for key, value in row.items() if pd.notna(value)} for row in old]
+    return [row for row in kept if (row["what"], row["case"]) not in new] + rows
 
 
 if __name__ == "__main__":

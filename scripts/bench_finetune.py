@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from harness import PARTIAL, REPORTS, Row, benchmark, git_commit
@@ -29,11 +29,12 @@ SPLITS: dict[str, dict[str, Any]] = {
 }
 
 
-class Trained:
+class Trained(NamedTuple):
     """The score on the confirm split after training, the losses on the search split after each epoch, and seconds."""
 
-    def __init__(self, score: Score, losses: list[float], seconds: float) -> None:
-        self.score, self.losses, self.seconds = score, losses, seconds
+    score: Score
+    losses: Sequence[float]
+    seconds: float
 
 
 def learned_scales(engine: QuantEngine, allocation: Allocation, training: Training) -> Trained:
@@ -41,7 +42,7 @@ def learned_scales(engine: QuantEngine, allocation: Allocation, training: Traini
     folder = PARTIAL / f"finetune-{git_commit()}"
     folder.mkdir(parents=True, exist_ok=True)
     tuned = finetune(engine, allocation, training, folder)
-    return Trained(confirmed(tuned.engine, allocation), list(tuned.losses), tuned.seconds)
+    return Trained(confirmed(tuned.engine, allocation), tuned.losses, tuned.seconds)
 
 
 def fixed_scales(engine: QuantEngine, allocation: Allocation, training: Training) -> Trained:

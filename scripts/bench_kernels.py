@@ -22,7 +22,7 @@ from mpsearch.schemes.rotated import Rotated
 
 BITS, GROUP_SIZE, TOP = 4, 128, 15
 OPTIONS = {"bits": BITS, "group_size": GROUP_SIZE, "symmetric": False, "scale_dtype": torch.float16}
-EAGER, IN_PLACE = "torch eager", "torch in place"
+TORCH = "torch"
 Calls = dict[str, Callable[[], object]]
 
 
@@ -40,28 +40,22 @@ def bounds(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return groups, low.clamp_(max=0), high.clamp_(min=0)
 
 
-def min_max(weight: Tensor, in_place: bool) -> Tensor:
+def min_max(weight: Tensor) -> Tensor:
     """Codes uint8 by rounding to nearest in the range of each group."""
     groups, low, high = bounds(weight)
     _, inverse, zero = grid(low, high)
-    if in_place:
-        return (groups * inverse).add_(zero).clamp_(0, TOP).round_().to(torch.uint8).view_as(weight)
-    return torch.clamp(torch.round(groups * inverse + zero), 0, TOP).to(torch.uint8).view_as(weight)
+    return (groups * inverse).add_(zero).clamp_(0, TOP).round_().to(torch.uint8).view_as(weight)
 
 
-def clip_search(weight: Tensor, ratios: list[float], in_place: bool) -> tuple[Tensor, Tensor]:
+def clip_search(weight: Tensor, ratios: list[float]) -> tuple[Tensor, Tensor]:
     """Scale and zero point of each group, those of the clip ratio with the least squared error."""
     groups, low, high = bounds(weight)
     least = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.zeros_like(low), torch.zeros_like(low)
     for ratio in ratios:
         scale, inverse, zero = grid(low, high, ratio)
-        if in_place:
-            position = (groups * inverse).add_(zero)
-            error = position.clamp(0, TOP).round_().sub_(position).square_().sum(1, keepdim=True).mul_(scale).mul_(scale)
-        else:
-            codes = torch.clamp(torch.round(groups * inverse + zero), 0, TOP)
-            error = ((codes - zero) * scale - groups).square().sum(1, keepdim=True)
+        position = (groups * inverse).add_(zero)
+        error = position.clamp(0, TOP).round_().sub_(position).square_().sum(1, keepdim=True).mul_(scale).mul_(scale)
         better = error < least
         least, best_scale = torch.where(better, error, least), torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero, best_zero)
@@ -69,34 +63,31 @@ def clip_search(weight: Tensor, ratios: list[float], in_place: bool) -> tuple[Te
 
 
 def work(name: str, rows: int, columns: int) -> tuple[Calls, float]:
-    """Ours, the rivals', and the bytes that must be read and written."""
+    """Ours, PyTorch's, and the bytes that must be read and written."""
     torch.manual_seed(0)
     weight = torch.randn(rows, columns)
     codes, scales, zero_points = kernels.quantize(weight, **OPTIONS)
     packed, n = kernels.pack(codes, BITS), weight.numel()
     if name == "min-max":
-        calls: Calls = {name: lambda: kernels.quantize(weight, **OPTIONS)[0]}
-        return calls | {EAGER: lambda: min_max(weight, False), IN_PLACE: lambda: min_max(weight, True)}, 5 * n
+        return {name: lambda: kernels.quantize(weight, **OPTIONS)[0], TORCH: lambda: min_max(weight)}, 5 * n
     if name.startswith("clip search"):
         quarter, ratios = weight[: max(rows // 4, 1)], torch.linspace(1, 0.4, int(name.split()[-2]))
-        calls = {name: lambda: kernels.quantize(quarter, ratios=ratios, **OPTIONS)}
-        calls |= {EAGER: lambda: clip_search(quarter, ratios.tolist(), False)}
-        return calls | {IN_PLACE: lambda: clip_search(quarter, ratios.tolist(), True)}, 5 * quarter.numel()
+        calls: Calls = {name: lambda: kernels.quantize(quarter, ratios=ratios, **OPTIONS)}
+        return calls | {TORCH: lambda: clip_search(quarter, ratios.tolist())}, 5 * quarter.numel()
     pairs = codes.view(-1, 2)
     if name == "pack":
-        return {name: lambda: kernels.pack(codes, BITS), EAGER: lambda: pairs[:, 0] | (pairs[:, 1] << 4)}, 1.5 * n
+        return {name: lambda: kernels.pack(codes, BITS), TORCH: lambda: pairs[:, 0] | (pairs[:, 1] << 4)}, 1.5 * n
 
     def unpacked() -> Tensor:
         return torch.stack((packed & 15, packed >> 4), dim=1).view(-1)
 
     if name == "unpack":
-        return {name: lambda: kernels.unpack(packed, BITS, n), EAGER: unpacked}, 1.5 * n
+        return {name: lambda: kernels.unpack(packed, BITS, n), TORCH: unpacked}, 1.5 * n
     shape = {"bits": BITS, "rows": rows, "columns": columns, "group_size": GROUP_SIZE}
+    zeros, steps = zero_points.view(-1, 1), scales.view(-1, 1)
     calls = {name: lambda: kernels.dequantize(packed, scales, zero_points, **shape)}
-    per_group = (zero_points.view(-1, 1), scales.view(-1, 1))
-    return calls | {
-        EAGER: lambda: unpacked().view(-1, GROUP_SIZE).float().sub_(per_group[0]).mul_(per_group[1]).view(rows, columns)
-    }, 4.5 * n
+    calls[TORCH] = lambda: unpacked().view(-1, GROUP_SIZE).float().sub_(zeros).mul_(steps).view(rows, columns)
+    return calls, 4.5 * n
 
 
 @benchmark(
@@ -111,21 +102,19 @@ def work(name: str, rows: int, columns: int) -> tuple[Calls, float]:
 def quantize(case: str, rows: int, columns: int, seconds: float) -> Iterator[Row]:
     """Quantization kernels against the same in PyTorch: 4 bits, groups of 128, asymmetric, float16 scales.
 
-    `torch eager` is written as one writes it (its search keeps only scale and zero point), `torch in place` reuses the buffers
-    that it can. The clip search takes a quarter of the rows. GB/s are of the bytes that must be read and written.
+    PyTorch reuses the buffers that it can, and its search keeps only scale and zero point. The clip search takes a quarter of the
+    rows. GB/s are of the bytes that must be read and written.
     """
     calls, n_bytes = work(case, rows, columns)
-    results = [call() for call in calls.values()]  # the rivals must do the same work, or their times say nothing
-    for other in results[1:]:
-        same = results[0] == other if isinstance(other, Tensor) else results[0][1].flatten() == other[0].flatten()
-        if same.float().mean() < 0.99:  # a search adds errors up in another order: now and then another ratio wins
-            raise AssertionError(f"{case}: the rival computes something else.")
+    ours, theirs = (call() for call in calls.values())  # the rival must do the same work, or its time says nothing
+    same = ours == theirs if isinstance(theirs, Tensor) else ours[1].flatten() == theirs[0].flatten()
+    if same.float().mean() < 0.99:  # a search adds errors up in another order: now and then another ratio wins
+        raise AssertionError(f"{case}: PyTorch computes something else.")
     source = torch.empty(rows, columns)
     target = torch.empty_like(source)
     times = interleaved({**calls, "copy": lambda: target.copy_(source)}, seconds, most=25)
-    copied = 2 * source.nbytes / times.pop("copy")
-    yield from ({**row, "case": ""} for row in compared(times, list(calls)[1:]))
-    rate = n_bytes / times[case]
+    copied, rate = 2 * source.nbytes / times["copy"], n_bytes / times[case]
+    yield ratio_row(times[case], TORCH, times[TORCH])
     row = {"what": "bytes moved", "value": rate / 1e9, "unit": "GB/s", "rival": "copy"}
     yield row | {"rival_value": copied / 1e9, "ratio": rate / copied}
 

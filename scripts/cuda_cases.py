@@ -41,25 +41,19 @@ def run_checks() -> int:
     return failed
 
 
-class Graph:
-    """A CUDA graph of `n` calls, call i on copy i of its weight."""
-
-    def __init__(self, call: Callable[[int], object], n: int) -> None:
-        self.n = n
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for i in range(min(n, 2)):  # loads the kernels, which a capture may not
-                call(i)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            for i in range(n):
-                call(i)
-
-    def seconds(self) -> float:
-        """Of one call."""
-        return timed(self.graph.replay) / self.n
+def graph(call: Callable[[int], object], n: int) -> Callable[[], float]:
+    """Replays a CUDA graph of `n` calls, call i on copy i of its weight; returns seconds of one call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for i in range(min(n, 2)):  # loads the kernels, which a capture may not
+            call(i)
+    torch.cuda.current_stream().wait_stream(side)
+    recorded = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(recorded):
+        for i in range(n):
+            call(i)
+    return lambda: timed(recorded.replay) / n
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -111,12 +105,12 @@ def products(shape: tuple[int, int], widths: list[int], all_tokens: list[int], c
         for n_tokens in all_tokens:
             x = torch.randn(n_tokens, shape[1], device="cuda", dtype=torch.bfloat16)
             graphs = {
-                "float": Graph(lambda i, x=x, weights=weights: kernels.linear(x, weights[i]), len(weights)),
-                "cuBLAS": Graph(lambda i, x=x: F.linear(x, floats[i]), len(floats)),
+                "float": graph(lambda i, x=x, weights=weights: kernels.linear(x, weights[i]), len(weights)),
+                "cuBLAS": graph(lambda i, x=x: F.linear(x, floats[i]), len(floats)),
             }
             if n_tokens <= 64:
-                graphs["int8"] = Graph(lambda i, x=x, weights=weights: kernels.linear_a8(x, weights[i]), len(weights))
-            times = medians({name: graph.seconds for name, graph in graphs.items()})
+                graphs["int8"] = graph(lambda i, x=x, weights=weights: kernels.linear_a8(x, weights[i]), len(weights))
+            times = medians(graphs)
             ours, theirs = times["float"], times["cuBLAS"]
             case = f"{bits} bits, {n_tokens} token{'s' if n_tokens > 1 else ''}, {shape}"
             if n_tokens == 1:
@@ -155,7 +149,7 @@ def measured() -> Iterator[Row]:
     torch.manual_seed(0)
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    copy_rate = 2 * source.numel() / medians({"copy": Graph(lambda _: target.copy_(source), 4).seconds})["copy"]
+    copy_rate = 2 * source.numel() / medians({"copy": graph(lambda _: target.copy_(source), 4)})["copy"]
     print(f"copy of 1 GB: {copy_rate / 1e12:.2f} TB/s\n", flush=True)
     print(f"{'what':<14}{'case':<38}{'value':>10} {'unit':<6}{'rival':<14}{'value':>10}{'ratio':>8}")
     yield from quantization(copy_rate)

@@ -11,7 +11,6 @@ there is one, `rival`, `rival_value` and `ratio` (above 1: ours is better); othe
 
 from __future__ import annotations
 
-import csv
 import datetime
 import functools
 import inspect
@@ -179,12 +178,10 @@ def run(bench: Benchmark, points: Sequence[Mapping[str, Any]], partial: Path | N
 
 def write(bench: Benchmark, rows: Sequence[Row], folder: Path) -> None:
     """`rows.csv`, `table.md` and, where the benchmark has a chart, `figure.png`."""
+    import pandas as pd
+
     folder.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with (folder / "rows.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(rows).to_csv(folder / "rows.csv", index=False)
     (folder / "rows.json").unlink(missing_ok=True)  # of the format before
     lines = [f"# bench_{bench.name}", "", bench.text, ""]
     if bench.chart is not None:
