@@ -1,8 +1,8 @@
-"""The front door: `mpsearch <command> [key=value ...]`; this package is the only one that imports Hydra and OmegaConf.
+"""The command line: `mpsearch <command> [key=value ...]`. This package is the only one that imports Hydra and OmegaConf.
 
-The first word is the command; the rest is Hydra's, composed from `conf/<command>.yaml`. What the user got wrong leaves as one
-sentence with exit code 2. Here is the story of a call; what it takes is next door: `words` before Hydra composes, `build` after
-it has, `refusals` when it would not. Everything heavy is imported late, so that `--help` and a typo answer at once.
+The first word is the command; the rest is composed by Hydra from `conf/<command>.yaml`. A user's mistake ends in one sentence
+with exit code 2. `arguments` handles the words before Hydra composes, `build` the settings after it, `error_messages` what Hydra
+refuses, `commands` the calls of the public API. Everything heavy is imported late, so that `--help` and a typo answer at once.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ eval "$(mpsearch -sc install=bash)" completes with the tab key (fish: install=fi
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came: all that an interrupt closes is closed."""
+    """SIGTERM was received: everything that an interrupt closes is closed."""
 
 
 @dataclass
 class Job:
-    """What `main` has to know of the run when it ends."""
+    """The state of a call that `main` needs when it ends."""
 
     command: str
     wants_traceback: bool
@@ -71,14 +71,14 @@ class Job:
     words: Arguments = field(default_factory=lambda: Arguments([]))
     started: bool = False
     failed: bool = False
-    again: str = ""  # how the run is resumed
+    again: str = ""  # the command that resumes the run
     process: int = field(default_factory=os.getpid)
 
 
 def main() -> None:
     """The console script."""
-    # PyTorch's OpenMP threads else spin for milliseconds after each of its operations, on the cores that the kernels then need,
-    # and on a busy machine on everyone's. Read when torch is imported.
+    # PyTorch's OpenMP threads would spin for milliseconds after each operation, on cores that the kernels need. Read when torch
+    # is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # worker processes do not import from the working directory first either
     words = sys.argv[1:] or ["--help"]
@@ -131,7 +131,7 @@ def _dispatch(job: Job, words: list[str]) -> None:
 
 
 def _run(job: Job, config: DictConfig) -> None:
-    """Hydra's task function: hands plain settings, a way to build their objects, and the run's folder to the command."""
+    """Hydra's task function: passes plain settings, a function that builds their objects, and the run's folder to the command."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
@@ -160,7 +160,7 @@ def _run(job: Job, config: DictConfig) -> None:
 
 
 def _merged(job: Job, config: DictConfig) -> dict[str, Any]:
-    """The settings of the run, with what was given now in their place."""
+    """The settings of the run, replaced by those that are given now."""
     run = job.words.config or {}
     given = {key: value for key, value in plain_settings(config).items() if value is not None}
     if "cost" in given:  # the run's own costs are as they were
@@ -172,7 +172,7 @@ def _merged(job: Job, config: DictConfig) -> dict[str, Any]:
 
 @contextmanager
 def _saved(job: Job, config: DictConfig, folder: Path) -> Iterator[dict[str, Any]]:
-    """The settings, saved in the folder, which is this process's alone meanwhile. A mistake leaves no new folder behind."""
+    """The settings, saved in the folder, which is locked meanwhile. A mistake leaves no new folder behind."""
     with locked(folder):
         is_new = {path.name for path in folder.iterdir()} <= {LOCK}
         try:
@@ -231,10 +231,10 @@ def _terminable() -> Iterator[None]:
 
 
 def leave_working_directory() -> None:
-    """Take the working directory, where Python and PYTHONPATH put it, off `sys.path`: it may be a folder from elsewhere."""
-    here = os.path.realpath(os.getcwd())
-    if here not in map(os.path.realpath, (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))):
-        sys.path[:] = [path for path in sys.path if os.path.realpath(path) != here]
+    """Remove the working directory from `sys.path`, where Python or PYTHONPATH put it: its files may come from anyone."""
+    directory = os.path.realpath(os.getcwd())
+    if directory not in map(os.path.realpath, (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))):
+        sys.path[:] = [path for path in sys.path if os.path.realpath(path) != directory]
 
 
 def _version() -> str:

@@ -1,7 +1,7 @@
-"""The user's words as Hydra needs them: what its grammar does not know is translated before it starts.
+"""The words of the command line as Hydra takes them: what its grammar does not know is translated before it starts.
 
-`run=` leads to a run's folder and the config saved in it, `quantizer_of.w2=x` is a choice from a config group, and the shell's
-completion has a command in the line. Nothing here composes a config; that is Hydra's, afterwards.
+`run=` names a run's folder with its saved config, `quantizer_of.w2=x` is a choice from a config group, and the shell's completion
+passes a line that holds the command. Nothing is composed here.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ RESUMABLE = ("n_trials", "max_seconds", "device", "executor", "study.mirror", "c
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a command line says: `overrides` and flags for Hydra, and the folder and the saved config of the run that it names."""
+    """A command line: `overrides` and flags for Hydra, and the folder and the saved config of the run that it names."""
 
     overrides: list[str]
     run: Path | None = None
     config: dict[str, Any] | None = None
     resumed: bool = False
-    own_code: bool = False  # names classes of the user's, which may lie in the working directory
+    own_code: bool = False  # names the user's own classes, which may lie in the working directory
 
 
 def complete(words: list[str], commands: Collection[str]) -> list[str]:

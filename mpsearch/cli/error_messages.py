@@ -1,7 +1,7 @@
-"""Hydra's refusals as sentences for the user: what is wrong, what is near it, how it is written.
+"""What Hydra refuses, as one sentence for the user: what is wrong, near matches, how it is written.
 
-Hydra tells them in several lines of its own terms, and without what there is to choose from. To know that, a config is composed
-again without the wrong word, for which Hydra has no public way: what could break with a new Hydra is all in this file.
+Hydra's own messages take several lines and do not list the choices. To know these, a config is composed again without the wrong
+word, for which Hydra has no public function: everything that depends on Hydra's internals is in this file.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONF = "pkg://mpsearch.conf"
 
 
 def sentence(error: Exception, command: str) -> str | None:
-    """What Hydra refused, in one sentence with near matches; None for what is no mistake of the user's."""
+    """One sentence for an error of Hydra, with near matches; `None` for an error that is not the user's mistake."""
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -65,7 +65,7 @@ def sentence(error: Exception, command: str) -> str | None:
 
 
 def _known(command: str, *, group: str | None = None, wrong_key: str = "") -> set[str]:
-    """What the command line could have chosen from: a group's options, or all keys of the config without the wrong one."""
+    """The possible choices: the options of a group, or all keys of the config without the wrong one."""
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.utils import create_config_search_path, get_args
     from hydra.core.config_search_path import SearchPathQuery
@@ -100,10 +100,10 @@ def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def root_of(error: BaseException) -> BaseException:
-    """Where a chain of errors began, or its first sentence for the user."""
+    """The first error of a chain, or its first `InputError`."""
     return error if isinstance(error, InputError) or error.__cause__ is None else root_of(error.__cause__)
 
 
 def one_line(error: object) -> str:
-    """The text of an error without its line breaks, or its name where it has none."""
+    """The text of an error without line breaks, or its class where it has no text."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""What the commands print: tables that keep their width in a file, and paths."""
+"""What the commands print: tables and paths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILE_WIDTH = 120
 
 
 def stdout() -> Console:
-    """Tables keep their width in a file or a pipe, where nobody knows how wide a line may be."""
+    """A console whose tables have a fixed width in a file or a pipe."""
     return Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 
 

@@ -349,8 +349,8 @@ def confirm(result: Result, allocations: Sequence[Mapping[str, str]]) -> pd.Data
                 f"got {dict(allocation)}."
             )
     with reopened(result.workspace, result.run, result.costs) as evaluate:
-        found = [evaluate(Allocation(allocation), "user", "confirm") for allocation in allocations]
-    return evaluations_table(replace(result.run, evaluations=tuple(found)))
+        rows = [evaluate(Allocation(allocation), "user", "confirm") for allocation in allocations]
+    return evaluations_table(replace(result.run, evaluations=tuple(rows)))
 
 
 def finetune(

@@ -26,12 +26,20 @@ def pick(
 ) -> Evaluation:
     """A point of the front (its evaluation on the search split).
 
-    The limits `max_bytes`, `bits` (average) and `max_ms` (measured on the confirm split) leave the points that keep to them. Of
-    those, with `max_drop` the smallest that is not inferior to the float model by more than that (`noninferiority`); with
-    `min_quality`, or `max_quality` where lower is better, the cheapest whose quality on the confirm split (on the search split
-    where not all of the front was confirmed) is at least that good; with neither the one of lowest loss. Without any argument
-    the smallest non-inferior point by the run's own `max_drop`. `point` is an id (`Allocation.id`): that allocation, of all
-    that were measured. What the confirm split chose is flattered by it a little.
+    Parameters
+    ----------
+    max_bytes, bits, max_ms
+        Limits on the size, the average bits, and the milliseconds measured on the confirm split.
+    max_drop
+        Of the points within the limits, the smallest that is not inferior to the float model by more than this.
+    min_quality, max_quality
+        The cheapest whose quality is at least (where lower is better: at most) this, on the confirm split, or on the search split
+        where not all of the front was confirmed.
+    point
+        The id of an allocation (`Allocation.id`), of all that were measured.
+
+    With limits alone the point of lowest loss is returned; without any argument the smallest non-inferior one by the run's own
+    `max_drop`. A point that the confirm split chose looks a little better there than it is.
 
     Raises `InputError` where no point fits.
     """
@@ -76,14 +84,14 @@ def _by_id(result: Run, asked: str) -> Evaluation:
 def _not_inferior(result: Run, max_drop: float, front: Sequence[Evaluation]) -> Evaluation:
     if not 0 <= max_drop < math.inf:
         raise InputError(f"pick.max_drop is 0 or more; got {max_drop:g}.")
-    found, quality = smallest_non_inferior(result, max_drop, front), result.quality
-    if not found.within:
+    answer, quality = smallest_non_inferior(result, max_drop, front), result.quality
+    if not answer.within:
         raise InputError(
             f"No point of the front that fits has a {quality.drop_word} of at most {quality.drop_text(max_drop)}: on the "
-            f"{found.split} split the largest one has {quality.drop_text(found.drop)}. Give a larger pick.max_drop, or search "
+            f"{answer.split} split the largest one has {quality.drop_text(answer.drop)}. Give a larger pick.max_drop, or search "
             "with larger schemes."
         )
-    return found.point
+    return answer.point
 
 
 def _good_enough(result: Run, front: Sequence[Evaluation], min_quality: float | None, max_quality: float | None) -> Evaluation:
@@ -99,9 +107,9 @@ def _good_enough(result: Run, front: Sequence[Evaluation], min_quality: float | 
     wanted = _number(asked, limit)
     all_confirmed = all(e.allocation in confirmed for e in front)  # else the splits would be mixed
     qualities = [(confirmed[e.allocation] if all_confirmed else e).quality for e in front]
-    good = [e for e, found in zip(front, qualities, strict=True) if quality.sign * (found - wanted) >= 0]
+    good = [e for e, value in zip(front, qualities, strict=True) if quality.sign * (value - wanted) >= 0]
     if not good:
-        best = f"the best has {quality.sign * max(quality.sign * found for found in qualities):.4f}"
+        best = f"the best has {quality.sign * max(quality.sign * value for value in qualities):.4f}"
         split = "confirm" if all_confirmed else "search"
         raise InputError(
             f"No point of the front that fits has {quality.name} {'>=' if quality.sign > 0 else '<='} {wanted:g} on the {split} "

@@ -1,6 +1,6 @@
-"""What a resumed run must reproduce: the float model's score, and in another environment the score of one recorded trial.
+"""Checks that a resumed run measures what the interrupted one measured: the float model's score, and one trial's.
 
-Weights and data are compared by their digests. Code is not: a changed forward, task or library shows in what it scores.
+Weights and data are compared by digests. A changed forward method, task or library shows in the scores.
 """
 
 from __future__ import annotations
@@ -54,15 +54,15 @@ def check_resumed(engine: QuantEngine, run: RunFolder, known: Sequence[Evaluatio
     Another environment is one warning. Raises `InputError` where the float model, or in another environment a recorded trial,
     has a score that differs by more than rounding.
     """
-    file, here = run.path / FILE, environment(engine.device)
-    there = _read(file) if file.exists() else {}
+    file, current = run.path / FILE, environment(engine.device)
+    recorded = _read(file) if file.exists() else {}
     baseline = next((e for e in known if e.origin == "float" and e.split == "search"), None)
-    if not there:
-        write_atomically(file, json.dumps(here, indent=1) + "\n")
+    if not recorded:
+        write_atomically(file, json.dumps(current, indent=1) + "\n")
     if baseline is None:
         return
-    names = [key for key in here if there.get(key) != here[key]]
-    changes = ", ".join(f"{key} {there.get(key, 'unknown')} -> {here[key]}" for key in names)
+    names = [key for key in current if recorded.get(key) != current[key]]
+    changes = ", ".join(f"{key} {recorded.get(key, 'unknown')} -> {current[key]}" for key in names)
     score = engine.score(FLOAT)
     of_one = 1.0 / score.n_samples if engine.quality.kind == "share" else 0.0
     measures = [
@@ -83,15 +83,15 @@ def check_resumed(engine: QuantEngine, run: RunFolder, known: Sequence[Evaluatio
 
 def _check_trial(engine: QuantEngine, known: Sequence[Evaluation], changes: str) -> None:
     """Score the first recorded allocation that has a finite loss again."""
-    found = [
+    finite = [
         e for e in known if e.split == "search" and e.allocation and e.origin != FINETUNED and LOSS_FLOOR < e.loss < math.inf
     ]
-    if not found:
+    if not finite:
         return
-    before, now = found[0].loss, engine.score(found[0].allocation).loss
+    before, now = finite[0].loss, engine.score(finite[0].allocation).loss
     if not abs(math.sqrt(now) - math.sqrt(before)) <= DISTANCE_ROUNDING + CODE_ROUNDING * math.sqrt(before):
         raise InputError(
-            f"This run cannot be resumed here: a recorded allocation ({found[0].average_bits:.2f} bits) has a loss of {now:.6g}, "
+            f"This run cannot be resumed here: a recorded allocation ({finite[0].average_bits:.2f} bits) has a loss of {now:.6g}, "
             f"recorded is {before:.6g}, which is more than rounding. What differs: {changes}. Resume where the run was begun, or "
             "start a new run."
         )

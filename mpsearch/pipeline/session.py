@@ -92,8 +92,8 @@ class SearchSession:
                     in_flight=self.in_flight,
                     finished=mirror or (lambda trial, evaluation: None),
                 )
-            found, confirmed = self._confirmed(evaluate, sensitivity, identity)
-        return Result(found, self.run.path, Workspace(prepared, engine, self.run.path), goal.costs, confirmed)
+            run, confirmed = self._confirmed(evaluate, sensitivity, identity)
+        return Result(run, self.run.path, Workspace(prepared, engine, self.run.path), goal.costs, confirmed)
 
     def _known(self, identity: dict[str, Any], quality: Quality) -> tuple[Any, list[Any]]:
         """What an interrupted run has measured; a new folder is marked as this run's."""
@@ -116,14 +116,14 @@ class SearchSession:
             columns = identity["budgets"], identity, identity["objectives"], identity["costs"]
             return Run(self.prepared.space, identity["quality_name"], tuple(evaluate.evaluations), sensitivity, *columns)
 
-        found = record()
-        if not found.front:
+        run = record()
+        if not run.front:
             raise InputError("No trial was run, so there is no front. Give n_trials above 0.")
-        confirmed = confirm(evaluate, found)
+        confirmed = confirm(evaluate, run)
         if self.training is not None:
-            with phase("finetune", len(found.front)) as advance:
-                for point in found.front:
+            with phase("finetune", len(run.front)) as advance:
+                for point in run.front:
                     with quiet():
                         _, trained, _ = train_point(evaluate, point.allocation, self.training, self.run.path)
-                    advance(f"{point.average_bits:.2f} bits: {found.quality.label} {found.quality.text(trained.quality)}")
+                    advance(f"{point.average_bits:.2f} bits: {run.quality.label} {run.quality.text(trained.quality)}")
         return record(), confirmed

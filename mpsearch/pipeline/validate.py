@@ -1,4 +1,4 @@
-"""Checks of a user's model, task and data, before anything is measured: one sentence names the cause."""
+"""Checks of the user's model, task and data before anything is measured. Errors are `InputError`s of one sentence."""
 
 from __future__ import annotations
 
@@ -112,9 +112,9 @@ def check_qualities(qualities: Tensor, n: int, quality: Quality) -> None:
     """Raise `InputError` unless they are at most `n` numbers of the quality's kind."""
     right = ((qualities >= 0) & (qualities <= 1)) if quality.kind == "share" else qualities.isfinite()
     if qualities.ndim > 1 or not 1 <= qualities.numel() <= n or not right.all():
-        of = "from 0 to 1" if quality.kind == "share" else "that are finite"
+        rule = "from 0 to 1" if quality.kind == "share" else "that are finite"
         raise InputError(
-            f"The task's quality must be [{n}] numbers {of}, one per sample (fewer where a sample has several rows), or one "
+            f"The task's quality must be [{n}] numbers {rule}, one per sample (fewer where a sample has several rows), or one "
             f"number for all samples; got the shape {tuple(qualities.shape)}, from {float(qualities.min()):g} to "
             f"{float(qualities.max()):g}."
         )

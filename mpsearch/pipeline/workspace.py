@@ -73,14 +73,14 @@ def recorded_plan(run: Run, folder: Path, quantizers: Mapping[str, Quantizer] | 
 
 def recorded_costs(run: Run, folder: Path, costs: Mapping[str, Cost] | None = None) -> dict[str, Cost]:
     """The costs of a finished run by name, and those that a new budget may name; latencies as the run's folder has them."""
-    found = dict(costs or {})
+    objects = dict(costs or {})
     for name, about in run.identity.get("cost_settings", {}).items():
-        if name not in found:
-            found[name] = recorded_choice("cost", about)
-    latency = found.get(LatencyMs.name)
+        if name not in objects:
+            objects[name] = recorded_choice("cost", about)
+    latency = objects.get(LatencyMs.name)
     if isinstance(latency, LatencyMs) and latency.path is None and (folder / "latency.csv").exists():
-        found[LatencyMs.name] = replace(latency, path=str(folder / "latency.csv"))
-    return found
+        objects[LatencyMs.name] = replace(latency, path=str(folder / "latency.csv"))
+    return objects
 
 
 @contextmanager
