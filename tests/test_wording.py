@@ -39,7 +39,6 @@ PENDING: tuple[str, ...] = (
     "conf/",
     "mpsearch/allocation.py",
     "mpsearch/budget.py",
-    "mpsearch/cli/",
     "mpsearch/costs/",
     "mpsearch/engine/",
     "mpsearch/equalizers/",
