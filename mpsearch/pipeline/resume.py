@@ -91,7 +91,7 @@ def _check_trial(engine: QuantEngine, known: Sequence[Evaluation], changes: str)
     before, now = finite[0].loss, engine.score(finite[0].allocation).loss
     if not abs(math.sqrt(now) - math.sqrt(before)) <= DISTANCE_ROUNDING + CODE_ROUNDING * math.sqrt(before):
         raise InputError(
-            f"This run cannot be resumed here: a recorded allocation of {finite[0].average_bits:.2f} bits has a loss of {now:.6g}; "
+            f"This run cannot be resumed here: a recorded allocation ({finite[0].average_bits:.2f} bits) has loss of {now:.6g}, "
             f"recorded is {before:.6g}, which is more than rounding. What differs: {changes}. Resume where the run was begun, or "
             "start a new run."
         )
