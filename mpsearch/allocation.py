@@ -1,7 +1,7 @@
-"""An allocation (group -> scheme name) and the space of all there are.
+"""An allocation (group -> scheme name) and the space of all allocations.
 
-An allocation holds names only, so that an old results table opens without our classes. In tables it is one character a
-group, keyed by `space.json`: that is short, greppable, and of fixed width.
+An allocation holds names only, so that an old results table opens without our classes. In tables it is one character per
+group, keyed by `space.json`: short, and of fixed width.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Allocation(Mapping[str, str]):
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """Everything there is to choose from: groups in forward order, schemes by name, and the choices that each group has.
+    """All allocations: groups in forward order, schemes by name, and the schemes that each group may take.
 
-    `other_bits` are the bits of what is not searched: biases, norms, buffers, and weights kept float.
+    `other_bits` are the bits of all that is not searched: biases, norms, buffers, and weights kept float.
     """
 
     groups: tuple[LayerGroup, ...]
@@ -85,14 +85,14 @@ class SearchSpace:
     ) -> SearchSpace:
         """Group `layers` by their `group`; a group may take what all of its layers may.
 
-        `pin` narrows choices: "stem|layer3.*:w4|w8", or "layer3.*:>=4" for all schemes of at least so many bits; later pins win,
-        no match is an error. Left out: layers that a scheme does not take, what `runtime` cannot run (`None`: all runs), and
+        `pin` restricts the choices: "stem|layer3.*:w4|w8", or "layer3.*:>=4" for all schemes of at least so many bits; later pins
+        win, no match is an error. Left out: layers that a scheme does not take, what `runtime` cannot run (`None`: all runs), and
         schemes that no layer may take.
         """
         if not schemes:
-            raise InputError("No scheme to choose from came. Name at least one: 'scheme=[w4,w8]'.")
+            raise InputError("Got no scheme to choose from. Name at least one: 'scheme=[w4,w8]'.")
         if len(schemes) > len(ALPHABET):
-            raise InputError(f"{len(schemes)} schemes came; at most {len(ALPHABET)} can be searched at once.")
+            raise InputError(f"Got {len(schemes)} schemes; at most {len(ALPHABET)} can be searched at once.")
         members: dict[str, list[LayerSpec]] = {}
         for layer in layers:
             members.setdefault(layer.group, []).append(layer)
@@ -127,7 +127,7 @@ class SearchSpace:
 
     @cached_property
     def storage_bits(self) -> np.ndarray:
-        """int64 `[n_groups, n_schemes]`: what each group weighs in each scheme, allowed there or not."""
+        """int64 `[n_groups, n_schemes]`: the bits of each group in each scheme, allowed or not."""
         return np.array(
             [[sum(s.storage_bits(layer.shape) for layer in g.layers) for s in self.schemes.values()] for g in self.groups],
             dtype=np.int64,
@@ -144,7 +144,7 @@ class SearchSpace:
         return sum(math.log10(len(names)) for names in self.choices)
 
     def allocation(self, choice: Sequence[int] | np.ndarray) -> Allocation:
-        """From scheme indices, one a group."""
+        """From scheme indices, one per group."""
         return Allocation(zip(self.names, (self.scheme_names[i] for i in choice), strict=True))
 
     def choice(self, allocation: Mapping[str, str]) -> np.ndarray:
@@ -165,7 +165,7 @@ class SearchSpace:
         return searched + self.other_bits
 
     def encode(self, allocation: Allocation) -> str:
-        """One character a group."""
+        """One character per group."""
         return "".join(ALPHABET[i] for i in self.choice(allocation))
 
     def decode(self, text: str) -> Allocation:
@@ -176,7 +176,7 @@ class SearchSpace:
         return self.allocation(index)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: all of it, schemes by their fields."""
+        """The space as JSON-able data, schemes by their fields."""
         return {
             "schemes": {name: {"code": ALPHABET[i], **s.fields()} for i, (name, s) in enumerate(self.schemes.items())},
             "groups": [
@@ -197,16 +197,16 @@ def _matches(pattern: str, name: str) -> bool:
 
 def _matched(pin: str, pattern: str, groups: Sequence[LayerGroup]) -> list[str]:
     """The names of the layers whose own name, or their group's, matches the pin's pattern; `InputError` where none does."""
-    found = [
+    names = [
         layer.name
         for group in groups
         for layer in group.layers
         if _matches(pattern, group.name) or any(_matches(pattern, name) for name in layer.modules)
     ]
-    if not found:
+    if not names:
         known = [name for group in groups for layer in group.layers for name in layer.modules]
         raise InputError(f"The pin '{pin}' matches no layer.{did_you_mean(pattern, known)}")
-    return found
+    return names
 
 
 def _choices(
@@ -215,21 +215,22 @@ def _choices(
     pinned: Mapping[str, tuple[tuple[str, ...], str]],
     runtime: Runtime | None,
 ) -> tuple[str, ...]:
-    """What the pins leave to all layers of the group, and the runtime runs."""
+    """The schemes that the pins allow for all layers of the group, and that the runtime runs."""
     pins = {pinned[layer.name] for layer in group.layers}
     left = tuple(name for name in schemes if all(name in names for names, _ in pins))
     if not left:
         said = " and ".join(f"'{text}'" for text in sorted(text for _, text in pins if text))
         raise InputError(
-            f"The layers of '{group.name}' share a scheme, but the pins {said} leave them none in common. Pin them alike."
+            f"The layers of '{group.name}' share a scheme, but the pins {said} allow them none in common. Pin them alike."
         )
     for layer in group.layers:
-        came, left = left, tuple(name for name in left if schemes[name].takes(layer.kind))
-        if not left:
+        takes = tuple(name for name in left if schemes[name].takes(layer.kind))
+        if not takes:
             raise InputError(
-                f"Layer '{layer.name}' ({layer.kind}) cannot be stored in any of {', '.join(came)}: what is rotated is a Linear "
-                "layer. Add a scheme that is not, or pin the layer to one."
+                f"Layer '{layer.name}' ({layer.kind}) cannot be stored in any of {', '.join(left)}: only Linear layers can be "
+                "rotated. Add a scheme without rotation, or pin the layer to one."
             )
+        left = takes
     if runtime is None:
         return left
     run = tuple(name for name in left if all(runtime.runs(layer, schemes[name]) for layer in group.layers))
@@ -251,7 +252,7 @@ def _parse_pin(text: str, schemes: Mapping[str, QuantScheme]) -> tuple[str, tupl
         return pattern, wide
     chosen = tuple(name for name in names.split("|") if name)
     if not colon or not pattern or not chosen:
-        raise InputError(f"A pin reads 'pattern:scheme', 'pattern:scheme|scheme' or 'pattern:>=bits'; '{text}' came.")
+        raise InputError(f"A pin reads 'pattern:scheme', 'pattern:scheme|scheme' or 'pattern:>=bits'; got '{text}'.")
     for name in chosen:
         if name not in schemes:
             raise InputError(f"The pin '{text}' names a scheme '{name}' that is not searched.{did_you_mean(name, schemes)}")

@@ -1,4 +1,4 @@
-"""An allocation as `exporters.native` writes it: read, checked, and applied to the float model.
+"""Read an allocation that `exporters.native` wrote, check it, and apply it to the float model.
 
 `allocation.json` holds a digest over its own content, and those of the files that it names. They find damage and careless edits;
 a digest is no signature, so load files of a source that you trust.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mpsearch.errors import InputError
 from mpsearch.files import read_regular
 from mpsearch.files.strict_json import JsonObject, canonical, parse
-from mpsearch.files.tensor_file import SHA256, beside, check_regular
+from mpsearch.files.tensor_file import SHA256, check_regular, sibling
 from mpsearch.graph.channel_scaling import Equalization, load_equalization
 from mpsearch.graph.fold import Pair, apply_folds
 from mpsearch.graph.projections import expose_projections
@@ -74,7 +74,7 @@ class ExportedAllocation:
         return model
 
     def pack(self, model: nn.Module) -> nn.Module:
-        """Make of the float `model`, in place, the packed one that was confirmed; returns it in eval mode.
+        """Replace the layers of the float `model` by packed ones, in place; returns it in eval mode.
 
         It runs on packed weights and holds no others: `mpsearch.packed.model.save` writes it. `InputError` as in `apply`.
         """
@@ -99,17 +99,17 @@ class ExportedAllocation:
         ]
 
     def _check(self, model: nn.Module) -> None:
-        found = weights_sha256(model)
-        if found != self.data["model_sha256"]:
+        digest = weights_sha256(model)
+        if digest != self.data["model_sha256"]:
             raise InputError(
-                f"This allocation is for a model with checksum {self.data['model_sha256'][:12]}…; this one has {found[:12]}…. "
+                f"This allocation is for a model with checksum {self.data['model_sha256'][:12]}…; this one has {digest[:12]}…. "
                 "Load the same float weights, unfolded and unquantized."
             )
         check_fits(expose_projections(model.eval()), self.stored, "The allocation")
 
 
 def load_allocation(path: Path | str) -> ExportedAllocation:
-    """Read an `allocation.json` and the files that it names, which lie in the same folder.
+    """Read an `allocation.json` and the files that it names in the same folder.
 
     Checked are the JSON, that every stored tensor is used once and is what its scheme stores, all sizes, and all digests.
     `InputError`, which names the file and the place, where anything is missing, damaged or of another format.
@@ -158,7 +158,7 @@ def _read_layer(name: str, about: JsonObject) -> StoredLayer:
 
 def _tensors(about: JsonObject) -> dict[str, Tensor]:
     entry = about.object("tensors")
-    file = beside(Path(about.path), entry.text("file"), REMEDY)
+    file = sibling(Path(about.path), entry.text("file"), REMEDY)
     stored = read_regular(file)
     if hashlib.sha256(stored).hexdigest() != entry.text(SHA256):
         raise InputError(f"{file} is not the file that {Path(about.path).name} was written with. {REMEDY}")
@@ -181,9 +181,7 @@ def _check_tensors(about: JsonObject, layers: tuple[StoredLayer, ...], tensors: 
         for name, tensor in weight.input_params.items():
             if layer.about.data.get(name) != tensor.item():
                 raise about.damaged(f"'{layer.about.place}.{name}' must be {tensor.item()}, got {layer.about.data.get(name)}")
-        layer.about.only(
-            ("kind", "shape", "modules", "group", "scheme", "size_bytes", "tensors", "biases"), tuple(weight.input_params)
-        )
+        layer.about.only(LAYER_KEYS, tuple(weight.input_params))
         for name in layer.about.texts("biases"):
             bias = tensors[f"{name}.bias"]
             if bias.dtype != torch.float32 or tuple(bias.shape) != layer.shape[:1]:
@@ -192,10 +190,10 @@ def _check_tensors(about: JsonObject, layers: tuple[StoredLayer, ...], tensors: 
 
 def _equalization(about: JsonObject) -> Equalization:
     entry = about.object("equalization")
-    file = beside(Path(about.path), entry.text("file"), REMEDY)
-    found = load_equalization(file)
-    if found.sha256 != entry.text(SHA256):
+    file = sibling(Path(about.path), entry.text("file"), REMEDY)
+    equalization = load_equalization(file)
+    if equalization.sha256 != entry.text(SHA256):
         raise InputError(f"{file} is not the file that {Path(about.path).name} was written with. {REMEDY}")
-    if {name: list(names) for name, names in found.names.items()} != {name: entry.data.get(name) for name in found.names}:
+    if any(entry.data.get(name) != list(modules) for name, modules in equalization.names.items()):
         raise about.damaged("'equalization' names other modules than its file")
-    return found
+    return equalization

@@ -117,7 +117,7 @@ def check_regular(path: Path, remedy: str) -> None:
         raise InputError(f"{path} is a {'folder' if stat.S_ISDIR(mode) else 'pipe or device'}, not a regular file. {remedy}")
 
 
-def beside(path: Path, name: str, remedy: str) -> Path:
+def sibling(path: Path, name: str, remedy: str) -> Path:
     """The regular file called `name` in the folder of `path`, which names it; `InputError` for anything but a bare name."""
     if name in ("", ".", "..") or any(c in name for c in "/\\\0"):
         raise damaged(path, f"it names the file {name!r}, which must be a bare file name, without a folder", remedy)
