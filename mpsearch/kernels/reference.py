@@ -1,6 +1,6 @@
 """The kernels in plain PyTorch: the specification that every compiled backend equals bit for bit.
 
-All arithmetic is float32, each operation rounded by itself (no fused multiply-add), rounding to whole numbers is half to even.
+All arithmetic is float32, each operation rounded by itself (no fused multiply-add), rounding to integers is half to even.
 `top = 2**bits - 1` is the largest code, `round_scale` rounds to float16 (or not at all) and makes scales below float32's
 smallest normal number 0. Of a group's weights x, `low = min(min x, 0)` and `high = max(max x, 0)`:
 
@@ -213,8 +213,8 @@ def pack_weight(
     n_tiles, n_groups, n_blocks = packed_grid(rows, columns, group_size)
     implied = round(2 * _implied_zero(bits))
     doubled = scales.new_full(scales.shape, implied, dtype=torch.int16) if zero_points is None else 2 * zero_points.short()
-    per_group = [pad(of, (0, 0, 0, -rows % TILE_ROWS)).reshape(n_tiles, TILE_ROWS, n_groups) for of in (scales, doubled)]
-    header = torch.cat([of.transpose(1, 2).contiguous().view(torch.uint8) for of in per_group], -1)
+    per_group = [pad(x, (0, 0, 0, -rows % TILE_ROWS)).reshape(n_tiles, TILE_ROWS, n_groups) for x in (scales, doubled)]
+    header = torch.cat([x.transpose(1, 2).contiguous().view(torch.uint8) for x in per_group], -1)
     header = pad(header, (0, -header.shape[-1] % 64))
 
     whole = pad(codes, (0, n_groups * group_size - columns, 0, -rows % TILE_ROWS))
@@ -236,7 +236,7 @@ def unpack_weight(
     of_scales = TILE_ROWS * scale_dtype.itemsize
     scales = records[..., :of_scales].contiguous().view(scale_dtype)
     doubled = records[..., of_scales : of_scales + 2 * TILE_ROWS].contiguous().view(torch.int16)
-    scales, doubled = (of.transpose(1, 2).reshape(-1, n_groups)[:rows] for of in (scales, doubled))
+    scales, doubled = (x.transpose(1, 2).reshape(-1, n_groups)[:rows] for x in (scales, doubled))
 
     vectors = records[..., header_bytes(scale_dtype) :].reshape(n_tiles, n_groups, n_blocks, bits, TILE_ROWS, 4)
     quads = packed.new_zeros(QUADS, n_tiles, n_groups, n_blocks, TILE_ROWS, 4)
@@ -300,7 +300,7 @@ def _grid(
 
 
 def _nearest_code(position: Tensor, bits: int) -> Tensor:
-    """The whole number nearest to `position` in `[0, 2**bits - 1]`; adding 0 makes -0 into +0."""
+    """The integer nearest to `position` in `[0, 2**bits - 1]`; adding 0 makes -0 into +0."""
     return position.clamp(0, 2**bits - 1).round() + 0.0
 
 

@@ -1,6 +1,6 @@
 """Rounding with feedback in plain PyTorch: the specification that every compiled backend equals bit for bit.
 
-All arithmetic is float32, each operation rounded by itself, rounding to whole numbers is half to even. Columns are taken in
+All arithmetic is float32, each operation rounded by itself, rounding to integers is half to even. Columns are taken in
 blocks of `BLOCK`. Of a block, target[j] starts as weight[j]; then e[i] * feedback[j, i] is subtracted for every column i that has
 an error, in ascending order, e being the errors before the block and the diagonal counting 0. The block's columns j then follow
 in ascending order:
@@ -36,7 +36,7 @@ def round_with_feedback(
     (rows, columns), k = weight.shape, len(feedback)
     groups = column_groups.long()
     weight = weight.reshape(k, rows // k, columns)
-    scale, zero = (of[:, groups].reshape(weight.shape) for of in (scales, zero_points))
+    scale, zero = (x[:, groups].reshape(weight.shape) for x in (scales, zero_points))
     inverse = torch.where(scale.abs() < SMALLEST_NORMAL, 0.0, 1.0 / scale)
     e = torch.zeros_like(weight) if errors is None else errors.reshape(weight.shape).clone()
     stays = torch.zeros_like(weight, dtype=torch.bool) if fixed is None else fixed.reshape(weight.shape)

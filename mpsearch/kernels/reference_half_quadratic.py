@@ -37,7 +37,7 @@ def half_quadratic(
     fit_zeros: bool,
     betas: Tensor,  # [n_steps + 1] float32
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes uint8 `[rows, columns]`, scales in the dtype they came in and zero points `[rows, n_groups]`."""
+    """Codes uint8 `[rows, columns]`, scales in their dtype and zero points `[rows, n_groups]`."""
     columns, top = weight.shape[1], float(2**bits - 1)
     x = split_groups(weight, group_size)
     present = split_groups(torch.ones(1, columns, device=weight.device), group_size)
@@ -60,7 +60,7 @@ def half_quadratic(
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
         e = (a - root * (1.0 / beta)).clamp(min=0.0) * unit[..., None]
         y = x - torch.where(r < 0, -e, e)
-        sums = [_sum(of) for of in (d, y, d * d, d * y)]
+        sums = [_sum(values) for values in (d, y, d * d, d * y)]
         mean = (sums[0] - inverse * sums[1]) / n + zero
         shift = mean.nan_to_num(0.0).clamp(0, top).round() - zero if fit_zeros else torch.zeros_like(zero)
         divisor = (sums[2] - (shift + shift) * sums[0]) + n * shift * shift

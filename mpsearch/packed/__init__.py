@@ -8,3 +8,7 @@ correct and small, but slow. `mpsearch hardware` and the report say where.
 In a program with several threads, set `GOMP_SPINCOUNT=3000` in the environment, as the command `mpsearch` does: otherwise
 threads of PyTorch's OpenMP spin for milliseconds after each operation on the cores that the kernels need next.
 """
+
+from mpsearch.packed.model import load, save
+
+__all__ = ["load", "save"]

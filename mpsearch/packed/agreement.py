@@ -1,7 +1,17 @@
-"""Whether a packed model computes what was simulated: the outputs of both are compared on a batch of each confirmed point."""
+"""How far rounding may move outputs and losses, and whether a packed model computes what was simulated.
+
+Float32 products in another order (packed kernels, another library or number of threads) move outputs a little. Every divergence
+is quadratic in the change of the outputs, so the square root of a loss is a distance from the float model, and by the triangle
+inequality outputs that move by r change it by at most r:
+
+    |sqrt(loss) - sqrt(recorded)| <= r        r = distance + share * sqrt(recorded)
+
+`distance` is rounding itself, `share` what follows where rounding moves a value over the edge of an input's code.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -10,29 +20,40 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
 
-ROUNDING = 1e-8  # of the outputs' power: what float32 products may make in another order
-SHARE = 1e-4  # of the power that quantization itself adds to the outputs
+OUTPUT_ROUNDING = 1e-4  # of the outputs' size: ten times what rounding makes
+ERROR_ROUNDING = 1e-2  # of the distance by which quantization moves the outputs
+# Of a KL divergence in nats: a logit moves by up to e = 1e-3 (1e-5 of logits of up to 100), and the divergence by at most
+# e sqrt(2 KL) + e^2 / 2 (Pinsker's inequality), which is r = e / sqrt(2).
+LOGIT_DISTANCE = 1e-3 / math.sqrt(2)
 # Rounding moves a few values over the edge of an input's code, and what follows moves more of them: in a deep network the errors
 # of quantized inputs become partly independent. Their power stays the same; a product that skips them has another.
-SHARE_OF_INPUTS, FACTOR_OF_INPUTS = 0.5, 2.0
+CODE_SHARE = 0.048  # of the distance: a tenth of the loss
+SHARE_OF_INPUTS, FACTOR_OF_INPUTS = 0.5, 2.0  # of the power that quantization adds to the outputs
+
+
+def losses_agree(loss: float, recorded: float, *, distance: float, share: float = 0.0) -> bool:
+    """Whether rounding explains the difference of two losses; see the module."""
+    root, recorded_root = math.sqrt(max(loss, 0.0)), math.sqrt(max(recorded, 0.0))
+    return abs(root - recorded_root) <= distance + share * recorded_root
 
 
 def agrees(packed: Tensor, simulated: Tensor, reference: Tensor, has_quantized_inputs: bool) -> bool:
     """Whether the packed model's outputs are the simulated ones, given the float model's (`reference`); all of one shape.
 
-    The squared difference must be at most `SHARE` of the squared change by quantization. With quantized inputs it may be
-    `SHARE_OF_INPUTS` of it, and the packed model's own change must lie within `FACTOR_OF_INPUTS` of the simulated one.
+    They must be `ERROR_ROUNDING` of the change by quantization apart, or `OUTPUT_ROUNDING` of the outputs. With quantized inputs
+    the power of the difference may be `SHARE_OF_INPUTS` of that of the change, and the power of the packed change must
+    be within `FACTOR_OF_INPUTS` of that of the simulated one.
     """
     finite = torch.isfinite(simulated)
     if not torch.equal(finite, torch.isfinite(packed)):
         return False
-    ours, theirs, base = (x[finite].double() for x in (packed, simulated, reference))
-    difference, floor = _power(ours - theirs), ROUNDING * _power(theirs)
-    of_packed, of_simulated = _power(ours - base), _power(theirs - base)
+    packed, simulated, reference = (outputs[finite].double() for outputs in (packed, simulated, reference))
+    difference, floor = _power(packed - simulated), OUTPUT_ROUNDING**2 * _power(simulated)
+    packed_change, simulated_change = _power(packed - reference), _power(simulated - reference)
     if not has_quantized_inputs:
-        return difference <= SHARE * of_simulated + floor
-    is_near = of_simulated / FACTOR_OF_INPUTS - floor <= of_packed <= of_simulated * FACTOR_OF_INPUTS + floor
-    return is_near and difference <= SHARE_OF_INPUTS * of_simulated + floor
+        return difference <= ERROR_ROUNDING**2 * simulated_change + floor
+    lowest, highest = simulated_change / FACTOR_OF_INPUTS - floor, simulated_change * FACTOR_OF_INPUTS + floor
+    return lowest <= packed_change <= highest and difference <= SHARE_OF_INPUTS * simulated_change + floor
 
 
 def _power(x: Tensor) -> float:

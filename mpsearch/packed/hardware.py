@@ -1,8 +1,8 @@
-"""What this machine's kernels can run, and how fast: the facts, a self-test, and the latency of each layer in each scheme.
+"""What this machine's kernels can run, and how fast: its processor, a self-test, and the latency of each layer in each scheme.
 
-A network's latency is taken for the sum of its layers' and of all the rest. Layers run on packed weights with the inputs that
-they get in the network, one after the other as there, so that caches are about as warm; every figure is the median over rounds
-that go through all of them. The rest is what whole packed networks, one scheme in all layers, take beyond that sum.
+The latency of a network is modelled as the sum over its layers and a constant rest. Layers run on packed weights with the inputs
+that they get in the network, in its order, so that caches are about as warm; each figure is the median over rounds that go
+through all layers. The rest is the time of whole packed networks, one scheme in all layers, beyond that sum.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from mpsearch import kernels
 from mpsearch.allocation import SearchSpace
 from mpsearch.costs.latency import FLOAT, REST, Latency
 from mpsearch.evaluation import Timing
-from mpsearch.graph.surgery import hooked, quantize_input
-from mpsearch.layer import LayerSpec, from_rows, kind_of, weight_rows
+from mpsearch.graph.surgery import hooked
+from mpsearch.layer import LayerSpec, weight_rows
 from mpsearch.packed.layers import QuantizedLayer, kernel_for
-from mpsearch.packed.model import RUNS, installed, packed_weight, runs_packed
+from mpsearch.packed.model import installed
 from mpsearch.progress import phase
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.schemes.base import QuantScheme
@@ -49,43 +49,43 @@ def measure_latency(
     inputs: Any,
     seconds: float = 10.0,
 ) -> list[Latency]:
-    """Of every layer in every scheme it may take, of the float layers, and of the rest; measured for about `seconds`.
+    """Latency of every layer in every scheme that it may take, of the float layers, and of the rest of the network.
 
-    `inputs` are one batch of the size that is meant. The model, in eval mode on the CPU or a GPU, is left as it was.
+    Parameters
+    ----------
+    model
+        In eval mode, on the CPU or a GPU; left as it was.
+    inputs
+        One batch of the intended size.
+    seconds
+        About how long to measure.
     """
     calls = _recorded(model, forward, space.layers, inputs)
-    cells: list[tuple[str, str, str, str, str]] = []  # layer, op, shape, scheme, key
-    runs: dict[str, Run] = {}  # layers alike in everything are measured once
     allowed = {la.name: names for group, names in zip(space.groups, space.choices, strict=True) for la in group.layers}
-    for scheme in (FLOAT, *space.scheme_names):
-        for layer in space.layers:
-            if scheme != FLOAT and scheme not in allowed[layer.name]:
-                continue
-            shape = " ".join("x".join(map(str, x.shape)) for name in layer.modules for x in _tensors(calls[name]))
-            key = f"{[str(model.get_submodule(name)) for name in layer.modules]} {layer.shape} {shape} {scheme}"
-            op = layer.kind if scheme == FLOAT else kernel_for(layer.kind, layer.shape, space.schemes[scheme]) or "dequantize"
-            cells.append((layer.name, op, shape, scheme, key))
-            if key not in runs:
-                runs[key] = _run_of(model, layer, calls, scheme, space, quantizers)
-    found: dict[str, float] = {}
+    n = next(len(tensor) for tensor in tensors_in(inputs) if tensor.ndim)
+    conditions = (n, torch.get_num_threads(), kernels.active_backend())
+    rows, shares = [], 1 + len(space.scheme_names)
     for scheme in (FLOAT, *space.scheme_names):  # one at a time: all together they would evict one another's weights
-        mine = {key: runs[key] for _, _, _, of, key in cells if of == scheme}
-        found |= _medians(mine, seconds / (1 + len(space.scheme_names)), f"latency of {scheme}")
-    taken = {(layer, scheme): found[key] for layer, _, _, scheme, key in cells}
-    beyond = []
+        layers = [layer for layer in space.layers if scheme == FLOAT or scheme in allowed[layer.name]]
+        shapes = {la.name: " ".join("x".join(map(str, x.shape)) for m in la.modules for x in _inputs(calls[m])) for la in layers}
+        # Layers that are alike in everything are measured once.
+        keys = {la.name: f"{[str(model.get_submodule(m)) for m in la.modules]} {la.shape} {shapes[la.name]}" for la in layers}
+        quantized = [] if scheme == FLOAT else [_quantized(model, la, quantizers[scheme], space.schemes[scheme]) for la in layers]
+        with installed(model, quantized):
+            runs = {keys[layer.name]: _run_of(model, layer, calls) for layer in layers}
+            milliseconds = _medians(runs, seconds / shares, f"latency of {scheme}")
+        for layer in layers:
+            op = layer.kind if scheme == FLOAT else kernel_for(layer.kind, layer.shape, space.schemes[scheme]) or "dequantize"
+            rows.append(Latency(layer.name, op, shapes[layer.name], scheme, *conditions, milliseconds[keys[layer.name]]))
+    measured = {(row.layer, row.scheme): row.milliseconds for row in rows}
+    beyond = []  # what whole networks take beyond the sum of their layers
     for name in space.scheme_names:
         allocation = space.uniform(name)
         pairs = [(layer, allocation[group.name]) for group in space.groups for layer in group.layers]
         with installed(model, [_quantized(model, layer, quantizers[s], space.schemes[s]) for layer, s in pairs]):
-            whole = _medians({REST: lambda: forward(model, inputs)}, seconds / len(space.scheme_names))[REST]
-        beyond.append(whole - sum(taken[layer.name, s] for layer, s in pairs))
-    rest = max(median(beyond), 0.0)
-    n = next(len(tensor) for tensor in tensors_in(inputs) if tensor.ndim)
-    about = (n, torch.get_num_threads(), kernels.active_backend())
-    return [
-        Latency(REST, "", "", "", *about, rest),
-        *(Latency(layer, op, shape, scheme, *about, found[key]) for layer, op, shape, scheme, key in cells),
-    ]
+            whole = _medians({REST: lambda: forward(model, inputs)}, seconds / (shares - 1))[REST]
+        beyond.append(whole - sum(measured[layer.name, s] for layer, s in pairs))
+    return [Latency(REST, "", "", "", *conditions, max(median(beyond), 0.0)), *rows]
 
 
 @torch.no_grad()
@@ -94,12 +94,11 @@ def model_latency(models: Mapping[str, nn.Module], forward: Forward, inputs: Any
     runs = {name: functools.partial(forward, model, inputs) for name, model in models.items()}
     tensor = next(tensors_in(inputs))
     where = f"{_machine(tensor.device)}, batch of {len(tensor) if tensor.dim() else 1}"
-    taken = _rounds(runs, seconds)
-    found = {}
-    for name, values in taken.items():
+    timings = {}
+    for name, values in _rounds(runs, seconds).items():
         low, middle, high = quantiles(values, n=4)
-        found[name] = Timing(middle, low, high, where)
-    return found
+        timings[name] = Timing(middle, low, high, where)
+    return timings
 
 
 @dataclass(frozen=True)
@@ -122,38 +121,13 @@ def _recorded(model: nn.Module, forward: Forward, layers: Sequence[LayerSpec], i
     return calls
 
 
-def _tensors(calls: Sequence[_Call]) -> Iterator[Tensor]:
+def _inputs(calls: Sequence[_Call]) -> Iterator[Tensor]:
     return (next(tensors_in((call.args, call.kwargs))) for call in calls)
 
 
-def _run_of(
-    model: nn.Module,
-    layer: LayerSpec,
-    calls: Mapping[str, list[_Call]],
-    scheme: str,
-    space: SearchSpace,
-    quantizers: Mapping[str, Quantizer],
-) -> Run:
-    """What calls the layer's modules as the network does: float, packed, or dequantized first."""
-    modules: list[Any] = [model.get_submodule(name) for name in layer.modules]
-    made = modules
-    if scheme != FLOAT:
-        as_packed = _quantized(model, layer, quantizers[scheme], space.schemes[scheme]).on(modules[0].weight.device)
-        if runs_packed(as_packed, modules):
-            weight = packed_weight(modules[0], as_packed.weight)
-            made = [RUNS[str(kind_of(m))](m, as_packed, weight, getattr(m, "bias", None)).eval() for m in modules]
-        else:
-
-            def dequantized() -> None:
-                for module, name in zip(modules, layer.modules, strict=True):
-                    undo = quantize_input(module, as_packed.weight)
-                    for call in calls[name]:
-                        swapped = {"weight": from_rows(module, as_packed.weight.dequantize())}
-                        torch.func.functional_call(module, swapped, call.args, call.kwargs)
-                    undo()
-
-            return dequantized
-    pairs = [(module, call) for module, name in zip(made, layer.modules, strict=True) for call in calls[name]]
+def _run_of(model: nn.Module, layer: LayerSpec, calls: Mapping[str, list[_Call]]) -> Run:
+    """All calls of the layer's modules in one forward pass."""
+    pairs = [(model.get_submodule(name), call) for name in layer.modules for call in calls[name]]
 
     def run() -> None:
         for module, call in pairs:
@@ -177,13 +151,13 @@ def _rounds(runs: Mapping[str, Run], seconds: float, what: str = "") -> dict[str
     """Milliseconds of each in rounds of all; the first round warms up and says how many there is time for."""
     once = sum(_milliseconds(run) for run in runs.values())
     n_rounds = min(max(round(1e3 * seconds / max(once, 1e-3)), LEAST_ROUNDS), MOST_ROUNDS)
-    taken: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     with phase(what, n_rounds) if what else nullcontext(lambda note="": None) as advance:
         for _ in range(n_rounds):
             for name, run in runs.items():
-                taken[name].append(_milliseconds(run))
+                times[name].append(_milliseconds(run))
             advance("")
-    return taken
+    return times
 
 
 def _milliseconds(run: Run) -> float:
@@ -196,21 +170,21 @@ def _milliseconds(run: Run) -> float:
 
 
 def facts() -> dict[str, str]:
-    """What there is, in words: processor, caches, instruction sets, read bandwidth, GPUs."""
+    """Processor, caches, instruction sets, read bandwidth and GPUs, described in words."""
     used, threads = kernels.active_backend(), torch.get_num_threads()
-    found = {
+    known = {
         "processor": f"{_processor()}, {len(os.sched_getaffinity(0))} cores, {threads} threads used",
         "caches": _caches(),
         "kernels": ", ".join(f"{name} (used)" if name == used else name for name in kernels.available_backends()),
         "read bandwidth": ", ".join(f"{_read_rate(n):.1f} GB/s with {n} threads" for n in sorted({1, threads})),
     }
     if not torch.cuda.is_available():
-        return {**found, "GPU": "none answers"}
+        return {**known, "GPU": "none answers"}
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
         memory = f"{p.total_memory / 2**30:.0f} GiB, {p.multi_processor_count} multiprocessors"
-        found[f"cuda:{i}"] = f"{p.name}, compute capability {p.major}.{p.minor}, {memory}"
-    return found
+        known[f"cuda:{i}"] = f"{p.name}, compute capability {p.major}.{p.minor}, {memory}"
+    return known
 
 
 def self_test() -> list[tuple[str, int, int]]:
@@ -229,7 +203,7 @@ def _differs(backend: str, bits: int, symmetric: bool) -> bool:
     generator = torch.Generator().manual_seed(bits)
     weight, x = torch.randn(37, 150, generator=generator), torch.randn(5, 150, generator=generator)
     settings: dict[str, Any] = {"bits": bits, "group_size": 64, "symmetric": symmetric, "ratios": torch.tensor([1.0, 0.9, 0.8])}
-    found = []
+    results = []
     for name in ("reference", backend):
         with kernels.use_backend(name):
             codes, scales, zero_points = kernels.quantize(weight, **settings)
@@ -237,10 +211,10 @@ def _differs(backend: str, bits: int, symmetric: bool) -> bool:
             dense = kernels.dequantize(
                 kernels.pack(codes, bits), scales, zero_points, bits=bits, rows=37, columns=150, group_size=64
             )
-            found.append((codes, scales, dense, kernels.rotate(x), kernels.linear_a8(x, packed), kernels.linear(x, packed)))
-    *exact, ours = zip(*found, strict=True)
-    bound = 158 * 2**-24 * (x.abs() @ found[0][2].abs().T)
-    return not all(torch.equal(a, b) for a, b in exact) or bool(((ours[0] - ours[1]).abs() > bound).any())
+            results.append((codes, scales, dense, kernels.rotate(x), kernels.linear_a8(x, packed), kernels.linear(x, packed)))
+    *exact, products = zip(*results, strict=True)
+    bound = 158 * 2**-24 * (x.abs() @ results[0][2].abs().T)
+    return not all(torch.equal(a, b) for a, b in exact) or bool(((products[0] - products[1]).abs() > bound).any())
 
 
 def _machine(device: torch.device) -> str:
@@ -256,12 +230,9 @@ def _processor() -> str:
 
 
 def _caches() -> str:
-    found = []
-    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
-        if kind != "Instruction":
-            found.append(f"L{level} {size}")
-    return ", ".join(found) or "unknown"
+    folders = sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"))
+    described = [[(folder / name).read_text().strip() for name in ("level", "type", "size")] for folder in folders]
+    return ", ".join(f"L{level} {size}" for level, kind, size in described if kind != "Instruction") or "unknown"
 
 
 def _read_rate(n_threads: int) -> float:

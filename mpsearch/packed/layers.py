@@ -1,4 +1,4 @@
-"""What runs in the place of a quantized layer: modules on packed weights, and which layers there is a kernel for."""
+"""Modules that run on packed weights in the place of a quantized layer's, and which layers there is a kernel for."""
 
 from __future__ import annotations
 
@@ -48,19 +48,21 @@ def kernel_for(kind: str, shape: Sequence[int], scheme: QuantScheme) -> str | No
         return None
     if op == "embedding" or scheme.input is None:
         return op
-    of = scheme.input
-    runs = isinstance(of, IntegerInput) and (of.bits < 8 or (of.bits == 8 and (of.symmetric or of.has_static_scale)))
-    return f"{op}_a8" if runs else None
+    input = scheme.input
+    fits = isinstance(input, IntegerInput) and (
+        input.bits < 8 or (input.bits == 8 and (input.symmetric or input.has_static_scale))
+    )
+    return f"{op}_a8" if fits else None
 
 
 class PackedModule(nn.Module):
-    """What runs in a float module's place; its plain attributes (`in_features`, `stride`, ...) are the float module's.
+    """Replaces a float module; its plain attributes (`in_features`, `stride`, ...) are the float module's.
 
     `owners` are the modules that own the weight, `data` (uint8) is the weight as the kernels read it. `weight` dequantizes it,
     for code that looks at a weight: float32, in the float module's layout.
     """
 
-    own_state = ("bias",)  # what is a state of its own, not the packed weight's
+    own_state = ("bias",)  # parameters and buffers that are not the packed weight's
     bias: Tensor | None
     data: Tensor
     shifted_bias: Tensor | None
@@ -72,22 +74,28 @@ class PackedModule(nn.Module):
                 setattr(self, name, value)
         self.kind, self.owners, self.scheme, self.shape = layer.kind, layer.modules, layer.weight.scheme, layer.weight.shape
         self.rotates = isinstance(self.scheme, Rotated)
-        # What the kernel reads, and what its input is given as.
+        # The scheme of the weight and of the input as the kernel reads them.
         self.dense = cast(Integer, self.scheme.dense if isinstance(self.scheme, Rotated) else self.scheme)
         self.packed = packed
         self.input_params = layer.weight.input_params
-        # The kernels multiply int8, a code less its zero point. Of asymmetric 8-bit input that may not fit: they take it less its
-        # middle code, and the shift, the same for every value, times the sum of a row of weights is made up for by the bias.
-        of = self.dense.input
-        self.how: dict[str, Any] = {"input_scale": float(self.input_params["input_scale"]) if self.input_params else None}
-        if isinstance(of, IntegerInput):
-            zero_point = int(self.input_params.get("input_zero_point", 0))
-            self.how |= {"largest_code": of.largest_code, "symmetric": of.symmetric, "zero_point": zero_point}
         self.register_buffer("data", packed.data)
         self.register_buffer("bias", bias)
         self.register_buffer("shifted_bias", None, persistent=False)
-        if isinstance(of, IntegerInput) and of.largest_code > 127 and not isinstance(module, nn.Embedding):
-            shift = (of.largest_code // 2 - self.how["zero_point"]) * self.how["input_scale"]
+        input = self.dense.input
+        if not isinstance(input, IntegerInput):
+            return
+        scale = float(self.input_params["input_scale"]) if self.input_params else None
+        zero_point = int(self.input_params.get("input_zero_point", 0))
+        self.input_settings: dict[str, Any] = {
+            "input_scale": scale,
+            "largest_code": input.largest_code,
+            "symmetric": input.symmetric,
+            "zero_point": zero_point,
+        }
+        # The kernels multiply int8, a code less its zero point. Of asymmetric 8-bit input that may not fit: they take it less its
+        # middle code, and the shift, the same for every value, times the sum of a row of weights is made up for by the bias.
+        if input.largest_code > 127 and not isinstance(module, nn.Embedding):
+            shift = (input.largest_code // 2 - zero_point) * cast(float, scale)
             self.shifted_bias = shift * self.as_read().dequantize().double().flatten(1).sum(1)
 
     def unpacked(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -107,18 +115,18 @@ class PackedModule(nn.Module):
         """See the class."""
         return self.quantized().dequantize()
 
-    def quantizes(self, x: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
-        """(input, bias, how the kernel is to quantize the input)."""
-        of = cast(IntegerInput, self.dense.input)
+    def kernel_input(self, x: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
+        """The input, bias and keywords of a kernel that quantizes its input."""
         if self.shifted_bias is not None:
             bias = self.shifted_bias if self.bias is None else self.bias + self.shifted_bias
-            return x, bias.float(), self.how
-        if of.scale == "tensor" and x.numel():
-            scale, zero_point = map(float, of.grid(x.min(), x.max()))
-            if SMALLEST_NORMAL <= scale < math.inf:
-                return x, self.bias, {**self.how, "input_scale": scale, "zero_point": int(zero_point)}
-            return torch.full_like(x, 0.0 if scale < SMALLEST_NORMAL else math.nan), self.bias, self.how
-        return x, self.bias, self.how
+            return x, bias.float(), self.input_settings
+        input = cast(IntegerInput, self.dense.input)
+        if input.scale != "tensor" or not x.numel():
+            return x, self.bias, self.input_settings
+        scale, zero_point = map(float, input.grid(x.min(), x.max()))
+        if SMALLEST_NORMAL <= scale < math.inf:
+            return x, self.bias, {**self.input_settings, "input_scale": scale, "zero_point": int(zero_point)}
+        return torch.full_like(x, 0.0 if scale < SMALLEST_NORMAL else math.nan), self.bias, self.input_settings
 
     def extra_repr(self) -> str:
         """Shape and scheme."""
@@ -134,8 +142,8 @@ class PackedLinear(PackedModule):
             input = kernels.rotate(input)
         if self.dense.input is None:
             return kernels.linear(input, self.packed, self.bias)
-        x, bias, how = self.quantizes(input)
-        return kernels.linear_a8(x, self.packed, bias, **how)
+        x, bias, settings = self.kernel_input(input)
+        return kernels.linear_a8(x, self.packed, bias, **settings)
 
 
 class PackedEmbedding(PackedModule):
@@ -172,8 +180,8 @@ class PackedConv(PackedModule):
         if self.scheme.input_format is None:
             output = kernels.conv(batch, self.packed, self.bias, **self.geometry)
         else:
-            x, bias, how = self.quantizes(batch)
-            output = kernels.conv_a8(x, self.packed, bias, **self.geometry, **how)
+            x, bias, settings = self.kernel_input(batch)
+            output = kernels.conv_a8(x, self.packed, bias, **self.geometry, **settings)
         return output if input.dim() == len(self.shape) else output[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -70,10 +71,7 @@ def read_scheme(about: JsonObject, shape: tuple[int, ...]) -> QuantScheme:
 
 def check_used(about: JsonObject, stored: Sequence[str], used: Sequence[str]) -> None:
     """Raise `InputError` unless every stored tensor is used exactly once."""
-    counts: dict[str, int] = {}
-    for name in used:
-        counts[name] = counts.get(name, 0) + 1
-    if twice := [name for name, count in counts.items() if count > 1]:
+    if twice := [name for name, count in Counter(used).items() if count > 1]:
         raise about.damaged(f"the tensor '{twice[0]}' is used twice")
     if missing := sorted(set(used) - set(stored)):
         raise about.damaged(f"the tensor '{missing[0]}' is missing")
@@ -96,8 +94,8 @@ def check_fits(model: nn.Module, layers: Sequence[StoredLayer], where: object) -
             kind = kind_of(module)
             same_kind = kind == layer.kind if name == layer.modules[0] else kind is not None  # an embedding tied to a Linear
             if not same_kind or rows_shape(module) != layer.shape:
-                found = f"{kind} {list(rows_shape(module))}" if kind else type(module).__name__
+                actual = f"{kind} {list(rows_shape(module))}" if kind else type(module).__name__
                 raise InputError(
                     f"{where} belongs to another model: the layer '{name}' is a {layer.kind} with a weight of shape "
-                    f"{list(layer.shape)} (output channels first) there; this model has a {found}."
+                    f"{list(layer.shape)} (output channels first) there; this model has a {actual}."
                 )

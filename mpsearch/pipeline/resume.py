@@ -21,15 +21,13 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import FINETUNED, Evaluation
 from mpsearch.files import read_regular, write_atomically
 from mpsearch.files.strict_json import JsonObject, parse
+from mpsearch.packed.agreement import ERROR_ROUNDING, OUTPUT_ROUNDING, losses_agree
 from mpsearch.runs.run import RunFolder
 
 FILE, REMEDY = "environment.json", "Delete it, and one recorded trial is scored again."
 # Of the float model's measures: float32 arithmetic in another order changes outputs by 1e-6 of their size, and means over samples
 # by less. A share may change by one sample on the edge.
 FLOAT_ROUNDING = 1e-5
-# Of the square root of a loss, which is a distance of outputs (every divergence is quadratic): 1e-4 of the outputs' size, ten
-# times what rounding makes, and 1 %: where inputs are quantized, a value on the edge between two codes takes the other one.
-DISTANCE_ROUNDING, CODE_ROUNDING = 1e-4, 0.01
 
 
 def environment(device: str) -> dict[str, str]:
@@ -89,7 +87,7 @@ def _check_trial(engine: QuantEngine, known: Sequence[Evaluation], changes: str)
     if not finite:
         return
     before, now = finite[0].loss, engine.score(finite[0].allocation).loss
-    if not abs(math.sqrt(now) - math.sqrt(before)) <= DISTANCE_ROUNDING + CODE_ROUNDING * math.sqrt(before):
+    if not losses_agree(now, before, distance=OUTPUT_ROUNDING, share=ERROR_ROUNDING):
         raise InputError(
             f"This run cannot be resumed here: a recorded allocation ({finite[0].average_bits:.2f} bits) has loss of {now:.6g}, "
             f"recorded is {before:.6g}, which is more than rounding. What differs: {changes}. Resume where the run was begun, or "

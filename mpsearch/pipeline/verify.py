@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,22 +14,9 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
 from mpsearch.exporters.base import Exporter
 from mpsearch.graph.shared_copy import shared_copy
+from mpsearch.packed.agreement import CODE_SHARE, LOGIT_DISTANCE, losses_agree
 from mpsearch.pipeline.prepare import Prepared
 from mpsearch.runs.run import Run, RunFolder
-
-# What float32 products in another order (packed kernels, another number of threads) move a logit by, at most, in nats: 1e-5 of
-# logits of up to 100. The divergence L = E[KL(p || q)] then moves by at most E[|p - q|_1] times that, and |p - q|_1 <= sqrt(2 KL)
-# (Pinsker's inequality), plus half its square.
-LOGIT_ROUNDING = 1e-3
-# Where inputs are quantized, the same rounding moves values that lie at the edge of a code by a whole step, and in a deep network
-# these errors partly replace those of the record; their power, and so L, stays within this share.
-CODE_ROUNDING = 0.1
-
-
-def tolerance(loss: float, has_quantized_inputs: bool) -> float:
-    """How far (nats) the loss of a written file may be from a recorded loss."""
-    of_logits = LOGIT_ROUNDING * math.sqrt(2 * loss) + LOGIT_ROUNDING**2 / 2
-    return of_logits + (CODE_ROUNDING * loss if has_quantized_inputs else 0.0)
 
 
 def check_loss(prepared: Prepared, engine: QuantEngine, exporter: Exporter, path: Path, recorded: Evaluation) -> None:
@@ -43,10 +29,9 @@ def check_loss(prepared: Prepared, engine: QuantEngine, exporter: Exporter, path
     """
     model = exporter.load(path, shared_copy(prepared.original).to(engine.device))
     loss = engine.score_of(model, "search").loss
-    schemes = (engine.space.schemes[name] for name in recorded.allocation.values())
-    if loss == recorded.loss:
-        return
-    if not abs(loss - recorded.loss) <= tolerance(recorded.loss, any(scheme.input_format for scheme in schemes)):
+    quantizes_inputs = any(engine.space.schemes[name].input_format for name in recorded.allocation.values())
+    share = CODE_SHARE if quantizes_inputs else 0.0
+    if loss != recorded.loss and not losses_agree(loss, recorded.loss, distance=LOGIT_DISTANCE, share=share):
         raise InputError(
             f"What was written has a loss of {loss:.6g} on the search split, but the run recorded {recorded.loss:.6g} for this "
             "point, so nothing was exported. Delete the run's folder bank/ and export again; if that does not help, the model, "

@@ -20,8 +20,8 @@ from mpsearch.exporters.base import Picked, publish
 from mpsearch.exporters.native import Native
 from mpsearch.exporters.packed import Packed
 from mpsearch.layer import weights_sha256
+from mpsearch.packed.agreement import CODE_SHARE, LOGIT_DISTANCE, losses_agree
 from mpsearch.pipeline.search import Evaluator
-from mpsearch.pipeline.verify import tolerance
 from mpsearch.runs.run import Run
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.digits import Digits
@@ -154,7 +154,7 @@ def test_the_budget_limits_the_files_as_a_whole(run, mpsearch, exporter, named):
 
 @pytest.mark.parametrize("loss", [1e-6, 0.01, 1.0])
 def test_the_tolerance_is_that_of_rounding(loss):
-    """Logits off by `LOGIT_ROUNDING` in the worst direction stay within it; a loss twice as high does not."""
+    """Logits off by 1e-3 in the worst direction stay within it; a loss twice as high does not."""
     p = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
     step = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
 
@@ -166,9 +166,9 @@ def test_the_tolerance_is_that_of_rounding(loss):
     for _ in range(200):
         middle = (low + high) / 2
         low, high = (low, middle) if divergence(middle) > loss else (middle, high)
-    assert abs(divergence(low + 1e-3) - loss) <= tolerance(loss, False)
-    assert loss > 5e-6 or tolerance(loss, False) < 3 * loss
-    assert loss < 5e-6 or tolerance(loss, True) < 0.2 * loss
+    assert losses_agree(divergence(low + 1e-3), loss, distance=LOGIT_DISTANCE)
+    assert loss > 5e-6 or not losses_agree(4 * loss, loss, distance=LOGIT_DISTANCE)
+    assert loss < 5e-6 or not losses_agree(1.2 * loss, loss, distance=LOGIT_DISTANCE, share=CODE_SHARE)
 
 
 @pytest.fixture

@@ -82,14 +82,14 @@ MPSEARCH_INLINE F8 load_codes(const uint8_t* from) {
 #endif
 }
 
-// The first n of eight whole numbers in [0, 255] as bytes.
+// The first n of eight integers in [0, 255] as bytes.
 MPSEARCH_INLINE void store_codes(F8 value, uint8_t* to, int64_t n) {
     float lanes[8];
     store(value, lanes);
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<uint8_t>(lanes[i]);
 }
 
-// 32 whole numbers in [0, 255] as bytes.
+// 32 integers in [0, 255] as bytes.
 MPSEARCH_INLINE void store_codes(const F8 (&value)[4], uint8_t* to) {
 #if defined(__AVX2__)
     const __m256i low = _mm256_packus_epi32(_mm256_cvtps_epi32(value[0].part[0]), _mm256_cvtps_epi32(value[1].part[0]));

@@ -5,7 +5,7 @@
 // [rows of the map][padded_width][channels of a group][16], lane i the channel that row i of the tile sees there.
 //
 // Both kinds multiply floats. Of int8 codes and 2 * code - 2 * zero the products and the sums of up to kExact of them are
-// whole numbers below 2^24, thus exact; then they go to int32. A tile's record:
+// integers below 2^24, thus exact; then they go to int32. A tile's record:
 //
 //     scales [n_groups, 16], bias [16], weights [columns, 16], floats: weights, or for int8 input 2 * code - 2 * zero
 //

@@ -207,7 +207,7 @@ MPSEARCH_INLINE Ints load_code_zeros(const uint8_t* record, bool half_scales, in
     return doubled;
 }
 
-// With VNNI sums have room to begin with -2 * zero * X and take doubled codes, if these fit a byte: they end as D.
+// With VNNI sums can begin with -2 * zero * X and take doubled codes, if these fit a byte: they end as D.
 template <int bits>
 constexpr bool kSumsAreD = kFewTokens > 1 && bits < 8;
 

@@ -2,7 +2,7 @@
 //
 //     y[m, r] = sum over groups g of scale[r, g] * (sum over the columns c of g of (code[r, c] - zero[r, g]) * x[m, c])
 //
-// code - zero is a whole number below 256 in size, so exact in both 16-bit formats, and its products with x are exact in the
+// code - zero is an integer below 256 in size, so exact in both 16-bit formats, and its products with x are exact in the
 // fragment's float32 sums. (1 bit: 2 * code - 2 * zero with half the scale, as the implied zero point is 0.5.) A code c
 // becomes a float by magic: as the last byte of 1024 (float16) or 128 (bfloat16) it makes 1024 + c, from which 1024 + zero
 // is taken; 8-bit codes become bfloat16 through float32's 2^23. Sums of groups are scaled and added in float32.

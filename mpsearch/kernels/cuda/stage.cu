@@ -2,7 +2,7 @@
 //
 // A block of threads handles one column n of the fragments: all chunks of it (int8, where the token's scale must be known
 // first) or a share of them (floats). A thread writes 16 bytes at a time. Bytes moved per value: 2 to 4 read, and read again
-// for int8; 1 to 6 written. Bound: latency; x is small beside the weight.
+// for int8; 1 to 6 written. Bound: latency; x is small compared with the weight.
 #include "api.h"
 #include "stage.cuh"
 

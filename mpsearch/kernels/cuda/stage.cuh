@@ -6,7 +6,7 @@
 // of class c, 0 elsewhere, and where x has no such token or column. float16 and bfloat16 stay what they are (4 chunks of 8).
 // A float32 is the exact sum of its 3 parts, each the next 8 bits of its significand as a bfloat16. int8 (2 chunks of 16):
 //
-// holds what ../cpu/input.h says; beside it the sum of a token's values in each group.
+// holds what ../cpu/input.h says; then the sum of a token's values in each group.
 #pragma once
 
 #include "stream.cuh"

@@ -102,7 +102,7 @@ MPSEARCH_DEVICE const uint8_t* record_of(const Stream& stream, int64_t tile, int
 MPSEARCH_HOST_DEVICE constexpr int ring_steps(int bits) {
     return bits <= 2 ? 6 : bits == 3 ? 5 : bits <= 5 ? 4 : 3;
 }
-// A step's slot: of each lane its codes (16 bytes `bits` times), doubled zero points (8) and scales (8 or 16), beside those of
+// A step's slot: of each lane its codes (16 bytes `bits` times), doubled zero points (8) and scales (8 or 16), next to those of
 // the other lanes.
 MPSEARCH_HOST_DEVICE constexpr int zeros_at(int bits) {
     return bits * 16 * kWarp;
