@@ -33,16 +33,16 @@ KINDS: dict[type[nn.Module], str] = {
 class Activations:
     """What of one sample's activations is in memory when a layer runs, in bytes; where it is called often, the most of each.
 
-    `live` is all of it with everything in the model's own float format, `beside` what would stay if the layer's input were kept
-    in another format; that input has `values` numbers in `tokens` tokens. `elsewhere` is the most that is in memory from there
-    until the next searched layer runs (of the first layer: also before it).
+    `live` is all of it with everything in the model's own float format, `without_input` what would stay if the layer's input were
+    kept in another format; that input has `values` numbers in `tokens` tokens. `until_next` is the most that is in memory from
+    there until the next searched layer runs (of the first layer: also before it).
     """
 
     live: int
-    beside: int
+    without_input: int
     values: int
     tokens: int
-    elsewhere: int
+    until_next: int
 
 
 @dataclass(frozen=True)

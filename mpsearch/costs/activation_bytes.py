@@ -42,7 +42,7 @@ class ActivationBytes(Cost):
     def table(self, space: SearchSpace) -> CostTable:
         """The peak while each group runs, in each scheme; the constant is that of all the rest."""
         values = [[max(_peak(layer, s) for layer in group.layers) for s in space.schemes.values()] for group in space.groups]
-        constant = max(_of(layer).elsewhere for layer in space.layers)
+        constant = max(_of(layer).until_next for layer in space.layers)
         return CostTable(self.name, self.column, np.array(values, dtype=np.float64), float(constant), peak=True)
 
     def parse(self, text: str | float) -> float:
@@ -64,4 +64,4 @@ def _peak(layer: LayerSpec, scheme: QuantScheme) -> int:
     if layer.kind == "embedding" or (wanted is None and not scheme.input_additions(layer.shape)):
         return found.live
     scales = 0 if wanted is None else wanted.scale_bytes(found.values, found.tokens)
-    return found.beside + -(-found.values * scheme.input_bits // 8) + scales
+    return found.without_input + -(-found.values * scheme.input_bits // 8) + scales

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mpsearch import kernels
 from mpsearch.divergence import Divergence
 from mpsearch.errors import InputError, check_memory
-from mpsearch.graph.products import Product, watched
+from mpsearch.graph.products import Product, observe_products
 from mpsearch.graph.surgery import Hook, hooked
 from mpsearch.layer import LayerSpec, check_finite, rows_shape
 from mpsearch.progress import phase
@@ -74,7 +74,7 @@ def calibrate(
         check_finite(name, module.weight.detach())  # else the next layer's input would be to blame
         if not isinstance(module, nn.Embedding):
             hooks.append((module, called(name)))
-    with hooked(hooks), watched(model, [*names, *weights], see), phase("calibrate", len(batches)) as advance:
+    with hooked(hooks), observe_products(model, [*names, *weights], see), phase("calibrate", len(batches)) as advance:
         for inputs, _ in batches:
             task.forward(model, inputs)
             advance("")
@@ -112,7 +112,7 @@ def hessians(model: nn.Module, task: Task, modules: Sequence[str], batches: Batc
             sums[name] = sums[name].add_(found) if name in sums else found
             counts[name] += patches.shape[1]
 
-    with watched(model, modules, see), phase("hessians", len(batches)) as advance:
+    with observe_products(model, modules, see), phase("hessians", len(batches)) as advance:
         for inputs, _ in batches:
             task.forward(model, inputs)
             advance("")
@@ -142,7 +142,7 @@ def output_fishers(
 
     with phase("output fishers", len(batches)) as advance:
         for inputs, _ in batches:
-            with torch.enable_grad(), watched(model, modules, see):
+            with torch.enable_grad(), observe_products(model, modules, see):
                 logits = task.forward(model, inputs)
             outputs = [output for *_, output in seen]
             gradients = _gradients(logits, outputs, lambda logits: divergence.drawn_loss(logits, generator))
@@ -185,7 +185,7 @@ def mean_shifts(
         sums[name] = sums[name].add_(change) if name in sums else change
         counts[name] += product.count
 
-    with watched(model, modules, see), phase("rounded inputs", len(batches)) as advance:
+    with observe_products(model, modules, see), phase("rounded inputs", len(batches)) as advance:
         for inputs, _ in batches:
             task.forward(model, inputs)
             advance("")

@@ -74,7 +74,7 @@ class PrefixCache:
         handlers: dict[nn.Module, Handler] = {}
         caught: dict[Key, tuple[Tensor, int, float]] = {}
         for run, prefixes in self._plan:
-            if not self._paths[split, i].holds(run, self._path):
+            if not self._paths[split, i].has_run(run, self._path):
                 continue
             keys = [(split, i, call.begin, prefix) for call, prefix in zip(run, prefixes, strict=True)]
             known = next((j for j in reversed(range(len(run))) if self._is_kept(keys[j])), -1)

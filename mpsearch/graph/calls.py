@@ -1,10 +1,10 @@
-"""Finds where a forward pass could start in its middle: runs of modules in which each one's output is all the next one takes.
+"""Find where a forward pass could start in its middle: runs of modules in which each takes only the output of the one before.
 
-A model's calls form a tree (what was called within what). Calls beside each other in it make a *run* as long as the tensor that
-one returns is the very object that the next one takes first: residual blocks in a row, the layers of a transformer. Where
-the output of a run's j-th module is known, none of the first j has to run. Code that reads a value between its calls, as in
-`if x.mean() > 0`, may branch by it, so that its calls make no run. Whether a run is what it seems (a U-Net reads an
-inner output again, a module may keep something for later) only running shows: `prefix.py` checks before it trusts.
+The calls of a model form a tree. Neighbouring calls in it make a *run* as long as the tensor that one returns is the very object
+that the next one takes first: residual blocks in a row, the layers of a transformer. Where the output of a run's j-th module is
+known, none of the first j has to run. Code that reads a value between its calls, as in `if x.mean() > 0`, may branch by it, so
+that its calls make no run. Whether a run can be skipped (a U-Net reads an inner output again, a module may keep something for
+later) only running shows: `engine/prefix_cache.py` checks before it relies on one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mpsearch.tree import tensors_in
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module: what was called within it, by runs, and how many groups had been read `before` and `after` it."""
+    """One call of a module: the calls within it, by runs, and how many groups had been read `before` and `after` it."""
 
     module: nn.Module
     begin: int
@@ -39,10 +39,10 @@ class Call:
     after: int = 0
     can_be_kept: bool = False  # its output is a plain tensor that nothing writes into later
     operations: int = 0  # a hash of what its own code runs, in order
-    branches: bool = False  # its own code reads values that depend on weights: they may decide what runs next
+    branches: bool = False  # its own code reads values that depend on weights, and may branch by them
     runs: list[list[Call]] = field(default_factory=list)
     children: list[Call] = field(default_factory=list)
-    source: tuple[Any, int] = (None, 0)  # a tensor and its version: written into, it is another
+    source: tuple[Any, int] = (None, 0)  # the first argument and its version: written into, it is another
     result: tuple[Any, int] = (None, 0)
 
 
@@ -52,13 +52,13 @@ def find_runs(
 ) -> tuple[list[list[Call]], tuple[str, ...]]:
     """The outermost runs of `forward(model, inputs)`, and the groups' names in the order in which they are first read.
 
-    No run is found in a model that is compiled or scripted, as its modules are not called one by one.
+    A compiled or scripted model has no runs: its modules are not called one by one.
     """
     modules = dict(model.named_modules())
     if any(_is_compiled(module) for module in modules.values()):
         return [], tuple(group.name for group in groups)
-    searched = owned_by([modules[name] for group in groups for layer in group.layers for name in layer.modules])
-    root, calls, _ = _record(model, forward, inputs, searched)
+    weights = [weight for group in groups for weight in _weights_of(group, modules)]
+    root, calls, _ = _record(model, forward, inputs, weights)
     begins = _first_reads(modules, calls, groups)
     order = sorted(begins, key=begins.__getitem__)
     times = [begins[name] for name in order]
@@ -82,21 +82,27 @@ def find_runs(
 
 @dataclass
 class Path:
-    """How one batch goes through the model; another one may go another way.
+    """The way of one batch through the model; another batch may take another.
 
-    `own` says of each module that is called once (`None`: of what calls the model) which modules it calls, which of these take
-    their left neighbour's output, and which operations its own code runs. `parents` are the modules that call these modules, and
-    `until` has how many groups of the order have been read when they return.
+    Attributes
+    ----------
+    own
+        Of each module that is called once (`None`: of the caller of the model): the modules that it calls, which of these take
+        the output of the one before, and a hash of the operations that its own code runs.
+    parents
+        The module that calls each of these modules.
+    until
+        How many groups of the order have been read when each module returns.
     """
 
     own: dict[nn.Module | None, tuple[Any, ...]] = field(default_factory=dict)
     parents: dict[nn.Module, nn.Module | None] = field(default_factory=dict)
     until: dict[nn.Module, int] = field(default_factory=dict)
 
-    def holds(self, run: Sequence[Call], found: Path) -> bool:
-        """Whether the calls are a run on this path too, found on another one, and read no group that they do not read there."""
-        parent = found.parents.get(run[0].module)
-        alike = len(run) == 1 or (parent in self.own and self.own[parent] == found.own.get(parent))
+    def has_run(self, run: Sequence[Call], other: Path) -> bool:
+        """Whether the calls, a run on the `other` path, are one on this path too, and read no further group here."""
+        parent = other.parents.get(run[0].module)
+        alike = len(run) == 1 or (parent in self.own and self.own[parent] == other.own.get(parent))
         return alike and all(self.until.get(call.module, math.inf) <= call.after for call in run)
 
 
@@ -104,7 +110,7 @@ class Path:
 def follow(
     model: nn.Module, forward: Forward, inputs: Any, groups: Sequence[LayerGroup], order: Sequence[str]
 ) -> tuple[Any, Path]:
-    """(the output of `forward(model, inputs)`, its path); `order` is that of `find_runs`."""
+    """The output of `forward(model, inputs)` and its path; `order` is that of `find_runs`."""
     root, calls, output = _record(model, forward, inputs)
     begins = _first_reads(dict(model.named_modules()), calls, groups)
     n_calls, path = Counter(call.module for call in calls), Path()
@@ -126,43 +132,47 @@ def _is_linked(last: Call, call: Call) -> bool:
 
 
 def version(value: Any) -> int:
-    """How often the tensor was written into; -1 for what is no plain tensor, or does not count."""
+    """How often the tensor was written into; -1 for anything but a plain tensor that counts this."""
     plain = type(value) is Tensor and value.layout == torch.strided and not value.is_inference() and not value.requires_grad
     return value._version if plain else -1
 
 
 def owned_by(modules: Sequence[nn.Module]) -> list[nn.Parameter]:
     """Weights and biases of the modules, each once."""
-    found = (module._parameters.get(name) for module in modules for name in ("weight", "bias"))
-    return list({id(parameter): parameter for parameter in found if parameter is not None}.values())
+    parameters = (module._parameters.get(name) for module in modules for name in ("weight", "bias"))
+    return list({id(parameter): parameter for parameter in parameters if parameter is not None}.values())
+
+
+def _weights_of(group: LayerGroup, modules: Mapping[str, nn.Module]) -> list[nn.Parameter]:
+    return owned_by([modules[name] for layer in group.layers for name in layer.modules])
 
 
 def _record(model: nn.Module, forward: Forward, inputs: Any, weights: Sequence[Tensor] = ()) -> tuple[Call, list[Call], Any]:
-    """The root of the calls, all of them in order, and the output. Calls that branch by what `weights` make are marked."""
+    """The root of the calls, all of them in order, and the output. Calls that branch by values that `weights` make are marked."""
     clock = itertools.count()
     root, calls = Call(model, next(clock)), []
     stack = [root]
 
-    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         source = args[0] if args else None
         call = Call(module, next(clock), source=(source, version(source)))
         stack[-1].children.append(call)
         stack.append(call)
         calls.append(call)
 
-    def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         call = stack.pop()
         call.end, call.result = next(clock), (output, version(output))
 
     modules = list(model.modules())
-    before, after = [(module, enter) for module in modules], [(module, leave) for module in modules]
-    with hooked(before, after, prepend=True), _Operations(weights, stack):  # before a hook that quantizes the input
+    # Prepended, to see the input before a hook that quantizes it.
+    with hooked([(m, enter) for m in modules], [(m, leave) for m in modules], prepend=True), _Operations(weights, stack):
         output = forward(model, inputs)
     return root, calls, output
 
 
 class _Operations(TorchDispatchMode):
-    """Tells each call its own code's operations, and whether that makes a Python number of a value that depends on `weights`."""
+    """Record for each call the operations of its own code, and whether that makes a Python number of a value from `weights`."""
 
     def __init__(self, weights: Sequence[Tensor], stack: Sequence[Call]) -> None:
         super().__init__()
@@ -181,9 +191,9 @@ class _Operations(TorchDispatchMode):
 
 
 def _first_reads(modules: Mapping[str, nn.Module], calls: Sequence[Call], groups: Sequence[LayerGroup]) -> dict[str, int]:
-    """Group -> when the first module was called that owns one of its weights or biases, be it shared with a layer elsewhere.
+    """Group -> when the first module was called that owns one of its weights or biases, which may be shared with other layers.
 
-    An owner that was not called may be read by the module that it is part of.
+    The parameters of an owner that was not called may be read by the module that it is part of.
     """
     called: dict[nn.Module, int] = {}
     for call in calls:
@@ -201,11 +211,7 @@ def _first_reads(modules: Mapping[str, nn.Module], calls: Sequence[Call], groups
         return called.get(modules[name], 0)
 
     return {
-        group.name: min(
-            begin(owner)
-            for parameter in owned_by([modules[name] for layer in group.layers for name in layer.modules])
-            for owner in owners[id(parameter)]
-        )
+        group.name: min(begin(owner) for parameter in _weights_of(group, modules) for owner in owners[id(parameter)])
         for group in groups
     }
 

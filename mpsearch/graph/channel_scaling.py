@@ -1,7 +1,7 @@
-"""A network whose channels were scaled so that it answers as before: what its weights were multiplied by, applied and recorded.
+"""Channel scaling: the factors that the weights of a network are multiplied by, applied and recorded; its outputs stay the same.
 
-An output channel of one layer (or norm) times 1/s, and the weights that read it times s: nothing changes but rounding (Nagel et
-al. 2019, section 4.1). ReLU and pooling let a positive factor through; a ReLU6 does where its bound is scaled too.
+An output channel of one layer (or norm) is multiplied by 1/s, and the weights that read it by s: nothing changes but rounding
+(Nagel et al. 2019, section 4.1). ReLU and pooling commute with a positive factor; a ReLU6 does where its bound is scaled too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PARTS = ("outputs", "inputs", "high")  # of what a module is scaled by
 
 
 class ChannelClip(nn.Module):
-    """min(max(x, 0), high): a ReLU6 whose bound differs by channel; `high` float16, shaped to meet x's channels."""
+    """min(max(x, 0), high): a ReLU6 with a per-channel bound; `high` float16, broadcast over x."""
 
     high: Tensor
 
@@ -43,10 +43,15 @@ class ChannelClip(nn.Module):
 
 @dataclass(frozen=True)
 class Equalization:
-    """By which factors the class `equalizer` scaled a network.
+    """The factors by which an equalizer scaled a network.
 
-    `tensors`: `<module>.outputs` float32 [out], `<layer>.inputs` float32 [in]: the weight times both (a bias times the first);
-    `<activation>.high` float16 [out, ...]: what bounds a ReLU6 from above instead of 6.
+    Attributes
+    ----------
+    equalizer
+        Its class name.
+    tensors
+        `<module>.outputs` float32 `[out]` and `<layer>.inputs` float32 `[in]`: the weight is multiplied by both, the bias by the
+        first. `<activation>.high` float16 `[out, ...]`: the upper bound of a ReLU6, instead of 6.
     """
 
     equalizer: str
@@ -54,22 +59,22 @@ class Equalization:
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> nn.Module:
-        """Scale the float `model`, batch norms folded, in place; returns it. `InputError` where it is another network."""
+        """Scale the float `model`, batch norms folded, in place and return it; `InputError` where it is another network."""
         factors: dict[str, dict[str, Tensor]] = {}
         for key, tensor in self.tensors.items():
-            name, _, what = key.rpartition(".")
-            factors.setdefault(name, {})[what] = tensor
+            name, _, part = key.rpartition(".")
+            factors.setdefault(name, {})[part] = tensor
         modules = dict(model.named_modules())
-        for name, of in factors.items():
+        for name, tensors in factors.items():
             if name not in modules:
                 raise InputError(f"The model has no module '{name}' to equalize.{did_you_mean(name, modules)}")
             module = modules[name]
             try:
-                if "high" in of:
-                    clip = ChannelClip(of["high"].to(next(model.parameters()).device))
+                if "high" in tensors:
+                    clip = ChannelClip(tensors["high"].to(next(model.parameters()).device))
                     model.set_submodule(name, clip.train(module.training))
                 else:
-                    scale(module, of.get("outputs"), of.get("inputs"))
+                    scale(module, tensors.get("outputs"), tensors.get("inputs"))
             except (AttributeError, RuntimeError) as error:
                 check_memory(error)
                 raise InputError(f"'{name}' is not the module that was equalized ({error}). Give the same network.") from error
@@ -77,16 +82,12 @@ class Equalization:
 
     @property
     def names(self) -> dict[str, list[str]]:
-        """The modules by what was done to them: `outputs`, `inputs`, `high`."""
-        found: dict[str, list[str]] = {part: [] for part in PARTS}
-        for key in self.tensors:
-            name, _, what = key.rpartition(".")
-            found[what].append(name)
-        return found
+        """The scaled modules by what was scaled: `outputs`, `inputs`, `high`."""
+        return {part: [key.removesuffix(f".{part}") for key in self.tensors if key.endswith(f".{part}")] for part in PARTS}
 
     @property
     def sha256(self) -> str:
-        """Of the file that `save` writes."""
+        """Hex digest of the file that `save` writes."""
         return hashlib.sha256(self.content).hexdigest()
 
     def save(self, path: Path) -> None:
@@ -97,12 +98,12 @@ class Equalization:
 
     @property
     def content(self) -> bytes:
-        """What `save` writes."""
+        """The bytes that `save` writes."""
         return tensor_file(self.tensors, FORMAT, {"equalizer": self.equalizer})
 
 
 def load_equalization(path: Path) -> Equalization:
-    """What `Equalization.save` wrote; `InputError` where it is missing or damaged."""
+    """Read what `Equalization.save` wrote; `InputError` where it is missing or damaged."""
     remedy = "It says how the network's channels were scaled: restore it, or start a new run."
     about, tensors = read_tensors(path, FORMAT, remedy)
     for name, tensor in tensors.items():
@@ -120,7 +121,7 @@ def recorded(folder: Path) -> Equalization | None:
 def scale(module: Any, outputs: Tensor | None = None, inputs: Tensor | None = None) -> None:
     """Multiply the module's weight, in place, by a factor for each output and each input channel, and its bias by the first.
 
-    A layer's weight, or the one-dimensional weight of a norm, which has outputs alone. Products are rounded once.
+    The module is a layer, or a norm with a weight `[channels]`, which takes `outputs` alone. Products are rounded once.
     """
     if kind_of(module) is None:
         assert outputs is not None  # a norm reads no channels
@@ -138,11 +139,11 @@ def scale(module: Any, outputs: Tensor | None = None, inputs: Tensor | None = No
 
 
 def by_input(module: Any, rows: Tensor) -> Tensor:
-    """Rows as `[groups, out / groups, in / groups, kernel]`: the third and the first tell the input channel."""
+    """Rows as `[groups, out / groups, in / groups, kernel]`: the first and the third dimension are the input channel."""
     groups = getattr(module, "groups", 1)
     return rows.reshape(groups, rows.shape[0] // groups, rows.shape[1], -1)
 
 
 def by_groups(module: Any, inputs: Tensor) -> Tensor:
-    """A number for each input channel, shaped to meet what `by_input` gives."""
+    """Per-input-channel numbers `[in]`, shaped to broadcast over `by_input`."""
     return inputs.view(getattr(module, "groups", 1), 1, -1, 1)

@@ -1,8 +1,8 @@
-"""Folds batch norms into the layers before them, so that what is quantized is what runs at inference.
+"""Fold batch norms into the layers before them, so that the weights that run at inference are quantized.
 
-In eval mode a batch norm is a scale and a shift for each channel, y = gamma (x - mean) / sqrt(var + eps) + beta. Multiplied
-into the rows and the bias of the layer before, it costs nothing; left alone it would hide from the quantizer how much each
-row of the weight counts.
+In eval mode a batch norm is a per-channel scale and shift, y = gamma (x - mean) / sqrt(var + eps) + beta. Multiplied into the
+rows and the bias of the layer before, it costs nothing; left alone it would hide from the quantizer how much each row of the
+weight counts.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch.backends import cudnn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mpsearch.errors import InputError, check_memory, did_you_mean
-from mpsearch.graph.surgery import Hook, hooked
+from mpsearch.graph.surgery import Undo, hooked, replace_module
 from mpsearch.layer import from_rows, kind_of, rows_shape, set_values, weight_rows
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -31,16 +30,30 @@ TOLERANCE = 1e-4
 
 
 def fold_batch_norms(model: nn.Module, forward: Forward, *batches: Any) -> tuple[Pair, ...]:
-    """Fold in place every batch norm that directly follows a layer; return (layer name, batch norm name) in forward order.
+    """Fold in place every batch norm that directly follows a layer.
 
-    `forward(model, inputs)`, which returns the output tensor, is run on the first of `batches` to see which layer's output tensor
-    is a batch norm's input. Folded are those that are each called once, keep running statistics and share no parameters with
-    other modules; the layer gains a bias where it had none, and `nn.Identity` takes the batch norm's place (a batch norm that
-    holds modules to apply after it, as timm's BatchNormAct2d does, leaves these). The outputs for all `batches` must stay the
-    same to within `TOLERANCE`; pairs for which they do not, as where the layer's output is used elsewhere too, perhaps only for
-    some inputs, are undone bit for bit.
+    A batch norm follows a layer where the layer's output tensor is its input. Folded are those that are each called once, keep
+    running statistics and share no parameters with other modules; the layer gains a bias where it had none, and `nn.Identity`
+    takes the batch norm's place (a batch norm that holds modules to apply after it, as timm's BatchNormAct2d does, leaves these).
+    The outputs for all `batches` must stay the same to within `TOLERANCE`. Pairs for which they do not, as where the layer's
+    output has other readers too, perhaps only for some inputs, are undone bit for bit.
 
-    Raises `InputError` for a model in training mode: there a batch norm depends on the batch, and running would change it.
+    Parameters
+    ----------
+    forward
+        `forward(model, inputs)` returns the output tensor.
+    batches
+        Inputs; the layers and batch norms are found on the first.
+
+    Returns
+    -------
+    tuple of (str, str)
+        (layer name, batch norm name) in forward order.
+
+    Raises
+    ------
+    InputError
+        For a model in training mode: there a batch norm depends on the batch, and running would change it.
     """
     training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:
@@ -48,13 +61,13 @@ def fold_batch_norms(model: nn.Module, forward: Forward, *batches: Any) -> tuple
         raise InputError(f"Batch norms are folded in eval mode, and {where} is in training mode. Call model.eval() before.")
     # cuDNN may round a convolution's inputs to 10 bits (TF32), which would drown what is compared here.
     with torch.no_grad(), cudnn.flags(enabled=cudnn.enabled, allow_tf32=False):
-        first, followers = _run_and_watch(model, forward, batches[0])
+        first, followers = _find_followers(model, forward, batches[0])
         uses = uses_of_tensors(model)
         candidates = [pair for pair in followers if _is_foldable(model, *pair, uses)]
         before = [first, *(forward(model, inputs) for inputs in batches[1:])] if candidates else []
         kept: list[Pair] = []
 
-        def holds() -> bool:
+        def is_unchanged() -> bool:
             try:
                 pairs = zip(batches, before, strict=True)
                 return all((forward(model, x) - y).abs().max() <= TOLERANCE * y.abs().max() for x, y in pairs)
@@ -62,21 +75,21 @@ def fold_batch_norms(model: nn.Module, forward: Forward, *batches: Any) -> tuple
                 check_memory(error)
                 return False
 
-        def keep_what_holds(pairs: Sequence[Pair]) -> None:
-            """Fold `pairs`; where that changes the output, undo them and try each half."""
+        def fold_exact(pairs: Sequence[Pair]) -> None:
+            """Fold `pairs`; where that changes the outputs, undo them and try each half."""
             if not pairs:
                 return
-            folds = [_fold(model, *pair) for pair in pairs]
-            if holds():
+            undo = [_fold(model, *pair) for pair in pairs]
+            if is_unchanged():
                 kept.extend(pairs)
                 return
-            for fold in reversed(folds):
-                fold.undo(model)
+            for restore in reversed(undo):
+                restore()
             if len(pairs) > 1:
-                keep_what_holds(pairs[: len(pairs) // 2])
-                keep_what_holds(pairs[len(pairs) // 2 :])
+                fold_exact(pairs[: len(pairs) // 2])
+                fold_exact(pairs[len(pairs) // 2 :])
 
-        keep_what_holds(candidates)
+        fold_exact(candidates)
     return tuple(kept)
 
 
@@ -94,7 +107,7 @@ def apply_folds(model: nn.Module, pairs: Iterable[Pair]) -> None:
             if name not in names:
                 raise InputError(f"The model has no module '{name}' to fold." + did_you_mean(name, names))
             if name in seen:
-                raise InputError(f"'{name}' stands in more than one fold. Export the allocation again.")
+                raise InputError(f"'{name}' is in more than one fold. Export the allocation again.")
             seen.add(name)
         if not _is_foldable(model, *pair, uses):
             layer, batch_norm = (f"'{name}' ({type(names[name]).__name__})" for name in pair)
@@ -107,29 +120,11 @@ def apply_folds(model: nn.Module, pairs: Iterable[Pair]) -> None:
             _fold(model, *pair)
 
 
-@dataclass(frozen=True)
-class _Fold:
-    """What is needed to undo one fold."""
-
-    layer: Any
-    weight: Tensor
-    bias: Tensor | None
-    name: str
-    batch_norm: nn.Module
-
-    def undo(self, model: nn.Module) -> None:
-        self.layer.weight.data = self.weight
-        if self.bias is None:
-            self.layer.bias = None
-        else:
-            self.layer.bias.data = self.bias
-        model.set_submodule(self.name, self.batch_norm)
-
-
-def _fold(model: nn.Module, layer_name: str, name: str) -> _Fold:
+def _fold(model: nn.Module, layer_name: str, name: str) -> Undo:
+    """Fold one batch norm; returns the undo, bit for bit."""
     layer: Any = model.get_submodule(layer_name)
     batch_norm: Any = model.get_submodule(name)
-    undo = _Fold(layer, layer.weight.data, None if layer.bias is None else layer.bias.data, name, batch_norm)
+    old_weight, old_bias = layer.weight.data, None if layer.bias is None else layer.bias.data
     weight, bias = folded(layer, batch_norm)
     set_values(layer.weight, weight)
     if layer.bias is None:
@@ -137,12 +132,21 @@ def _fold(model: nn.Module, layer_name: str, name: str) -> _Fold:
     else:
         set_values(layer.bias, bias)
     rest = list(batch_norm.children())
-    model.set_submodule(name, (nn.Sequential(*rest) if rest else nn.Identity()).train(batch_norm.training))
+    restore = replace_module(model, name, (nn.Sequential(*rest) if rest else nn.Identity()).train(batch_norm.training))
+
+    def undo() -> None:
+        layer.weight.data = old_weight
+        if old_bias is None:
+            layer.bias = None
+        else:
+            layer.bias.data = old_bias
+        restore()
+
     return undo
 
 
 def folded(layer: Any, batch_norm: Any) -> tuple[Tensor, Tensor]:
-    """Weight, in the layer's own layout, and bias [out] of the layer with the batch norm in it, both still float64.
+    """Weight, in the layer's own layout, and bias `[out]` of the layer with the batch norm folded in, both float64.
 
     Row o becomes gamma_o / sqrt(var_o + eps) W_o, and the bias (b_o - mean_o) gamma_o / sqrt(var_o + eps) + beta_o.
     """
@@ -159,7 +163,7 @@ def folded(layer: Any, batch_norm: Any) -> tuple[Tensor, Tensor]:
 
 
 def _is_foldable(model: nn.Module, layer_name: str, name: str, uses: Counter[int]) -> bool:
-    """Whether the two modules are such that the arithmetic of a fold holds and reaches no third module."""
+    """Whether the arithmetic of a fold holds for the two modules, and changes no third one."""
     layer: Any = model.get_submodule(layer_name)
     batch_norm: Any = model.get_submodule(name)
     if not isinstance(batch_norm, _BatchNorm) or batch_norm.running_mean is None or batch_norm.running_var is None:
@@ -180,29 +184,28 @@ def _own_tensors(module: nn.Module) -> list[Tensor]:
     return [tensor for tensor in own if tensor is not None]
 
 
-def _run_and_watch(model: nn.Module, forward: Forward, inputs: Any) -> tuple[Tensor, list[Pair]]:
-    """The output, and each (layer, batch norm) of which the one's output tensor was the other's input, both called once."""
+def _find_followers(model: nn.Module, forward: Forward, inputs: Any) -> tuple[Tensor, list[Pair]]:
+    """The output, and each (layer, batch norm) where the layer's output tensor was the norm's input, both called once."""
     calls: Counter[str] = Counter()
-    # Layer outputs by id; a weak reference tells whether the id is still that tensor's, and keeps no activations alive.
-    made: dict[int, tuple[weakref.ref[Tensor], str]] = {}
-    pairs: list[Pair] = []
-
     names = {module: name for name, module in model.named_modules()}
+    # Layer outputs by id; a weak reference tells whether the id is still that tensor's, and keeps no activations alive.
+    outputs: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+    pairs: list[Pair] = []
 
     def after_layer(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         calls[names[module]] += 1
         # As many dimensions as the weight: a batch of channels-first images, or of plain vectors. (A batch norm takes the
         # second dimension for channels, a linear layer on [n, tokens, features] writes them to the last.)
         if isinstance(output, Tensor) and output.ndim == module.weight.ndim:
-            made[id(output)] = (weakref.ref(output), names[module])
+            outputs[id(output)] = (weakref.ref(output), names[module])
 
     def before_norm(module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         calls[names[module]] += 1
-        reference, layer = made.get(id(args[0]), (None, "")) if args else (None, "")
+        reference, layer = outputs.get(id(args[0]), (None, "")) if args else (None, "")
         if reference is not None and reference() is args[0]:
             pairs.append((layer, names[module]))
 
-    norms: list[tuple[nn.Module, Hook]] = [(module, before_norm) for module in names if isinstance(module, _BatchNorm)]
+    norms = [(module, before_norm) for module in names if isinstance(module, _BatchNorm)]
     with hooked(norms, [(module, after_layer) for module in names if kind_of(module) is not None]):
         output = forward(model, inputs)
     return output, [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1]

@@ -1,6 +1,6 @@
-"""Finds networks that write into a layer's input after the layer has read it, as `x += self.fc(x)` does.
+"""Networks that write into a layer's input after the layer has read it, as `x += self.fc(x)` does.
 
-What is kept of a call, for a backward pass or to run the layer again, would then be another input. Those layers are given a copy
+What is kept of a call, for a backward pass or to run the layer again, would then be another input: such layers get a copy
 (`mpsearch.graph.surgery.cloned_inputs`).
 """
 
@@ -20,12 +20,12 @@ from mpsearch.tree import tensors_in
 def overwritten_inputs(model: nn.Module, names: Sequence[str], run: Callable[[], Any]) -> tuple[str, ...]:
     """The modules among `names` whose input is written into after their call, while `run()` runs the model once."""
     modules = {model.get_submodule(name): name for name in names}
-    seen: dict[str, list[tuple[Tensor, int]]] = {}
+    versions: dict[str, list[tuple[Tensor, int]]] = {}
 
-    def watch(module: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs = [x for x in tensors_in((args, kwargs)) if not x.is_inference()]
-        seen.setdefault(modules[module], []).extend((x, x._version) for x in inputs)
+    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = [x for x in tensors_in((args, kwargs)) if not x.is_inference()]
+        versions.setdefault(modules[module], []).extend((x, x._version) for x in tensors)
 
-    with hooked([(module, watch) for module in modules]):
+    with hooked([(module, record) for module in modules]):
         run()
-    return tuple(name for name, inputs in seen.items() if any(x._version != version for x, version in inputs))
+    return tuple(name for name, inputs in versions.items() if any(x._version != version for x, version in inputs))

@@ -1,4 +1,4 @@
-"""Rewrites modules that multiply by a weight of their own without calling a layer, so that each weight belongs to an `nn.Linear`.
+"""Rewrite modules that multiply by a weight of their own without calling a layer, so that each weight belongs to an `nn.Linear`.
 
 `nn.MultiheadAttention` keeps the q, k and v projections in one parameter, `Conv1D` of Hugging Face transformers keeps its weight
 transposed, and in eval mode `nn.TransformerEncoder`, its layers and `nn.MultiheadAttention` run fused operations that read
@@ -56,8 +56,8 @@ class ProjectedAttention(nn.MultiheadAttention):
         q, k, v = self.q_proj(query), self.k_proj(key), self.v_proj(value)
         extra = [] if self.bias_k is None or self.bias_v is None else [(self.bias_k, self.bias_v)]
         extra += [(k.new_zeros(1, 1, self.embed_dim),) * 2] if self.add_zero_attn else []
-        for of_k, of_v in extra:
-            k, v = (torch.cat([x, more.expand(len(x), 1, -1)], dim=1) for x, more in ((k, of_k), (v, of_v)))
+        for extra_k, extra_v in extra:
+            k, v = (torch.cat([x, more.expand(len(x), 1, -1)], dim=1) for x, more in ((k, extra_k), (v, extra_v)))
         q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
         mask = self._mask(key_padding_mask, attn_mask, len(q), len(extra), q.dtype)
         dropout, weights = (self.dropout if self.training else 0.0), None
@@ -75,7 +75,7 @@ class ProjectedAttention(nn.MultiheadAttention):
         return output if self.batch_first else output.transpose(0, 1), weights
 
     def _mask(self, padding: Tensor | None, attention: Tensor | None, n: int, n_extra: int, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores, broadcastable to `[n, heads, queries, keys]`; `n_extra` last keys are never masked."""
+        """The mask added to the scores `[n, heads, queries, keys]`, broadcastable; the last `n_extra` keys are never masked."""
         if attention is not None and attention.dim() == 3:
             attention = attention.reshape(n, self.num_heads, *attention.shape[1:])
         padding = None if padding is None else padding[:, None, None]
@@ -120,20 +120,18 @@ def expose_projections(model: nn.Module) -> nn.Module:
     block_fused_paths(model)
     uses = uses_of_tensors(model)
     n_names = Counter(module for _, module in model.named_modules(remove_duplicate=False))
-    attentions = [m for m in model.modules() if type(m) is nn.MultiheadAttention]
-    transposed: list[Any] = [m for m in model.modules() if _is_conv1d(m)]
-    for module in (*attentions, *transposed):
+    modules: list[Any] = [module for module in model.modules() if type(module) is nn.MultiheadAttention or _is_conv1d(module)]
+    for module in modules:
         for parameter in _projected(module):
             uses[id(parameter)] -= n_names[module]
-    made: dict[int, list[nn.Parameter]] = {}
-    for module in (*attentions, *transposed):
+    parts: dict[int, list[nn.Parameter]] = {}
+    for module in modules:
         if any(uses[id(parameter)] for parameter in _projected(module)):
             continue
         if isinstance(module, nn.MultiheadAttention):
-            _project(module, made)
+            _project(module, parts)
         else:
-            weight = module._parameters["weight"]
-            (module.weight,) = _remade(made, weight, lambda w: [w.t()])
+            (module.weight,) = _split(parts, module.weight, lambda w: [w.t()])
             module.out_features, module.in_features = module.weight.shape
             module.__class__ = nn.Linear
     return model
@@ -145,7 +143,7 @@ def block_fused_paths(model: nn.Module) -> Undo:
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer):
             undo.callback(snapshot(module))
-            module.activation_relu_or_gelu = 0  # which the fused path alone reads
+            module.activation_relu_or_gelu = 0  # only the fused path reads it
         elif isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
             undo.callback(snapshot(module))
             module.use_nested_tensor = False
@@ -154,43 +152,39 @@ def block_fused_paths(model: nn.Module) -> Undo:
     return undo.close
 
 
-def _project(module: nn.MultiheadAttention, made: dict[int, list[nn.Parameter]]) -> None:
+def _project(module: nn.MultiheadAttention, parts: dict[int, list[nn.Parameter]]) -> None:
     """Turn an attention module into a `ProjectedAttention`."""
-    whole = module._parameters.get("in_proj_weight")
-    weights: list[nn.Parameter]
-    if whole is not None:
-        weights = _remade(made, whole, lambda w: w.chunk(3))
-    else:
-        weights = [module._parameters[f"{name}_weight"] for name in PROJECTIONS]  # type: ignore[misc]
-    bias = module._parameters.get("in_proj_bias")
-    biases: Sequence[nn.Parameter | None] = [None] * 3 if bias is None else _remade(made, bias, lambda b: b.chunk(3))
+    whole, bias = (module._parameters.get(name) for name in ("in_proj_weight", "in_proj_bias"))
+    separate: Any = [module._parameters.get(f"{name}_weight") for name in PROJECTIONS]
+    weights = separate if whole is None else _split(parts, whole, lambda w: w.chunk(3))
+    biases: Sequence[nn.Parameter | None] = [None] * 3 if bias is None else _split(parts, bias, lambda b: b.chunk(3))
     for name in ("in_proj_weight", "in_proj_bias", *(f"{name}_weight" for name in PROJECTIONS)):
         module._parameters[name] = None
     module.__class__ = ProjectedAttention
-    for name, weight, of in zip(PROJECTIONS, weights, biases, strict=True):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=of is not None, device="meta")
+    for name, weight, part in zip(PROJECTIONS, weights, biases, strict=True):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=part is not None, device="meta")
         linear.weight = weight
-        linear.register_parameter("bias", of)
+        linear.register_parameter("bias", part)
         linear.train(module.training)
         module.add_module(name, linear)
 
 
-def _remade(made: dict[int, list[nn.Parameter]], parameter: nn.Parameter, parts: Callable[[Tensor], Any]) -> list[nn.Parameter]:
-    """New parameters from parts of one; the same ones where it is met again."""
-    if id(parameter) not in made:
-        own = [part.clone(memory_format=torch.contiguous_format) for part in parts(parameter.detach())]
-        made[id(parameter)] = [nn.Parameter(part, requires_grad=parameter.requires_grad) for part in own]
-    return made[id(parameter)]
+def _split(parts: dict[int, list[nn.Parameter]], parameter: nn.Parameter, split: Callable[[Tensor], Any]) -> list[nn.Parameter]:
+    """New parameters from `split(parameter)`, the same ones for a parameter that `parts` has already."""
+    if id(parameter) not in parts:
+        tensors = [part.clone(memory_format=torch.contiguous_format) for part in split(parameter.detach())]
+        parts[id(parameter)] = [nn.Parameter(part, requires_grad=parameter.requires_grad) for part in tensors]
+    return parts[id(parameter)]
 
 
 def _is_conv1d(module: Any) -> bool:
-    """Whether it is a `Conv1D` as in Hugging Face transformers: x @ weight + bias, weight `[in, out]`."""
+    """Whether the module is a `Conv1D` as in Hugging Face transformers: x @ weight + bias, weight `[in, out]`."""
     weight = module._parameters.get("weight")
     is_own = type(module).__name__ == "Conv1D" and weight is not None and weight.dim() == 2
     return is_own and getattr(module, "nf", None) == weight.shape[1]
 
 
 def _projected(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that are remade."""
+    """The parameters that are replaced."""
     names = ("in_proj_weight", "in_proj_bias") if isinstance(module, nn.MultiheadAttention) else ("weight",)
-    return [found for name in names if (found := module._parameters.get(name)) is not None]
+    return [parameter for name in names if (parameter := module._parameters.get(name)) is not None]

@@ -7,6 +7,7 @@ all experts of each block, "layer1.**" all of layer1. Tied weights need no patte
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -35,15 +36,14 @@ def share(layers: Sequence[LayerSpec], patterns: Sequence[str], required: bool =
     for layer in layers:  # what is tied already stays so
         root[layer.name] = tied.setdefault(layer.group, layer.name)
     for pattern in patterns:
-        parts = [_compile(part) for part in pattern.split("|") if part]
         first: dict[tuple[str, ...], str] = {}
         ties = False
         for layer in layers:
-            same = next((found.groups() for part in parts for name in layer.modules if (found := part.fullmatch(name))), None)
-            if same is None:
+            key = next((key for name in layer.modules if (key := _key(pattern, name)) is not None), None)
+            if key is None:
                 continue
-            ties |= same in first
-            root[find(layer.name)] = find(first.setdefault(same, layer.name))
+            ties |= key in first
+            root[find(layer.name)] = find(first.setdefault(key, layer.name))
         if required and not ties:
             known = [name for layer in layers for name in layer.modules]
             raise InputError(f"share '{pattern}' ties no two layers: * is the same text in all of them, ** any."
@@ -56,24 +56,26 @@ def share(layers: Sequence[LayerSpec], patterns: Sequence[str], required: bool =
 
 def check_reached(model: nn.Module, layers: Sequence[LayerSpec], patterns: Sequence[str], runtime: str) -> None:
     """Raise `InputError` where a module that the patterns tie to `layers` is no layer, as an expert that no token was sent to."""
-    found = {name for layer in layers for name in layer.modules}
-    left = [name for name, module in model.named_modules() if kind_of(module) is not None and name not in found]
+    reached = {name for layer in layers for name in layer.modules}
+    unreached = [name for name, module in model.named_modules() if kind_of(module) is not None and name not in reached]
     for pattern in patterns:
-        parts = [_compile(part) for part in pattern.split("|") if part]
-
-        def same(name: str, parts: Sequence[re.Pattern[str]] = parts) -> tuple[str, ...] | None:
-            return next((match.groups() for part in parts if (match := part.fullmatch(name))), None)
-
-        with_layers = {same(name): name for name in found}
-        for name in left:
-            if (key := same(name)) is not None and key in with_layers:
+        with_layers = {_key(pattern, name): name for name in reached}
+        for name in unreached:
+            if (key := _key(pattern, name)) is not None and key in with_layers:
                 raise InputError(
                     f"{runtime} runs '{name}' and '{with_layers[key]}' as one, in one scheme, but the first calibration batch "
                     "does not reach the former, which stays float. Give larger batches, so that every expert gets a token."
                 )
 
 
-def _compile(part: str) -> re.Pattern[str]:
+def _key(pattern: str, name: str) -> tuple[str, ...] | None:
+    """The text that each `*` of the pattern stands for in the name; `None` where no part matches."""
+    matches = (_compiled(part).fullmatch(name) for part in pattern.split("|") if part)
+    return next((match.groups() for match in matches if match), None)
+
+
+@functools.cache
+def _compiled(part: str) -> re.Pattern[str]:
     pieces = {"**": ".*", "*": "(.*)"}
     return re.compile("".join(pieces.get(piece, re.escape(piece)) for piece in re.split(r"(\*\*|\*)", part)))
 

@@ -1,12 +1,13 @@
-"""Finds the layers of a model by running it once: what is quantizable, in which order, of what shape and work.
+"""Find the layers of a model by running it once.
 
-Running tells what reading a module tree cannot: the order, how often a layer is used, and which are never reached.
+The module tree alone does not tell the order of the layers, how often each is used, and which are never reached.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from mpsearch.errors import InputError
 from mpsearch.graph.surgery import hooked
-from mpsearch.graph.uses import Use, watched_uses
+from mpsearch.graph.uses import Use, observe_uses
 from mpsearch.layer import LayerSpec, kind_of, rows_shape
 from mpsearch.tree import map_tensors, tensors_in
 
@@ -25,19 +26,26 @@ Forward = Callable[[nn.Module, Any], Any]
 def trace_layers(model: nn.Module, forward: Forward, inputs: Any) -> tuple[LayerSpec, ...]:
     """The quantizable layers (`layer.KINDS`) that `forward(model, inputs)` reaches, in the order of their first call or use.
 
-    `inputs` hold a batch of n samples: n is the first size of the first tensor in them (a tensor, or a tuple, list or mapping
-    that holds tensors). `macs` are those of one sample, summed over all calls and uses of a layer; an embedding's calls have 0.
-    A weight that several modules own is one layer under the name of the first one called, its `modules` those called and then
+    A weight that several modules own is one layer under the name of the first one called; its `modules` are those called, then
     those not. A weight that other code multiplies by (`F.linear(h, embedding.weight)`, `mpsearch.graph.uses`) is reached too; the
-    input of such a product is not quantized. Every layer is its own group.
+    input of such a product is not quantized. Every layer is its own group. `macs` are those of one sample, summed over all calls
+    and uses; an embedding's calls have 0.
 
     Left out, so that they stay float: layers that are never reached (as `out_proj` of a subclass of `nn.MultiheadAttention`), and
     layers whose `weight` is computed from other parameters at each call (`nn.utils.parametrize`, `weight_norm`). The model runs
     in eval mode without gradients and is left as it was.
 
-    Raises `InputError` for a weight that is not float32, for inputs without a tensor, and where no layer is found.
+    Parameters
+    ----------
+    inputs
+        A batch of n samples: a tensor, or a tuple, list or mapping that holds tensors. n is the first size of the first tensor.
+
+    Raises
+    ------
+    InputError
+        For a weight that is not float32, for inputs without a tensor, and where no layer is called.
     """
-    modules = {module: name for name, module in model.named_modules() if _owns_weight(module)}
+    modules: dict[Any, str] = {module: name for name, module in model.named_modules() if _owns_weight(module)}
     for module, name in modules.items():
         if module.weight.dtype != torch.float32:
             raise InputError(
@@ -45,29 +53,26 @@ def trace_layers(model: nn.Module, forward: Forward, inputs: Any) -> tuple[Layer
                 "Call model.float() before, or load a float32 checkpoint."
             )
     n_samples = batch_length(inputs)
-    total_macs: dict[nn.Module, int] = {}
-
-    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        total_macs[module] = total_macs.get(module, 0) + _macs(module, (*args, kwargs), output)
-
-    first_of: dict[int, nn.Module] = {}
+    macs: Counter[Any] = Counter()
+    first_owner: dict[int, Any] = {}
     for module in modules:
-        first_of.setdefault(id(module.weight), module)
+        first_owner.setdefault(id(module.weight), module)
 
-    def count_use(name: str, use: Use) -> None:
-        module = first_of[id(use.weight)]
-        if use.macs:
-            total_macs[module] = total_macs.get(module, 0) + use.macs
+    def count_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        macs[module] += _macs(module, (*args, kwargs), output)
 
-    weights: dict[str, Any] = {modules[module]: module.weight for module in first_of.values()}
-    counted = [(module, count) for module in modules]
-    with hooked(after=counted), evaluating(model), torch.no_grad(), watched_uses(model, weights, count_use):
+    def count_use(use: Use) -> None:
+        if use.owner is None and use.macs:
+            macs[first_owner[id(use.weight)]] += use.macs
+
+    weights = [module.weight for module in first_owner.values()]
+    observed = hooked(after=[(module, count_call) for module in modules])
+    with observed, observe_uses(model, weights, count_use), evaluating(model), torch.no_grad():
         forward(model, inputs)
-
     owners: dict[int, list[nn.Module]] = {}
-    for module in [*total_macs, *(module for module in modules if module not in total_macs)]:
+    for module in [*macs, *(module for module in modules if module not in macs)]:
         owners.setdefault(id(module.weight), []).append(module)
-    layers = tuple(_layer(tied, modules, total_macs, n_samples) for tied in owners.values() if tied[0] in total_macs)
+    layers = tuple(_layer(tied, modules, macs, n_samples) for tied in owners.values() if tied[0] in macs)
     if not layers:
         raise InputError(
             f"No quantizable layer was called in {type(model).__name__} ({len(modules)} are in it). "
@@ -76,13 +81,13 @@ def trace_layers(model: nn.Module, forward: Forward, inputs: Any) -> tuple[Layer
     return layers
 
 
-def _layer(tied: list[nn.Module], names: dict[nn.Module, str], macs: dict[nn.Module, int], n_samples: int) -> LayerSpec:
+def _layer(tied: list[nn.Module], names: Mapping[nn.Module, str], macs: Counter[nn.Module], n_samples: int) -> LayerSpec:
     first, name = tied[0], names[tied[0]]
     return LayerSpec(
         name=name,
         kind=str(kind_of(first)),
         shape=rows_shape(first),
-        macs=sum(macs.get(module, 0) for module in tied) // n_samples,
+        macs=sum(macs[module] for module in tied) // n_samples,
         group=name,
         modules=tuple(names[module] for module in tied),
     )
@@ -105,7 +110,7 @@ def _macs(module: Any, inputs: Any, output: Any) -> int:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode it was in."""
+    """Eval mode while the block runs; every module returns to its own mode afterwards."""
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:

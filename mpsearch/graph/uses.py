@@ -1,12 +1,11 @@
-"""Reads of a layer's weight outside of the modules that own it, as in `F.linear(h, self.embedding.weight)`.
+"""Calls of torch functions that read a weight, such as `F.linear(h, self.embedding.weight)`.
 
-A use is any torch function called with the weight or a view of it while none of its own modules runs. Whatever the function, it
-can be run again with another weight.
+A use is any torch function called with the weight or a view of it. Outside of the modules that own the weight it may be any
+function: it can be run again with another weight.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,13 +30,26 @@ CHANNEL_AXIS: dict[Any, int] = {
 
 @dataclass(frozen=True)
 class Use:
-    """One call of `func`; `weight` is the parameter, `output` the first floating-point tensor that was returned."""
+    """One call of a torch function that reads a weight.
+
+    Attributes
+    ----------
+    func, args, kwargs
+        The function and its arguments.
+    weight
+        The parameter that is read.
+    output
+        The first floating-point tensor that the function returned.
+    owner
+        The module that owns the weight and was running; `None` outside of all modules that own it.
+    """
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     weight: nn.Parameter
     output: Tensor
+    owner: nn.Module | None
 
     @property
     def macs(self) -> int:
@@ -45,77 +57,78 @@ class Use:
         axis = CHANNEL_AXIS.get(self.func)
         if axis is None or not self.output.numel():
             return 0
-        view = next(x for x in _tensors((self.args, self.kwargs)) if _reads(x, self.weight))
+        view = next(x for x in _floats_in((self.args, self.kwargs)) if _is_view(x, self.weight))
         return self.output.numel() * view.numel() // self.output.shape[axis] if view.numel() == self.weight.numel() else 0
 
     def run_with(self, weight: Tensor) -> Tensor:
-        """The output with `weight`, of the parameter's shape and strides, in its place."""
+        """The output with `weight`, of the parameter's shape and strides, in the parameter's place."""
 
         def swapped(x: Tensor) -> Tensor:
-            if not _reads(x, self.weight):
+            if not _is_view(x, self.weight):
                 return x
             return weight.as_strided(x.shape, x.stride(), x.storage_offset() - self.weight.storage_offset())
 
         args, kwargs = map_tensors(swapped, (self.args, dict(self.kwargs)))
-        return next(_tensors(self.func(*args, **kwargs)))
-
-
-See = Callable[[str, Use], Tensor | None]
+        return next(_floats_in(self.func(*args, **kwargs)))
 
 
 @contextmanager
-def watched_uses(model: nn.Module, weights: Mapping[str, nn.Parameter], see: See) -> Iterator[None]:
-    """While the block runs, `see(name, use)` gets each use of `weights`; what it returns takes the output's place."""
-    running: Counter[str] = Counter()
-    names = {id(weight): name for name, weight in weights.items()}
-    by_storage: dict[int, list[str]] = {}
-    for name, weight in weights.items():
-        by_storage.setdefault(weight.untyped_storage().data_ptr(), []).append(name)
+def observe_uses(model: nn.Module, weights: Sequence[nn.Parameter], callback: Callable[[Use], Tensor | None]) -> Iterator[None]:
+    """Call `callback(use)` for each use of `weights` while the block runs; a tensor that it returns replaces the output."""
+    running: dict[int, list[nn.Module]] = {id(weight): [] for weight in weights}
+    by_storage: dict[int, list[nn.Parameter]] = {}
+    for weight in weights:
+        by_storage.setdefault(weight.untyped_storage().data_ptr(), []).append(weight)
 
-    def read(x: Tensor) -> str | None:
+    def weight_of(x: Tensor) -> nn.Parameter | None:
         if x.layout != torch.strided or x.is_meta:
             return None
-        candidates = by_storage.get(x.untyped_storage().data_ptr(), ())
-        return next((name for name in candidates if _reads(x, weights[name])), None)
+        return next((w for w in by_storage.get(x.untyped_storage().data_ptr(), ()) if _is_view(x, w)), None)
 
-    class Watch(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            output = func(*args, **(kwargs or {}))
-            of = next((found for x in _tensors((args, kwargs)) if (found := read(x)) is not None and not running[found]), None)
-            first = next(_tensors(output), None)
-            # A view is no use of its own, and what is new takes no values from the weight.
-            if of is None or first is None or read(first) is not None or func is torch.empty_like:
-                return output
-            seen = see(of, Use(func, args, kwargs or {}, weights[of], first))
-            return output if seen is None else map_tensors(lambda x: seen if x is first else x, output)
-
-    owners = {
-        module: owned
-        for module in model.modules()
-        if kind_of(module) is not None and (owned := names.get(id(module._parameters.get("weight")))) is not None
-    }
+    def observe(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        read = [weight for x in _floats_in((args, kwargs)) if (weight := weight_of(x)) is not None]
+        first = next(_floats_in(output), None) if read else None
+        # A view is no use of its own, and what is new takes no values from the weight.
+        if first is None or weight_of(first) is not None or func is torch.empty_like:
+            return output
+        weight = next((weight for weight in read if not running[id(weight)]), read[0])
+        replaced = callback(Use(func, args, kwargs, weight, first, next(reversed(running[id(weight)]), None)))
+        return output if replaced is None else map_tensors(lambda x: replaced if x is first else x, output)
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-        running[owners[module]] += 1
+        running[id(module._parameters["weight"])].append(module)
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        running[owners[module]] -= 1
+        if calls := running[id(module._parameters["weight"])]:  # none where another hook raised before `enter` ran
+            calls.pop()
 
-    with hooked([(m, enter) for m in owners], [(m, leave) for m in owners], always_call=True), Watch():
+    owners = [m for m in model.modules() if id(m._parameters.get("weight")) in running and kind_of(m) is not None]
+    with hooked([(m, enter) for m in owners], [(m, leave) for m in owners], always_call=True), _Observer(observe):
         yield
 
 
-def holders(model: nn.Module, weight: nn.Parameter, modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str]]:
-    """(module, parameter name) of all that hold the weight, but for `modules`."""
+class _Observer(TorchFunctionMode):
+    """Call `callback(func, args, kwargs, output)` for every torch function; what it returns replaces the output."""
+
+    def __init__(self, callback: Callable[..., Any]) -> None:
+        super().__init__()
+        self.callback = callback
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.callback(func, args, kwargs or {}, func(*args, **(kwargs or {})))
+
+
+def owners_outside(model: nn.Module, weight: nn.Parameter, modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str]]:
+    """(module, parameter name) of all modules but `modules` that own the weight."""
     others = (module for module in model.modules() if module not in modules)
-    return [(module, name) for module in others for name, found in module._parameters.items() if found is weight]
+    return [(module, name) for module in others for name, parameter in module._parameters.items() if parameter is weight]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _floats_in(value: Any) -> Iterator[Tensor]:
     return (x for x in tensors_in(value) if x.is_floating_point())
 
 
-def _reads(x: Tensor, weight: Tensor) -> bool:
+def _is_view(x: Tensor, weight: Tensor) -> bool:
     """Whether x is the weight or a view of it."""
     if x is weight:
         return True

@@ -13,7 +13,6 @@ which makes E[g g^T] the true Fisher and not the empirical one (Kunstner et al. 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from mpsearch.engine.engine import QuantEngine
 from mpsearch.errors import InputError, check_memory
 from mpsearch.graph.surgery import hooked
-from mpsearch.graph.uses import Use, watched_uses
+from mpsearch.graph.uses import Use, observe_uses
 from mpsearch.metrics.base import Pair, SensitivityMetric
 
 
@@ -43,8 +42,8 @@ class Fisher(SensitivityMetric):
         of_module = {name: layer.name for layer in engine.space.layers for name in layer.readers}
         for inputs, targets in engine.batches("calibration"):
             n_samples += len(targets)
-            with seen_calls(engine, list(of_module), inputs) as (logits, calls):
-                gradients = gradients_at(calls, engine.divergence.drawn_loss(logits, generator))
+            logits, calls = record_calls(engine, list(of_module), inputs)
+            gradients = gradients_at(calls, engine.divergence.drawn_loss(logits, generator))
             for (name, call), gradient in zip(calls, gradients, strict=True):
                 if gradient is None:  # what came out reached no logit
                     continue
@@ -65,35 +64,38 @@ class Call:
     use: Use | None = None
 
 
-@contextmanager
-def seen_calls(engine: QuantEngine, readers: Sequence[str], inputs: Any) -> Iterator[tuple[Tensor, list[tuple[str, Call]]]]:
-    """(logits, (reader, call) in their order) of the float model on one batch; gradients reach every output.
+def record_calls(engine: QuantEngine, readers: Sequence[str], inputs: Any) -> tuple[Tensor, list[tuple[str, Call]]]:
+    """Run the float model on one batch so that gradients reach the output of every call of a layer.
 
-    `readers` are names of modules and of weights (`LayerSpec.readers`).
+    Parameters
+    ----------
+    readers
+        Names of modules and of weights (`LayerSpec.readers`).
+
+    Returns
+    -------
+    tuple of (Tensor, list of (str, Call))
+        The logits, and each call with its reader, in their order.
     """
     calls: list[tuple[str, Call]] = []
-    modules = dict(engine.model.named_modules())
+    names = {module: name for name, module in engine.model.named_modules() if name in set(readers)}
+    weights = {name: engine.model.get_parameter(name) for name in readers if name not in names.values()}
+    weight_names = {id(weight): name for name, weight in weights.items()}
 
-    def see(name: str, use: Use) -> Tensor:
-        output = use.output if use.output.requires_grad else use.output.detach().requires_grad_()
-        calls.append((name, Call(use.args, use.kwargs, output, use)))
-        return output.clone()
-
-    def see_call(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    def record(name: str, args: Any, kwargs: Any, output: Tensor, use: Use | None = None) -> Tensor:
         output = output if output.requires_grad else output.detach().requires_grad_()
-        calls.append((names[module], Call(args, kwargs, output)))
-        return output.clone()  # what follows may work in place
+        calls.append((name, Call(args, kwargs, output, use)))
+        return output.clone()  # later code may work in place
 
-    names = {modules[name]: name for name in readers if name in modules}
-    weights = {name: engine.model.get_parameter(name) for name in readers if name not in modules}
-    with (
-        torch.enable_grad(),
-        hooked(after=[(module, see_call) for module in names]),
-        engine.own_inputs(),
-        watched_uses(engine.model, weights, see),
-    ):
-        logits = engine.task.forward(engine.model, inputs)
-    yield logits, calls
+    def record_use(use: Use) -> Tensor | None:
+        return record(weight_names[id(use.weight)], use.args, use.kwargs, use.output, use) if use.owner is None else None
+
+    def record_call(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        return record(names[module], args, kwargs, output)
+
+    observed = observe_uses(engine.model, list(weights.values()), record_use)
+    with torch.enable_grad(), engine.own_inputs(), hooked(after=[(module, record_call) for module in names]), observed:
+        return engine.task.forward(engine.model, inputs), calls
 
 
 def gradients_at(calls: Sequence[tuple[str, Call]], loss: Tensor) -> tuple[Tensor | None, ...]:

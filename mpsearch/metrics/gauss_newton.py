@@ -31,13 +31,13 @@ from torch import Tensor
 from mpsearch.engine.engine import QuantEngine
 from mpsearch.layer import LayerSpec
 from mpsearch.metrics.base import Pair, SensitivityMetric
-from mpsearch.metrics.fisher import changed, gradients_at, seen_calls
+from mpsearch.metrics.fisher import changed, gradients_at, record_calls
 from mpsearch.progress import phase
 
 FEWEST_FEATURES, MOST_PROBES = 2000, 8
 MOST_PAIRS = 4096  # whose inner products are kept, float64; beyond, the sensitivities alone are
 MOST_DIMENSIONS = 128  # of the effects; what they leave out of a group's sensitivity counts as its own
-HELD = 2**28  # bytes of gradients at once
+GRADIENT_BYTES = 2**28  # of gradients at once
 
 
 class GaussNewton(SensitivityMetric):
@@ -83,23 +83,21 @@ class GaussNewton(SensitivityMetric):
         generator = torch.Generator().manual_seed(0)
         with phase("joint effects", len(batches)) as advance:
             for inputs, _ in batches:
-                with seen_calls(engine, list(columns), inputs) as (logits, calls):
-                    held = sum(call.output.numel() * call.output.element_size() for _, call in calls)
-                    at_once = max(1, HELD // max(held, 1))
-                    for start in range(0, n_probes, at_once):
-                        probes = [
-                            engine.divergence.probe(logits, generator) for _ in range(start, min(start + at_once, n_probes))
-                        ]
-                        gradients = [gradients_at(calls, probe) for probe in probes]
-                        features = np.zeros((len(probes), len(logits), len(pairs)))  # the change is run once for all of them
-                        for (module, call), *here in zip(calls, *gradients, strict=True):
-                            if here[0] is None:  # what came out reached no logit
-                                continue
-                            for (layer, scheme), where in columns[module].items():
-                                change = changed(engine, module, layer.name, scheme, call)
-                                for feature, gradient in zip(features, here, strict=True):
-                                    feature[:, where] += _by_row(change * gradient, layer, len(logits))[:, None]
-                        yield from features / math.sqrt(n_rows * n_probes)
+                logits, calls = record_calls(engine, list(columns), inputs)
+                call_bytes = sum(call.output.numel() * call.output.element_size() for _, call in calls)
+                at_once = max(1, GRADIENT_BYTES // max(call_bytes, 1))
+                for start in range(0, n_probes, at_once):
+                    probes = [engine.divergence.probe(logits, generator) for _ in range(start, min(start + at_once, n_probes))]
+                    gradients = [gradients_at(calls, probe) for probe in probes]
+                    features = np.zeros((len(probes), len(logits), len(pairs)))  # the change is computed once for all of them
+                    for (module, call), *of_probes in zip(calls, *gradients, strict=True):
+                        if of_probes[0] is None:  # the output reached no logit
+                            continue
+                        for (layer, scheme), indices in columns[module].items():
+                            change = changed(engine, module, layer.name, scheme, call)
+                            for feature, gradient in zip(features, of_probes, strict=True):
+                                feature[:, indices] += _by_row(change * gradient, layer, len(logits))[:, None]
+                    yield from features / math.sqrt(n_rows * n_probes)
                 advance("")
 
 

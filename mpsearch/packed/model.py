@@ -24,7 +24,7 @@ from mpsearch.graph.channel_scaling import ChannelClip, Equalization
 from mpsearch.graph.fold import Pair, apply_folds
 from mpsearch.graph.projections import block_fused_paths, expose_projections
 from mpsearch.graph.surgery import Undo, quantize_input, replace_module, snapshot
-from mpsearch.graph.uses import holders
+from mpsearch.graph.uses import owners_outside
 from mpsearch.layer import kind_of, rows_shape, runs_as_usual
 from mpsearch.packed.layers import (
     Dequantized,
@@ -123,7 +123,7 @@ def _install(model: nn.Module, layers: Iterable[QuantizedLayer]) -> Undo:
             modules: list[Any] = [model.get_submodule(name) for name in layer.modules]
             _check_shape(layer, modules[0])
             layer = layer.on(modules[0].weight.device)
-            others = holders(model, modules[0].weight, modules)
+            others = owners_outside(model, modules[0].weight, modules)
             runs = runs_packed(layer, modules) and not any("" in names[module] for module in modules)
             packed = packed_weight(modules[0], layer.weight) if runs else None
             for module in modules:

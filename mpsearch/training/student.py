@@ -19,7 +19,7 @@ from mpsearch import kernels
 from mpsearch.allocation import Allocation
 from mpsearch.engine.engine import QuantEngine
 from mpsearch.graph.surgery import Undo, quantize_input, snapshot
-from mpsearch.graph.uses import holders
+from mpsearch.graph.uses import owners_outside
 from mpsearch.layer import LayerSpec, from_rows, weight_rows
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
 from mpsearch.schemes.codebook import Codebook
@@ -179,7 +179,7 @@ class Student:
                 else:
                     rows = stored.dequantize().to(self.base.device)
                 weight_of_modules = from_rows(modules[0], rows)
-                for holder, name in holders(self.base.model, modules[0].weight, modules):
+                for holder, name in owners_outside(self.base.model, modules[0].weight, modules):
                     undo.callback(snapshot(holder))
                     delattr(holder, name)
                     setattr(holder, name, weight_of_modules)

@@ -221,7 +221,7 @@ def test_folds_by_name_refuse_what_is_not_there():
     before = copy.deepcopy(model.state_dict())
     for pairs, message in [
         ([("0", "1"), ("conv9", "1")], "no module 'conv9'"),
-        ([("0", "1"), ("2", "1")], "'1' stands in more than one fold"),
+        ([("0", "1"), ("2", "1")], "'1' is in more than one fold"),
         ([("0", "3")], r"'3' \(ReLU\) cannot be folded into '0' \(Linear\)"),
         ([("2", "1")], r"cannot be folded into '2'"),
         ([("3", "1")], r"cannot be folded into '3'"),

@@ -74,10 +74,10 @@ def test_an_input_that_a_group_shares_is_done_with_where_the_group_is():
     assert apart["embed"].live == 8 * 6 + n
     for i, name in enumerate(("q_proj", "k_proj", "v_proj")):
         assert apart[name].live == together[name].live == (i + 2) * n
-        assert together[name].beside == (i + 1) * n
-        assert apart[name].beside == (i + 2) * n - (n if name == "v_proj" else 0)
+        assert together[name].without_input == (i + 1) * n
+        assert apart[name].without_input == (i + 2) * n - (n if name == "v_proj" else 0)
         assert (apart[name].values, apart[name].tokens) == (48, 6)
-    assert apart["v_proj"].elsewhere == n + max(2 * n + 4 * 36, 2 * 4 * 36), "v beside q, k and their product"
+    assert apart["v_proj"].until_next == n + max(2 * n + 4 * 36, 2 * 4 * 36), "v beside q, k and their product"
 
 
 def test_a_layer_that_is_called_twice_and_a_weight_with_two_owners():

@@ -135,7 +135,7 @@ def test_what_is_stored_is_counted_and_comes_back(scale, stored):
 
 def test_costs():
     """Ten tokens of 40 values: a byte each, and a float32 scale a token or a byte a block."""
-    activations = Activations(live=9000, beside=5000, values=400, tokens=10, elsewhere=100)
+    activations = Activations(live=9000, without_input=5000, values=400, tokens=10, until_next=100)
     layer = LayerSpec("fc", "linear", (8, 40), 3200, "fc", ("fc",), activations)
     inputs = {
         "fp8": LevelInput(),

@@ -146,7 +146,7 @@ def spec(kind, shape, macs, **activations):
 
 def test_the_rotation_is_paid_for():
     """Ten tokens of 384 columns: 256 x 8 + 128 x 7 additions each, of 32 bits."""
-    layer = spec("linear", (64, 384), 10 * 64 * 384, live=9000, beside=5000, values=3840, tokens=10, elsewhere=100)
+    layer = spec("linear", (64, 384), 10 * 64 * 384, live=9000, without_input=5000, values=3840, tokens=10, until_next=100)
     schemes = {"w4": Integer(4), "w4r": Rotated(Integer(4)), "w4a8": Integer(4, input=A8), "w4a8r": Rotated(Integer(4, input=A8))}
     space = SearchSpace.build([layer], schemes)
     additions = 10 * (256 * 8 + 128 * 7)
