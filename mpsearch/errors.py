@@ -53,3 +53,21 @@ def run_option(folder: Path) -> str:
     """`run=FOLDER` as a shell takes it, relative where it lies below the working directory."""
     text = str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
     return shlex.quote(f"run=./{text}" if text.startswith("~") or text == "null" else f"run={text}")
+
+
+def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise `InputError` where the argument `name` is none of `choices`."""
+    if value not in list(choices):
+        raise InputError(f"{name} must be one of {', '.join(map(str, choices))}; got {value!r}.")
+
+
+def check_integer(name: str, value: object, low: int = 1, high: int | None = None, hint: str = "") -> None:
+    """Raise `InputError`, which ends with `hint`, where the argument `name` is not an integer from `low` to `high`."""
+    if type(value) is not int or value < low or (high is not None and value > high):
+        raise InputError(f"{name} must be an integer from {low}{'' if high is None else f' to {high}'}; got {value!r}.{hint}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise `InputError` where the argument `name` is neither true nor false."""
+    if type(value) is not bool:
+        raise InputError(f"{name} must be true or false; got {value!r}.")

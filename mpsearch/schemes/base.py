@@ -1,17 +1,20 @@
-"""The contract of the schemes: how a layer is stored, what that weighs, and the tensor that comes of it.
+"""The contract of the schemes: the tensors in which a weight is stored, and how they are computed and read.
 
-A scheme says what is stored; how the codes and scales are found is the quantizer's affair. Size has one definition:
-`storage_bits(shape)` is what a budget counts, and `QuantizedTensor.nbytes` weighs the same, to the byte.
+A scheme is a frozen dataclass. It says which tensors are stored; a quantizer finds the codes and scales. Size has one definition:
+`storage_bits(shape)` is what a budget counts, and `QuantizedTensor.nbytes` is the same number of bytes.
+
+To add a scheme: write `schemes/<name>.py` with a subclass of `QuantScheme`, and `conf/scheme/<name>.yaml` with its `_target_`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import math
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,17 +25,31 @@ from mpsearch.errors import InputError
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.input import InputFormat
 
+Codes = tuple[Tensor, Tensor, Tensor | None]
+"""Codes uint8 `[rows, columns]`, scales `[rows, n_groups]`, and zero points uint8 `[rows, n_groups]` or `None`."""
+
 
 class FindCodes(Protocol):
-    """The quantizer's algorithm, as a scheme calls it that leaves a choice: an `Integer` or a `Codebook`."""
+    """A quantizer's algorithm, as a scheme calls it."""
 
     def __call__(
         self, matrix: Tensor, scheme: Any, group_size: int, importance: Tensor | None, fixed: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Codes uint8, scales, and zero points or `None`, of a float32 matrix `[rows, columns]`.
+    ) -> Codes:
+        """Find codes and scales.
 
-        `fixed`, bool for each value of the matrix in its order, marks weights that are stored elsewhere and are 0 in the matrix.
-        Their codes are not used: they have no error to make up for, and cannot make up for those of others.
+        Parameters
+        ----------
+        matrix
+            float32 `[rows, columns]`.
+        scheme
+            The scheme that asks, an `Integer` or a `Codebook`.
+        group_size
+            Columns that share a scale.
+        importance
+            float32 `[k, columns]`, k a divisor of the rows: weights of the squared errors; `None` weighs all alike.
+        fixed
+            bool, a value for each of the matrix in its order: weights that are stored in another tensor and are 0 in the matrix.
+            Their codes are not used: they have no error, and cannot compensate for those of others.
         """
 
 
@@ -42,7 +59,7 @@ Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class QuantScheme(ABC):
-    """How a layer's weight is stored, and its input quantized; a frozen dataclass whose fields are all there is to know."""
+    """How a layer's weight is stored and its input is quantized; equal fields are the same scheme."""
 
     @property
     def input_format(self) -> InputFormat | None:
@@ -52,19 +69,19 @@ class QuantScheme(ABC):
     @property
     @abstractmethod
     def weight_bits(self) -> int:
-        """Bits of one weight as a product reads it, without scales and padding: 4 for w4, 16 for fp16."""
+        """Bits of one weight in a product, without scales and padding: 4 for w4, 16 for fp16."""
 
     @property
     def input_bits(self) -> int:
-        """Bits of one value of the layer's input as a product reads it: those of its format, 32 where it stays float."""
+        """Bits of one input value in a product: those of its format, 32 where it stays float."""
         return 32 if self.input_format is None else self.input_format.bits
 
     def takes(self, kind: str) -> bool:
-        """Whether a layer of this kind (a word of `layer.KINDS`) can be stored and run so."""
+        """Whether layers of this kind (a value of `layer.KINDS`) can have the scheme."""
         return True
 
     def input_additions(self, shape: tuple[int, ...]) -> int:
-        """Float32 additions that each token costs before the product with a weight of `shape`, beside its quantization."""
+        """Float32 additions per token before the product with a weight of `shape`, in addition to those of quantization."""
         return 0
 
     @abstractmethod
@@ -87,12 +104,20 @@ class QuantScheme(ABC):
 
     @abstractmethod
     def quantize(
-        self, weight: Tensor, codes: FindCodes, importance: Tensor | None, seen: Histogram | None = None
+        self, weight: Tensor, find_codes: FindCodes, importance: Tensor | None, histogram: Histogram | None = None
     ) -> QuantizedTensor:
-        """`weight` (float32, output channels first) as stored; `codes` is the quantizer's, for schemes that leave a choice.
+        """Quantize a weight.
 
-        `importance` float32 `[k, columns]` (output channels divide by k) weighs squared errors; `None` weighs all alike.
-        `seen` is what calibration saw of the layer's input, for schemes with a static input range.
+        Parameters
+        ----------
+        weight
+            float32, output channels first.
+        find_codes
+            The quantizer's algorithm, for schemes with codes.
+        importance
+            float32 `[k, columns]`, k a divisor of the output channels: weights of the squared errors; `None` weighs all alike.
+        histogram
+            The layer's input in the calibration data, for schemes with a static input range.
         """
 
     @abstractmethod
@@ -101,16 +126,16 @@ class QuantScheme(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """A short phrase for people: "4-bit integer, symmetric, one scale a channel"."""
+        """A short phrase for reports: "4-bit integer, symmetric, per-channel float16 scale"."""
 
     def fields(self) -> dict[str, Any]:
-        """The fields with the class, JSON-able: two schemes are the same exactly if these are equal."""
+        """The fields and the class name, JSON-able: two schemes are the same exactly if these are equal."""
         return {"class": type(self).__name__, **dataclasses.asdict(self)}
 
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """A weight of `shape` (output channels first) as its scheme stores it; `tensors` hold every byte that counts."""
+    """A weight of `shape` (output channels first) in the tensors of its scheme's `layout`."""
 
     scheme: QuantScheme
     shape: tuple[int, ...]
@@ -127,16 +152,22 @@ class QuantizedTensor:
         return {name: tensor for name, tensor in self.tensors.items() if name.startswith("input_")}
 
     def dequantize(self) -> Tensor:
-        """The weight that these codes stand for: float32, `shape`."""
+        """The weight that the tensors stand for: float32, `shape`."""
         return self.scheme.dequantize(self.tensors, self.shape)
 
 
 def scheme_from_fields(fields: Mapping[str, Any]) -> QuantScheme:
-    """The scheme whose `fields()` these are: a class of this shelf, or any other that has been imported; else `InputError`."""
+    """The scheme with these `fields()`: of a class of this package or of any other that has been imported; else `InputError`."""
     package = importlib.import_module("mpsearch.schemes")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"mpsearch.schemes.{module.name}")
-    classes = {cls.__name__: cls for cls in QuantScheme.__subclasses__()}
+    classes = {cls.__name__: cls for cls in _subclasses(QuantScheme) if not inspect.isabstract(cls)}
     if fields["class"] not in classes:
         raise InputError(f"'{fields['class']}' is no known scheme. Import the module that defines it first, or pass schemes=.")
     return classes[fields["class"]](**{key: value for key, value in fields.items() if key != "class"})
+
+
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)

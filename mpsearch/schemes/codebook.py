@@ -1,12 +1,13 @@
-"""Weights as one of a table's values times a scale: NF4, FP8, FP4 and FP6 with scales of any granularity, MX, NVFP4, ternary.
+"""Codebooks: a weight is one of a table's values times a scale. NF4, FP8, FP4, FP6, MX, NVFP4, ternary.
 
 The tables are `levels.LEVELS`. A group's scale is stored as float16 or float32, as E8M0 (a power of two in a byte; MX v1.0,
-section 5.4), or as E4M3 beside one float32 scale of the whole tensor, its largest magnitude over 6 x 448 (NVFP4, as NVIDIA's
-ModelOpt has it in `NVFP4QTensor`). Codes are packed densely, three-valued ones five to a byte (3^5 = 243 of 256).
+section 5.4), or as E4M3 with one float32 scale of the whole tensor, its largest magnitude over 6 x 448 (NVFP4, as in
+`NVFP4QTensor` of NVIDIA's ModelOpt). Codes are packed densely, three-valued ones five to a byte (3^5 = 243 of 256).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -15,12 +16,11 @@ import torch
 from torch import Tensor
 
 from mpsearch import kernels
-from mpsearch.errors import InputError, did_you_mean
-from mpsearch.schemes.base import FindCodes, Layout, QuantizedTensor, QuantScheme
-from mpsearch.schemes.grid import GroupSize, check_group_size, each_of, grid_of, importance_of
+from mpsearch.errors import InputError, check_choice, did_you_mean
+from mpsearch.schemes.base import FindCodes, Layout, QuantizedTensor
+from mpsearch.schemes.dense import DenseScheme, GroupSize
 from mpsearch.schemes.histogram import Histogram
-from mpsearch.schemes.input import InputFormat
-from mpsearch.schemes.level_input import input_from
+from mpsearch.schemes.input import SMALLEST_NORMAL, InputFormat
 from mpsearch.schemes.levels import LEVELS, Levels
 from mpsearch.schemes.scales import E8M0_BIAS, SCALE_DTYPES, nearest_scale, scale_for
 
@@ -28,27 +28,37 @@ TRITS = 5  # in a byte
 
 
 @dataclass(frozen=True)
-class Codebook(QuantScheme):
-    """One of the `levels` (a name in `LEVELS`) times the scale, stored as `scale`, of each `group_size` weights of a row.
+class Codebook(DenseScheme):
+    """Codes of a table's values with a scale for each group of weights in a row; always symmetric (no zero points).
 
-    `input` says how the layer's input is quantized, if it is (an embedding's, which is indices, never is).
+    Parameters
+    ----------
+    levels
+        A name in `LEVELS`.
+    group_size
+        Weights of a row that share a scale, or "channel" (a row), or "tensor".
+    scale
+        How a scale is stored: "float16", "float32", "e8m0" or "e4m3".
+    input
+        How the layer's input is quantized; `None`: it stays float, as an embedding's, which is indices, always does.
 
-    Example: weight `[64, 3, 3, 3]`, `levels="e2m1"`, `group_size=32`, `scale="e8m0"` is MXFP4: 64 rows of 27 columns, one ragged
-    block a row; 864 bytes of codes and 64 of scales.
+    Examples
+    --------
+    Weight `[64, 3, 3, 3]`, `levels="e2m1"`, `group_size=32`, `scale="e8m0"` is MXFP4: 64 rows of 27 columns, one shorter block a
+    row; 864 bytes of codes and 64 of scales.
     """
 
     levels: str
     group_size: GroupSize = "channel"
     scale: Literal["float16", "float32", "e8m0", "e4m3"] = "float16"
     input: InputFormat | None = None
+    symmetric = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "input", input_from(self.input))
+        super().__post_init__()
         if self.levels not in LEVELS:
             raise InputError(f"There are no levels {self.levels!r}.{did_you_mean(str(self.levels), LEVELS)}")
-        check_group_size(self.group_size)
-        if self.scale not in SCALE_DTYPES:
-            raise InputError(f"scale is one of {', '.join(SCALE_DTYPES)}; {self.scale!r} came.")
+        check_choice("scale", self.scale, SCALE_DTYPES)
 
     @property
     def table(self) -> Levels:
@@ -56,61 +66,40 @@ class Codebook(QuantScheme):
         return LEVELS[self.levels]
 
     @property
-    def symmetric(self) -> bool:
-        """Scales alone, no zero points: what is clipped is |w|."""
-        return True
-
-    @property
-    def input_format(self) -> InputFormat | None:
-        """`input`."""
-        return self.input
-
-    @property
     def weight_bits(self) -> int:
         """The table's bits; 2 for ternary."""
         return self.table.bits
 
-    def grid(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
-        """(rows, columns, group size) of the matrix that is quantized."""
-        return grid_of(shape, self.group_size)
-
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """Dense codes padded to a byte (ternary: five in a byte), a scale for each group, with E4M3 scales the tensor's, and a
+        """Dense codes padded to a byte (ternary: five in a byte), a scale per group, with E4M3 scales one of the tensor, and a
         static input range.
         """
-        rows, columns, group_size = self.grid(shape)
-        n_bytes = -(-rows * columns // TRITS) if self.levels == "ternary" else -(-rows * columns * self.weight_bits // 8)
-        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "codes": (torch.uint8, (n_bytes,)),
-            "scales": (SCALE_DTYPES[self.scale], (rows, -(-columns // group_size))),
-        }
-        if self.scale == "e4m3":
-            tensors["tensor_scale"] = (torch.float32, (1,))
-        return {**tensors, **(self.input.layout if self.input else {})}
+        numel = math.prod(shape)
+        n_bytes = -(-numel // TRITS) if self.levels == "ternary" else -(-numel * self.weight_bits // 8)
+        tensor_scale: Layout = {"tensor_scale": (torch.float32, (1,))} if self.scale == "e4m3" else {}
+        return self._dense_layout(shape, n_bytes, SCALE_DTYPES[self.scale], tensor_scale)
 
     def scale_for(self, largest: Tensor) -> Tensor:
-        """The scale with which magnitudes up to `largest` (float32, any shape) fit, as it is stored: float32, not negative."""
+        """The scale for magnitudes up to `largest` (float32, any shape), rounded as it is stored: float32, not negative."""
         return scale_for(largest, self.table, self.scale)
 
     def nearest_scale(self, scales: Tensor) -> Tensor:
-        """`scales` (float32, not negative) as they are stored; of powers of two the nearest in octaves."""
+        """`scales` (float32, not negative) rounded as they are stored; powers of two to the nearest in octaves."""
         return nearest_scale(scales, self.scale)
 
     def quantize(
-        self, weight: Tensor, codes: FindCodes, importance: Tensor | None, seen: Histogram | None = None
+        self, weight: Tensor, find_codes: FindCodes, importance: Tensor | None, histogram: Histogram | None = None
     ) -> QuantizedTensor:
-        """The quantizer's codes, packed, with its scales; where these are E4M3 it is given the weight over the tensor's scale."""
-        shape = tuple(weight.shape)
-        rows, columns, group_size = self.grid(shape)
-        matrix, tensors = weight.reshape(rows, columns).contiguous(), {}
+        """Pack the quantizer's codes, with its scales; with E4M3 scales the quantizer gets the weight over the tensor's scale."""
+        matrix, group_size, importance = self._matrix(weight, importance)
+        tensor_scale = None
         if self.scale == "e4m3":
             largest = matrix.abs().amax() if matrix.numel() else torch.zeros(())
             tensor_scale = largest / (self.table.largest * LEVELS["e4m3"].largest)
-            tensor_scale = torch.where(tensor_scale >= torch.finfo(torch.float32).smallest_normal, tensor_scale, 1.0)
-            matrix, tensors = matrix / tensor_scale, {"tensor_scale": tensor_scale.reshape(1)}
-        found, scales, _ = codes(matrix, self, group_size, importance_of(importance, shape, self.group_size))
-        input_params = {} if self.input is None else self.input.stored(seen)
-        return self.stored(found, scales, tensors.get("tensor_scale"), input_params, shape)
+            tensor_scale = torch.where(tensor_scale >= SMALLEST_NORMAL, tensor_scale, 1.0)
+            matrix, tensor_scale = matrix / tensor_scale, tensor_scale.reshape(1)
+        codes, scales, _ = find_codes(matrix, self, group_size, importance)
+        return self.stored(codes, scales, tensor_scale, self._input_params(histogram), tuple(weight.shape))
 
     def stored(
         self,
@@ -120,13 +109,19 @@ class Codebook(QuantScheme):
         input_params: Mapping[str, Tensor],
         shape: tuple[int, ...],
     ) -> QuantizedTensor:
-        """A weight of `shape` from its codes (uint8, one each) and `nearest_scale`s, over the tensor's where there is one."""
+        """A weight of `shape` from its codes (uint8, one per weight), `nearest_scale`s, and the tensor's scale for E4M3 ones."""
         packed = _pack_trits(codes) if self.levels == "ternary" else kernels.pack(codes, self.weight_bits)
+        if self.scale == "e8m0":
+            scales = (torch.frexp(scales).exponent - 1 + E8M0_BIAS).to(torch.uint8)
+        elif self.scale == "e4m3":
+            scales = LEVELS["e4m3"].encode(scales)
+        else:
+            scales = scales.to(SCALE_DTYPES[self.scale]).contiguous()
         of_tensor = {} if tensor_scale is None else {"tensor_scale": tensor_scale}
-        return QuantizedTensor(self, shape, {"codes": packed, "scales": self._stored(scales), **of_tensor, **input_params})
+        return QuantizedTensor(self, shape, {"codes": packed, "scales": scales, **of_tensor, **input_params})
 
     def dequantize(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-        """`value * scale`, float32; where there is a tensor's scale, `scale` is its product with the group's."""
+        """`value * scale`, float32; with a per-tensor scale, `scale` is its product with the group's."""
         codes, scales = self.unpacked(tensors, shape)
         _, columns, group_size = self.grid(shape)
         each = scales if scales.shape[1] <= 1 else scales.repeat_interleave(group_size, dim=1)[:, :columns]
@@ -146,18 +141,10 @@ class Codebook(QuantScheme):
             scales = LEVELS["e4m3"].decode(scales) * tensors["tensor_scale"]
         return codes.reshape(rows, columns), scales.float()
 
-    def _stored(self, scales: Tensor) -> Tensor:
-        if self.scale == "e8m0":
-            return (torch.frexp(scales).exponent - 1 + E8M0_BIAS).to(torch.uint8)
-        if self.scale == "e4m3":
-            return LEVELS["e4m3"].encode(scales)
-        return scales.to(torch.float16 if self.scale == "float16" else torch.float32).contiguous()
-
     def describe(self) -> str:
-        """For example "e2m1 levels, an e8m0 scale for 32 weights"."""
-        scale = f"{'an' if self.scale.startswith('e') else 'a'} {self.scale} scale {each_of(self.group_size)}"
-        weight = f"{self.levels} levels, {scale}{', a float32 scale a tensor' if self.scale == 'e4m3' else ''}"
-        return weight if self.input is None else f"{weight}; {self.input.describe()}"
+        """For example "e2m1 levels, e8m0 scale per 32 weights"."""
+        tensor_scale = " with a per-tensor float32 scale" if self.scale == "e4m3" else ""
+        return self._describe(f"{self.levels} levels{tensor_scale}", self.scale)
 
 
 MXFP4 = Codebook("e2m1", 32, "e8m0")

@@ -1,4 +1,4 @@
-"""Plain floating-point storage: float16, bfloat16, float32. Needs no quantizer; rounding to nearest is all there is."""
+"""Plain floating-point storage: float16, bfloat16, float32, rounded to nearest without a quantizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, check_choice
 from mpsearch.schemes.base import FindCodes, Layout, QuantizedTensor, QuantScheme
 from mpsearch.schemes.histogram import Histogram
 
@@ -23,8 +23,7 @@ class Float(QuantScheme):
     format: Literal["float16", "bfloat16", "float32"]
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise InputError(f"A float scheme's format is one of {', '.join(FORMATS)}; {self.format!r} came.")
+        check_choice("format of a float scheme", self.format, FORMATS)
 
     @property
     def weight_bits(self) -> int:
@@ -38,9 +37,9 @@ class Float(QuantScheme):
     def quantize(
         self,
         weight: Tensor,
-        codes: FindCodes | None = None,
+        find_codes: FindCodes | None = None,
         importance: Tensor | None = None,
-        seen: Histogram | None = None,
+        histogram: Histogram | None = None,
     ) -> QuantizedTensor:
         """`weight` (float32, any shape) rounded to nearest; a value beyond float16's 65,504 is an `InputError`."""
         values = weight.to(FORMATS[self.format], copy=True)

@@ -1,7 +1,7 @@
-"""What calibration keeps of a layer's input, to choose the range of its codes: a histogram whose range grows with the data.
+"""Histogram of a layer's input, kept by calibration to choose the range of its codes; its range grows with the data.
 
-Bins are a power of two wide and start at 0 on both sides, so that a wider bin is two narrower ones: however the values come in
-batches, and in which order, the histogram of all of them is the same, count for count.
+Bins are a power of two wide and start at 0 on both sides, so that a wider bin is two narrower ones: the histogram of all values
+does not depend on their batches and their order.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Histogram:
 
     @classmethod
     def of(cls, x: Tensor) -> Histogram:
-        """Of all values of x, which are finite."""
+        """The histogram of all values of x, which are finite."""
         x = x.detach().float().flatten()
         low, high = (min(x.min().item(), 0.0), max(x.max().item(), 0.0)) if len(x) else (0.0, 0.0)
         exponent, first, n_bins = _bins(low, high)
@@ -45,17 +45,17 @@ class Histogram:
         return cls(exponent, first, counts, n_zeros, low, high)
 
     @classmethod
-    def merged(cls, found: Sequence[Histogram]) -> Histogram:
-        """Of all the values of several."""
-        if len(found) == 1:
-            return found[0]
-        low, high = min(h.low for h in found), max(h.high for h in found)
+    def merged(cls, histograms: Sequence[Histogram]) -> Histogram:
+        """The histogram of all the values of several."""
+        if len(histograms) == 1:
+            return histograms[0]
+        low, high = min(h.low for h in histograms), max(h.high for h in histograms)
         exponent, first, n_bins = _bins(low, high)
         counts = torch.zeros(n_bins, dtype=torch.int64)
-        for histogram in found:
+        for histogram in histograms:
             wider = 2 ** min(exponent - histogram.exponent, 31)
             counts.index_add_(0, torch.div(histogram.numbers, wider, rounding_mode="trunc") - first, histogram.counts)
-        return cls(exponent, first, counts, sum(h.n_zeros for h in found), low, high)
+        return cls(exponent, first, counts, sum(h.n_zeros for h in histograms), low, high)
 
     @property
     def numbers(self) -> Tensor:
@@ -84,9 +84,9 @@ class Histogram:
 
 
 def _bins(low: float, high: float) -> tuple[int, int, int]:
-    """Exponent, number of the first bin, and how many there are."""
+    """Exponent, number of the first bin, and the number of bins."""
     _, above = math.frexp(high - low)
-    exponent = max(above - 12, SMALLEST_EXPONENT) if high > low else SMALLEST_EXPONENT  # half of what can do
+    exponent = max(above - 12, SMALLEST_EXPONENT) if high > low else SMALLEST_EXPONENT  # half the least possible width
     while True:
         first, last = (math.trunc(math.ldexp(end, -exponent)) for end in (low, high))
         if last - first < N_BINS:

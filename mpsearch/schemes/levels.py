@@ -1,4 +1,4 @@
-"""The number formats of a codebook: which value each code stands for, and which code is nearest to a value.
+"""The number formats of codebooks: the value of each code, and the nearest code to a value.
 
 Small floating-point numbers (sign, exponent, mantissa; exponent 0 is subnormal) as the OCP defines them: E4M3 and E5M2 of "OFP8"
 (2023, https://www.opencompute.org/documents/ocp-8-bit-floating-point-specification-ofp8-revision-1-0-2023-12-01-pdf-1), E3M2,
@@ -21,10 +21,18 @@ from torch import Tensor
 class Levels:
     """A table of 2**bits values or fewer.
 
-    `values` float32 `[2**bits]` are the codes' (NaN for a code that is no finite number). `encode` looks among `ascending`, the
-    values from the least to the largest, whose codes are `codes`; where `sign_bit` these are the magnitudes, and the topmost bit
-    of a code is the sign. A value at or below `bounds[i]` and above `bounds[i - 1]` is nearest to `ascending[i]`.
-    Floats say their `mantissa_bits`.
+    Attributes
+    ----------
+    values
+        float32 `[2**bits]`, the value of each code (NaN for a code that is no finite number).
+    ascending, codes
+        The values from the least to the largest, and their codes, among which `encode` looks.
+    bounds
+        A value at or below `bounds[i]` and above `bounds[i - 1]` is nearest to `ascending[i]`.
+    sign_bit
+        Whether the topmost bit of a code is the sign, and `ascending` are magnitudes.
+    mantissa_bits
+        Of floating-point formats.
     """
 
     bits: int
@@ -37,16 +45,16 @@ class Levels:
 
     @property
     def largest(self) -> float:
-        """The largest magnitude that there is on both sides: 448 for E4M3."""
+        """The largest magnitude with both signs: 448 for E4M3."""
         return float(self.ascending[-1])
 
     @property
     def exponent(self) -> int:
-        """That of the largest power of two among the values, MX's emax: 8 for E4M3."""
+        """Of the largest power of two among the values, MX's emax: 8 for E4M3."""
         return math.floor(math.log2(self.largest))
 
     def encode(self, x: Tensor) -> Tensor:
-        """uint8, shaped like x (float32, finite): the nearest value's code, of two as near the even one of floats; saturates."""
+        """uint8, shaped like x (float32, finite): the code of the nearest value, for floats with ties to even; saturates."""
         index = torch.bucketize(x.abs() if self.sign_bit else x, self.bounds.to(x.device), out_int32=True)
         codes = self.codes.to(x.device)[index]
         return codes | (torch.signbit(x).to(torch.uint8) << (self.bits - 1)) if self.sign_bit else codes
@@ -58,7 +66,7 @@ class Levels:
         magnitude = x.abs().clamp_(max=self.largest)
         octave = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32)
         octave.clamp_(min=float(self.ascending[1]) * 2**self.mantissa_bits)  # of the subnormal numbers
-        shift = octave.mul_(2.0 ** (23 - self.mantissa_bits))  # a sum with it has no bits left beyond the mantissa
+        shift = octave.mul_(2.0 ** (23 - self.mantissa_bits))  # a sum with it has no bits beyond the mantissa
         return torch.copysign(magnitude.add_(shift).sub_(shift), x)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -85,7 +93,7 @@ def _levels(bits: int, pairs: list[tuple[int, float]], *, sign_bit: bool, ties_t
 
 
 def _floats(exponent_bits: int, mantissa_bits: int, bias: int, largest: float) -> Levels:
-    """Sign, exponent, mantissa; what lies beyond `largest` is NaN or infinite."""
+    """Sign, exponent, mantissa; codes beyond `largest` are NaN or infinite."""
     pairs = []
     for exponent, mantissa in itertools.product(range(2**exponent_bits), range(2**mantissa_bits)):
         normal = exponent > 0

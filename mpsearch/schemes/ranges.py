@@ -1,8 +1,8 @@
-"""How the range of a static input's codes is chosen from the histogram of what calibration saw.
+"""Choosing the range of a static input's codes from the histogram of the calibration data.
 
-Each function takes the `Histogram`, `rounded`, and whether the range is `symmetric`, and gives (low, high) with low <= 0 <= high;
-a symmetric range has low = -high. `rounded(values, low, high)` gives (codes as whole numbers, what they stand for, the step) in
-the format that is to be used, float64. Zeros are left out of the errors, as every range holds 0 exactly.
+Each function takes the `Histogram`, `rounded`, and whether the range is `symmetric`, and returns (low, high) with low <= 0 <=
+high; a symmetric range has low = -high. `rounded(values, low, high)` returns (codes as integers, the values they stand for, the
+step) in the format to be used, float64. Zeros are left out of the errors, as every range holds 0 exactly.
 """
 
 from __future__ import annotations
@@ -17,29 +17,25 @@ from mpsearch.schemes.histogram import Histogram
 Rounded = Callable[[Tensor, float, float], tuple[Tensor, Tensor, float]]
 
 PERCENTILE = 0.9999
-NEXT_TO_NOTHING = 1e-4  # counts of a bin of Q that is empty where P is not, as in MXNet and ONNX Runtime
+SMALLEST_COUNT = 1e-4  # of a bin of Q that is empty where P is not, as in MXNet and ONNX Runtime
 RATIOS = torch.linspace(1.0, 0.02, 99).tolist()  # of the largest value
 
 
-def minmax(seen: Histogram, rounded: Rounded, symmetric: bool) -> tuple[float, float]:
-    """All that was seen."""
-    return _whole(seen, symmetric)
+def minmax(histogram: Histogram, rounded: Rounded, symmetric: bool) -> tuple[float, float]:
+    """The smallest and the largest value."""
+    high = max(-histogram.low, histogram.high)
+    return (-high, high) if symmetric else (histogram.low, histogram.high)
 
 
-def _whole(seen: Histogram, symmetric: bool) -> tuple[float, float]:
-    high = max(-seen.low, seen.high)
-    return (-high, high) if symmetric else (seen.low, seen.high)
-
-
-def percentile(seen: Histogram, rounded: Rounded, symmetric: bool) -> tuple[float, float]:
+def percentile(histogram: Histogram, rounded: Rounded, symmetric: bool) -> tuple[float, float]:
     """99.99 % of the magnitudes; asymmetric: all but 0.01 % of the values at each end (Wu et al. 2020, section 4.2)."""
-    counts = seen.counts.clone()
-    counts[-seen.first] += seen.n_zeros
-    edges = seen.edges
+    counts = histogram.counts.clone()
+    counts[-histogram.first] += histogram.n_zeros
+    edges = histogram.edges
     if symmetric:
-        high = min(_reached(edges.abs(), counts), _whole(seen, symmetric)[1])
+        high = min(_reached(edges.abs(), counts), minmax(histogram, rounded, symmetric)[1])
         return (-high, high)
-    return max(-_reached(-edges, counts), seen.low), min(_reached(edges, counts), seen.high)
+    return max(-_reached(-edges, counts), histogram.low), min(_reached(edges, counts), histogram.high)
 
 
 def _reached(edges: Tensor, counts: Tensor) -> float:
@@ -49,31 +45,31 @@ def _reached(edges: Tensor, counts: Tensor) -> float:
     return max(edges[ascending][int((share < PERCENTILE).sum())].item(), 0.0)
 
 
-def mse(seen: Histogram, rounded: Rounded, symmetric: bool) -> tuple[float, float]:
-    """The least squared error of the values."""
-    centres, counts = seen.centres, seen.counts.double()
+def mse(histogram: Histogram, rounded: Rounded, symmetric: bool) -> tuple[float, float]:
+    """The least mean squared error of the values."""
+    centres, counts = histogram.centres, histogram.counts.double()
 
     def error(low: float, high: float) -> float:
         _, values, step = rounded(centres, low, high)
         each = (values - centres).square()
-        if step < seen.width:  # within a bin errors are those of a uniform density, whatever its middle's
+        if step < histogram.width:  # within a bin errors are those of a uniform density, whatever its middle's
             each = torch.where((centres >= low) & (centres <= high), step**2 / 12, each)
         return float(counts @ each)
 
-    return _least(error, seen, symmetric)
+    return _least(error, minmax(histogram, rounded, symmetric), symmetric)
 
 
-def entropy(seen: Histogram, rounded: Rounded, symmetric: bool) -> tuple[float, float]:
-    """The least KL divergence of what the codes tell of the distribution (Migacz 2017, "8-bit Inference with TensorRT").
+def entropy(histogram: Histogram, rounded: Rounded, symmetric: bool) -> tuple[float, float]:
+    """The least KL divergence of the quantized distribution (Migacz 2017, "8-bit Inference with TensorRT").
 
-    The reference P is the histogram with what the range cuts off in its outermost bins; Q has each code's values, those cut off
-    left out, spread evenly over the bins of P that round to it. Ranges of fewer bins than codes tell nothing and are not tried.
+    The reference P is the histogram with the values beyond the range in its outermost bins; Q has each code's values, those
+    beyond the range left out, spread evenly over the bins of P that round to it. Ranges of fewer bins than codes are not tried.
     """
-    starts, centres, counts = seen.numbers * seen.width, seen.centres, seen.counts.double()
+    starts, centres, counts = histogram.numbers * histogram.width, histogram.centres, histogram.counts.double()
 
     def divergence(low: float, high: float) -> float:
         codes, _, step = rounded(centres, low, high)
-        if step < seen.width:
+        if step < histogram.width:
             return torch.inf
         inside = (starts >= low) & (starts <= high)
         kept = torch.where(inside, counts, 0.0)
@@ -84,17 +80,17 @@ def entropy(seen: Histogram, rounded: Rounded, symmetric: bool) -> tuple[float, 
         by_code = (codes - codes.min()).long()
         within = (reference > 0).double()
         mass, share = (torch.bincount(by_code, of) for of in (kept, within))
-        q = torch.where(reference > 0, (mass / share.clamp(min=1.0))[by_code].clamp(min=NEXT_TO_NOTHING), 0.0)
+        q = torch.where(reference > 0, (mass / share.clamp(min=1.0))[by_code].clamp(min=SMALLEST_COUNT), 0.0)
         p, q = reference / reference.sum(), q / q.sum()
         used = p > 0
         return float((p[used] * (p[used] / q[used]).log()).sum())
 
-    return _least(divergence, seen, symmetric)
+    return _least(divergence, minmax(histogram, rounded, symmetric), symmetric)
 
 
-def _least(error: Callable[[float, float], float], seen: Histogram, symmetric: bool) -> tuple[float, float]:
-    """The range of the least error among `RATIOS` of all that was seen: of both ends alike, or of one after the other."""
-    low, high = best = _whole(seen, symmetric)
+def _least(error: Callable[[float, float], float], whole: tuple[float, float], symmetric: bool) -> tuple[float, float]:
+    """The range of the least error among `RATIOS` of the whole range: of both ends alike, or of one after the other."""
+    low, high = best = whole
     if symmetric:
         return min(((r * low, r * high) for r in RATIOS), key=lambda ends: error(*ends))
     for _ in range(2 if low and high else 1):

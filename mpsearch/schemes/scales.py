@@ -1,4 +1,4 @@
-"""How the scale of a group of numbers in small formats is stored: float16, float32, E8M0 (a power of two in a byte) or E4M3."""
+"""The formats in which scales are stored: float16, float32, E8M0 (a power of two in a byte), E4M3."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 from mpsearch.schemes.levels import LEVELS, Levels
 
-# The dtype that each is stored in: E8M0 and E4M3 as their bytes.
+# The stored dtype of each format: E8M0 and E4M3 as their bytes.
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32, "e8m0": torch.uint8, "e4m3": torch.uint8}
 E8M0_BIAS = 127
 
 
 def scale_for(largest: Tensor, table: Levels, kind: str) -> Tensor:
-    """The scale with which magnitudes up to `largest` (float32, any shape) fit `table`, as it is stored: float32, not negative.
+    """The scale with which magnitudes up to `largest` (float32, any shape) fit `table`, rounded to the format `kind`: float32.
 
     E8M0: 2^(floor(log2(largest)) - emax), so that up to half an octave saturates (MX v1.0, section 6.3).
     """
@@ -25,7 +25,7 @@ def scale_for(largest: Tensor, table: Levels, kind: str) -> Tensor:
 
 
 def nearest_scale(scales: Tensor, kind: str) -> Tensor:
-    """`scales` (float32, not negative) as they are stored; of powers of two the nearest in octaves."""
+    """`scales` (float32, not negative) rounded to the format `kind`; powers of two to the nearest in octaves."""
     if kind == "e8m0":
         exponent = torch.where(scales > 0, scales.log2().round(), -E8M0_BIAS).clamp(-E8M0_BIAS, E8M0_BIAS)
         return torch.ldexp(torch.ones_like(scales), exponent.int())

@@ -251,10 +251,10 @@ def test_a_percentile_clips_codebooks_too():
         assert torch.allclose(Percentile(90.0).quantize(weight, SHELF[name]).dequantize(), expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*BITS, "nf4 a tensor"])
+@pytest.mark.parametrize("name", [*BITS, "nf4 per tensor"])
 def test_feedback_beats_the_clip_search_and_descent_beats_feedback(name):
     """Of the outputs on correlated inputs; a grouped convolution, and a ragged last block."""
-    scheme = Codebook("nf4", "tensor") if name == "nf4 a tensor" else SHELF[name]
+    scheme = Codebook("nf4", "tensor") if name == "nf4 per tensor" else SHELF[name]
     torch.manual_seed(2)
     weight, x = weights((12, 4, 3, 3)), torch.randn(3, 400, 36).cumsum(-1) * 0.3 + 0.5
     given = InputMoments(x.mean(1), x.square().mean(1), 400, hessian=x.transpose(1, 2) @ x / 400)
@@ -308,8 +308,8 @@ def test_five_trits_fill_a_byte():
     ("arguments", "sentence"),
     [
         ({"levels": "nf5"}, "There are no levels 'nf5'. Did you mean 'nf4'"),
-        ({"levels": "nf4", "group_size": 0}, "'channel' or 'tensor'; 0 came"),
-        ({"levels": "nf4", "scale": "e5m3"}, "scale is one of float16, float32, e8m0, e4m3; 'e5m3' came"),
+        ({"levels": "nf4", "group_size": 0}, "'channel' or 'tensor'; got 0"),
+        ({"levels": "nf4", "scale": "e5m3"}, "scale must be one of float16, float32, e8m0, e4m3; got 'e5m3'"),
     ],
 )
 def test_fields_are_checked(arguments, sentence):
@@ -330,5 +330,5 @@ def test_what_cannot_be_stored_is_said(quantizer):
 
 
 def test_descriptions():
-    assert SHELF["nf4"].describe() == "nf4 levels, a float16 scale for 64 weights"
-    assert SHELF["nvfp4"].describe() == "e2m1 levels, an e4m3 scale for 16 weights, a float32 scale a tensor"
+    assert SHELF["nf4"].describe() == "nf4 levels, float16 scale per 64 weights"
+    assert SHELF["nvfp4"].describe() == "e2m1 levels with a per-tensor float32 scale, e4m3 scale per 16 weights"

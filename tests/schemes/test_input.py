@@ -205,13 +205,13 @@ def test_a_static_scale_needs_calibration(tiny):
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"bits": 17}, "A quantized input has 2 to 16 bits; input.bits=17 came"),
-        ({"symmetric": "no"}, "input.symmetric is true or false; 'no' came"),
-        ({"scale": "static", "range": "max"}, "input.range is one of minmax, percentile, mse, entropy; 'max' came"),
-        ({"range": "mse"}, "input.range=mse is found by calibration, but input.scale=token finds its range when the input comes"),
-        ({"scale": "batch"}, "input.scale is one of token, tensor, static; 'batch' came"),
-        ({"width": 8}, "input takes bits, scale, symmetric, range; width came"),
-        (8, "input is null, or bits and scale"),
+        ({"bits": 17}, "input.bits must be an integer from 2 to 16; got 17. Give input=null"),
+        ({"symmetric": "no"}, "input.symmetric must be true or false; got 'no'"),
+        ({"scale": "static", "range": "max"}, "input.range must be one of minmax, percentile, mse, entropy; got 'max'"),
+        ({"range": "mse"}, "input.range=mse is found by calibration, but input.scale=token finds its range at run time"),
+        ({"scale": "batch"}, "input.scale must be one of token, tensor, static; got 'batch'"),
+        ({"width": 8}, "input takes bits, scale, symmetric, range; got width"),
+        (8, "input must be null, or bits and scale"),
     ],
 )
 def test_what_an_input_may_be(fields, sentence):

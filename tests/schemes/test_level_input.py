@@ -153,10 +153,10 @@ def test_costs():
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"levels": "nf4"}, "input.levels is one of e2m1, e2m3, e3m2, e4m3, e5m2, int8; 'nf4' came"),
-        ({"levels": "e4m3", "scale": "channel"}, "input.scale is one of token, tensor, static, mx, nv; 'channel' came"),
-        ({"levels": "e4m3", "bits": 8}, "input takes levels, scale; bits came"),
-        ("fp8", r"or levels and scale: \{levels: e4m3, scale: token\}; 'fp8' came"),
+        ({"levels": "nf4"}, "input.levels must be one of e2m1, e2m3, e3m2, e4m3, e5m2, int8; got 'nf4'"),
+        ({"levels": "e4m3", "scale": "channel"}, "input.scale must be one of token, tensor, static, mx, nv; got 'channel'"),
+        ({"levels": "e4m3", "bits": 8}, "input takes levels, scale; got bits"),
+        ("fp8", r"or levels and scale: \{levels: e4m3, scale: token\}; got 'fp8'"),
     ],
 )
 def test_what_an_input_may_be(fields, sentence):

@@ -165,16 +165,16 @@ def test_fields_come_back():
     assert scheme_from_fields(fields) == scheme
     assert (scheme.weight_bits, scheme.input_bits, scheme.input_format.scale) == (3, 8, "static")
     assert RoundToNearest().quantize(weights(), scheme).input_params
-    assert scheme.describe().endswith("; 8-bit input, a static scale (minmax); 0.5% of the weights in float16")
+    assert scheme.describe().endswith("; 8-bit input, static scale (minmax); 0.5% of the weights in float16")
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((Float("float16"),), r"beside an Integer or a Codebook; dense=Float\(format='float16'\) came"),
-        ((Integer(3), 0), "above 0 and below 1; 0 came"),
-        ((Integer(3), 1.5), "above 0 and below 1; 1.5 came"),
-        ((Integer(3), "1%"), "above 0 and below 1; '1%' came"),
+        ((Float("float16"),), r"dense must be an Integer or a Codebook; got Float\(format='float16'\)"),
+        ((Integer(3), 0), "above 0 and below 1; got 0"),
+        ((Integer(3), 1.5), "above 0 and below 1; got 1.5"),
+        ((Integer(3), "1%"), "above 0 and below 1; got '1%'"),
     ],
 )
 def test_fields_are_checked(arguments, sentence):

@@ -174,9 +174,9 @@ def test_fields_come_back():
         assert scheme_from_fields(json.loads(json.dumps(scheme.fields()))) == scheme
     assert scheme.describe().startswith("rotated 4-bit integer")
     assert (scheme.weight_bits, scheme.input_bits, scheme.input_format.has_static_scale) == (4, 8, True)
-    assert scheme.input_format.describe() == "rotated 8-bit asymmetric input, a static scale (mse)"
+    assert scheme.input_format.describe() == "rotated 8-bit asymmetric input, static scale (mse)"
     for wrong in (Float("float16"), Outliers(Integer(4)), 4):
-        with pytest.raises(InputError, match="is stored as an Integer or a Codebook"):
+        with pytest.raises(InputError, match="dense must be an Integer or a Codebook"):
             Rotated(wrong)
 
 

@@ -59,17 +59,17 @@ def test_names_say_the_bits():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"bits": 0}, "An integer scheme has 1 to 8 bits; bits=0 came"),
-        ({"bits": 9}, "bits=9 came. For more, use fp16"),
-        ({"bits": 4.0}, "bits=4.0 came"),
-        ({"bits": "4"}, "bits=4 came"),
-        ({"bits": True}, "bits=True came"),
-        ({"bits": 4, "group_size": 0}, "'channel' or 'tensor'; 0 came"),
-        ({"bits": 4, "group_size": -1}, "'channel' or 'tensor'; -1 came"),
-        ({"bits": 4, "group_size": 2.5}, "'channel' or 'tensor'; 2.5 came"),
-        ({"bits": 4, "group_size": True}, "'channel' or 'tensor'; True came"),
-        ({"bits": 4, "group_size": "row"}, "'channel' or 'tensor'; 'row' came"),
-        ({"bits": 4, "scale_dtype": "bfloat16"}, "'float16' or 'float32'; 'bfloat16' came"),
+        ({"bits": 0}, "bits of an integer scheme must be an integer from 1 to 8; got 0"),
+        ({"bits": 9}, "got 9. For more, use fp16"),
+        ({"bits": 4.0}, "bits .* 1 to 8; got 4.0"),
+        ({"bits": "4"}, "bits .* 1 to 8; got '4'"),
+        ({"bits": True}, "bits .* 1 to 8; got True"),
+        ({"bits": 4, "group_size": 0}, "'channel' or 'tensor'; got 0"),
+        ({"bits": 4, "group_size": -1}, "'channel' or 'tensor'; got -1"),
+        ({"bits": 4, "group_size": 2.5}, "'channel' or 'tensor'; got 2.5"),
+        ({"bits": 4, "group_size": True}, "'channel' or 'tensor'; got True"),
+        ({"bits": 4, "group_size": "row"}, "'channel' or 'tensor'; got 'row'"),
+        ({"bits": 4, "scale_dtype": "bfloat16"}, "scale_dtype must be one of float16, float32; got 'bfloat16'"),
     ],
 )
 def test_fields_of_integers_are_checked(arguments, sentence):
@@ -78,7 +78,7 @@ def test_fields_of_integers_are_checked(arguments, sentence):
 
 
 def test_format_of_floats_is_checked():
-    with pytest.raises(InputError, match="one of float16, bfloat16, float32; 'fp8' came"):
+    with pytest.raises(InputError, match="one of float16, bfloat16, float32; got 'fp8'"):
         Float("fp8")
 
 
@@ -159,9 +159,9 @@ def test_what_overflows_float16_is_said():
 
 
 def test_descriptions():
-    assert Integer(4).describe() == "4-bit integer, symmetric, a float16 scale a channel"
-    assert Integer(1, "tensor", False, "float32").describe() == "1-bit integer, asymmetric, a float32 scale a tensor"
-    assert Integer(2, 64, False).describe() == "2-bit integer, asymmetric, a float16 scale for 64 weights"
+    assert Integer(4).describe() == "4-bit integer, symmetric, per-channel float16 scale"
+    assert Integer(1, "tensor", False, "float32").describe() == "1-bit integer, asymmetric, per-tensor float32 scale"
+    assert Integer(2, 64, False).describe() == "2-bit integer, asymmetric, float16 scale per 64 weights"
     assert Float("bfloat16").describe() == "bfloat16"
 
 
