@@ -1,4 +1,8 @@
-"""The contract of the quantizers: the algorithm that finds the codes and scales of one layer, in integers or a codebook."""
+"""The contract of the quantizers: the algorithm that finds the codes and scales of one layer, for integers or a codebook.
+
+A quantizer is a frozen dataclass whose fields are its settings. To add one: write `quantizers/<name>.py` with a subclass of
+`Quantizer`, and `conf/quantizer/<name>.yaml` with its `_target_` and defaults.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +16,27 @@ from torch import Tensor
 
 from mpsearch import kernels
 from mpsearch.errors import InputError
-from mpsearch.schemes.base import QuantizedTensor, QuantScheme
+from mpsearch.schemes.base import Codes, FindCodes, QuantizedTensor, QuantScheme
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.integer import SCALE_DTYPES, Integer
 from mpsearch.schemes.rotated import Rotated
 
+CodedScheme = Integer | Codebook
+PART = 2**17  # weights at a time in `level_codes`: the intermediate results of a candidate scale stay in the cache
+
 
 @dataclass(frozen=True)
 class InputMoments:
-    """What calibration tells of a layer's input, for each group of a grouped convolution (`k` groups, else 1).
+    """Statistics of a layer's input in the calibration data, for each group of a grouped convolution (`k` groups, else 1).
 
-    `mean` and `second_moment` are float32 `[k, columns]`: the mean of each input value that meets a column of the weight
-    matrix, and of its square, over the `count` output positions of the calibration data (padding counted as the zeros it is).
-    `histogram` is of all input values, for static input ranges. `hessian` float32 `[k, columns, columns]` is the mean of x x^T,
-    whose diagonal is `second_moment`; it is there for quantizers that say `needs_hessian`, where the layer allows it.
-    So is `fisher` float32 `[k, rows / k, rows / k]` for those that say `needs_fisher`: the mean of g g^T, g being the gradient of
-    the loss at the layer's output. `rotated` are the moments of the rotated input of a Linear layer, without these two, where
-    they were asked for.
+    Attributes ---------- mean, second_moment float32 `[k, columns]`: the mean of the input values that each column of the
+    weight is multiplied by, and of their squares, over the output positions (padding counted as zeros). count Output
+    positions. histogram All input values, for static input ranges. hessian float32 `[k, columns, columns]`: the mean of x
+    x^T, whose diagonal is `second_moment`; for quantizers with `needs_hessian`, where the layer allows it. rotated The
+    moments of the rotated input of a Linear layer, without `hessian` and `fisher`, where they were asked for. fisher
+    float32 `[k, rows / k, rows / k]`: the mean of g g^T, g the gradient of the loss at the layer's output; for quantizers
+    with `needs_fisher`.
     """
 
     mean: Tensor
@@ -41,7 +48,7 @@ class InputMoments:
     fisher: Tensor | None = None
 
     def for_scheme(self, scheme: QuantScheme) -> InputMoments:
-        """Those of what meets the columns of the weight as `scheme` stores it: of a rotated one, of the rotated input."""
+        """The moments of the values that the stored weight is multiplied by: for a `Rotated` scheme, of the rotated input."""
         if not isinstance(scheme, Rotated):
             return self
         # Q^T E[x x^T] Q, which is symmetric.
@@ -54,34 +61,33 @@ class InputMoments:
         return InputMoments(kernels.rotate(self.mean), second, self.count, hessian=hessian, fisher=self.fisher)
 
     @classmethod
-    def pooled(cls, found: Sequence[InputMoments]) -> InputMoments:
-        """Of several modules that own one weight, each counted by its `count` of output positions."""
-        if len(found) == 1:
-            return found[0]
-        count = sum(moments.count for moments in found)
-        shares = [moments.count / count for moments in found]
+    def pooled(cls, parts: Sequence[InputMoments]) -> InputMoments:
+        """The moments of several modules that own one weight, weighted by their `count` of output positions."""
+        if len(parts) == 1:
+            return parts[0]
+        count = sum(part.count for part in parts)
 
-        def mean(of: Sequence[Tensor]) -> Tensor:
-            return torch.stack([share * each for share, each in zip(shares, of, strict=True)]).sum(0)
+        def mean(name: str) -> Any:
+            """The weighted mean of an attribute; `None` where a part has none."""
+            values = [getattr(part, name) for part in parts]
+            if any(value is None for value in values):
+                return None
+            return torch.stack([part.count / count * value for part, value in zip(parts, values, strict=True)]).sum(0)
 
-        def mean_where_all(of: Sequence[Tensor | None]) -> Tensor | None:
-            known = [each for each in of if each is not None]
-            return mean(known) if len(known) == len(found) else None
-
-        histograms = [moments.histogram for moments in found if moments.histogram is not None]
-        turned = [moments.rotated for moments in found if moments.rotated is not None]
+        histograms = [part.histogram for part in parts if part.histogram is not None]
+        rotated = [part.rotated for part in parts if part.rotated is not None]
         return cls(
-            mean([moments.mean for moments in found]),
-            mean([moments.second_moment for moments in found]),
+            mean("mean"),
+            mean("second_moment"),
             count,
             Histogram.merged(histograms) if histograms else None,
-            mean_where_all([moments.hessian for moments in found]),
-            cls.pooled(turned) if len(turned) == len(found) else None,
-            mean_where_all([moments.fisher for moments in found]),
+            mean("hessian"),
+            cls.pooled(rotated) if len(rotated) == len(parts) else None,
+            mean("fisher"),
         )
 
     def centred(self) -> InputMoments:
-        """The moments of x - E[x]: what weighs an error whose mean is taken off the layer's bias."""
+        """The moments of x - E[x]: the weights of an error whose mean is subtracted from the layer's bias."""
         second = (self.second_moment - self.mean.square()).clamp(min=0.0)
         hessian = None if self.hessian is None else self.hessian - self.mean[:, :, None] * self.mean[:, None, :]
         rotated = None if self.rotated is None else self.rotated.centred()
@@ -95,38 +101,47 @@ class Quantizer(ABC):
     needs_fisher: ClassVar[bool] = False
 
     @abstractmethod
-    def codes(
-        self, matrix: Tensor, scheme: Any, group_size: int, importance: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(codes uint8 `[rows, columns]`, scales `[rows, n_groups]`, zero points uint8 or `None`) of a float32 matrix.
+    def codes(self, matrix: Tensor, scheme: Any, group_size: int, importance: Tensor | None) -> Codes:
+        """Codes, scales and zero points of a matrix.
 
-        `scheme` is an `Integer` or a `Codebook`, whose scales are float32 and such as `Codebook.scale_for` gives.
-
-        `importance` float32 `[k, columns]` (rows divide by k) weighs squared errors; `None` weighs all alike.
+        Parameters
+        ----------
+        matrix
+            float32 `[rows, columns]`.
+        scheme
+            An `Integer` or a `Codebook`; a codebook's scales are float32 and such as `Codebook.scale_for` gives.
+        group_size
+            Columns that share a scale.
+        importance
+            float32 `[k, columns]`, k a divisor of the rows: weights of the squared errors; `None` weighs all alike.
         """
 
     def quantize(self, weight: Tensor, scheme: QuantScheme, moments: InputMoments | None = None) -> QuantizedTensor:
-        """`weight` (float32, output channels first) as `scheme` stores it; errors weigh by the input's second moment."""
+        """`weight` (float32, output channels first) as `scheme` stores it; errors are weighted by the input's second moment."""
         if moments is None:
             return scheme.quantize(weight, self._codes_without_feedback, None)
         moments = moments.for_scheme(scheme)
-        return scheme.quantize(weight, self._codes_without_feedback, moments.second_moment, moments.histogram)
+        return scheme.quantize(weight, self._algorithm(moments), moments.second_moment, moments.histogram)
+
+    def _algorithm(self, moments: InputMoments) -> FindCodes:
+        """The algorithm of a layer with these moments, as the scheme calls it."""
+        return self._codes_without_feedback
 
     def _codes_without_feedback(
         self, matrix: Tensor, scheme: Any, group_size: int, importance: Tensor | None, fixed: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`codes`: where no weight takes the errors of others, `fixed` ones need no care."""
+    ) -> Codes:
+        """`codes`, which ignores `fixed`: no weight compensates for the errors of others."""
         return self.codes(matrix, scheme, group_size, importance)
 
 
 def kernel_codes(
     matrix: Tensor,
-    scheme: Integer | Codebook,
+    scheme: CodedScheme,
     group_size: int,
     ratios: Tensor | None = None,
     importance: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The kernels' `quantize` with the scheme's fields filled in; for a codebook `level_codes`."""
+) -> Codes:
+    """`kernels.quantize` with the scheme's fields; for a codebook `level_codes`."""
     if isinstance(scheme, Codebook):
         return *level_codes(matrix, scheme, group_size, ratios, importance), None
     return kernels.quantize(
@@ -146,16 +161,18 @@ def clip_ratios(n: int, smallest: float, both_signs: bool) -> Tensor:
     return torch.stack([ratios, -ratios], dim=1).flatten() if both_signs else ratios
 
 
-PART = 2**17  # weights at a time: what a candidate makes of them stays in the cache
-
-
 def level_codes(
     matrix: Tensor, scheme: Codebook, group_size: int, ratios: Tensor | None = None, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Codes uint8 `[rows, columns]` and scales float32 `[rows, n_groups]`: each weight's nearest level under its group's scale.
+    """The nearest level of each weight under its group's scale: codes uint8 `[rows, columns]`, scales float32 `[rows, n_groups]`.
 
-    That is the one for the group's largest magnitude; with `ratios` the one for that times the ratio which has the least squared
-    error, weighted by `importance` `[k, columns]`, the first of equals. Weights that are not finite are an `InputError`.
+    The scale is the one for the group's largest magnitude; with `ratios` the one for that times the ratio which has the least
+    squared error, weighted by `importance` `[k, columns]`, the first of equals.
+
+    Raises
+    ------
+    InputError
+        For weights or scales that are not finite.
     """
     if bad := int((~torch.isfinite(matrix)).sum()):
         raise InputError(f"{bad} of {matrix.numel()} weights are NaN or infinite. Load a sound checkpoint.")
@@ -166,14 +183,13 @@ def level_codes(
     scales = torch.empty(rows, n_groups, device=matrix.device)
     if matrix.numel():
         blocks = torch.nn.functional.pad(matrix, (0, n_groups * size - columns)).reshape(codes.shape)
-        weighs = torch.ones_like(matrix[:1]) if importance is None else importance
-        weighs = torch.nn.functional.pad(weighs, (0, n_groups * size - columns)).reshape(-1, n_groups, size)
-        per = rows // len(weighs)
+        weights = torch.ones_like(matrix[:1]) if importance is None else importance
+        weights = torch.nn.functional.pad(weights, (0, n_groups * size - columns)).reshape(-1, n_groups, size)
         step = max(PART // (n_groups * size), 1)
         for begin in range(0, rows, step):
             part = slice(begin, min(begin + step, rows))
-            of_rows = torch.arange(begin, part.stop, device=matrix.device) // per
-            codes[part], scales[part] = _best_levels(blocks[part], scheme, ratios, weighs[of_rows])
+            weight_rows = torch.arange(begin, part.stop, device=matrix.device) // (rows // len(weights))
+            codes[part], scales[part] = _best_levels(blocks[part], scheme, ratios, weights[weight_rows])
     if not torch.isfinite(scales).all():
         raise InputError(
             f"With weights up to {float(matrix.abs().max()):g} a scale exceeds the largest {scheme.scale}. Scale the weights "
@@ -182,7 +198,7 @@ def level_codes(
     return codes.reshape(rows, n_groups * size)[:, :columns].contiguous(), scales
 
 
-def _best_levels(blocks: Tensor, scheme: Codebook, ratios: Tensor | None, weighs: Tensor) -> tuple[Tensor, Tensor]:
+def _best_levels(blocks: Tensor, scheme: Codebook, ratios: Tensor | None, weights: Tensor) -> tuple[Tensor, Tensor]:
     """`level_codes` of blocks `[rows, n_groups, size]`."""
     largest = blocks.abs().amax(-1)
     best = scheme.scale_for(largest if ratios is None else largest * ratios[0])
@@ -191,13 +207,13 @@ def _best_levels(blocks: Tensor, scheme: Codebook, ratios: Tensor | None, weighs
         for ratio in ratios:
             scales = scheme.scale_for(largest * ratio)
             change = scheme.table.decode(_encoded(blocks, scheme, scales)).mul_(scales[..., None]).sub_(blocks)
-            error = change.square_().mul_(weighs).sum(-1)
+            error = change.square_().mul_(weights).sum(-1)
             better = error < least
             least, best = torch.where(better, error, least), torch.where(better, scales, best)
     return _encoded(blocks, scheme, best), best
 
 
 def _encoded(blocks: Tensor, scheme: Codebook, scales: Tensor) -> Tensor:
-    """The nearest levels' codes; a scale of 0 makes all weights 0."""
-    each = scales[..., None]
-    return scheme.table.encode(torch.where(each > 0, blocks / each, 0.0))
+    """The codes of the nearest levels; a scale of 0 makes all weights 0."""
+    scales = scales[..., None]
+    return scheme.table.encode(torch.where(scales > 0, blocks / scales, 0.0))

@@ -1,9 +1,9 @@
-"""GPTQ: columns are rounded one after another, and each makes up for the errors of those before it (Frantar et al. 2023).
+"""GPTQ: columns are rounded one after another, and each compensates for the errors of those before it (Frantar et al. 2023).
 
 With H = E[x x^T] of the layer's input, the mean squared error of an output is e^T H e, e being the error of its row. Written
 H = (I + A)^T D (I + A), with A strictly lower triangular and D diagonal, it is the sum of D_jj (e_j + sum_(i<j) A_ji e_i)^2, of
 which column j can only choose its own code: nearest to w_j - sum_(i<j) A_ji e_i. This is GPTQ's algorithm without the inverse of
-H (Chee et al. 2023, QuIP, theorem 6). The scales come first, of the clip search weighted by the diagonal of H.
+H (Chee et al. 2023, QuIP, theorem 6). The scales come first, from the clip search weighted by the diagonal of H.
 """
 
 from __future__ import annotations
@@ -17,21 +17,23 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import InputError
-from mpsearch.quantizers.base import InputMoments
+from mpsearch.quantizers.base import CodedScheme, Codes, InputMoments
 from mpsearch.quantizers.clip_search import ClipSearch
-from mpsearch.quantizers.grids import Grid, Integers, LevelGrid
-from mpsearch.schemes.base import QuantizedTensor, QuantScheme
-from mpsearch.schemes.codebook import Codebook
-from mpsearch.schemes.integer import Integer
+from mpsearch.quantizers.grids import RoundingProblem
+from mpsearch.schemes.base import FindCodes
 
 
 @dataclass(frozen=True)
 class GPTQ(ClipSearch):
-    """Feedback from each column to the later ones; `act_order` takes columns with the largest inputs first.
+    """Feedback from each column to the later ones.
 
-    `damping` times the mean of its diagonal is added to the Hessian, which bounds the feedback where few calibration samples or
-    columns that never vary leave it singular; ten times more, and a warning, where that is not enough. A layer without a Hessian
-    (an embedding, a transposed convolution, one that the calibration data do not reach) takes the clip search.
+    A layer without a Hessian (an embedding, a transposed convolution, one that the calibration data do not reach) takes the clip
+    search.
+
+        Parameters ---------- n_candidates, min_ratio Of the clip search. damping As a share of the mean of the Hessian's
+        diagonal, added to it. Bounds the feedback where few calibration samples or constant columns leave the Hessian singular;
+        ten times more, and a warning, where that is not enough. act_order Whether columns with the largest inputs are rounded
+        first.
     """
 
     damping: float = 0.01
@@ -41,85 +43,66 @@ class GPTQ(ClipSearch):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.damping <= 1:
-            raise InputError(f"damping is above 0 and at most 1, as a share of the Hessian's diagonal; {self.damping} came.")
+            raise InputError(f"damping, a share of the Hessian's diagonal, must be above 0 and at most 1; got {self.damping}.")
 
-    def quantize(self, weight: Tensor, scheme: QuantScheme, moments: InputMoments | None = None) -> QuantizedTensor:
-        """`weight` (float32, output channels first) as `scheme` stores it, by the moments' Hessian."""
-        if moments is None or moments.hessian is None:
-            return super().quantize(weight, scheme, moments)
-        moments = moments.for_scheme(scheme)
-        assert moments.hessian is not None
-        codes = partial(self._codes_by_hessian, hessian=self._damped(moments.hessian))
-        return scheme.quantize(weight, codes, moments.second_moment, moments.histogram)
+    def _algorithm(self, moments: InputMoments) -> FindCodes:
+        if moments.hessian is None:
+            return super()._algorithm(moments)
+        return partial(self._codes_by_hessian, hessian=self._damped(moments.hessian))
 
     def _codes_by_hessian(
         self,
         matrix: Tensor,
-        scheme: Integer | Codebook,
+        scheme: CodedScheme,
         group_size: int,
         importance: Tensor | None,
         fixed: Tensor | None = None,
         *,
         hessian: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """`codes` with the damped float64 `hessian` `[k, columns, columns]`; a matrix of one row is a whole tensor."""
+    ) -> Codes:
+        """`codes` with the damped float64 `hessian` `[k, columns, columns]`."""
         _, scales, zero_points = self.codes(matrix, scheme, group_size, importance)
-        columns = hessian.shape[-1]
-        weight = matrix.reshape(-1, columns)
-        groups = (torch.arange(columns) // group_size).int()
-        rows, grid = len(weight), self._grid(scheme, scales, zero_points, weight.shape, fixed)
-        codes, scales = self._solve(weight, hessian, scales.expand(rows, -1).contiguous(), grid, groups, len(matrix) < rows)
+        problem = RoundingProblem.for_scheme(matrix, hessian, scheme, group_size, scales, zero_points, fixed)
+        codes, scales = self._solve(problem, scales.expand(len(problem.weight), -1).contiguous())
         return codes.reshape(matrix.shape), scales[: len(matrix)].contiguous(), zero_points
 
-    def _grid(
-        self,
-        scheme: Integer | Codebook,
-        scales: Tensor,
-        zero_points: Tensor | None,
-        shape: torch.Size,
-        fixed: Tensor | None,
-    ) -> Grid:
-        fixed = None if fixed is None else fixed.reshape(shape)
-        if isinstance(scheme, Codebook):
-            return LevelGrid(scheme, fixed=fixed)
-        middle = 0.5 if scheme.bits == 1 else float(2 ** (scheme.bits - 1))
-        zeros = torch.full(scales.shape, middle) if zero_points is None else zero_points.float()
-        return Integers(scheme.bits, zeros.expand(shape[0], -1).contiguous(), scales.dtype, fixed=fixed)
-
-    def _solve(
-        self, weight: Tensor, hessian: Tensor, scales: Tensor, grid: Grid, groups: Tensor, shared: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Codes `[rows, columns]` and scales `[rows, n_groups]`, here as they came; where `shared`, all rows have one."""
+    def _solve(self, problem: RoundingProblem, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes `[rows, columns]` and scales `[rows, n_groups]`; here the given ones."""
+        hessian, groups = problem.hessian, problem.groups
         order = torch.arange(len(groups))
         if self.act_order:
             order = hessian.diagonal(dim1=1, dim2=2).sum(0).argsort(descending=True, stable=True)
-        feedback = triangular_feedback(hessian[:, order][:, :, order])
+        feedback, weight = triangular_feedback(hessian[:, order][:, :, order]), problem.weight[:, order].contiguous()
         codes = torch.empty(weight.shape, dtype=torch.uint8)
-        codes[:, order] = grid.ordered(order).rounded(weight[:, order].contiguous(), feedback, scales, groups[order])
+        codes[:, order] = problem.grid.ordered(order).rounded(weight, feedback, scales, groups[order])
         return codes, scales
 
     def _damped(self, hessian: Tensor) -> Tensor:
         """float64, positive definite."""
-        hessian = hessian.double()
-        diagonal = hessian.diagonal(dim1=1, dim2=2)
-        mean = diagonal.mean(1)
-        mean = torch.where(mean > 0, mean, 1.0)[:, None]  # no input at all: every error counts alike
-        share, most = self.damping, 1.0
-        while share <= most:
-            damped = hessian + torch.diag_embed((share * mean).expand_as(diagonal))
+        hessian, share, largest_share = hessian.double(), self.damping, 1.0
+        while share <= largest_share:
+            damped = damped_by(hessian, share)
             if not torch.linalg.cholesky_ex(damped).info.any():
                 if share > self.damping:
                     warnings.warn(
-                        f"A Hessian is not positive definite with damping={self.damping:g}; {share:g} was taken. More "
+                        f"A Hessian is not positive definite with damping={self.damping:g}; {share:g} was used. More "
                         "calibration data, or a larger damping, make it so.",
                         stacklevel=2,
                     )
                 return damped
             share *= 10
         raise InputError(
-            f"The Hessian of the layer's input is not positive definite even with {most:g} times its mean diagonal added. It is "
-            "not of the form E[x x^T]: check the calibration data, or take quantizer=clip_search for this scheme."
+            f"The Hessian of the layer's input is not positive definite even with {largest_share:g} times its mean diagonal "
+            "added. It is not of the form E[x x^T]: check the calibration data, or use quantizer=clip_search for this scheme."
         )
+
+
+def damped_by(matrix: Tensor, share: float) -> Tensor:
+    """`matrix` `[k, n, n]` with `share` of the mean of its diagonal (of 1 where that is 0) added to the diagonal."""
+    diagonal = matrix.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    mean = torch.where(mean > 0, mean, 1.0)  # no input at all: every error counts alike
+    return matrix + torch.diag_embed((share * mean).expand_as(diagonal))
 
 
 def triangular_feedback(hessian: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a column may round to, for the quantizers that round one column after another: integers, or a codebook's levels."""
+"""Rounding one column after another, for integers or a codebook's levels, and the error of a layer's output that it minimizes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mpsearch import kernels
 from mpsearch.schemes.codebook import Codebook
+from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.levels import Levels
 
 BLOCK = 128  # columns whose errors reach one another at once, and the later ones by a matrix product
@@ -18,34 +19,36 @@ BLOCK = 128  # columns whose errors reach one another at once, and the later one
 
 @dataclass(frozen=True, eq=False)
 class Grid(ABC):
-    """Codes are uint8 `[rows, columns]`, scales `[rows, n_groups]`, `groups` int32 `[columns]` each column's group.
+    """The values that a weight may be rounded to.
 
-    `fixed` bool `[rows, columns]` marks weights that are stored elsewhere and are 0 in the matrix, such as outliers: their codes
-    are not used, so that their values are 0 too, and no error. `None`: there are none.
+    Codes are uint8 `[rows, columns]`, scales `[rows, n_groups]`, `groups` int32 `[columns]` each column's group.
+
+        Attributes ---------- fixed bool `[rows, columns]`: weights that are stored in another tensor and are 0 in the matrix,
+        such as outliers. Their codes are not used: their values are 0 too, and they have no error. `None`: there are none.
     """
 
     fixed: Tensor | None = field(default=None, kw_only=True)
 
     def values(self, codes: Tensor, groups: Tensor) -> Tensor:
-        """What the codes stand for without their scale: float32 `[rows, columns]`."""
-        found = self.decoded(codes, groups)
-        return found if self.fixed is None else found.masked_fill(self.fixed, 0.0)
+        """The values of the codes without their scale: float32 `[rows, columns]`."""
+        values = self.decoded(codes, groups)
+        return values if self.fixed is None else values.masked_fill(self.fixed, 0.0)
 
     def ordered(self, columns: Tensor) -> Self:
-        """The grid of a matrix whose columns are those of this one in another order."""
+        """The grid of the matrix with its columns in another order."""
         return self if self.fixed is None else replace(self, fixed=self.fixed[:, columns])
 
     @abstractmethod
     def decoded(self, codes: Tensor, groups: Tensor) -> Tensor:
-        """`values`, of fixed weights as of all others."""
+        """`values`, as if no weight were fixed."""
 
     @abstractmethod
     def rounded(self, weight: Tensor, feedback: Tensor, scales: Tensor, groups: Tensor, errors: Tensor | None = None) -> Tensor:
-        """The codes of `kernels.round_with_feedback`, which gives the arguments."""
+        """Codes; arguments as of `kernels.round_with_feedback`."""
 
     @abstractmethod
     def storable(self, scales: Tensor) -> Tensor:
-        """Floating-point scales as they can be stored, in the dtype that they came in first."""
+        """Floating-point scales rounded as they are stored, in the dtype of the first scales."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +75,7 @@ class Integers(Grid):
         )
 
     def storable(self, scales: Tensor) -> Tensor:
-        """Rounded to `dtype`; what is too large for it takes its largest value."""
+        """Rounded to `dtype`; larger values become its largest."""
         largest = torch.finfo(self.dtype).max
         return scales.clamp(-largest, largest).to(self.dtype)
 
@@ -96,15 +99,97 @@ class LevelGrid(Grid):
         return self.scheme.nearest_scale(scales.clamp(min=0.0).float())
 
 
+def float_zeros(scheme: Integer, scales: Tensor, zero_points: Tensor | None) -> Tensor:
+    """Zero points float32, shaped like `scales`; those implied by a symmetric scheme where there are none."""
+    middle = 0.5 if scheme.bits == 1 else float(2 ** (scheme.bits - 1))
+    return torch.full(scales.shape, middle) if zero_points is None else zero_points.float()
+
+
+@dataclass(frozen=True, eq=False)
+class RoundingProblem:
+    """Rounding a weight so that the squared error of the layer's output is small: e^T H e of each row, e being its error.
+
+    Attributes
+    ----------
+    weight
+        float32 `[rows, columns]`.
+    hessian
+        H = E[x x^T], float64 or float32 `[k, columns, columns]`, positive definite; rows divide by k.
+    grid, groups
+        The values that weights may take, and the group of each column, int32 `[columns]`.
+    shared
+        Whether all rows have one scale.
+    """
+
+    weight: Tensor
+    hessian: Tensor
+    grid: Grid
+    groups: Tensor
+    shared: bool = False
+
+    @classmethod
+    def for_scheme(
+        cls,
+        matrix: Tensor,
+        hessian: Tensor,
+        scheme: Integer | Codebook,
+        group_size: int,
+        scales: Tensor,
+        zero_points: Tensor | None,
+        fixed: Tensor | None,
+    ) -> RoundingProblem:
+        """The problem of a matrix that `scheme` quantizes; a matrix of one row is a whole tensor, of many rows of the weight."""
+        columns = hessian.shape[-1]
+        weight = matrix.reshape(-1, columns)
+        fixed = None if fixed is None else fixed.reshape(weight.shape)
+        grid: Grid
+        if isinstance(scheme, Codebook):
+            grid = LevelGrid(scheme, fixed=fixed)
+        else:
+            zeros = float_zeros(scheme, scales, zero_points).expand(len(weight), -1).contiguous()
+            grid = Integers(scheme.bits, zeros, scales.dtype, fixed=fixed)
+        groups = (torch.arange(columns) // group_size).int()
+        return cls(weight, hessian, grid, groups, shared=len(matrix) < len(weight))
+
+    def dequantized(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """The grid's values times their scales, float32 `[rows, columns]`."""
+        return self.grid.values(codes, self.groups) * scales.float()[:, self.groups]
+
+    def squared_errors(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """e^T H e of each row, or of all together where `shared`, float64 `[rows]`."""
+        e = (self.dequantized(codes, scales) - self.weight).double().reshape(len(self.hessian), -1, len(self.groups))
+        error = ((e @ self.hessian) * e).sum(-1).flatten()
+        return error.sum().expand_as(error) if self.shared else error
+
+    def fitted_scales(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """The best scale of each group in turn, or of all rows where `shared`, for the codes as they are; 0 stays 0."""
+        hessian, size = self.hessian, int((self.groups == 0).sum())
+        values = self.grid.values(codes, self.groups).to(hessian.dtype).reshape(len(hessian), -1, len(self.groups))
+        fitted = scales.to(hessian.dtype)
+        residual = self.weight.to(hessian.dtype).reshape(values.shape) - values * fitted[:, self.groups].reshape(values.shape)
+        for group in range(scales.shape[1]):
+            inside = slice(group * size, (group + 1) * size)  # a view: of one row, copies would cost more than the products
+            part = values[..., inside]
+            gain = (part * (residual @ hessian[:, :, inside])).sum(-1).flatten()
+            norm = (part * (part @ hessian[:, inside, inside])).sum(-1).flatten()
+            if self.shared:
+                gain, norm = gain.sum(), norm.sum()
+            moved = self.grid.storable(fitted[:, group] + torch.where(norm > 0, gain / norm, 0.0)).to(fitted.dtype)
+            moved = torch.where(fitted[:, group] == 0, 0.0, moved)
+            residual[..., inside] -= part * (moved - fitted[:, group]).reshape(len(hessian), -1, 1)
+            fitted[:, group] = moved
+        return fitted.to(scales.dtype)
+
+
 def levels_with_feedback(
     weight: Tensor, feedback: Tensor, scales: Tensor, table: Levels, errors: Tensor | None, fixed: Tensor | None
 ) -> Tensor:
-    """The rounding of `kernels.round_with_feedback`, each column's to the nearest level; `scales` float32 `[rows, columns]`."""
+    """`kernels.round_with_feedback` with rounding to the nearest level; `scales` float32 `[rows, columns]`."""
     k, columns = len(feedback), weight.shape[1]
     weight, scales = weight.reshape(k, -1, columns), scales.reshape(k, -1, columns)
     inverse = torch.where(scales > 0, 1.0 / scales, 0.0)
     e = torch.zeros_like(weight) if errors is None else errors.reshape(weight.shape).clone()
-    stays = torch.zeros_like(weight, dtype=torch.bool) if fixed is None else fixed.reshape(weight.shape)
+    is_fixed = torch.zeros_like(weight, dtype=torch.bool) if fixed is None else fixed.reshape(weight.shape)
     feedback = feedback - torch.diag_embed(feedback.diagonal(dim1=1, dim2=2))
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     for begin in range(0, columns, BLOCK):
@@ -113,7 +198,7 @@ def levels_with_feedback(
         within = feedback[:, begin:end, begin:end]
         for j in range(begin, end):
             code = table.encode(target[..., j - begin] * inverse[..., j])
-            error = torch.where(stays[..., j], e[..., j], table.decode(code) * scales[..., j] - weight[..., j])
+            error = torch.where(is_fixed[..., j], e[..., j], table.decode(code) * scales[..., j] - weight[..., j])
             target -= (error - e[..., j])[..., None] * within[:, None, :, j - begin]
             codes[..., j], e[..., j] = code, error
     return codes.reshape(-1, columns)

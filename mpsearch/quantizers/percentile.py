@@ -1,4 +1,4 @@
-"""Percentile clipping: the range leaves out the given share of the weights at its ends, so that outliers saturate."""
+"""Percentile clipping: a given share of the weights at the ends of the range saturates."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import InputError
-from mpsearch.quantizers.base import Quantizer, kernel_codes
-from mpsearch.schemes.codebook import Codebook
-from mpsearch.schemes.integer import Integer
+from mpsearch.quantizers.base import CodedScheme, Codes, Quantizer, kernel_codes
 
 
 @dataclass(frozen=True)
 class Percentile(Quantizer):
-    """Clips each group to its `percentile` (of |w| where symmetric, of both tails else) before rounding to nearest.
+    """Clip each group to a percentile before rounding to nearest.
 
-    The percentile is interpolated linearly between order statistics. In a group of n weights one outlier is cut off only where
-    `percentile` is below about 100 * (1 - 1/n).
+    In a group of n weights one outlier is cut off only where `percentile` is below about 100 * (1 - 1/n).
+
+    Parameters
+    ----------
+    percentile
+        Of |w| where the scheme is symmetric, else of both tails; above 50 and at most 100. Interpolated linearly between order
+        statistics.
     """
 
     percentile: float = 99.9
 
     def __post_init__(self) -> None:
         if not 50 < self.percentile <= 100:
-            raise InputError(f"percentile is above 50 and at most 100; {self.percentile} came.")
+            raise InputError(f"percentile must be above 50 and at most 100; got {self.percentile}.")
 
-    def codes(
-        self, matrix: Tensor, scheme: Integer | Codebook, group_size: int, importance: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Clipped to the percentile, then min-max; `importance` is of no use here."""
+    def codes(self, matrix: Tensor, scheme: CodedScheme, group_size: int, importance: Tensor | None) -> Codes:
+        """Clipped to the percentile, then min-max; `importance` is not used."""
         if not torch.isfinite(matrix).all():
             return kernel_codes(matrix, scheme, group_size)  # which counts them and raises
         clipped = torch.cat([self._clip(part, scheme.symmetric) for part in matrix.split(group_size, dim=1)], dim=1)
@@ -47,7 +48,7 @@ class Percentile(Quantizer):
 
 
 def _quantile(rows: Tensor, share: float) -> Tensor:
-    """Linear quantile of each row, `[rows, 1]`; torch.quantile refuses more than 16 million elements, a sort does not."""
+    """Linear quantile of each row, `[rows, 1]`; torch.quantile is limited to 16 million elements, a sort is not."""
     ordered = rows.sort(dim=1).values
     position = share * (rows.shape[1] - 1)
     below = int(position)

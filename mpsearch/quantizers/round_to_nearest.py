@@ -1,4 +1,4 @@
-"""Round to nearest between the smallest and the largest weight: the baseline that every other quantizer is to beat."""
+"""Round to nearest between the smallest and the largest weight: the baseline of all other quantizers."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mpsearch.quantizers.base import Quantizer, kernel_codes
-from mpsearch.schemes.codebook import Codebook
-from mpsearch.schemes.integer import Integer
+from mpsearch.quantizers.base import CodedScheme, Codes, Quantizer, kernel_codes
 
 
 @dataclass(frozen=True)
 class RoundToNearest(Quantizer):
-    """The range is the weights' own; one outlier stretches it for all of its group."""
+    """The range is that of the weights; one outlier widens it for all of its group."""
 
-    def codes(
-        self, matrix: Tensor, scheme: Integer | Codebook, group_size: int, importance: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Min-max; `importance` is of no use here."""
+    def codes(self, matrix: Tensor, scheme: CodedScheme, group_size: int, importance: Tensor | None) -> Codes:
+        """Min-max; `importance` is not used."""
         return kernel_codes(matrix, scheme, group_size)

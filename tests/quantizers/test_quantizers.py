@@ -294,18 +294,18 @@ def test_ratios():
 @pytest.mark.parametrize(
     ("build", "sentence"),
     [
-        (lambda: ClipSearch(n_candidates=1), "n_candidates >= 2 and 0 < min_ratio < 1; 1 and 0.1 came"),
-        (lambda: ClipSearch(min_ratio=0), "80 and 0 came"),
-        (lambda: ClipSearch(min_ratio=1.0), "80 and 1.0 came"),
-        (lambda: Entropy(n_bins=1), "80, 0.1 and 1 came"),
-        (lambda: GPTQ(damping=0), "damping is above 0 and at most 1"),
-        (lambda: CoordinateDescent(n_sweeps=0), "n_sweeps is 1 or more; 0 came"),
-        (lambda: AdaRound(warmup=1), "0 <= warmup < 1 and pull > 0; 300, 0.1, 1 and 100 came"),
-        (lambda: KroneckerDescent(n_passes=0), "n_passes is 1 or more and output_damping above 0; 0 and 0.1 came"),
-        (lambda: HQQ(n_steps=0), "n_steps >= 1, beta > 0 and growth >= 1; 0, 50 and 1.01 came"),
-        (lambda: HQQ(beta=-1), "20, -1 and 1.01 came"),
-        (lambda: Percentile(50), "above 50 and at most 100; 50 came"),
-        (lambda: Percentile(100.1), "above 50 and at most 100; 100.1 came"),
+        (lambda: ClipSearch(n_candidates=1), "n_candidates >= 2 and 0 < min_ratio < 1; got 1 and 0.1"),
+        (lambda: ClipSearch(min_ratio=0), "got 80 and 0"),
+        (lambda: ClipSearch(min_ratio=1.0), "got 80 and 1.0"),
+        (lambda: Entropy(n_bins=1), "got 80, 0.1 and 1"),
+        (lambda: GPTQ(damping=0), "must be above 0 and at most 1; got 0"),
+        (lambda: CoordinateDescent(n_sweeps=0), "n_sweeps must be an integer from 1; got 0"),
+        (lambda: AdaRound(warmup=1), "0 <= warmup < 1 and pull > 0; got 300, 0.1, 1 and 100"),
+        (lambda: KroneckerDescent(n_passes=0), "n_passes must be 1 or more and output_damping above 0; got 0 and 0.1"),
+        (lambda: HQQ(n_steps=0), "n_steps >= 1, beta > 0 and growth >= 1; got 0, 50 and 1.01"),
+        (lambda: HQQ(beta=-1), "got 20, -1 and 1.01"),
+        (lambda: Percentile(50), "above 50 and at most 100; got 50"),
+        (lambda: Percentile(100.1), "above 50 and at most 100; got 100.1"),
     ],
 )
 def test_settings_are_checked(build, sentence):
@@ -448,7 +448,7 @@ def test_a_hessian_that_is_not_positive_definite_is_damped_more_or_refused():
     hessian[0, 0, 0] = -0.05
     weight = weights((3, 4))
     given = InputMoments(torch.zeros(1, 4), torch.ones(1, 4), hessian=hessian)
-    with pytest.warns(UserWarning, match=r"not positive definite with damping=0.01; 0.1 was taken"):
+    with pytest.warns(UserWarning, match=r"not positive definite with damping=0.01; 0.1 was used"):
         GPTQ().quantize(weight, Integer(3), given)
     given.hessian[0, 0, 0] = -2.0
     with pytest.raises(InputError, match="not positive definite even with"):
