@@ -18,14 +18,14 @@ ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Budget:
-    """`table.of(choice) <= limit`."""
+    """`table.cost_of(choice) <= limit`."""
 
     table: CostTable
     limit: float
 
     def allows(self, choice: np.ndarray | Sequence[int]) -> bool:
         """Whether an allocation (scheme indices) is within this budget."""
-        return self.table.of(choice) <= self.limit * (1 + ROUNDING)
+        return self.table.cost_of(choice) <= self.limit * (1 + ROUNDING)
 
     @property
     def room(self) -> float:
@@ -50,8 +50,9 @@ def read_budgets(limits: Mapping[str, Any], costs: Mapping[str, Cost], space: Se
         smallest = np.where(space.allowed, budget.table.values, np.inf).argmin(axis=1)
         if not budget.allows(smallest):
             wanted = "scheme of narrower inputs" if budget.table.peak else "smaller scheme"
+            least = budget.table.cost_of(smallest)
             raise InputError(
-                f"The budget {budget} is below the least there is, {budget.table.of(smallest):,.10g}: {_mix(space, smallest)}. "
+                f"The budget {budget} is below the least there is, {least:,.10g}: {_mix(space, smallest)}. "
                 f"Raise the budget, add a {wanted}, or loosen a pin."
             )
         budgets.append(budget)

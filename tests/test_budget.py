@@ -55,7 +55,7 @@ def test_what_meets_the_limit_exactly_is_within():
         ({"bytes": 0}, (), ["budget.bytes is above 0; 0 came"]),
         ({"bits": -3}, (), ["budget.bits is above 0; -3 came"]),
         ({"bits": "nan"}, (), ["budget.bits is above 0; nan came"]),
-        ({"fraction": "half"}, (), ["budget.fraction is a number; 'half' came"]),
+        ({"fraction": "half"}, (), ["budget.fraction must be a number; got 'half'"]),
         ({"bits": [3]}, (), ["budget.bits is a number"]),
         ({"byte": 10}, (), ["no cost 'byte' to budget", "Did you mean 'bytes'"]),
     ],

@@ -107,10 +107,10 @@ def test_size_has_one_definition(tiny, seed):
                 packed += stored.nbytes
             assert name == group.name
         e = evaluate(allocation, "sampler")
-        assert e.size_bytes == packed + others == tables[0].of(choice)
+        assert e.size_bytes == packed + others == tables[0].cost_of(choice)
         assert e.average_bits == pytest.approx(8 * packed / sum(w.numel() for w in searched.values()), rel=1e-12)
         assert e.fraction == pytest.approx(e.size_bytes / sum(parameters.values()), rel=1e-12)
-        assert [table.of(choice) for table in tables[1:]] == pytest.approx([e.average_bits, e.fraction], rel=1e-9)
+        assert [table.cost_of(choice) for table in tables[1:]] == pytest.approx([e.average_bits, e.fraction], rel=1e-9)
 
 
 class SCORE:  # what a stored size does not depend on

@@ -1,4 +1,4 @@
-"""Latency, from what `hardware` measured on this machine: the table that it writes and this cost reads."""
+"""Latency: the cost, and the table `latency.csv` that `mpsearch hardware` writes on a machine."""
 
 from __future__ import annotations
 
@@ -10,18 +10,30 @@ import numpy as np
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.costs.base import Cost, CostTable
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, check_integer
 from mpsearch.files.csv_rows import Row, read_rows, write_rows
 
-FLOAT, REST = "float", ""  # in the column scheme: the float layer; in the column layer: what is no searched layer
+FLOAT, REST = "float", ""  # in the column scheme: the float layer; in the column layer: everything but the searched layers
 
 
 @dataclass(frozen=True)
 class Latency:
-    """A row of `latency.csv`: what a layer takes in a scheme, in `milliseconds` for all calls of one forward pass.
+    """A row of `latency.csv`: the latency of a layer in a scheme.
 
-    `layer` is empty for the rest of the network. `op` is the kernel that runs, "dequantize" where there is none, the kind of
-    layer where `scheme` is "float"; `shape` is the input's. Measured on `backend` with `threads` threads, `batch_size` samples.
+    Attributes
+    ----------
+    layer
+        Its name; empty for the rest of the network.
+    op
+        The kernel that runs, "dequantize" where there is none, the kind of layer where `scheme` is "float".
+    shape
+        The input's.
+    scheme
+        Its name, or "float".
+    batch_size, threads, backend
+        Samples, threads and backend of the measurement.
+    milliseconds
+        For all calls of one forward pass.
     """
 
     layer: str
@@ -39,9 +51,14 @@ COLUMNS = tuple(field.name for field in fields(Latency))
 
 @dataclass(frozen=True)
 class LatencyMs(Cost):
-    """Milliseconds of a forward pass of `batch_size` samples: the sum of the layers' and of the rest.
+    """Milliseconds of a forward pass: the sum over the layers and the rest of the network.
 
-    `path` is the `latency.csv` to read; `null` measures this machine at the start of the search.
+    Parameters
+    ----------
+    batch_size
+        Samples of a forward pass.
+    path
+        The `latency.csv` to read; `None` measures this machine at the start of the search.
     """
 
     batch_size: int = 1
@@ -51,37 +68,36 @@ class LatencyMs(Cost):
     column = "latency_ms"
 
     def __post_init__(self) -> None:
-        if type(self.batch_size) is not int or self.batch_size < 1:
-            raise InputError(f"cost.latency_ms.batch_size is a whole number from 1; {self.batch_size!r} came.")
+        check_integer("cost.latency_ms.batch_size", self.batch_size)
 
     def table(self, space: SearchSpace) -> CostTable:
         """Each group's milliseconds in each scheme; the rest of the network is the constant."""
         if self.path is None:
             raise InputError("cost.latency_ms has no table to read. Measure one: mpsearch hardware, then cost.latency_ms.path=.")
-        rows = read_latency(self.path)
-        found = {(row.layer, row.scheme): row.milliseconds for row in rows if row.batch_size == self.batch_size}
-        values = np.full((len(space.groups), len(space.schemes)), np.nan)
-        for i, group in enumerate(space.groups):
-            for j, scheme in enumerate(space.scheme_names):
-                if space.allowed[i, j]:
-                    values[i, j] = sum(found.get((layer.name, scheme), np.nan) for layer in group.layers)
-        missing = np.argwhere(np.isnan(values) & space.allowed)
-        if len(missing) or (REST, REST) not in found:
+        rows = [row for row in read_latency(self.path) if row.batch_size == self.batch_size]
+        measured = {(row.layer, row.scheme): row.milliseconds for row in rows}
+        values = [
+            [sum(measured.get((layer.name, scheme), np.nan) for layer in group.layers) for scheme in space.scheme_names]
+            for group in space.groups
+        ]
+        table = np.where(space.allowed, values, np.nan)
+        missing = np.argwhere(np.isnan(table) & space.allowed)
+        if len(missing) or (REST, REST) not in measured:
             i, j = missing[0] if len(missing) else (0, 0)
             raise InputError(
                 f"{self.path} has no latency of layer '{space.names[i]}' in scheme '{space.scheme_names[j]}' for a batch of "
                 f"{self.batch_size}. Measure this model and these schemes: mpsearch hardware."
             )
-        return CostTable(self.name, self.column, np.nan_to_num(values, nan=np.nanmax(values)), found[REST, REST])
+        return CostTable(self.name, self.column, np.nan_to_num(table, nan=np.nanmax(table)), measured[REST, REST])
 
 
 def write_latency(path: Path, rows: Sequence[Latency]) -> None:
-    """`latency.csv`, replaced in one step."""
+    """Write `latency.csv`, atomically."""
     write_rows(path, COLUMNS, [astuple(row) for row in rows])
 
 
 def read_latency(path: Path | str) -> list[Latency]:
-    """The rows of a `latency.csv`, or of a table that was made by hand and has no checksums; `InputError` where it is damaged."""
+    """The rows of a `latency.csv`, or of a table without checksums that was made by hand; `InputError` where it is damaged."""
     if not Path(path).exists():
         raise InputError(f"There is no latency table {path}. Measure one: mpsearch hardware.")
     measured: set[tuple[str, str, int]] = set()

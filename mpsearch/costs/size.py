@@ -1,4 +1,4 @@
-"""Size, in the three ways people speak of it; all count the same bits: codes, scales, zero points, padding, tied weights once."""
+"""Size, in three units of the same bits: codes, scales, zero points and padding; tied weights count once."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def parse_bytes(text: str | float) -> int:
             raise ValueError
         return int(float(match[1]) * UNITS[match[2]])
     except (ValueError, KeyError, OverflowError):
-        raise InputError(f"'{text}' is no size. Write bytes, or a number with one of {', '.join(list(UNITS)[1:])}.") from None
+        raise InputError(f"'{text}' is not a size. Give bytes, or a number with one of {', '.join(list(UNITS)[1:])}.") from None
 
 
 @dataclass(frozen=True)
 class Bytes(Cost):
-    """`size_bytes`: all parameters and buffers as stored, with what is kept float."""
+    """`size_bytes`: all parameters and buffers as stored, also those that stay float."""
 
     name = "bytes"
     column = "size_bytes"
 
     def table(self, space: SearchSpace) -> CostTable:
-        """Bytes of each group in each scheme; what is not searched is the constant."""
+        """Bytes of each group in each scheme; everything else is the constant."""
         return CostTable(self.name, self.column, space.storage_bits / 8, space.other_bits / 8)
 
     def parse(self, text: str | float) -> float:
@@ -41,7 +41,7 @@ class Bytes(Cost):
 
 @dataclass(frozen=True)
 class AverageBits(Cost):
-    """`average_bits`: bits of the searched layers, all overhead counted, for each of their weights."""
+    """`average_bits`: bits of the searched layers per weight, scales and padding included."""
 
     name = "bits"
     column = "average_bits"

@@ -54,7 +54,7 @@ def calibrate(
             x = next(tensors_in((args, kwargs))).detach()
             if not torch.isfinite(x).all():
                 raise _not_finite(name)
-            found = Histogram.of(x)
+            found = Histogram.from_values(x)
             inputs_of[name] = Histogram.merged([inputs_of[name], found]) if name in inputs_of else found
 
         return hook
@@ -65,7 +65,7 @@ def calibrate(
         found = _moments(product, product.input)
         if rotated and not product.kernel:
             turned = kernels.rotate(product.input)
-            found = replace(found, rotated=replace(_moments(product, turned), histogram=Histogram.of(turned)))
+            found = replace(found, rotated=replace(_moments(product, turned), histogram=Histogram.from_values(turned)))
         sums[name] = InputMoments.pooled([sums[name], found]) if name in sums else found
 
     hooks: list[tuple[nn.Module, Hook]] = []

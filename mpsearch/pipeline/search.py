@@ -178,7 +178,7 @@ class Evaluator:
             measured_ms_high=timing and timing.high,
             measured_on=timing.where if timing else "",
             verified=score.verified,
-            costs={} if choice is None else {table.column: table.of(choice) for table in self.costs},
+            costs={} if choice is None else {table.column: table.cost_of(choice) for table in self.costs},
         )
         self.record(pending.evaluation)
         self.evaluations.append(pending.evaluation)

@@ -103,7 +103,7 @@ def cheapest_within(
     baseline = next(e for e in evaluate.evaluations if e.origin == "float" and e.split == "search")
 
     def cost(e: Evaluation) -> float:
-        return objective.of(space.choice(e.allocation))
+        return objective.cost_of(space.choice(e.allocation))
 
     def drop(e: Evaluation) -> float:
         return e.drop_from(baseline, quality)[0]
@@ -130,7 +130,7 @@ def cheapest_within(
             f"split; the least is {quality.drop_text(min(drops, default=np.nan))}. Allow more, raise a budget, or search with "
             "larger schemes."
         )
-    low = objective.of(np.where(space.allowed, objective.values, np.inf).argmin(axis=1))
+    low = objective.cost_of(np.where(space.allowed, objective.values, np.inf).argmin(axis=1))
     for _ in range(MOST_STEPS):
         limit = Budget(objective, (low + cost(best)) / 2)
         try:

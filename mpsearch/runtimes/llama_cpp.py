@@ -1,10 +1,10 @@
-"""llama.cpp, in those of its formats that are schemes of ours: Q4_0, Q5_0, Q8_0 and MXFP4.
+"""llama.cpp, in those of its formats that are schemes of this package: Q4_0, Q5_0, Q8_0 and MXFP4.
 
 These hold 32 weights of a row as symmetric codes with a float16 scale: 4.5, 5.5 and 8.5 bits a weight, as `Integer` with
 `group_size=32`, or as E2M1 with an E8M0 scale (ggml/src/ggml-common.h: `block_q4_0`, `block_q5_0`, `block_q8_0`, `block_mxfp4`).
-Its K-quants, and its ternary and NVFP4 blocks, of other sizes or scales, are no scheme of this package. The experts of a block
+Its K-quants, and its ternary and NVFP4 blocks, of other sizes or scales, are no schemes of this package. The experts of a block
 are one tensor for each of gate, up and down (`ffn_gate_exps` ...), and a tensor has one type. Its CPU
-kernels round inputs to 8 bits, 32 at a time, of which the score that the search sees knows nothing.
+kernels round inputs to 8 bits, 32 at a time, which the scores of the search do not include.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class LlamaCpp(Runtime):
 
     name = "llama_cpp"
     what = (
-        "Linear layers and embeddings at 4, 5 or 8 bits, symmetric, a float16 scale for 32 weights, or in MXFP4, rows of whole "
-        "groups"
+        "Linear layers and embeddings at 4, 5 or 8 bits, symmetric, with a float16 scale per 32 weights, or in MXFP4, in rows "
+        "of whole groups"
     )
     shared = tuple(f"*.experts.**.{name}" for name in ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
 
     def runs(self, layer: LayerSpec, scheme: QuantScheme) -> bool:
-        """Linear layers and embeddings: symmetric 4, 5 or 8 bits, a float16 scale for 32 weights, or MXFP4; whole groups."""
+        """Linear layers and embeddings: symmetric 4, 5 or 8 bits, a float16 scale per 32 weights, or MXFP4; whole groups."""
         if isinstance(scheme, Float):
             return True
         if scheme == MXFP4:

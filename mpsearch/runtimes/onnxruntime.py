@@ -1,8 +1,8 @@
 """ONNX Runtime: `MatMulNBits` for weights alone, QDQ for weights and inputs.
 
 `com.microsoft.MatMulNBits` as `MatMulNBitsQuantizer` writes it: MatMul of 4 or 8 bits, blocks of a power of two from 16. QDQ
-as `quantize_static` writes it with `ActivationSymmetric`: symmetric 8-bit weights with a scale a channel or a tensor, one
-static scale for the input. What stays float is float32 here: the other formats would need casts that nobody wrote down.
+as `quantize_static` writes it with `ActivationSymmetric`: symmetric 8-bit weights with per-channel or per-tensor scales, one
+static scale for the input. Floats are float32 here: the other formats would need casts that are not documented.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class ONNXRuntime(Runtime):
             return False
         if scheme.input is not None:
             weight = scheme.bits == 8 and scheme.symmetric and scheme.group_size in ("channel", "tensor")
-            of = scheme.input
-            input_params = isinstance(of, IntegerInput) and (of.bits, of.scale, of.symmetric) == (8, "static", True)
-            return weight and input_params and layer.kind in ("linear", "conv1d", "conv2d")
+            x = scheme.input
+            static = isinstance(x, IntegerInput) and (x.bits, x.scale, x.symmetric) == (8, "static", True)
+            return weight and static and layer.kind in ("linear", "conv1d", "conv2d")
         size = scheme.group_size
         block = isinstance(size, int) and size >= 16 and size & (size - 1) == 0 and whole_groups(layer, size)
         return layer.kind == "linear" and scheme.bits in (4, 8) and block

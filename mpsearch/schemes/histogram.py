@@ -33,7 +33,7 @@ class Histogram:
     high: float
 
     @classmethod
-    def of(cls, x: Tensor) -> Histogram:
+    def from_values(cls, x: Tensor) -> Histogram:
         """The histogram of all values of x, which are finite."""
         x = x.detach().float().flatten()
         low, high = (min(x.min().item(), 0.0), max(x.max().item(), 0.0)) if len(x) else (0.0, 0.0)

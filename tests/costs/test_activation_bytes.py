@@ -56,8 +56,8 @@ def test_the_table_is_what_lies_beside_and_the_codes_and_the_largest_counts():
     assert table.constant == 80
     assert table.values[0].tolist() == [100, 100, 60 + 10 + 8, 60 + 5]
     assert table.values[2].tolist() == [180, 180, 180 + 20 + 4, 180 + 10], "a float input that stays: the codes come on top"
-    assert table.of([0, 3, 1, 3, 3]) == 180
-    assert table.of([0, 1, 1, 3, 3]) == 200
+    assert table.cost_of([0, 3, 1, 3, 3]) == 180
+    assert table.cost_of([0, 1, 1, 3, 3]) == 200
     embedding = replace(SPACE.layers[0], kind="embedding")
     assert (ActivationBytes().table(SearchSpace.build([embedding], SCHEMES)).values == 100).all()
     tied = [replace(SPACE.layers[i], group="tied") for i in range(2)]
@@ -67,7 +67,7 @@ def test_the_table_is_what_lies_beside_and_the_codes_and_the_largest_counts():
 def test_a_limit_below_the_least_is_said_and_so_is_a_run_that_did_not_look():
     with pytest.raises(InputError, match="activation_bytes <= 179 is below the least there is, 180: "):
         read_budgets({"activation_bytes": 179}, COSTS, SPACE)
-    with pytest.raises(InputError, match="'1 stone' is no size"):
+    with pytest.raises(InputError, match="'1 stone' is not a size"):
         read_budgets({"activation_bytes": "1 stone"}, COSTS, SPACE)
     blind = SearchSpace.build([replace(layer(0), activations=None)], SCHEMES)
     with pytest.raises(InputError, match=r"were not followed.*cost=\[bytes,activation_bytes\]"):
@@ -104,7 +104,7 @@ def test_every_sampler_keeps_it(path, limits):
     assert len(asked) == 25 or len({e.allocation for e in asked}) == n_within >= 8
     for e in asked:
         assert e.feasible
-        assert e.costs["activation_bytes"] == tables[0].of(SPACE.choice(e.allocation)) <= limits["activation_bytes"]
+        assert e.costs["activation_bytes"] == tables[0].cost_of(SPACE.choice(e.allocation)) <= limits["activation_bytes"]
     assert any(not e.feasible for e in found if e.origin == "uniform")
     again = run(25, found[:12])
     assert [(e.allocation, e.trial) for e in again] == [(e.allocation, e.trial) for e in found]

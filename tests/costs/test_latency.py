@@ -27,8 +27,8 @@ def test_a_network_is_the_sum_of_its_layers_and_the_rest(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["latency.csv"]
     table = LatencyMs(3, str(path)).table(SPACE)
     assert (table.name, table.column, table.constant) == ("latency_ms", "latency_ms", 0.5)
-    assert table.of([0, 1]) == 0.5 + 1 + 2 + 16
-    assert table.of([1, 1]) == 0.5 + 4 + 8 + 16
+    assert table.cost_of([0, 1]) == 0.5 + 1 + 2 + 16
+    assert table.cost_of([1, 1]) == 0.5 + 4 + 8 + 16
     assert np.isfinite(table.values).all()
 
 
@@ -96,7 +96,7 @@ def test_no_table(tmp_path):
         LatencyMs(1, str(tmp_path / "none.csv")).table(SPACE)
     with pytest.raises(InputError, match="has no table to read"):
         LatencyMs().table(SPACE)
-    with pytest.raises(InputError, match=r"batch_size is a whole number from 1; 0 came"):
+    with pytest.raises(InputError, match=r"batch_size must be an integer from 1; got 0"):
         LatencyMs(0)
     (tmp_path / "front.csv").write_text("size_bytes,loss\n3,0.5\n")
     with pytest.raises(

@@ -55,7 +55,9 @@ def test_the_shelf(path, space, latency_csv):
     assert (table.values > 0).all()
     for choice in np.ndindex(3, 3, 3):
         entries = [table.values[i, j] for i, j in enumerate(choice)]
-        assert table.of(choice) == pytest.approx(max(table.constant, *entries) if table.peak else table.constant + sum(entries))
+        assert table.cost_of(choice) == pytest.approx(
+            max(table.constant, *entries) if table.peak else table.constant + sum(entries)
+        )
     assert cost.parse("4") == cost.parse(4) == 4.0
 
 
@@ -73,9 +75,9 @@ def test_one_size_in_three_units(space):
         for path in map(CONF.joinpath, ("bytes.yaml", "bits.yaml", "fraction.yaml"))
     }
     for choice, expected in bits.items():
-        assert costs["bytes"].of(choice) == expected / 8 + 333
-        assert costs["bits"].of(choice) == pytest.approx(expected / weights)
-        assert costs["fraction"].of(choice) == pytest.approx((expected / 8 + 333) / (4 * weights + 333))
+        assert costs["bytes"].cost_of(choice) == expected / 8 + 333
+        assert costs["bits"].cost_of(choice) == pytest.approx(expected / weights)
+        assert costs["fraction"].cost_of(choice) == pytest.approx((expected / 8 + 333) / (4 * weights + 333))
 
 
 @pytest.mark.parametrize(
@@ -101,5 +103,5 @@ def test_sizes_as_people_write_them(text, expected):
 
 @pytest.mark.parametrize("text", ["", "kB", "12 apples", "1.2.3MB", "-5kB", "12kb", "1,000", "nan", "1e999", None, True])
 def test_what_is_no_size(text):
-    with pytest.raises(InputError, match=r"is no size. Write bytes, or a number with one of B, kB"):
+    with pytest.raises(InputError, match=r"is not a size. Give bytes, or a number with one of B, kB"):
         parse_bytes(text)

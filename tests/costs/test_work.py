@@ -34,7 +34,7 @@ def test_bit_operations_are_macs_times_both_bits():
         [96 * 4 * 32, 96 * 4 * 8, 96 * 2 * 4, 96 * 16 * 32],
         [7200 * 4 * 32, 7200 * 4 * 8, 7200 * 2 * 4, 7200 * 16 * 32],
     ]
-    assert table.of([FP16, W4A8, W2A4]) == 96 * 32 + 7200 * 8
+    assert table.cost_of([FP16, W4A8, W2A4]) == 96 * 32 + 7200 * 8
 
 
 def test_millijoules_are_arithmetic_and_memory():
@@ -54,5 +54,5 @@ def test_a_batch_shares_what_is_read_and_not_what_is_computed():
     assert eight.constant == pytest.approx(one.constant / 8)
     computed = 1e-9 * 7200 * 4.6
     assert eight.values[2, W4] - computed == pytest.approx((one.values[2, W4] - computed) / 8)
-    with pytest.raises(InputError, match="batch_size is a whole number from 1; 0 came"):
+    with pytest.raises(InputError, match="batch_size must be an integer from 1; got 0"):
         Millijoules(0)

@@ -203,7 +203,9 @@ def test_a_layer_on_its_own_input_is_what_is_simulated(tiny, name, input_params,
     x = torch.randn(shape) + offset
     x[0].clamp_(min=0)
     weight = RoundToNearest().quantize(
-        layer.weight.detach(), scheme := Integer(4, 16, symmetric=False, input=input_params), moments_of(Histogram.of(x[:3]))
+        layer.weight.detach(),
+        scheme := Integer(4, 16, symmetric=False, input=input_params),
+        moments_of(Histogram.from_values(x[:3])),
     )
     n_inner = 1 if isinstance(layer, nn.Linear) else x.dim() - 1
     fake = scheme.input.fake_quantize(x, n_inner, weight.input_params)

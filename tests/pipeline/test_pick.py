@@ -96,7 +96,7 @@ def test_the_front_of_another_objective():
         ({"max_bytes": 999}, r"No point of the front has at most 999 bytes; the least is 1,000 bytes"),
         ({"bits": 0.5}, r"at most 0.5 bits; the least is 1 bits"),
         ({"min_quality": 0.96}, r"has accuracy >= 0.96 on the search split; the best has 0.9500"),
-        ({"max_bytes": "big"}, "'big' is no size"),
+        ({"max_bytes": "big"}, "'big' is not a size"),
         (
             {"max_bytes": 3000, "min_quality": 0.95},
             r"has accuracy >= 0.95 on the search split; the best has 0.9200",

@@ -82,7 +82,7 @@ def test_costs_are_those_of_the_tables(engine, table):
     for e in trials(run(engine, table).evaluations):
         choice = engine.space.choice(e.allocation)
         found = (e.size_bytes, e.average_bits, e.fraction)
-        assert found == pytest.approx([cost.of(choice) for cost in tables], rel=1e-12)
+        assert found == pytest.approx([cost.cost_of(choice) for cost in tables], rel=1e-12)
 
 
 def test_seeds_lie_on_the_additive_front(engine, table):
@@ -229,7 +229,7 @@ def test_brute_force_measures_everything_once_and_stops(engine, table):
     assert len(evaluations) == len({e.allocation for e in evaluations}) == 27
     within = trials(run(engine, table, "brute_force", n_trials=1000, limits={"bits": 4.5}).evaluations)
     cost = AverageBits().table(engine.space)
-    expected = {c for c in itertools.product(range(3), repeat=3) if cost.of(c) <= 4.5}
+    expected = {c for c in itertools.product(range(3), repeat=3) if cost.cost_of(c) <= 4.5}
     assert {tuple(engine.space.choice(e.allocation)) for e in within} == expected
     assert len(within) == len(expected)
 
@@ -270,15 +270,15 @@ def test_compact_tables_hold_what_each_group_may_take(tiny):
 def test_several_budgets_hold_together(engine, table, sampler):
     space = engine.space
     middle = space.choice(space.uniform("w4"))
-    limits = {name: (COSTS | WORK)[name].table(space).of(middle) for name in ("bytes", "millijoules")}
-    limits["bit_operations"] = 0.9 * WORK["bit_operations"].table(space).of(middle)
+    limits = {name: (COSTS | WORK)[name].table(space).cost_of(middle) for name in ("bytes", "millijoules")}
+    limits["bit_operations"] = 0.9 * WORK["bit_operations"].table(space).cost_of(middle)
     found = run(engine, table, sampler, n_trials=12, limits=limits)
     asked = trials(found.evaluations)
     assert len(asked) > 3
     for e in asked:
         assert e.feasible
         for name, limit in limits.items():
-            assert (COSTS | WORK)[name].table(space).of(space.choice(e.allocation)) <= limit * (1 + 1e-9)
+            assert (COSTS | WORK)[name].table(space).cost_of(space.choice(e.allocation)) <= limit * (1 + 1e-9)
     assert not next(e for e in found.evaluations if e.allocation == space.uniform("w4")).feasible
 
 

@@ -50,7 +50,7 @@ def test_one_budget_is_solved_exactly_and_several_are_kept(tiny):
         allowed = [c for c in every if budgets[0].allows(c)]
         assert knapsack.total(losses, found) == pytest.approx(min(knapsack.total(losses, np.array(c)) for c in allowed))
     work = BitOperations().table(space)
-    both = [*read_budgets({"bits": 7}, COSTS, space), Budget(work, 1.2 * work.of([0, 0, 0]))]
+    both = [*read_budgets({"bits": 7}, COSTS, space), Budget(work, 1.2 * work.cost_of([0, 0, 0]))]
     assert all(budget.allows(space.choice(solution(space, losses, both))) for budget in both)
 
 

@@ -136,7 +136,7 @@ def test_workers_that_wait_for_one_another_ask_for_different_trials(problem, nam
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
                 allocation = Allocation(trial.params)
-                size = Bytes().table(engine.space).of(engine.space.choice(allocation))
+                size = Bytes().table(engine.space).cost_of(engine.space.choice(allocation))
                 study.tell(trial, (float(np.log10(engine.score(allocation).loss)), size))
     assert len({tuple(trial.params.values()) for trial in study.trials}) == 20
 

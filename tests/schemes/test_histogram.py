@@ -19,8 +19,8 @@ def same(a, b):
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.lists(FLOATS, min_size=1, max_size=6), min_size=1, max_size=5), st.randoms())
 def test_it_is_the_same_whatever_the_batches(batches, random):
-    whole = Histogram.of(torch.tensor([value for batch in batches for value in batch]))
-    parts = [Histogram.of(torch.tensor(batch)) for batch in batches]
+    whole = Histogram.from_values(torch.tensor([value for batch in batches for value in batch]))
+    parts = [Histogram.from_values(torch.tensor(batch)) for batch in batches]
     random.shuffle(parts)
     merged = parts[0]
     for part in parts[1:]:
@@ -33,7 +33,7 @@ def test_it_is_the_same_whatever_the_batches(batches, random):
 @given(st.lists(FLOATS, min_size=1, max_size=20))
 def test_every_value_is_in_its_bin(values):
     x = torch.tensor(values)
-    found = Histogram.of(x)
+    found = Histogram.from_values(x)
     assert len(found.counts) <= N_BINS
     assert int(found.counts.sum()) + found.n_zeros == len(x)
     assert found.n_zeros == int((x == 0).sum())
@@ -49,12 +49,12 @@ def test_it_is_fine_enough(scale):
     """At least half the bins are in use, for one sign or both."""
     torch.manual_seed(0)
     for x in (torch.rand(1000), -torch.rand(1000), torch.rand(1000) - 0.3):
-        assert N_BINS / 2 <= len(Histogram.of(scale * x).counts) <= N_BINS
+        assert N_BINS / 2 <= len(Histogram.from_values(scale * x).counts) <= N_BINS
 
 
 def test_half_precision_and_nothing():
     x = torch.tensor([0.5, -1.25, 0.0])
-    assert same(Histogram.of(x.half()), Histogram.of(x))
-    zeros = Histogram.of(torch.zeros(3, 4))
+    assert same(Histogram.from_values(x.half()), Histogram.from_values(x))
+    zeros = Histogram.from_values(torch.zeros(3, 4))
     assert (zeros.n_zeros, zeros.low, zeros.high, zeros.counts.tolist()) == (12, 0.0, 0.0, [0])
-    assert Histogram.of(torch.zeros(0)).n_zeros == 0
+    assert Histogram.from_values(torch.zeros(0)).n_zeros == 0

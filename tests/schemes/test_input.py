@@ -26,7 +26,7 @@ def test_tokens_have_the_codes_of_the_kernels():
     assert torch.equal(ours.nan_to_num(), (codes * scale).nan_to_num())
     assert ours[[4, 5]].isnan().all()
     assert not ours[[0, 3]].any(), "what is below the smallest normal number is 0"
-    step = IntegerInput(scale="static").stored(Histogram.of(torch.tensor([-50.0, 3.0])))
+    step = IntegerInput(scale="static").stored(Histogram.from_values(torch.tensor([-50.0, 3.0])))
     codes, scale = reference.quantize_tokens(x, float(step["input_scale"]), 127, -1)
     ours = IntegerInput(scale="static").fake_quantize(x, 1, step)
     assert torch.equal(ours.nan_to_num(), (codes * scale).nan_to_num())
@@ -44,7 +44,7 @@ def test_the_error_is_half_a_step_at_most(bits):
     assert len(ours[0].unique()) <= 2 * wanted.largest_code + 1
     assert torch.equal(ours[:1], wanted.fake_quantize(x[:1], 3)), "no other sample of the batch counts"
     static = IntegerInput(bits, "static")
-    clipped = static.fake_quantize(x, 3, static.stored(Histogram.of(torch.tensor([0.5]))))
+    clipped = static.fake_quantize(x, 3, static.stored(Histogram.from_values(torch.tensor([0.5]))))
     assert clipped.abs().max() == pytest.approx(0.5)
 
 
@@ -62,7 +62,7 @@ def test_asymmetric_input_has_half_a_step_of_error_and_an_exact_zero(bits):
         assert len(ours[0].unique()) <= wanted.largest_code + 1
         assert torch.equal(ours[:1], wanted.fake_quantize(x[:1], 3)), "no other sample of the batch counts"
         static = IntegerInput(bits, "static", symmetric=False)
-        tensors = static.stored(Histogram.of(x))
+        tensors = static.stored(Histogram.from_values(x))
         for sample in x:
             whole = static.fake_quantize(sample, 3, tensors)
             assert ((whole - sample).abs() <= 0.5001 * tensors["input_scale"] + 1e-6).all()
@@ -74,7 +74,7 @@ def test_four_bits_behind_a_relu_have_sixteen_codes():
         counts = []
         for symmetric in (True, False):
             wanted = IntegerInput(4, scale, symmetric)
-            counts.append(len(wanted.fake_quantize(x, 1, wanted.stored(Histogram.of(x))).unique()))
+            counts.append(len(wanted.fake_quantize(x, 1, wanted.stored(Histogram.from_values(x))).unique()))
         assert counts == [8, 16]
 
 
@@ -118,7 +118,7 @@ def test_the_range_is_that_of_the_layer_s_input(tiny, range):
             engine.model(inputs)
     hook.remove()
     x = torch.cat(seen)
-    assert engine.quantized("second", "s").input_params == wanted.stored(Histogram.of(x))
+    assert engine.quantized("second", "s").input_params == wanted.stored(Histogram.from_values(x))
     assert engine.quantized("second", "s").input_params["input_zero_point"] == 0, "it comes from a ReLU"
     assert engine.score(engine.space.uniform("s")).loss > 0
 

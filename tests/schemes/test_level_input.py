@@ -63,7 +63,7 @@ def test_fp8_is_the_cast_of_torch(levels):
     assert torch.equal(LevelInput(levels).fake_quantize(feature_maps, 3)[3], cast(feature_maps[3], scale, levels))
     assert torch.equal(LevelInput(levels, "tensor").fake_quantize(x, 1), cast(x, x.abs().max() / largest, levels))
     static = LevelInput(levels, "static")
-    tensors = static.stored(Histogram.of(torch.tensor([-3.0, 1.0])))
+    tensors = static.stored(Histogram.from_values(torch.tensor([-3.0, 1.0])))
     x = torch.randn(5, 40) * 3
     assert tensors["input_scale"] == torch.tensor(3.0) / largest
     assert torch.equal(static.fake_quantize(x, 1, tensors), cast(x, tensors["input_scale"], levels))
@@ -90,7 +90,7 @@ def test_nvfp4_is_that_of_a_weight():
     """Whose tensor scale is its own largest magnitude over 6 x 448: here of all that calibration saw."""
     x = awkward((6, 40))[3:]
     nv = LevelInput("e2m1", "nv")
-    tensors = nv.stored(Histogram.of(x))
+    tensors = nv.stored(Histogram.from_values(x))
     assert torch.equal(nv.fake_quantize(x, 1, tensors), RoundToNearest().quantize(x, Codebook("e2m1", 16, "e4m3")).dequantize())
     beyond = nv.fake_quantize(1e6 * x, 1, tensors).abs().max()
     assert beyond == pytest.approx(x.abs().max().item(), rel=1e-5), "what lies beyond saturates"
@@ -100,7 +100,7 @@ def test_blocks_of_a_convolution_are_channels_at_one_position():
     x = torch.randn(2, 70, 3, 4)
     rows = x.permute(0, 2, 3, 1).reshape(-1, 70)
     for wanted in (LevelInput("e4m3", "mx"), LevelInput("e2m1", "nv")):
-        tensors = wanted.stored(Histogram.of(x))
+        tensors = wanted.stored(Histogram.from_values(x))
         expected = wanted.fake_quantize(rows, 1, tensors).reshape(2, 3, 4, 70).permute(0, 3, 1, 2)
         assert torch.equal(wanted.fake_quantize(x, 3, tensors), expected)
 

@@ -22,7 +22,7 @@ def values(kind):
 
 
 def range_of(wanted, x):
-    return RANGES[wanted.range](Histogram.of(x), wanted.rounded, wanted.symmetric)
+    return RANGES[wanted.range](Histogram.from_values(x), wanted.rounded, wanted.symmetric)
 
 
 def static(bits, range, symmetric):
@@ -101,11 +101,11 @@ def test_one_value_is_a_range():
     for name, symmetric in itertools.product(RANGES, (True, False)):
         wanted = static(8, name, symmetric)
         x = torch.tensor([-0.7])
-        tensors = wanted.stored(Histogram.of(x))
+        tensors = wanted.stored(Histogram.from_values(x))
         assert wanted.fake_quantize(x, 1, tensors) == pytest.approx(-0.7, rel=0.02), (name, symmetric)
 
 
 def test_zeros_alone_have_no_range():
     for name in RANGES:
         with pytest.raises(InputError, match="its input is 0 in all of the calibration data"):
-            static(8, name, True).stored(Histogram.of(torch.zeros(5)))
+            static(8, name, True).stored(Histogram.from_values(torch.zeros(5)))

@@ -82,7 +82,7 @@ def test_calibration_sees_the_rotated_input(tiny):
     found = moments["1"].for_scheme(Rotated(Integer(4)))
     assert torch.allclose(found.mean[0], y.mean(0), atol=1e-5)
     assert torch.allclose(found.second_moment[0], y.square().mean(0), rtol=1e-4)
-    assert torch.equal(found.histogram.counts, Histogram.of(y).counts)
+    assert torch.equal(found.histogram.counts, Histogram.from_values(y).counts)
     assert moments["1"].for_scheme(Integer(4)) is moments["1"]
     with_hessian = replace(moments["1"], hessian=hessians(net, task, ["1"], batches)["1"])
     for given, data in ((with_hessian, y), (with_hessian.centred(), y - y.mean(0))):
