@@ -1,4 +1,8 @@
-"""The contract of the sensitivity metrics: the loss increase when one group alone takes a scheme."""
+"""The contract of the sensitivity metrics: the loss increase when one group alone takes a scheme.
+
+To add a metric: write `metrics/<name>.py` with a subclass of `SensitivityMetric` (or of `MeasuredMetric`, which scores the model
+for every pair), and `conf/metric/<name>.yaml` with its `_target_`.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,19 @@ from mpsearch.engine.engine import QuantEngine
 from mpsearch.evaluation import Score
 from mpsearch.executors.base import Executor
 from mpsearch.executors.in_process import InProcess
+from mpsearch.layer import LayerSpec, weight_rows
 
 Pair = tuple[str, str]
 
 
 class SensitivityMetric(ABC):
-    """A way to measure sensitivity; higher is worse, and values of different groups may be added."""
+    """A way to measure sensitivity; higher is worse, and values of different groups may be added.
+
+    Attributes
+    ----------
+    name, unit
+        Of the metric; the unit "nats" is that of the loss.
+    """
 
     name: ClassVar[str]
     unit: ClassVar[str]
@@ -32,7 +43,7 @@ class SensitivityMetric(ABC):
 
     @property
     def exact(self) -> bool:
-        """Whether it is what a search measures of its trials: the loss."""
+        """Whether the values are the losses that a search measures."""
         return False
 
     @abstractmethod
@@ -40,20 +51,20 @@ class SensitivityMetric(ABC):
         """One value for each (group, scheme) of `pairs`, in their order; each is yielded as soon as it is known."""
 
     def measure_joint(self, engine: QuantEngine, pairs: Sequence[Pair]) -> tuple[NDArray[np.float64], NDArray[np.float32]] | None:
-        """The values of `pairs` and their effects `[n, n_pairs]` (`SensitivityTable.effects`); `None`: it knows no effects."""
+        """The values of `pairs` and their Gauss-Newton features `[n, n_pairs]` (`SensitivityTable.effects`), if it has any."""
         return None
 
     def measure_on(self, executor: Executor, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, float]]:
-        """The same by pair, in the order in which they are done; here in this process, whatever the executor."""
+        """(pair, value) in the order in which they are measured; by default in this process, whatever the executor."""
         yield from zip(pairs, self.measure(engine, pairs), strict=True)
 
 
 class MeasuredMetric(SensitivityMetric):
-    """Metrics that really quantize one group at a time and score the model on the search split."""
+    """Metrics that quantize one group at a time and score the model on the search split."""
 
     @abstractmethod
     def value(self, score: Score, baseline: Score) -> float:
-        """The sensitivity that a score shows, beside the float model's."""
+        """The sensitivity, from the score of the model with one group quantized and that of the float model."""
 
     def measure(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[float]:
         """One pass over the search split for each pair."""
@@ -62,12 +73,23 @@ class MeasuredMetric(SensitivityMetric):
         yield from (value for _, value in self.measure_on(executor, engine, pairs))
 
     def measure_on(self, executor: Executor, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, float]]:
-        """One evaluation for each pair, twice as many under way as there are workers."""
+        """One evaluation for each pair, with twice as many pending as there are workers."""
         baseline = executor.submit(Allocation()).result()
-        left, running = list(reversed(pairs)), dict[Future[Score], Pair]()
-        while left or running:
-            while left and len(running) < (2 * executor.workers if executor.workers > 1 else 1):
-                group, scheme = left.pop()
+        waiting, running = list(reversed(pairs)), dict[Future[Score], Pair]()
+        while waiting or running:
+            while waiting and len(running) < (2 * executor.workers if executor.workers > 1 else 1):
+                group, scheme = waiting.pop()
                 running[executor.submit(Allocation({group: scheme}))] = (group, scheme)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), self.value(future.result(), baseline)
+
+
+def layers_by_group(engine: QuantEngine) -> dict[str, tuple[LayerSpec, ...]]:
+    """Group name -> its layers."""
+    return {group.name: group.layers for group in engine.space.groups}
+
+
+def squared_weight_error(engine: QuantEngine, layer: str, scheme: str) -> float:
+    """||dW||^2 of a layer in a scheme."""
+    weight = weight_rows(engine.model.get_submodule(layer)).float().cpu()
+    return (engine.quantized(layer, scheme).dequantize() - weight).double().square().sum().item()

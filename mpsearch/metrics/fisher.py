@@ -23,7 +23,7 @@ from mpsearch.engine.engine import QuantEngine
 from mpsearch.errors import InputError, check_memory
 from mpsearch.graph.surgery import hooked
 from mpsearch.graph.uses import Use, observe_uses
-from mpsearch.metrics.base import Pair, SensitivityMetric
+from mpsearch.metrics.base import Pair, SensitivityMetric, layers_by_group
 
 
 class Fisher(SensitivityMetric):
@@ -34,22 +34,22 @@ class Fisher(SensitivityMetric):
 
     def measure(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[float]:
         """All pairs at once, then yielded one by one."""
-        layers = {group.name: group.layers for group in engine.space.groups}
-        wanted = {(layer.name, scheme) for group, scheme in pairs for layer in layers[group]}
-        sums = dict.fromkeys(sorted(wanted), 0.0)
+        layers = layers_by_group(engine)
+        measured = {(layer.name, scheme) for group, scheme in pairs for layer in layers[group]}
+        sums = dict.fromkeys(sorted(measured), 0.0)
         generator = torch.Generator().manual_seed(0)
         n_samples = 0
-        of_module = {name: layer.name for layer in engine.space.layers for name in layer.readers}
+        layer_of = {name: layer.name for layer in engine.space.layers for name in layer.readers}
         for inputs, targets in engine.batches("calibration"):
             n_samples += len(targets)
-            logits, calls = record_calls(engine, list(of_module), inputs)
+            logits, calls = record_calls(engine, list(layer_of), inputs)
             gradients = gradients_at(calls, engine.divergence.drawn_loss(logits, generator))
             for (name, call), gradient in zip(calls, gradients, strict=True):
-                if gradient is None:  # what came out reached no logit
+                if gradient is None:  # the output reached no logit
                     continue
-                for scheme in [s for layer, s in sums if layer == of_module[name]]:
-                    change = changed(engine, name, of_module[name], scheme, call)
-                    sums[of_module[name], scheme] += 0.5 * (change * gradient).double().square().sum().item()
+                for scheme in [s for layer, s in sums if layer == layer_of[name]]:
+                    change = changed(engine, name, layer_of[name], scheme, call)
+                    sums[layer_of[name], scheme] += 0.5 * (change * gradient).double().square().sum().item()
         for group, scheme in pairs:
             yield sum(sums[layer.name, scheme] for layer in layers[group]) / n_samples
 
@@ -99,7 +99,7 @@ def record_calls(engine: QuantEngine, readers: Sequence[str], inputs: Any) -> tu
 
 
 def gradients_at(calls: Sequence[tuple[str, Call]], loss: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradient of `loss` at each call's output; `None` where it reaches none. May be asked for again."""
+    """The gradient of `loss` at each call's output; `None` where it does not reach the loss. The graph is kept."""
     outputs = [call.output for _, call in calls]
     try:
         return torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
@@ -107,20 +107,20 @@ def gradients_at(calls: Sequence[tuple[str, Call]], loss: Tensor) -> tuple[Tenso
         check_memory(error)
         raise InputError(
             f"The model has no gradients, which this metric needs ({str(error).splitlines()[0]}; torch.no_grad in its forward?). "
-            "Take metric=kl, which needs none."
+            "Use metric=kl, which needs none."
         ) from None
 
 
 @torch.no_grad()
 def changed(engine: QuantEngine, reader: str, layer: str, scheme: str, call: Call) -> Tensor:
-    """The change of a call's output where the module runs on the layer's quantized weight and input and its corrected bias.
+    """The change of a call's output when the module runs on the layer's quantized weight and input and its corrected bias.
 
-    Of a use outside of its modules: on the quantized weight.
+    For a use outside of the layer's modules: when it runs on the quantized weight.
     """
     if call.use is not None:
         return call.use.run_with(engine.swaps(layer, scheme)[0][1]) - call.output
-    of_module = engine.model.get_submodule(reader)
-    own = dict(of_module.named_parameters(recurse=False))
+    module = engine.model.get_submodule(reader)
+    own = dict(module.named_parameters(recurse=False))
     swapped = {name: value for parameter, value in engine.swaps(layer, scheme) for name, p in own.items() if p is parameter}
     with engine.input_quantized(layer, scheme):
-        return torch.func.functional_call(of_module, swapped, call.args, dict(call.kwargs)) - call.output
+        return torch.func.functional_call(module, swapped, call.args, dict(call.kwargs)) - call.output

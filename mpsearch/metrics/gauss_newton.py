@@ -1,4 +1,4 @@
-"""What groups do to the predictions together: the loss to second order, from a few backward passes for all groups and schemes.
+"""Gauss-Newton estimate of the loss with interactions between groups, from a few backward passes for all groups and schemes.
 
 A layer's quantization changes its output by dy, and the logits by dz = J dy to first order. The KL divergence from the float
 model's predictions p is then dz^T F dz / 2, F = diag(p) - p p^T (the Gauss-Newton form; Martens 2020, "New Insights and
@@ -9,12 +9,12 @@ with e = g . dy, a feature a row of logits and probe,
 
     L(x) = E (sum_g e_g(x_g))^2 / 2 = |sum_g e_g(x_g)|^2 / 2:
 
-a group's own sensitivity is |e_g|^2 / 2, and the inner products say which groups reinforce or cancel one another (CLADO, Deng et
-al. 2023, https://arxiv.org/abs/2307.05657, measures these pair by pair). Diagonal Fisher information (`fisher.py`) drops the
-products within a layer too. Runs on the search split, as what is searched is measured there; no label is used.
+a group's own sensitivity is |e_g|^2 / 2, and the inner products are the interactions: which groups reinforce or cancel one
+another (CLADO, Deng et al. 2023, https://arxiv.org/abs/2307.05657, measures these pair by pair). Diagonal Fisher information
+(`fisher.py`) drops the products within a layer too. Runs on the search split, where proposals are measured; no label is used.
 
-The inner products of two groups are means over few samples of what has either sign, and an allocation that makes use of what is
-chance gains on these samples alone. They count as far as they carry over from one half of the data to the other.
+The inner products of two groups are means over few samples of values of either sign, and an allocation that exploits chance gains
+on these samples alone. They are shrunk by how far they carry over from one half of the data to the other.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from torch import Tensor
 
 from mpsearch.engine.engine import QuantEngine
 from mpsearch.layer import LayerSpec
-from mpsearch.metrics.base import Pair, SensitivityMetric
+from mpsearch.metrics.base import Pair, SensitivityMetric, layers_by_group
 from mpsearch.metrics.fisher import changed, gradients_at, record_calls
 from mpsearch.progress import phase
 
 FEWEST_FEATURES, MOST_PROBES = 2000, 8
 MOST_PAIRS = 4096  # whose inner products are kept, float64; beyond, the sensitivities alone are
-MOST_DIMENSIONS = 128  # of the effects; what they leave out of a group's sensitivity counts as its own
+MOST_DIMENSIONS = 128  # of the features; the rest of a group's sensitivity counts as its own
 GRADIENT_BYTES = 2**28  # of gradients at once
 
 
@@ -49,18 +49,18 @@ class GaussNewton(SensitivityMetric):
     def measure(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[float]:
         """All pairs at once, then yielded one by one."""
         total = np.zeros(len(pairs))
-        for found in self._features(engine, pairs):
-            total += 0.5 * np.square(found).sum(0)
+        for features in self._features(engine, pairs):
+            total += 0.5 * np.square(features).sum(0)
         yield from np.where(np.isfinite(total), total, np.inf).tolist()
 
     def measure_joint(self, engine: QuantEngine, pairs: Sequence[Pair]) -> tuple[NDArray[np.float64], NDArray[np.float32]] | None:
-        """The values, and effects in at most `MOST_DIMENSIONS`, as far as they carry over; `None` of too many pairs."""
+        """The values, and features in at most `MOST_DIMENSIONS`, as far as they carry over; `None` for too many pairs."""
         n = len(pairs)
         if n > MOST_PAIRS:
             return None
         halves = np.zeros((2, n, n))
-        for found in self._features(engine, pairs):
-            for half, rows in zip(halves, np.array_split(found, 2), strict=True):
+        for features in self._features(engine, pairs):
+            for half, rows in zip(halves, np.array_split(features, 2), strict=True):
                 half += rows.T @ rows
         products, groups = halves.sum(0), np.array([group for group, _ in pairs])
         values = np.where(np.isfinite(products.diagonal()), 0.5 * products.diagonal(), np.inf)
@@ -71,9 +71,9 @@ class GaussNewton(SensitivityMetric):
         return values, (np.sqrt(np.maximum(carried * sizes, 0.0)) * directions).T.astype(np.float32)
 
     def _features(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[NDArray[np.float64]]:
-        """`[rows of logits, n_pairs]` of a batch and probe after the other; the sum of all squares is twice the loss."""
+        """`[rows of logits, n_pairs]` for each batch and probe; the sum of all squares is twice the loss."""
         columns: dict[str, dict[tuple[LayerSpec, str], list[int]]] = {}  # module -> (its layer, scheme) -> columns
-        layers = {group.name: group.layers for group in engine.space.groups}
+        layers = layers_by_group(engine)
         for column, (group, scheme) in enumerate(pairs):
             for layer in layers[group]:
                 for module in layer.readers:
@@ -102,10 +102,17 @@ class GaussNewton(SensitivityMetric):
 
 
 def _carried_over(halves: NDArray[np.float64], groups: NDArray[np.str_]) -> float:
-    """0 to 1: how much of the correlations between groups, of all the data, is there on others too.
+    """0 to 1: the share of the correlations between groups, on all the data, that holds on other data too.
 
-    `halves` [2, n, n] are the inner products on each half, `groups` [n] whose they are. What they have in common stands for what
-    one half says of other data; twice the data say 2 r / (1 + r) (Spearman 1910, Brown 1910).
+    The agreement r of the halves is that of one half with other data; twice the data agree 2 r / (1 + r) (Spearman 1910, Brown
+    1910).
+
+    Parameters
+    ----------
+    halves
+        `[2, n, n]`, the inner products on each half of the data.
+    groups
+        `[n]`, their groups.
     """
     sizes = np.sqrt(np.maximum(np.diagonal(halves, axis1=1, axis2=2), 1e-300))
     first, second = (halves / sizes[:, :, None] / sizes[:, None])[:, groups[:, None] != groups]
@@ -114,15 +121,15 @@ def _carried_over(halves: NDArray[np.float64], groups: NDArray[np.str_]) -> floa
 
 
 def _by_row(product: Tensor, layer: LayerSpec, n_rows: int) -> NDArray[np.float64]:
-    """[n_rows] sums of g * dy: what belongs to a row of logits, a sample's or a token's, in one.
+    """`[n_rows]`: the sum of g * dy over the positions of each row of logits, a sample's or a token's.
 
-    Where positions cannot be shared out among the rows (the tokens that an expert got), they count as independent: each is added
-    to one row, with a sign of its own.
+    Where positions cannot be divided among the rows (the tokens of an expert), they count as independent: each is added to one
+    row, with a random sign.
     """
     if layer.kind.startswith("conv"):
         product = product.movedim(1, -1)
-    of_positions = product.double().reshape(-1, product.shape[-1] if product.ndim else 1).sum(-1).cpu().numpy()
-    if len(of_positions) % n_rows == 0:
-        return of_positions.reshape(n_rows, -1).sum(1)
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], len(of_positions))
-    return np.bincount(np.arange(len(of_positions)) % n_rows, of_positions * signs, n_rows).astype(np.float64)
+    by_position = product.double().reshape(-1, product.shape[-1] if product.ndim else 1).sum(-1).cpu().numpy()
+    if len(by_position) % n_rows == 0:
+        return by_position.reshape(n_rows, -1).sum(1)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], len(by_position))
+    return np.bincount(np.arange(len(by_position)) % n_rows, by_position * signs, n_rows).astype(np.float64)

@@ -15,12 +15,17 @@ import torch
 from torch import Tensor
 
 from mpsearch.engine.engine import QuantEngine
-from mpsearch.layer import weight_rows
-from mpsearch.metrics.base import Pair, SensitivityMetric
+from mpsearch.metrics.base import Pair, SensitivityMetric, layers_by_group, squared_weight_error
 
 
 class HAWQ(SensitivityMetric):
-    """Half the average Hessian trace times the squared error of the weights; `n_probes` sign vectors a layer and batch."""
+    """Half the average Hessian trace times the squared error of the weights.
+
+    Parameters
+    ----------
+    n_probes
+        Sign vectors per layer and batch.
+    """
 
     name = "hawq"
     unit = "nats"
@@ -30,14 +35,12 @@ class HAWQ(SensitivityMetric):
 
     def measure(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[float]:
         """All traces at once, then pairs one by one."""
-        layers = {group.name: group.layers for group in engine.space.groups}
-        traces = self._traces(engine)
+        layers, traces = layers_by_group(engine), self._traces(engine)
         for group, scheme in pairs:
             total = 0.0
             for layer in layers[group]:
-                weight = weight_rows(engine.model.get_submodule(layer.name)).float().cpu()
-                error = (engine.quantized(layer.name, scheme).dequantize() - weight).double().square().sum().item()
-                total += 0.5 * max(traces[layer.name], 0.0) / weight.numel() * error
+                error = squared_weight_error(engine, layer.name, scheme)
+                total += 0.5 * max(traces[layer.name], 0.0) / layer.numel * error
             yield total
 
     def _traces(self, engine: QuantEngine) -> dict[str, float]:
@@ -50,12 +53,12 @@ class HAWQ(SensitivityMetric):
                 with engine.own_inputs():
                     logits = engine.task.forward(engine.model, inputs)
                 loss = engine.divergence.drawn_loss(logits, generator)
-                slopes = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
-                # One layer at a time: the blocks between layers would drown the trace of a layer of low sensitivity.
-                for i, (weight, slope) in enumerate(zip(weights, slopes, strict=True)):
+                gradients = torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
+                # One layer at a time: the blocks between layers would dominate the trace of a layer of low sensitivity.
+                for i, (weight, gradient) in enumerate(zip(weights, gradients, strict=True)):
                     for _ in range(self.n_probes):
                         sign = (torch.randint(0, 2, weight.shape, generator=generator) * 2.0 - 1).to(weight)
-                        (curve,) = torch.autograd.grad(slope, weight, sign, retain_graph=True, materialize_grads=True)
-                        sums[i] += (sign * curve).double().sum().item() / self.n_probes
+                        (product,) = torch.autograd.grad(gradient, weight, sign, retain_graph=True, materialize_grads=True)
+                        sums[i] += (sign * product).double().sum().item() / self.n_probes
             n_samples += len(targets)
         return dict(zip(names, (total / n_samples for total in sums), strict=True))

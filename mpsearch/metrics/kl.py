@@ -1,4 +1,4 @@
-"""Measured loss: quantize one group, run the search split, compare outputs with the float model's by the task's divergence."""
+"""Measured loss: quantize one group, run the search split, and compare the outputs with the float model's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class KL(MeasuredMetric):
 
     @property
     def exact(self) -> bool:
-        """It is the loss."""
+        """Yes: it is the loss."""
         return True
 
     def value(self, score: Score, baseline: Score) -> float:

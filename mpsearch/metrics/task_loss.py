@@ -1,4 +1,4 @@
-"""Measured task loss: the rise of the task's own loss on the search split's targets; may be negative, is noisy where small."""
+"""Measured task loss: the increase of the task's own loss on the targets of the search split; can be negative."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from mpsearch.metrics.base import MeasuredMetric
 
 
 class TaskLoss(MeasuredMetric):
-    """Rise of the mean cross-entropy in nats, or of what the task has in its place."""
+    """Increase of the mean cross-entropy in nats, or of the loss that the task has in its place."""
 
     name = "task_loss"
     unit = "nats"

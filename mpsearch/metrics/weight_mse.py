@@ -1,26 +1,20 @@
-"""Weight error: needs no data and no forward pass; says nothing about the loss."""
+"""Weight error: needs no data and no forward pass, and is no estimate of the loss."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 from mpsearch.engine.engine import QuantEngine
-from mpsearch.layer import weight_rows
-from mpsearch.metrics.base import Pair, SensitivityMetric
+from mpsearch.metrics.base import Pair, SensitivityMetric, layers_by_group, squared_weight_error
 
 
 class WeightMSE(SensitivityMetric):
-    """Summed squared error of the group's weights, ||dW||^2."""
+    """Sum of the squared errors of the group's weights, ||dW||^2."""
 
     name = "weight_mse"
     unit = "squared weight"
 
     def measure(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[float]:
         """From the weight bank alone."""
-        layers = {group.name: group.layers for group in engine.space.groups}
-        for group, scheme in pairs:
-            total = 0.0
-            for layer in layers[group]:
-                weight = weight_rows(engine.model.get_submodule(layer.name)).float().cpu()
-                total += (engine.quantized(layer.name, scheme).dequantize() - weight).double().square().sum().item()
-            yield total
+        layers = layers_by_group(engine)
+        yield from (sum(squared_weight_error(engine, layer.name, s) for layer in layers[group]) for group, s in pairs)

@@ -1,8 +1,8 @@
 """torchao by `FqnToConfig`: one configuration per module (torchao/quantization/quant_api.py).
 
 Weights alone: `IntxWeightOnlyConfig`, per-row or per-group scales. Inputs of 8 bits, per-token scales:
-`Int8DynamicActivationInt8WeightConfig`, symmetric 8-bit weights with per-row scales. Modules are configured one by one, so nothing
-is fused. Only Linear layers are known to be supported; widths are those that its tests and documentation name.
+`Int8DynamicActivationInt8WeightConfig`, symmetric 8-bit weights with per-row scales. Modules are configured one by one, so
+nothing is fused. Only Linear layers are known to be supported; widths are those that its tests and documentation name.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """vLLM, by way of compressed-tensors.
 
-Weights alone, 4 or 8 bits: `CompressedTensorsWNA16` (`WNA16_SUPPORTED_BITS`), per-row scales or one per 32, 64 or 128 weights of a
-row (`MARLIN_SUPPORTED_GROUP_SIZES`); releases that name more widths exist, but which kernels run them is not known. Inputs of 8
+Weights alone, 4 or 8 bits: `CompressedTensorsWNA16` (`WNA16_SUPPORTED_BITS`), per-row scales or one per 32, 64 or 128 weights of
+a row (`MARLIN_SUPPORTED_GROUP_SIZES`); releases that name more widths exist, but which kernels run them is not known. Inputs of 8
 bits: `CompressedTensorsW8A8Int8`, symmetric 8-bit weights with per-row or per-tensor scales. Floats, weights alone:
 `CompressedTensorsW8A16Fp8`, E4M3 with per-row or per-tensor float32 scales, and `CompressedTensorsW4A16Mxfp4`; with inputs in
-E4M3, per-token scales or a static one: `CompressedTensorsW8A8Fp8`. NVFP4 (`CompressedTensorsW4A16Fp4`) is left out: layers that it
-fuses must have one scale of the tensor, and layers do not share that here. It runs q, k and v as one matrix, gate and up as
-another, and the experts of a block in one kernel: fused layers in different schemes do not load (vllm-project/vllm issues 7086 and
-41457, intel/auto-round issue 2174).
+E4M3, per-token scales or a static one: `CompressedTensorsW8A8Fp8`. NVFP4 (`CompressedTensorsW4A16Fp4`) is left out: layers that
+it fuses must have one scale of the tensor, and layers do not share that here. It runs q, k and v as one matrix, gate and up as
+another, and the experts of a block in one kernel: fused layers in different schemes do not load (vllm-project/vllm issues 7086
+and 41457, intel/auto-round issue 2174).
 """
 
 from __future__ import annotations
