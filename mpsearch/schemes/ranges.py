@@ -79,8 +79,8 @@ def entropy(histogram: Histogram, rounded: Rounded, symmetric: bool) -> tuple[fl
         reference[last] += counts[last + 1 :].sum()
         by_code = (codes - codes.min()).long()
         within = (reference > 0).double()
-        mass, share = (torch.bincount(by_code, of) for of in (kept, within))
-        q = torch.where(reference > 0, (mass / share.clamp(min=1.0))[by_code].clamp(min=SMALLEST_COUNT), 0.0)
+        mass, n_bins = (torch.bincount(by_code, weights) for weights in (kept, within))
+        q = torch.where(reference > 0, (mass / n_bins.clamp(min=1.0))[by_code].clamp(min=SMALLEST_COUNT), 0.0)
         p, q = reference / reference.sum(), q / q.sum()
         used = p > 0
         return float((p[used] * (p[used] / q[used]).log()).sum())

@@ -44,7 +44,7 @@ def test_a_token_is_foretold_from_those_before_it():
     assert one.shape == (2, 9, 30)
     torch.testing.assert_close(one[:, :5], two[:, :5])
     assert not torch.allclose(one[:, 5:], two[:, 5:])
-    with pytest.raises(InputError, match="context is 512 tokens; 513 came"):
+    with pytest.raises(InputError, match="is 512 tokens; got 513"):
         model(torch.zeros(1, 513, dtype=torch.long))
 
 

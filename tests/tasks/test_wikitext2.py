@@ -51,7 +51,7 @@ def test_what_is_absent_is_a_sentence(tmp_path, monkeypatch):
         packaged("nobody_made_it", "file", "it")
     pytest.importorskip("gguf")
     (tmp_path / "y.gguf").write_bytes(b"GGUF is not all of it")
-    with pytest.raises(InputError, match=r"y\.gguf is no whole GGUF file"):
+    with pytest.raises(InputError, match=r"y\.gguf is not a complete GGUF file"):
         open_gguf(tmp_path / "y.gguf")
 
 
