@@ -56,7 +56,7 @@ def test_what_meets_the_limit_exactly_is_within():
         ({"bits": -3}, (), ["budget.bits is above 0; -3 came"]),
         ({"bits": "nan"}, (), ["budget.bits is above 0; nan came"]),
         ({"fraction": "half"}, (), ["budget.fraction must be a number; got 'half'"]),
-        ({"bits": [3]}, (), ["budget.bits is a number"]),
+        ({"bits": [3]}, (), ["budget.bits must be a number"]),
         ({"byte": 10}, (), ["no cost 'byte' to budget", "Did you mean 'bytes'"]),
     ],
 )

@@ -70,7 +70,7 @@ def test_a_limit_below_the_least_is_said_and_so_is_a_run_that_did_not_look():
     with pytest.raises(InputError, match="'1 stone' is not a size"):
         read_budgets({"activation_bytes": "1 stone"}, COSTS, SPACE)
     blind = SearchSpace.build([replace(layer(0), activations=None)], SCHEMES)
-    with pytest.raises(InputError, match=r"were not followed.*cost=\[bytes,activation_bytes\]"):
+    with pytest.raises(InputError, match=r"were not measured.*cost=\[bytes,activation_bytes\]"):
         read_budgets({"activation_bytes": 1000}, COSTS, blind)
 
 
