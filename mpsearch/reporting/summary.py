@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,14 +42,17 @@ def summary(run: Run, picked: Evaluation, folder: Path | None = None, max_drop: 
     """
     answer = smallest_non_inferior(run, run.max_drop if max_drop is None else float(max_drop))
     lines = [
-        f"{picked.size_bytes:,} bytes: {100 * picked.fraction:.1f} % of the float32 model. {non_inferior_sentence(run, answer)}",
-        times_sentence(run).strip(),
+        f"Picked: {picked.average_bits:.2f} bits per weight, {picked.size_bytes:,} bytes, {100 * picked.fraction:.1f} % of the "
+        "float32 model.",
+        non_inferior_sentence(run, answer),
+        times_sentence(run).strip() if times_differ(run) else "",
         *(f"warning: {warning}" for warning in warnings(run)),
         *(next_steps(run, picked, folder) if folder else []),
     ]
     title = f"{len(run.front)} points on the Pareto front"
+    header = (re.sub(r",? (search|confirm)", r"\n\1", name) for name in summary_header(run))  # narrow, so that rows do not wrap
     rows = summary_rows(run, picked, MAX_UNIFORM)
-    return Summary(title, summary_header(run), tuple(rows), tuple(line for line in lines if line))
+    return Summary(title, tuple(header), tuple(rows), tuple(line for line in lines if line))
 
 
 def next_steps(run: Run, picked: Evaluation, folder: Path) -> list[str]:

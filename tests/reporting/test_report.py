@@ -340,7 +340,7 @@ def test_the_summary_says_what_to_do_next_in_less_than_a_screen(reported):
     picked = pick(result)
     shown = summary(result, picked, folder)
     assert {len(row) for row in shown.rows} == {len(shown.header)}
-    assert f"{picked.size_bytes:,} bytes: " in shown.lines[0]
+    assert f"{picked.size_bytes:,} bytes, " in shown.lines[0]
     assert shown.lines[-3].startswith("export a point: mpsearch export ")
     assert shown.lines[-3].endswith(f"pick.point={picked.allocation.id}")
     assert len(shown.rows) + 6 + len(shown.lines) <= 22, "with a title, a frame, and the paths of the page and two files: 25"
