@@ -8,6 +8,7 @@ plain PyTorch and the specification. Where a compiled module is missing everythi
 from mpsearch.kernels.backends import active_backend, available_backends, use_backend
 from mpsearch.kernels.convolution import conv, conv_a8
 from mpsearch.kernels.feedback import round_with_feedback
+from mpsearch.kernels.formats import ConvFormat, WeightFormat
 from mpsearch.kernels.half_quadratic import half_quadratic
 from mpsearch.kernels.packed_conv import PackedConv, pack_conv, unpack_conv
 from mpsearch.kernels.packed_weight import MOST_GROUP_COLUMNS, PackedWeight, pack_weight, unpack_weight
@@ -17,8 +18,10 @@ from mpsearch.kernels.rotation import blocks_of, rotate
 
 __all__ = [
     "MOST_GROUP_COLUMNS",
+    "ConvFormat",
     "PackedConv",
     "PackedWeight",
+    "WeightFormat",
     "active_backend",
     "available_backends",
     "blocks_of",

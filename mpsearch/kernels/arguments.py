@@ -120,6 +120,6 @@ def input_fields(input: InputFormat | None) -> Any:
     return _Input(0.0, 127, -1) if input is None else _Input(input.scale or 0.0, input.largest_code, input.zero_point)
 
 
-def address(tensor: Tensor | None) -> int | None:
-    """Of a tensor's first value."""
-    return None if tensor is None else tensor.data_ptr()
+def addresses(**tensors: Tensor | None) -> dict[str, int | None]:
+    """Of each tensor's first value, by the names of fields."""
+    return {name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}

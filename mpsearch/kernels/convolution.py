@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference, reference_conv
-from mpsearch.kernels.arguments import ConvArguments, ConvShape, address, input_fields
+from mpsearch.kernels.arguments import ConvArguments, ConvShape, addresses, input_fields
 from mpsearch.kernels.backends import backend_of, is_plain, run
 from mpsearch.kernels.checks import check_tensor, readable
 from mpsearch.kernels.formats import ConvFormat, Geometry, InputFormat, pair
@@ -115,10 +115,7 @@ def _convolve(
         return y.copy_(_specified(x, data, format, bias, geometry, input).view(out))
     x = x if channels_last else x.contiguous()
     arguments = ConvArguments(
-        x=x.data_ptr(),
-        packed=data.data_ptr(),
-        bias=address(bias),
-        y=y.data_ptr(),
+        **addresses(x=x, packed=data, bias=bias, y=y),
         shape=shape,
         input=input_fields(input),
         int8_input=input is not None,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpsearch.kernels.arguments import DTYPES, TOTAL_BYTES, StreamArguments, linear_arguments
+from mpsearch.kernels.arguments import DTYPES, TOTAL_BYTES, StreamArguments, addresses, linear_arguments
 from mpsearch.kernels.formats import InputFormat, WeightFormat
 
 _FUNCTIONS = ("quantize", "pack", "unpack", "dequantize", "dequantize_stream", "rotate", "linear")  # of a struct and a stream
@@ -116,7 +116,7 @@ def linear(
     n_tokens = x.numel() // format.columns
     if input is None and n_tokens * columns_each(x.dtype, format.group_size) > MOST_STREAMED_COLUMNS:
         weight = x.new_empty(format.rows, format.columns)
-        struct = StreamArguments(packed=data.data_ptr(), weight=weight.data_ptr(), format=format, dtype=DTYPES[x.dtype])
+        struct = StreamArguments(**addresses(packed=data, weight=weight), format=format, dtype=DTYPES[x.dtype])
         library.call("dequantize_stream", x, struct)
         y.copy_(F.linear(x, weight, None if bias is None else bias.to(x.dtype)))
         return

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference_feedback
-from mpsearch.kernels.arguments import FeedbackArguments, address
+from mpsearch.kernels.arguments import FeedbackArguments, addresses
 from mpsearch.kernels.backends import backend_of, run
 from mpsearch.kernels.checks import check_range, checked
 
@@ -32,10 +32,8 @@ def round_with_feedback(
     feedback
         float32 `[k, columns, columns]`; rows is a multiple of k, and row r takes `feedback[r // (rows // k)]`. The diagonal is
         not read; without `errors`, nor is the part above it.
-    scales
-        float32 `[rows, n_groups]`; where one is 0 the group's codes are the zero point.
-    zero_points
-        float32 `[rows, n_groups]`; 0.5 is one too.
+    scales, zero_points
+        float32 `[rows, n_groups]`; where a scale is 0 the group's codes are the zero point. 0.5 is a zero point too.
     column_groups
         int32 `[columns]`: which group a column belongs to, so that columns may come in any order.
     errors
@@ -67,28 +65,34 @@ def round_with_feedback(
     fixed = checked("fixed", fixed, torch.bool, (rows, columns), device)
     if n_matrices == 0 or rows % n_matrices:
         raise InputError(f"feedback must be [k, {columns}, {columns}] with {rows} rows a multiple of k; got k={n_matrices}.")
-    if columns and not (column_groups.min() >= 0 and column_groups.max() < n_groups):
-        raise InputError(
-            f"column_groups must be 0 to {n_groups - 1}, as scales have {n_groups} groups a row; got "
-            f"{int(column_groups.min())} to {int(column_groups.max())}."
-        )
+    first, last = (int(column_groups.min()), int(column_groups.max())) if columns else (0, -1)
+    if first < 0 or last >= n_groups:
+        raise InputError(f"column_groups must be 0 to {n_groups - 1} for {n_groups} groups; got {first} to {last}.")
+    inputs = weight, feedback, scales, zero_points, column_groups, bits, errors, fixed
     backend = backend_of(weight, on_cuda=False)
-    if backend == "reference":
-        return reference_feedback.round_with_feedback(weight, feedback, scales, zero_points, column_groups, bits, errors, fixed)
+    return reference_feedback.round_with_feedback(*inputs) if backend == "reference" else _compiled(backend, *inputs)
+
+
+def _compiled(
+    backend: str,
+    weight: Tensor,
+    feedback: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    column_groups: Tensor,
+    bits: int,
+    errors: Tensor | None,
+    fixed: Tensor | None,
+) -> Tensor:
+    """See `reference_feedback.round_with_feedback`."""
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     arguments = FeedbackArguments(
-        weight=weight.data_ptr(),
-        feedback=feedback.data_ptr(),
-        scales=scales.data_ptr(),
-        zero_points=zero_points.data_ptr(),
-        column_groups=column_groups.data_ptr(),
-        errors=address(errors),
-        fixed=address(fixed),
-        codes=codes.data_ptr(),
-        columns=columns,
-        n_groups=n_groups,
-        n_matrices=n_matrices,
-        rows_per_matrix=rows // n_matrices,
+        **addresses(weight=weight, feedback=feedback, scales=scales, zero_points=zero_points),
+        **addresses(column_groups=column_groups, errors=errors, fixed=fixed, codes=codes),
+        columns=weight.shape[1],
+        n_groups=scales.shape[1],
+        n_matrices=len(feedback),
+        rows_per_matrix=len(weight) // len(feedback),
         bits=bits,
     )
     run("round_with_feedback", backend, weight, arguments)

@@ -11,7 +11,12 @@ Pair = tuple[int, int]
 
 
 class WeightFormat(NamedTuple):
-    """Shape and number format of a weight that is packed for the products; the fields are those of `PackedWeight`."""
+    """Shape and number format of a weight `[rows, columns]` that is packed for the products.
+
+    group_size   columns that share a scale, at most `columns`
+    half_scales  whether scales are float16 (else float32)
+    symmetric    whether zero points are the implied ones
+    """
 
     rows: int
     columns: int
@@ -27,7 +32,13 @@ class WeightFormat(NamedTuple):
 
 
 class ConvFormat(NamedTuple):
-    """Shape and number format of a weight that is packed for the convolutions; the fields are those of `PackedConv`."""
+    """Shape and number format of a weight `[rows, columns // taps, *kernel_size]` that is packed for the convolutions.
+
+    columns  of the weight as a matrix: channels of a group times `taps`
+    groups   of the convolution
+
+    All else is as in `WeightFormat`.
+    """
 
     rows: int
     columns: int

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.kernels import reference_half_quadratic
-from mpsearch.kernels.arguments import HalfQuadraticArguments
+from mpsearch.kernels.arguments import HalfQuadraticArguments, addresses
 from mpsearch.kernels.backends import backend_of, run
 from mpsearch.kernels.checks import SCALE_DTYPES, check_range, checked
 
@@ -38,12 +38,7 @@ def half_quadratic(
 
     What is minimized is the sum of |weight - (code - zero) * scale|^(3/4) over each group, by the half-quadratic splitting of
     Badri and Shaji 2023 (HQQ); no group ends with a larger one than it started with. `reference_half_quadratic.py` gives every
-    rounding.
-
-    Raises
-    ------
-    InputError
-        Shapes do not fit together.
+    rounding. Raises `InputError` where shapes do not fit together.
     """
     check_range("bits", bits, 1, 8)
     check_range("group_size", group_size, 1)
@@ -60,11 +55,7 @@ def half_quadratic(
     codes = torch.empty(weight.shape, dtype=torch.uint8)
     fitted_scales, fitted_zeros = scales.float().clone(), zero_points.clone()
     arguments = HalfQuadraticArguments(
-        weight=weight.data_ptr(),
-        betas=betas.data_ptr(),
-        scales=fitted_scales.data_ptr(),
-        zero_points=fitted_zeros.data_ptr(),
-        codes=codes.data_ptr(),
+        **addresses(weight=weight, betas=betas, scales=fitted_scales, zero_points=fitted_zeros, codes=codes),
         rows=rows,
         columns=columns,
         group_size=group_size,

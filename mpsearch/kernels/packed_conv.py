@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,34 +17,16 @@ from mpsearch.kernels.packed_weight import MOST_GROUP_COLUMNS, MOST_SIZE, check_
 
 @dataclass(frozen=True)
 class PackedConv:
-    """A weight `[rows, columns // taps, *kernel_size]`, `taps` the product of `kernel_size`, as the convolutions read it.
-
-    data         uint8 `[nbytes]`, whose layout `reference_conv.py` describes
-    columns      of the weight as a matrix: channels of a group times `taps`
-    group_size   columns that share a scale, at most `columns`
-    half_scales  whether scales are float16 (else float32)
-    symmetric    whether zero points are the implied ones
-    groups       of the convolution
-    format       all fields but `data`
-    """
+    """A weight as the convolutions read it: uint8 `[nbytes]`, whose layout `reference_conv.py` describes."""
 
     data: Tensor
-    rows: int
-    columns: int
-    bits: int
-    group_size: int
-    half_scales: bool
-    symmetric: bool
-    kernel_size: tuple[int, ...]
-    groups: int
-    format: ConvFormat = field(init=False, repr=False, compare=False)
+    format: ConvFormat
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        if not isinstance(self.kernel_size, tuple) or any(type(size) is not int for size in self.kernel_size):
-            raise InputError(f"kernel_size must be a tuple of 1 or 2 integers; got {self.kernel_size!r}.")
-        numbers = self.rows, self.columns, self.bits, self.group_size, self.half_scales, self.symmetric, self.groups
-        object.__setattr__(self, "format", ConvFormat(*numbers, self.kernel_size))
+        check_fields(self.data, self.format)
+        kernel_size = self.format.kernel_size
+        if not isinstance(kernel_size, tuple) or any(type(size) is not int for size in kernel_size):
+            raise InputError(f"kernel_size must be a tuple of 1 or 2 integers; got {kernel_size!r}.")
         check_packed_conv(self.data, self.format)
 
     @property
@@ -101,8 +83,7 @@ def pack_conv(
         raise InputError(f"codes have {columns} columns, which a kernel of {format.taps} weights a channel does not divide.")
     if groups < 1 or rows % groups:
         raise InputError(f"groups must divide the weight's {rows} rows; got {groups}.")
-    data = reference_conv.pack_conv(codes, scales, zero_points, format)
-    return PackedConv(data, *format[:6], kernel_size, groups)
+    return PackedConv(reference_conv.pack_conv(codes, scales, zero_points, format), format)
 
 
 def unpack_conv(weight: PackedConv) -> tuple[Tensor, Tensor, Tensor | None]:

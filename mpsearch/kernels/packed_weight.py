@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference
-from mpsearch.kernels.arguments import WeightArguments, address
+from mpsearch.kernels.arguments import WeightArguments, addresses
 from mpsearch.kernels.backends import backend_of, run
 from mpsearch.kernels.checks import SCALE_DTYPES, check_range, checked, dtype_of, readable
-from mpsearch.kernels.formats import WeightFormat
+from mpsearch.kernels.formats import ConvFormat, WeightFormat
 
 MOST_SIZE = 2**31 - 1  # of an integer field of a packed weight
 MOST_GROUP_COLUMNS = 32_768  # of a group: 2 * 255 * 127 * 32,768 is the largest such sum in int32
@@ -22,29 +22,14 @@ MOST_GROUP_COLUMNS = 32_768  # of a group: 2 * 255 * 127 * 32,768 is the largest
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight `[rows, columns]` as the products read it.
-
-    data         uint8 `[nbytes]`, whose layout `reference.py` describes
-    group_size   columns that share a scale, at most `columns`
-    half_scales  whether scales are float16 (else float32)
-    symmetric    whether zero points are the implied ones
-    format       all fields but `data`
-    """
+    """A weight `[rows, columns]` as the products read it: uint8 `[nbytes]`, whose layout `reference.py` describes."""
 
     data: Tensor
-    rows: int
-    columns: int
-    bits: int
-    group_size: int
-    half_scales: bool
-    symmetric: bool
-    format: WeightFormat = field(init=False, repr=False, compare=False)
+    format: WeightFormat
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        format = WeightFormat(self.rows, self.columns, self.bits, self.group_size, self.half_scales, self.symmetric)
-        object.__setattr__(self, "format", format)
-        check_packed_weight(self.data, format)
+        check_fields(self.data, self.format)
+        check_packed_weight(self.data, self.format)
 
     @property
     def nbytes(self) -> int:
@@ -86,7 +71,7 @@ def pack_weight(codes: Tensor, scales: Tensor, zero_points: Tensor | None, *, bi
         run("pack_weight", backend, codes, _arguments(codes, scales, zero_points, data, format, flags))
         seen = int(flags)
     check_values(codes, scales, bits, seen)
-    return PackedWeight(data, *format)
+    return PackedWeight(data, format)
 
 
 def unpack_weight(packed: PackedWeight) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -111,26 +96,22 @@ def _arguments(
     codes: Tensor, scales: Tensor, zero_points: Tensor | None, data: Tensor, format: WeightFormat, seen: Tensor | None = None
 ) -> WeightArguments:
     return WeightArguments(
-        codes=codes.data_ptr(),
-        scales=scales.data_ptr(),
-        zero_points=address(zero_points),
-        packed=data.data_ptr(),
-        seen=address(seen),
+        **addresses(codes=codes, scales=scales, zero_points=zero_points, packed=data, seen=seen),
         packed_bytes=data.numel(),
         format=format,
     )
 
 
-def check_fields(packed: Any) -> None:
-    """Raise `InputError` where a field of a packed weight (a dataclass) is not of its type, or an integer is out of range."""
-    for item in fields(packed):
-        value = getattr(packed, item.name, None)
-        if item.type == "Tensor" and not isinstance(value, Tensor):
-            raise InputError(f"{item.name} must be a tensor; got {type(value).__name__}.")
-        if item.type == "int" and (type(value) is not int or not 0 <= value <= MOST_SIZE):
-            raise InputError(f"{item.name} must be an integer from 0 to {MOST_SIZE}; got {value!r}.")
-        if item.type == "bool" and type(value) is not bool:
-            raise InputError(f"{item.name} must be True or False; got {value!r}.")
+def check_fields(data: object, format: WeightFormat | ConvFormat) -> None:
+    """Raise `InputError` where a field of a packed weight is not of its type, or an integer is out of range."""
+    if not isinstance(data, Tensor):
+        raise InputError(f"data must be a tensor; got {type(data).__name__}.")
+    for name, kind in get_type_hints(type(format)).items():
+        value = getattr(format, name)
+        if kind is int and (type(value) is not int or not 0 <= value <= MOST_SIZE):
+            raise InputError(f"{name} must be an integer from 0 to {MOST_SIZE}; got {value!r}.")
+        if kind is bool and type(value) is not bool:
+            raise InputError(f"{name} must be True or False; got {value!r}.")
 
 
 def checked_parts(

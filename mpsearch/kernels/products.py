@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpsearch.errors import InputError
 from mpsearch.kernels import cuda_backend, reference
-from mpsearch.kernels.arguments import EmbeddingArguments, linear_arguments
+from mpsearch.kernels.arguments import EmbeddingArguments, addresses, linear_arguments
 from mpsearch.kernels.backends import backend_of, is_plain, run
 from mpsearch.kernels.checks import check_tensor, dtype_of, readable
 from mpsearch.kernels.formats import InputFormat, WeightFormat
@@ -185,10 +185,7 @@ def _look_up(indices: Tensor, data: Tensor, format: WeightFormat) -> Tensor:
         return reference.dequantize_doubled(codes, scales, doubled_zeros, format.group_size)[indices.long()]
     y, bad_place = torch.empty(*indices.shape, columns), torch.full((1,), -1)
     arguments = EmbeddingArguments(
-        indices=indices.data_ptr(),
-        packed=data.data_ptr(),
-        y=y.data_ptr(),
-        bad_place=bad_place.data_ptr(),
+        **addresses(indices=indices, packed=data, y=y, bad_place=bad_place),
         n_indices=indices.numel(),
         format=format,
         wide_indices=indices.dtype == torch.int64,

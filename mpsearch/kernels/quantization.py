@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mpsearch.errors import InputError
 from mpsearch.kernels import reference
-from mpsearch.kernels.arguments import DequantizeArguments, PackArguments, QuantizeArguments, address
+from mpsearch.kernels.arguments import DequantizeArguments, PackArguments, QuantizeArguments, addresses
 from mpsearch.kernels.backends import backend_of, run
 from mpsearch.kernels.checks import SCALE_DTYPES, check_range, check_tensor, checked, dtype_of, readable
 from mpsearch.kernels.operators import register
@@ -67,45 +67,50 @@ def quantize(
     if scale_dtype not in SCALE_DTYPES:
         raise InputError(f"scale_dtype must be torch.float16 or torch.float32; got {scale_dtype}.")
     weight = checked("weight", weight, torch.float32, ("rows", "columns"))
-    rows, columns = weight.shape
     ratios = _checked_ratios(ratios, symmetric, weight.device)
     importance = _checked_importance(importance, weight)
-    group_size = min(group_size, max(columns, 1))
+    settings = bits, min(group_size, max(weight.shape[1], 1)), symmetric, scale_dtype, ratios, importance
     backend = backend_of(weight)
     if backend == "reference":
-        codes, scales, zero_points, finite = reference.quantize(
-            weight, bits, group_size, symmetric, scale_dtype, ratios, importance
-        )
+        codes, scales, zero_points, finite = reference.quantize(weight, *settings)
     else:
-        n_groups = -(-columns // group_size)
-        codes = torch.empty_like(weight, dtype=torch.uint8)
-        scales = weight.new_empty(rows, n_groups, dtype=scale_dtype)
-        zero_points = None if symmetric else torch.empty_like(scales, dtype=torch.uint8)
-        not_finite = weight.new_zeros(1, dtype=torch.int32)
-        importance = None if ratios is None else importance  # min-max has no errors to weigh
-        arguments = QuantizeArguments(
-            weight=weight.data_ptr(),
-            importance=address(importance),
-            ratios=address(ratios),
-            codes=codes.data_ptr(),
-            scales=scales.data_ptr(),
-            zero_points=address(zero_points),
-            not_finite=not_finite.data_ptr(),
-            rows=rows,
-            columns=columns,
-            group_size=group_size,
-            n_groups=n_groups,
-            rows_per_importance=1 if importance is None or rows == 0 else rows // len(importance),
-            n_ratios=0 if ratios is None else len(ratios),
-            bits=bits,
-            symmetric=symmetric,
-            half_scales=scale_dtype == torch.float16,
-        )
-        run("quantize", backend, weight, arguments)
-        finite = not bool(not_finite)
+        codes, scales, zero_points, finite = _compiled_quantize(backend, weight, *settings)
     if not finite:
         _raise_not_finite(weight, bits, scale_dtype)
     return codes, scales, zero_points
+
+
+def _compiled_quantize(
+    backend: str,
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+    ratios: Tensor | None,
+    importance: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, bool]:
+    """See `reference.quantize`."""
+    rows, columns = weight.shape
+    codes, not_finite = torch.empty_like(weight, dtype=torch.uint8), weight.new_zeros(1, dtype=torch.int32)
+    scales = weight.new_empty(rows, -(-columns // group_size), dtype=scale_dtype)
+    zero_points = None if symmetric else torch.empty_like(scales, dtype=torch.uint8)
+    importance = None if ratios is None else importance  # min-max has no errors to weigh
+    arguments = QuantizeArguments(
+        **addresses(weight=weight, importance=importance, ratios=ratios),
+        **addresses(codes=codes, scales=scales, zero_points=zero_points, not_finite=not_finite),
+        rows=rows,
+        columns=columns,
+        group_size=group_size,
+        n_groups=scales.shape[1],
+        rows_per_importance=1 if importance is None or rows == 0 else rows // len(importance),
+        n_ratios=0 if ratios is None else len(ratios),
+        bits=bits,
+        symmetric=symmetric,
+        half_scales=scale_dtype == torch.float16,
+    )
+    run("quantize", backend, weight, arguments)
+    return codes, scales, zero_points, not bool(not_finite)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -124,7 +129,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         codes = codes.contiguous()
         packed = codes.new_empty((codes.numel() * bits + 7) // 8)
         seen = codes.new_zeros(1, dtype=torch.int32)
-        run("pack", backend, codes, PackArguments(codes.data_ptr(), packed.data_ptr(), seen.data_ptr(), codes.numel(), bits))
+        run(
+            "pack",
+            backend,
+            codes,
+            PackArguments(**addresses(source=codes, target=packed, seen=seen), numel=codes.numel(), bits=bits),
+        )
         largest = int(seen)
     if largest >= 2**bits:
         raise InputError(f"The largest code is {int(codes.max())}, but {bits} bits hold 0 to {2**bits - 1}.")
@@ -148,7 +158,7 @@ def _unpack(packed: Tensor, bits: int, numel: int) -> Tensor:
     if backend == "reference":
         return reference.unpack(packed, bits, numel)
     codes = packed.new_empty(numel)
-    run("unpack", backend, packed, PackArguments(packed.data_ptr(), codes.data_ptr(), None, numel, bits))
+    run("unpack", backend, packed, PackArguments(**addresses(source=packed, target=codes), numel=numel, bits=bits))
     return codes
 
 
@@ -201,10 +211,7 @@ def _dequantize(
         return reference.dequantize_codes(codes, scales, zero_points, bits, group_size)
     weight = packed.new_empty(rows, columns, dtype=torch.float32)
     arguments = DequantizeArguments(
-        packed=packed.data_ptr(),
-        scales=scales.data_ptr(),
-        zero_points=address(zero_points),
-        weight=weight.data_ptr(),
+        **addresses(packed=packed, scales=scales, zero_points=zero_points, weight=weight),
         rows=rows,
         columns=columns,
         group_size=group_size,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.kernels import cuda_backend, reference_rotation
-from mpsearch.kernels.arguments import DTYPES, RotateArguments
+from mpsearch.kernels.arguments import DTYPES, RotateArguments, addresses
 from mpsearch.kernels.backends import backend_of, is_plain, run
 from mpsearch.kernels.checks import check_tensor, checked
 from mpsearch.kernels.operators import register
@@ -38,9 +38,7 @@ def _rotate(x: Tensor, back: bool) -> Tensor:
     x, factors = x.contiguous(), reference_rotation.factors_of(columns, x.device)
     y = torch.empty_like(x)
     arguments = RotateArguments(
-        x=x.data_ptr(),
-        factors=factors.data_ptr(),
-        y=y.data_ptr(),
+        **addresses(x=x, factors=factors, y=y),
         rows=x.numel() // columns,
         columns=columns,
         back=back,

@@ -124,7 +124,7 @@ def some_packed(device: str, rows: int, columns: int, group_size: int, **how) ->
     quantized = some_weight(rows, columns, group_size=group_size, **how)
     packed = kernels.pack_weight(*quantized, bits=bits, group_size=group_size)
     weight = reference.dequantize_codes(*quantized, bits, group_size)
-    there = PackedWeight(packed.data.to(device), rows, columns, bits, group_size, packed.half_scales, packed.symmetric)
+    there = PackedWeight(packed.data.to(device), packed.format)
     return there, packed, weight
 
 
@@ -248,7 +248,7 @@ def check_int8_input(device: str) -> None:
     codes = torch.full((3, 32_768), 255, dtype=torch.uint8)
     zero_points = torch.tensor([[0], [255], [1]], dtype=torch.uint8)
     here = kernels.pack_weight(codes, torch.ones(3, 1, dtype=torch.float16), zero_points, bits=8, group_size=32_768)
-    packed = PackedWeight(here.data.to(device), 3, 32_768, 8, 32_768, True, False)
+    packed = PackedWeight(here.data.to(device), here.format)
     x = torch.ones(2, 32_768)
     x[1] = -1
     with kernels.use_backend("reference"):
@@ -270,7 +270,7 @@ def check_shapes_and_strides(device: str) -> None:
         off = torch.randn(65, device=device).to(torch.float16)[1:]  # from an address that is no multiple of 16
         assert torch.equal(product(off, packed), product(off.clone(), packed))
         shifted = torch.cat([packed.data[:1], packed.data])[1:]
-        assert torch.equal(product(x, PackedWeight(shifted, 21, 64, 3, 32, True, False)), y)
+        assert torch.equal(product(x, PackedWeight(shifted, packed.format)), y)
 
 
 def check_rotation(device: str) -> None:

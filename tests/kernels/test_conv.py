@@ -85,9 +85,9 @@ def check(case: Case) -> None:
     assert torch.equal(codes, weight[0])
     assert torch.equal(scales, weight[1])
     assert zero_points is weight[2] is None or torch.equal(zero_points, weight[2])
-    bias = torch.randn(packed.rows) if case.has_bias else None
-    floats = reference.dequantize_codes(codes, scales, zero_points, case.bits, packed.group_size).double()
-    floats = floats.reshape(packed.rows, -1, *case.kernel_size)
+    bias = torch.randn(packed.format.rows) if case.has_bias else None
+    floats = reference.dequantize_codes(codes, scales, zero_points, case.bits, packed.format.group_size).double()
+    floats = floats.reshape(packed.format.rows, -1, *case.kernel_size)
     product = F.conv2d if len(case.kernel_size) == 2 else F.conv1d
 
     def exact(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -95,7 +95,7 @@ def check(case: Case) -> None:
         return product(x.double(), weight, bias, case.stride, case.padding, case.dilation, case.groups)
 
     expected_float = exact(x, floats, bias)
-    bound = (packed.columns + 8) * 2.0**-24 * exact(x.abs(), floats.abs(), None if bias is None else bias.abs())
+    bound = (packed.format.columns + 8) * 2.0**-24 * exact(x.abs(), floats.abs(), None if bias is None else bias.abs())
     with kernels.use_backend("reference"):
         expected = kernels.conv_a8(x, packed, bias, **case.geometry, input_scale=case.input_scale)
     x8, scale = reference.quantize_tokens(x.flatten(1), case.input_scale, 127, -1)
@@ -199,7 +199,7 @@ def test_extreme_codes_do_not_overflow(bits: int, geometry: Case) -> None:
     for backend in COMPILED:
         with kernels.use_backend(backend):
             assert torch.equal(kernels.conv_a8(x, packed, **ONE), expected), backend
-            assert ((kernels.conv(x, packed, **ONE) - expected).abs() <= 2e-3 * packed.columns).all(), backend
+            assert ((kernels.conv(x, packed, **ONE) - expected).abs() <= 2e-3 * packed.format.columns).all(), backend
 
 
 @pytest.mark.parametrize("geometry", [GEOMETRIES[i] for i in (0, 1, 5)], ids=["whole", "3 channels", "depthwise"])
@@ -275,8 +275,10 @@ def test_no_padding_in_memory(bits: int) -> None:
     for case in GEOMETRIES:
         for symmetric, group_size in itertools.product((False, True), (100_000, 7)):
             packed = replace(case, bits=bits, symmetric=symmetric, group_size=group_size).packed()
-            n_groups = -(-packed.columns // packed.group_size)
-            stored = -(-packed.rows * packed.columns * bits // 8) + packed.rows * n_groups * (2 if symmetric else 3)
+            n_groups = -(-packed.format.columns // packed.format.group_size)
+            stored = -(-packed.format.rows * packed.format.columns * bits // 8) + packed.format.rows * n_groups * (
+                2 if symmetric else 3
+            )
             assert stored <= packed.nbytes <= stored + case.groups * -(-case.group_rows // 16)
             assert packed.nbytes == packed.data.numel()
     whole = Case(32, 8, (3, 3), (9, 9), bits=bits).packed()
@@ -377,8 +379,8 @@ def test_gradients_are_not_followed(backend: str, convolve) -> None:
 @pytest.mark.parametrize("name", ["conv", "conv_a8"])
 def test_registration(name: str, case: Case) -> None:
     packed = case.packed()
-    format = (packed.rows, packed.columns, 4, packed.group_size, True, True, packed.groups, *packed.kernel_size)
-    arguments = (packed.data, format, torch.ones(packed.rows), case.stride, case.padding, case.dilation)
+    format = packed.format.to_list()
+    arguments = (packed.data, format, torch.ones(packed.format.rows), case.stride, case.padding, case.dilation)
     scale = ((None,), (0.1,)) if name == "conv_a8" else ((),)
     operator = getattr(torch.ops.mpsearch, name)
     for rest in scale:

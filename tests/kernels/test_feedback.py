@@ -131,7 +131,7 @@ def test_it_is_gptq_as_published():
         ({"feedback": torch.zeros(3, 6, 6)}, r"feedback must be \[k, 6, 6\] with 4 rows a multiple of k; got k=3"),
         (
             {"column_groups": torch.full((6,), 2, dtype=torch.int32)},
-            "column_groups must be 0 to 1, as scales have 2 groups a row; got 2 to 2",
+            "column_groups must be 0 to 1 for 2 groups; got 2 to 2",
         ),
         ({"errors": torch.zeros(4, 5)}, r"errors must be contiguous float32 \[4, 6\] on cpu; got float32 \[4, 5\]"),
         ({"fixed": torch.zeros(4, 6)}, r"fixed must be contiguous bool \[4, 6\] on cpu; got float32 \[4, 6\] on cpu"),

@@ -374,7 +374,7 @@ def test_a_packed_weight_of_another_size_is_refused() -> None:
     packed = some_packed(16, 64, 4, 32)
     sentence = r"packed weight must be contiguous uint8 \[640\] for 4 bits \[16, 64\] in groups of 32; got uint8 \[639\]"
     with pytest.raises(InputError, match=sentence):
-        PackedWeight(packed.data[:-1], 16, 64, 4, 32, True, False)
+        PackedWeight(packed.data[:-1], packed.format)
     with pytest.raises(InputError, match=sentence):
         torch.ops.mpsearch.linear(torch.ones(1, 64), packed.data[:-1], packed.format)
 

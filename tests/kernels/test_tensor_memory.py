@@ -29,7 +29,6 @@ def cases() -> dict[str, Case]:
     conv = kernels.pack_conv(codes, scales, zero_points, kernel_size=(2, 2), groups=1, **HOW)
     window = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
     shape = {"rows": 8, "columns": 16}
-    numbers = (8, 16, 4, 8, True)
     format = (8, 16, 4, 8, True, False, 1, 2, 2)
     ops, geometry = torch.ops.mpsearch, tuple(window.values())
     floats = {"weight": weight, "scales": scales.float(), "zero_points": zero_points.float()}
@@ -45,7 +44,7 @@ def cases() -> dict[str, Case]:
             {"packed": packed, "scales": scales, "zero_points": zero_points},
         ),
         "pack_weight": (lambda **t: kernels.pack_weight(**t, **HOW).data, parts),
-        "unpack_weight": (lambda data: kernels.unpack_weight(kernels.PackedWeight(data, *numbers, False)), {"data": linear.data}),
+        "unpack_weight": (lambda data: kernels.unpack_weight(kernels.PackedWeight(data, linear.format)), {"data": linear.data}),
         "linear": (lambda **t: kernels.linear(weight=linear, **t), {"x": x, "bias": bias}),
         "linear operator": (
             lambda x, data, bias: ops.linear(x, data, linear.format, bias),
@@ -54,7 +53,7 @@ def cases() -> dict[str, Case]:
         "linear_a8": (lambda **t: kernels.linear_a8(weight=linear, **t), {"x": x, "bias": bias}),
         "pack_conv": (lambda **t: kernels.pack_conv(**t, kernel_size=(2, 2), groups=1, **HOW).data, parts),
         "unpack_conv": (
-            lambda data: kernels.unpack_conv(kernels.PackedConv(data, *format[:6], (2, 2), 1)),  # type: ignore[arg-type]
+            lambda data: kernels.unpack_conv(kernels.PackedConv(data, conv.format)),  # type: ignore[arg-type]
             {"data": conv.data},
         ),
         "conv": (lambda **t: kernels.conv(weight=conv, **t, **window), {"x": image, "bias": bias}),
@@ -178,9 +177,16 @@ FLAGS = {"half_scales": True, "symmetric": True}
 def test_fields_of_packed_weights_are_checked(change: dict, sentence: str) -> None:
     """Where they are made: with a wrong number a kernel would loop for minutes, or read beyond the data."""
     conv = {**GOOD, **FLAGS, "kernel_size": (1, 1), "groups": 1}
-    assert kernels.PackedConv(**conv).nbytes == kernels.PackedWeight(**GOOD, **FLAGS).nbytes == 0
+
+    def pack_weight(data: object, **fields: object) -> kernels.PackedWeight:
+        return kernels.PackedWeight(data, kernels.WeightFormat(**fields))
+
+    def pack_conv(data: object, **fields: object) -> kernels.PackedConv:
+        return kernels.PackedConv(data, kernels.ConvFormat(**fields))
+
+    assert pack_conv(**conv).nbytes == pack_weight(**GOOD, **FLAGS).nbytes == 0
     with pytest.raises(InputError, match=sentence):
-        kernels.PackedConv(**(conv | change))
+        pack_conv(**(conv | change))
     if not change.keys() & {"kernel_size", "groups"}:
         with pytest.raises(InputError, match=sentence):
-            kernels.PackedWeight(**(GOOD | FLAGS | change))
+            pack_weight(**(GOOD | FLAGS | change))

@@ -44,7 +44,7 @@ def test_the_self_test_finds_a_wrong_kernel(monkeypatch):
     right = kernels.linear_a8
 
     def wrong(x, weight):
-        return right(x, weight) + (kernels.active_backend() != "reference" and weight.bits == 5)
+        return right(x, weight) + (kernels.active_backend() != "reference" and weight.format.bits == 5)
 
     monkeypatch.setattr(kernels, "linear_a8", wrong)
     assert {n_wrong for _, _, n_wrong in self_test()} == {2}

@@ -24,8 +24,7 @@ __global__ void __launch_bounds__(kThreads) dequantize_blocks(const DequantizeJo
     const Stream& stream = job.stream;
     const int64_t number = int64_t{blockIdx.x} * kThreads + threadIdx.x;
     const int64_t parts = stream.n_tiles * (kTileRows / kRows);
-    const int64_t part =
-        number / stream.n_blocks;  // of the rows; neighbouring threads take blocks of the same rows
+    const int64_t part = number / stream.n_blocks;  // of the rows; neighbouring threads take blocks of the same rows
     const int block = static_cast<int>(number % stream.n_blocks);
     if (part >= parts) return;
     const int group = block / stream.group_blocks, in_group = block % stream.group_blocks * kBlockColumns;
