@@ -26,9 +26,9 @@ from mpsearch.engine.scoring import score_outputs
 from mpsearch.engine.weight_files import Bank
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score
-from mpsearch.graph.inplace import overwritten_inputs
 from mpsearch.graph.products import Product
 from mpsearch.graph.surgery import cloned_inputs, quantize_input, swapped_data
+from mpsearch.graph.trace import overwritten_inputs
 from mpsearch.layer import check_finite, from_rows, weight_rows
 from mpsearch.quality import Quality
 from mpsearch.quantizers.base import InputMoments, Quantizer

@@ -59,38 +59,33 @@ def fold_batch_norms(model: nn.Module, forward: Forward, *batches: Any) -> tuple
     if training is not None:
         where = f"module '{training}'" if training else type(model).__name__
         raise InputError(f"Batch norms are folded in eval mode, and {where} is in training mode. Call model.eval() before.")
-    # cuDNN may round a convolution's inputs to 10 bits (TF32), which would drown what is compared here.
+    # cuDNN may round a convolution's inputs to 10 bits (TF32), which would dominate the differences.
     with torch.no_grad(), cudnn.flags(enabled=cudnn.enabled, allow_tf32=False):
         first, followers = _find_followers(model, forward, batches[0])
         uses = uses_of_tensors(model)
-        candidates = [pair for pair in followers if _is_foldable(model, *pair, uses)]
-        before = [first, *(forward(model, inputs) for inputs in batches[1:])] if candidates else []
-        kept: list[Pair] = []
+        pairs = [pair for pair in followers if _is_foldable(model, *pair, uses)]
+        before = [first, *(forward(model, inputs) for inputs in batches[1:])] if pairs else []
 
         def is_unchanged() -> bool:
             try:
-                pairs = zip(batches, before, strict=True)
-                return all((forward(model, x) - y).abs().max() <= TOLERANCE * y.abs().max() for x, y in pairs)
-            except Exception as error:  # it ran before folding: the model's code looks into a batch norm that is gone
+                outputs = zip(batches, before, strict=True)
+                return all((forward(model, x) - y).abs().max() <= TOLERANCE * y.abs().max() for x, y in outputs)
+            except Exception as error:  # it ran before folding: the model's code reads a batch norm that is gone
                 check_memory(error)
                 return False
 
-        def fold_exact(pairs: Sequence[Pair]) -> None:
-            """Fold `pairs`; where that changes the outputs, undo them and try each half."""
-            if not pairs:
-                return
-            undo = [_fold(model, *pair) for pair in pairs]
-            if is_unchanged():
-                kept.extend(pairs)
-                return
-            for restore in reversed(undo):
-                restore()
-            if len(pairs) > 1:
-                fold_exact(pairs[: len(pairs) // 2])
-                fold_exact(pairs[len(pairs) // 2 :])
+        return tuple(_fold_exact(model, pairs, is_unchanged)) if pairs else ()
 
-        fold_exact(candidates)
-    return tuple(kept)
+
+def _fold_exact(model: nn.Module, pairs: Sequence[Pair], is_unchanged: Callable[[], bool]) -> list[Pair]:
+    """Fold `pairs` and return them; where that changes the outputs, undo them and try each half."""
+    undo = [_fold(model, *pair) for pair in pairs]
+    if is_unchanged():
+        return list(pairs)
+    for restore in reversed(undo):
+        restore()
+    half = len(pairs) // 2
+    return [pair for part in (pairs[:half], pairs[half:]) for pair in _fold_exact(model, part, is_unchanged)] if half else []
 
 
 def apply_folds(model: nn.Module, pairs: Iterable[Pair]) -> None:

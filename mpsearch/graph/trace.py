@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpsearch.errors import InputError
 from mpsearch.graph.surgery import hooked
@@ -132,3 +132,22 @@ def first_samples(inputs: Any, n: int) -> Any:
     """The first `n` samples of a batch of inputs; tensors of another length than the batch's stay whole."""
     length = batch_length(inputs)
     return map_tensors(lambda tensor: tensor[:n] if tensor.ndim and len(tensor) == length else tensor, inputs)
+
+
+@torch.no_grad()
+def overwritten_inputs(model: nn.Module, names: Sequence[str], run: Callable[[], Any]) -> tuple[str, ...]:
+    """The modules among `names` whose input is written into after their call, as in `x += self.fc(x)`.
+
+    Whatever is kept of such a call, for a backward pass or to run the layer again, would be another input: these modules get a
+    copy (`surgery.cloned_inputs`). `run()` runs the model once.
+    """
+    modules = {model.get_submodule(name): name for name in names}
+    versions: dict[str, list[tuple[Tensor, int]]] = {}
+
+    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = [x for x in tensors_in((args, kwargs)) if not x.is_inference()]
+        versions.setdefault(modules[module], []).extend((x, x._version) for x in tensors)
+
+    with hooked([(module, record) for module in modules]):
+        run()
+    return tuple(name for name, inputs in versions.items() if any(x._version != version for x, version in inputs))

@@ -11,11 +11,7 @@ class KL(MeasuredMetric):
 
     name = "kl"
     unit = "nats"
-
-    @property
-    def exact(self) -> bool:
-        """Yes: it is the loss."""
-        return True
+    exact = True
 
     def value(self, score: Score, baseline: Score) -> float:
         """The score's loss."""

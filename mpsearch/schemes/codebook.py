@@ -21,8 +21,7 @@ from mpsearch.schemes.base import FindCodes, Layout, QuantizedTensor
 from mpsearch.schemes.dense import DenseScheme, GroupSize
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.input import SMALLEST_NORMAL, InputFormat
-from mpsearch.schemes.levels import LEVELS, Levels
-from mpsearch.schemes.scales import E8M0_BIAS, SCALE_DTYPES, nearest_scale, scale_for
+from mpsearch.schemes.levels import E8M0_BIAS, LEVELS, SCALE_DTYPES, Levels, nearest_scale, scale_for
 
 TRITS = 5  # in a byte
 

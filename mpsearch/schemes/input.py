@@ -122,6 +122,7 @@ class IntegerInput(InputFormat):
     scale: Literal["token", "tensor", "static"] = "token"
     symmetric: bool = True
     range: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
+    is_integer = True
 
     def __post_init__(self) -> None:
         check_integer("input.bits", self.bits, 2, 16, " Give input=null for float input.")
@@ -140,11 +141,6 @@ class IntegerInput(InputFormat):
         if self.symmetric:
             return 2 ** (self.bits - 1) - 1
         return 254 if self.bits == 8 else 2**self.bits - 1
-
-    @property
-    def is_integer(self) -> bool:
-        """Yes."""
-        return True
 
     def scale_bytes(self, values: int, tokens: int) -> int:
         """A float32 number per token."""

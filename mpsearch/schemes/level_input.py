@@ -20,8 +20,7 @@ from torch import Tensor
 from mpsearch.errors import InputError, check_choice
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.input import SMALLEST_NORMAL, InputFormat, IntegerInput, check_not_zero, scale_axes
-from mpsearch.schemes.levels import LEVELS, Levels
-from mpsearch.schemes.scales import scale_for
+from mpsearch.schemes.levels import LEVELS, Levels, scale_for
 
 BLOCKS = {"mx": (32, "e8m0"), "nv": (16, "e4m3")}  # values in a block, format of its scale
 SCALES = ("token", "tensor", "static", *BLOCKS)

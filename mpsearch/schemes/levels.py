@@ -1,4 +1,4 @@
-"""The number formats of codebooks: the value of each code, and the nearest code to a value.
+"""The number formats of codebooks and of their scales: the value of each code, and the nearest code to a value.
 
 Small floating-point numbers (sign, exponent, mantissa; exponent 0 is subnormal) as the OCP defines them: E4M3 and E5M2 of "OFP8"
 (2023, https://www.opencompute.org/documents/ocp-8-bit-floating-point-specification-ofp8-revision-1-0-2023-12-01-pdf-1), E3M2,
@@ -120,3 +120,29 @@ LEVELS = {
     # Two's complement in units of 2^-6; -2 is left out, as the standard allows, so that both sides are alike.
     "int8": _levels(8, [(k & 0xFF, k / 64) for k in range(-127, 128)], sign_bit=False, ties_to_even=True),
 }
+
+# The stored dtype of each format: E8M0 and E4M3 as their bytes.
+SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32, "e8m0": torch.uint8, "e4m3": torch.uint8}
+E8M0_BIAS = 127
+
+
+def scale_for(largest: Tensor, table: Levels, kind: str) -> Tensor:
+    """The scale with which magnitudes up to `largest` (float32, any shape) fit `table`, rounded to the format `kind`: float32.
+
+    E8M0: 2^(floor(log2(largest)) - emax), so that up to half an octave saturates (MX v1.0, section 6.3).
+    """
+    if kind == "e8m0":
+        exponent = torch.frexp(largest).exponent - 1 - table.exponent
+        exponent = torch.where(largest > 0, exponent, -E8M0_BIAS).clamp(-E8M0_BIAS, E8M0_BIAS)
+        return torch.ldexp(torch.ones_like(largest), exponent)
+    return nearest_scale(largest / table.largest, kind)
+
+
+def nearest_scale(scales: Tensor, kind: str) -> Tensor:
+    """`scales` (float32, not negative) rounded to the format `kind`; powers of two to the nearest in octaves."""
+    if kind == "e8m0":
+        exponent = torch.where(scales > 0, scales.log2().round(), -E8M0_BIAS).clamp(-E8M0_BIAS, E8M0_BIAS)
+        return torch.ldexp(torch.ones_like(scales), exponent.int())
+    if kind == "e4m3":
+        return LEVELS["e4m3"].nearest(scales)
+    return scales.half().float() if kind == "float16" else scales

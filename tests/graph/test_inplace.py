@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from mpsearch.graph.inplace import overwritten_inputs
 from mpsearch.graph.surgery import cloned_inputs
+from mpsearch.graph.trace import overwritten_inputs
 from mpsearch.metrics.fisher import Fisher
 from mpsearch.metrics.gauss_newton import GaussNewton
 from mpsearch.metrics.hawq import HAWQ
