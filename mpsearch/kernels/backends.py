@@ -48,7 +48,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 def active_backend() -> str:
-    """The backend that CPU tensors take now: the fastest there is, or the one that `use_backend` forces."""
+    """The backend of CPU tensors: the fastest available one, or the one that `use_backend` forces."""
     if _forced is not None:
         return _forced
     return COMPILED[-1] if COMPILED else "reference"

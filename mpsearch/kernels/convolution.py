@@ -192,7 +192,7 @@ def _out_size(size: torch.Size, format: ConvFormat, geometry: Geometry) -> tuple
 
 
 def _check(x: Tensor, data: Tensor, format: ConvFormat, bias: Tensor | None, input: InputFormat | None) -> None:
-    """What a kernel needs so as to stay within its tensors; numbers only, as this runs at every call."""
+    """Raise `InputError` where a kernel would leave its tensors. Runs at every call."""
     check_packed_conv(data, format)
     space = ("height", "width")[-len(format.kernel_size) :]
     check_tensor("x", x, torch.float32, ("n", expected_sizes(format)[1], *space), data.device, contiguous=False)

@@ -71,7 +71,7 @@ missing: str | None = None  # why there is none, once it was looked for
 
 
 def takes(tensor: Tensor) -> bool:
-    """Whether the library runs what is asked of this tensor."""
+    """Whether the library runs the kernels of this tensor's device."""
     if tensor.is_cuda and library is None and missing is None:
         _find()
     return library is not None and tensor.device.type == library.device_type

@@ -147,7 +147,7 @@ def _specified(tokens: Tensor, data: Tensor, format: WeightFormat, bias: Tensor 
 
 
 def _check_product(x: Tensor, data: Tensor, format: WeightFormat, bias: Tensor | None, input: InputFormat | None) -> torch.Size:
-    """What a kernel needs so as to stay within its tensors; gives the shape of x."""
+    """The shape of x; raises `InputError` where a kernel would leave its tensors."""
     shape = x.shape
     if (x.dtype is not torch.float32 and not _takes_halves(x)) or not shape or shape[-1] != format.columns:
         floats = "float32, float16 or bfloat16" if x.is_cuda else "float32"

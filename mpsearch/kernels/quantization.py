@@ -172,7 +172,7 @@ def dequantize(
     columns: int,
     group_size: int,
 ) -> Tensor:
-    """What packed codes stand for: float32 `[rows, columns]`, `(code - zero_point) * scale` with one rounding.
+    """Dequantize packed codes: float32 `[rows, columns]`, `(code - zero_point) * scale` with one rounding.
 
     Parameters
     ----------

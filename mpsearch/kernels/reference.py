@@ -174,7 +174,7 @@ def quantize_tokens(x: Tensor, input_scale: float | None, largest: int, zero_poi
 
 
 def input_shift(largest: int, zero_point: int) -> int:
-    """What is added to a code less its zero point so that it fits int8."""
+    """The number added to a code less its zero point so that it fits int8."""
     return zero_point - 127 if largest > 127 else 0
 
 

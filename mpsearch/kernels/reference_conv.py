@@ -102,7 +102,7 @@ def pack_conv(
 
 
 def unpack_conv(data: Tensor, format: ConvFormat) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes, scales and zero points of what `pack_conv` made."""
+    """The inverse of `pack_conv`: codes, scales and zero points."""
     rows, columns, bits, group_size, _, symmetric, _, _ = format
     scale_dtype = format.scale_dtype
     n_groups = -(-columns // group_size)
@@ -124,7 +124,7 @@ def unpack_conv(data: Tensor, format: ConvFormat) -> tuple[Tensor, Tensor, Tenso
 
 
 def packed_bytes(format: ConvFormat) -> int:
-    """The size of what `pack_conv` makes."""
+    """The bytes of `pack_conv`'s result."""
     rows, columns, bits, group_size, _, symmetric, _, _ = format
     if rows == 0 or columns == 0:
         return 0

@@ -148,7 +148,7 @@ def _medians(runs: Mapping[str, Run], seconds: float, what: str = "") -> dict[st
 
 
 def _rounds(runs: Mapping[str, Run], seconds: float, what: str = "") -> dict[str, list[float]]:
-    """Milliseconds of each in rounds of all; the first round warms up and says how many there is time for."""
+    """Milliseconds of each run in each round; the first round warms up and determines the number of rounds."""
     once = sum(_milliseconds(run) for run in runs.values())
     n_rounds = min(max(round(1e3 * seconds / max(once, 1e-3)), LEAST_ROUNDS), MOST_ROUNDS)
     times: dict[str, list[float]] = {name: [] for name in runs}

@@ -1,4 +1,4 @@
-"""Modules that run on packed weights in the place of a quantized layer's, and which layers there is a kernel for."""
+"""Modules that run on packed weights in the place of float ones, and the choice of a kernel for a layer."""
 
 from __future__ import annotations
 
@@ -195,7 +195,7 @@ def read_from(holder: Any, name: str, module: Any) -> Undo:
 
 
 class Dequantized:
-    """Mixed into the class of a module for which there is no kernel: `weight` is dequantized whenever it is looked at.
+    """Mixed into the class of a module that no kernel runs: `weight` is dequantized at each access.
 
     The stored tensors are buffers; the other attributes are as in `PackedModule`.
     """

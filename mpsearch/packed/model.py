@@ -61,7 +61,7 @@ def pack(
 
 
 class Weights(Protocol):
-    """The quantized weights of a run: a `QuantEngine`, or what its bank has."""
+    """The quantized weights of a run: a `QuantEngine`, or its bank of weights."""
 
     @property
     def model(self) -> nn.Module:
@@ -69,7 +69,7 @@ class Weights(Protocol):
 
     @property
     def space(self) -> SearchSpace:
-        """What was searched."""
+        """The search space."""
 
     def quantized(self, layer: str, scheme: str) -> QuantizedTensor:
         """A layer's weight in the scheme called so."""
@@ -109,7 +109,7 @@ RUNS = {"linear": PackedLinear, "conv1d": PackedConv, "conv2d": PackedConv, "emb
 
 
 def _install(model: nn.Module, layers: Iterable[QuantizedLayer]) -> Undo:
-    """Put packed modules in place, one layer after the other; returns what puts the float ones back."""
+    """Put packed modules in place, one layer after the other; returns the undo."""
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
@@ -290,7 +290,7 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
 
 
 def _described(file: TensorFile) -> tuple[list[StoredLayer], list[str], Mapping[str, str]]:
-    """The layers, the names of the other tensors, and what else they are called; `InputError` where they do not add up."""
+    """The layers, the names of the other tensors, and further names of those; `InputError` where they do not add up."""
     about = file.about
     about.only(("version", "folds", "layers", "schemes", "clips", "shared", "size_bytes"))
     described, schemes = about.object("layers"), about.objects("schemes")

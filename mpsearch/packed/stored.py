@@ -17,7 +17,7 @@ from mpsearch.schemes.base import QuantizedTensor, QuantScheme, scheme_from_fiel
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """What a file says of a layer: `modules` own its weight of `shape` (output channels first)."""
+    """A layer as a file describes it: `modules` own its weight of `shape` (output channels first)."""
 
     name: str
     kind: str
@@ -28,7 +28,7 @@ class StoredLayer:
 
     @classmethod
     def read(cls, name: str, about: JsonObject, scheme: JsonObject) -> StoredLayer:
-        """From the JSON at `about`, without `modules` where it is `name` alone; `InputError` where it is malformed."""
+        """From the JSON at `about`; without `modules`, `name` is the only one. `InputError` where it is malformed."""
         kind, shape = about.text("kind"), about.integers("shape")
         modules = about.texts("modules") if "modules" in about.data else (name,)
         if kind not in KINDS.values() or not modules or not shape:
