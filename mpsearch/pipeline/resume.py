@@ -89,7 +89,7 @@ def _check_trial(engine: QuantEngine, known: Sequence[Evaluation], changes: str)
     before, now = finite[0].loss, engine.score(finite[0].allocation).loss
     if not losses_agree(now, before, distance=OUTPUT_ROUNDING, share=ERROR_ROUNDING):
         raise InputError(
-            f"The run cannot be resumed here: the loss of a recorded allocation ({finite[0].average_bits:.2f} bits) is {now:.6g}, "
+            f"The run cannot be resumed here: the loss of a recorded point ({finite[0].average_bits:.2f} bits) is {now:.6g}, "
             f"recorded is {before:.6g}, which is more than rounding. What differs: {changes}. Resume where the run was begun, or "
             "start a new run."
         )
