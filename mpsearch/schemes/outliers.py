@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mpsearch.errors import InputError
 from mpsearch.schemes.base import FindCodes, Layout, QuantizedTensor
-from mpsearch.schemes.dense import WrappedScheme
+from mpsearch.schemes.dense import DenseScheme, WrappedScheme
 from mpsearch.schemes.histogram import Histogram
 
 SPAN = 2**16  # weights that a 16-bit position tells apart
@@ -44,6 +44,7 @@ class Outliers(WrappedScheme):
     Weight `[64, 3, 3, 3]` with `share=0.01`: 17 outliers of 1,728 weights, 72 bytes more than `dense` alone.
     """
 
+    dense: DenseScheme
     share: float = 0.01
 
     def __post_init__(self) -> None:

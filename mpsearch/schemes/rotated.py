@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mpsearch import kernels
 from mpsearch.schemes.base import FindCodes, Layout, QuantizedTensor
-from mpsearch.schemes.dense import WrappedScheme
+from mpsearch.schemes.dense import DenseScheme, WrappedScheme
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.input import InputFormat
 
@@ -40,6 +40,8 @@ class Rotated(WrappedScheme):
     Weight `[64, 384]`: each row is rotated in blocks of 256 and 128 columns, and a token takes 256 x 8 + 128 x 7 additions; the
     bytes are those of `dense`.
     """
+
+    dense: DenseScheme
 
     def takes(self, kind: str) -> bool:
         """Linear layers."""

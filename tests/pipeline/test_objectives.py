@@ -99,7 +99,8 @@ def test_a_mixture_is_in_shares_of_each_costs_range():
     assert np.abs(found).max() < 1e-12
 
 
-def test_from_the_front_door(mpsearch):
+@pytest.mark.slow
+def test_by_commands(mpsearch):
     """A run, gone on with, drawn, solved and exported; and what makes no sense is refused."""
     costs = ["scheme=[w2a8,w8,w8a8]", "cost=[bytes,bits,bit_operations]"]
     first = [*costs, "objective=[bytes,bit_operations]", "n_seeds=6", "hydra.run.dir=run"]
