@@ -16,6 +16,7 @@ LOG_EVERY_SECONDS = 60.0  # where stderr is no terminal
 
 console = Console(stderr=True)
 _quiet = False
+_bar: Progress | None = None
 
 
 @contextmanager
@@ -35,9 +36,7 @@ def phase(what: str, total: int, done: int = 0) -> Iterator[Callable[[str], None
     if _quiet:
         yield _silent
     elif console.is_terminal:
-        left = TimeRemainingColumn(elapsed_when_finished=True)
-        columns = [TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left]
-        with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, speed_estimate_period=600) as bar:
+        with _display() as bar:
             task = bar.add_task(what, total=total, completed=done, note="")
 
             def advance(note: str = "") -> None:
@@ -48,6 +47,22 @@ def phase(what: str, total: int, done: int = 0) -> Iterator[Callable[[str], None
         log = _Log(what, total, done)
         yield log.advance
         log.write(log.note)
+
+
+@contextmanager
+def _display() -> Iterator[Progress]:
+    """The live display; a phase inside another one adds a row to it."""
+    global _bar
+    if _bar is not None:
+        yield _bar
+        return
+    left = TimeRemainingColumn(elapsed_when_finished=True)
+    columns = [TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left]
+    try:
+        with Progress(*columns, TextColumn("{task.fields[note]}"), console=console, speed_estimate_period=600) as _bar:
+            yield _bar
+    finally:
+        _bar = None
 
 
 def _silent(note: str = "") -> None:

@@ -55,6 +55,16 @@ def test_a_terminal_has_a_bar_from_the_first_second(monkeypatch):
     assert "conv1" in stream.getvalue()
 
 
+def test_a_phase_inside_another_is_a_row_of_the_same_display(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(progress, "console", Console(file=stream, force_terminal=True, width=120))
+    with progress.phase("quantize", 2) as outer:
+        with progress.phase("hessians", 1) as inner:
+            inner("batch")
+        outer("conv1")
+    assert all(word in stream.getvalue() for word in ("quantize", "hessians", "1/1", "1/2"))
+
+
 def test_a_worker_shows_nothing(written):
     with progress.quiet(), progress.phase("search", 1) as advance:
         advance("note")

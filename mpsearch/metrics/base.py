@@ -21,6 +21,7 @@ from mpsearch.evaluation import Score
 from mpsearch.executors.base import Executor
 from mpsearch.executors.in_process import InProcess
 from mpsearch.layer import LayerSpec, weight_rows
+from mpsearch.progress import phase
 
 Pair = tuple[str, str]
 
@@ -82,6 +83,16 @@ class MeasuredMetric(SensitivityMetric):
                 running[executor.submit(Allocation({group: scheme}))] = (group, scheme)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), self.value(future.result(), baseline)
+
+
+def quantize_groups(engine: QuantEngine, pairs: Sequence[Pair]) -> None:
+    """Quantize the layers of all (group, scheme) in a phase of its own, for metrics that then use all of them per batch."""
+    layers = layers_by_group(engine)
+    with phase("quantize", len(pairs)) as advance:
+        for group, scheme in pairs:
+            for layer in layers[group]:
+                engine.quantized(layer.name, scheme)
+            advance(f"{group} at {scheme}")
 
 
 def layers_by_group(engine: QuantEngine) -> dict[str, tuple[LayerSpec, ...]]:

@@ -23,7 +23,7 @@ from mpsearch.engine.engine import QuantEngine
 from mpsearch.errors import InputError, check_memory
 from mpsearch.graph.surgery import hooked
 from mpsearch.graph.uses import Use, observe_uses
-from mpsearch.metrics.base import Pair, SensitivityMetric, layers_by_group
+from mpsearch.metrics.base import Pair, SensitivityMetric, layers_by_group, quantize_groups
 
 
 class Fisher(SensitivityMetric):
@@ -34,6 +34,7 @@ class Fisher(SensitivityMetric):
 
     def measure(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[float]:
         """All pairs at once, then yielded one by one."""
+        quantize_groups(engine, pairs)
         layers = layers_by_group(engine)
         measured = {(layer.name, scheme) for group, scheme in pairs for layer in layers[group]}
         sums = dict.fromkeys(sorted(measured), 0.0)

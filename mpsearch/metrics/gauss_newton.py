@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mpsearch.engine.engine import QuantEngine
 from mpsearch.layer import LayerSpec
-from mpsearch.metrics.base import Pair, SensitivityMetric, layers_by_group
+from mpsearch.metrics.base import Pair, SensitivityMetric, layers_by_group, quantize_groups
 from mpsearch.metrics.fisher import changed, gradients_at, record_calls
 from mpsearch.progress import phase
 
@@ -78,6 +78,7 @@ class GaussNewton(SensitivityMetric):
             for layer in layers[group]:
                 for module in layer.readers:
                     columns.setdefault(module, {}).setdefault((layer, scheme), []).append(column)
+        quantize_groups(engine, pairs)
         batches, n_rows = engine.batches("search"), len(engine.float_logits("search"))
         n_probes = min(MOST_PROBES, math.ceil(FEWEST_FEATURES / n_rows))
         generator = torch.Generator().manual_seed(0)
