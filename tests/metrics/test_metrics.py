@@ -309,7 +309,7 @@ def test_a_model_without_gradients_is_refused_with_what_to_do(made, tiny):
     net = tiny.net()
     net.forward = torch.no_grad()(net.forward)
     engine = tiny.engine(net, tiny.task())
-    with pytest.raises(InputError, match=r"has no gradients, .*does not require grad.* Take metric=kl"):
+    with pytest.raises(InputError, match=r"has no gradients, .*does not require grad.* Use metric=kl"):
         list(made().measure(engine, all_pairs(engine)))
 
 
