@@ -163,7 +163,8 @@ def test_only_linear_layers_are_rotated():
     space = SearchSpace.build(layers, {"w4": Integer(4), "w4r": Rotated(Integer(4))})
     assert space.choices == (("w4",), ("w4", "w4r"), ("w4",))
     assert dict(space.uniform("w4r")) == {"conv2d": "w4", "linear": "w4r", "embedding": "w4"}
-    with pytest.raises(InputError, match=r"Layer 'conv2d' \(conv2d\) cannot be stored in any of w4r: only Linear layers can be rotated"):
+    message = r"Layer 'conv2d' \(conv2d\) cannot be stored in any of w4r: only Linear layers can be rotated"
+    with pytest.raises(InputError, match=message):
         SearchSpace.build(layers, {"w4": Integer(4), "w4r": Rotated(Integer(4))}, ["conv2d:w4r"])
     assert kernel_for("embedding", (9, 8), Rotated(Integer(4))) is None
 
