@@ -209,6 +209,6 @@ def split_half(problem: Network, choice: np.ndarray) -> tuple[float, float]:
     engine = problem.engine
     log_p = engine.float_logits("search").log_softmax(-1)
     with engine.applied(engine.space.allocation(choice)) as model:
-        log_q = engine._logits(model, "search").log_softmax(-1)
+        log_q = engine.scorer.outputs(model, "search").log_softmax(-1)
     each = (log_p.exp() * (log_p - log_q)).sum(-1).double()
     return each[::2].mean().item(), each[1::2].mean().item()

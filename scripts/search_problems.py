@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.engine.calibrate import calibrate
-from mpsearch.engine.engine import QuantEngine, load_batches
+from mpsearch.engine.engine import QuantEngine
+from mpsearch.engine.scoring import load_batches
 from mpsearch.evaluation import Score
 from mpsearch.graph.fold import fold_batch_norms
 from mpsearch.graph.sharing import share
@@ -125,10 +126,11 @@ class Network(Problem):
         else:
             moments = calibrate(self.model, self.task, self.layers, load_batches(self.task, "calibration", "cpu"))
             engine = QuantEngine(self.model, self.task, self.space, quantizers, moments)
-        for layer, scheme in itertools.product(self.space.layers, self.space.schemes):
-            engine.swaps(layer.name, scheme)
+        pairs = list(itertools.product((layer.name for layer in self.space.layers), self.space.schemes))
+        for pair in pairs:
+            engine.swaps(*pair)
         if not bank.exists():
-            torch.save((engine._packed, engine._biases), bank)
+            torch.save(({pair: engine.quantized(*pair) for pair in pairs}, {pair: engine.biases(*pair) for pair in pairs}), bank)
         engine.float_logits("search")
         return engine
 
@@ -137,7 +139,6 @@ class Network(Problem):
         engine = self.engine
         start = time.process_time()
         score = engine.score(allocation)
-        engine._scores.clear()  # the file remembers
         return score.loss, score.quality, time.process_time() - start
 
 

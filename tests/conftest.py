@@ -13,7 +13,8 @@ from torch import nn
 from mpsearch import cli
 from mpsearch.allocation import SearchSpace
 from mpsearch.engine.calibrate import calibrate
-from mpsearch.engine.engine import QuantEngine, load_batches
+from mpsearch.engine.engine import QuantEngine
+from mpsearch.engine.scoring import load_batches
 from mpsearch.graph.fold import fold_batch_norms
 from mpsearch.graph.trace import trace_layers
 from mpsearch.graph.unsearched import other_bits

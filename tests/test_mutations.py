@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
-from mpsearch.engine.weight_files import Bank
+from mpsearch.engine.weight_files import WeightFiles
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
 from mpsearch.exporters.allocation_file import load_allocation
@@ -52,7 +52,7 @@ def files(tiny, tmp_path_factory):
     sha256 = weights_sha256(model)
     equalization = Equalization("Own", {"0.outputs": torch.full((8,), 0.5), "2.inputs": torch.full((8,), 2.0)})
     equalization.apply(model)
-    engine = tiny.engine(model, tiny.task(shape=(6,), n=8), SCHEMES, bank=Bank(folder / "bank", {"run": 1}))
+    engine = tiny.engine(model, tiny.task(shape=(6,), n=8), SCHEMES, files=WeightFiles(folder / "bank", {"run": 1}))
     allocation = engine.space.allocation(range(4))
     size = engine.space.size_bits(engine.space.choice(allocation)) // 8
     point = Evaluation(0, "sampler", allocation, "search", 0.5, 1.0, 0.5, 0.4, 0.6, size, 4.0, 0.1, True, 8, 0.0)
@@ -79,7 +79,7 @@ def of_bank(folder):
     """Damage is never an error there: the entry is not taken."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = Bank(folder / "bank", {"run": 1}).read("2", "w3o", SCHEMES["w3o"], (7, 8))
+        found = WeightFiles(folder / "bank", {"run": 1}).read("2", "w3o", SCHEMES["w3o"], (7, 8))
     if found is None:
         raise InputError("not taken")
     return found.dequantize(), None

@@ -1,17 +1,19 @@
-"""Run the calibration data and keep what quantizers, bias correction and static ranges need of every layer's product: moments
-and a histogram of its input, and on demand second moments of whole rows of its input and of the gradient at its output.
+"""Calibration: the statistics of every layer's input, and of the gradient at its output, that quantization needs.
 
-The mean and the second moment of each input value that meets a column of the weight matrix. For a convolution that is each
-(channel, kernel offset), padding counted as the zeros it is; both are linear in the (squared) input, so that the batch can be
-averaged first and no patch matrix is ever made.
+For every product of a layer's weight: the mean and second moment of each input value that meets a column of the weight matrix, a
+histogram of the input, and on demand second moments of whole rows of the input (Hessians) and of the gradients at the output
+(output Fishers). For a convolution an input value is a (channel, kernel offset), padding counted as the zeros it is; mean and
+second moment are linear in the (squared) input, so that the batch is averaged first and no patch matrix is made.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,8 +23,9 @@ from torch import Tensor, nn
 from mpsearch import kernels
 from mpsearch.divergence import Divergence
 from mpsearch.errors import InputError, check_memory
+from mpsearch.graph.trace import overwritten_inputs
 from mpsearch.graph.products import Product, observe_products
-from mpsearch.graph.surgery import Hook, hooked
+from mpsearch.graph.surgery import cloned_inputs, hooked
 from mpsearch.layer import LayerSpec, check_finite, rows_shape
 from mpsearch.progress import phase
 from mpsearch.quantizers.base import InputMoments
@@ -33,64 +36,162 @@ from mpsearch.tree import tensors_in
 Batches = Sequence[tuple[Any, Tensor]]
 
 
+class Calibration:
+    """Answers what quantizers and bias correction ask of the calibration data.
+
+    Hessians and output Fishers are computed by one pass over the data for as many layers, in forward order, as
+    `hessian_max_bytes` hold (at least one), and are kept until another layer is asked for. A pass runs the model as it is then.
+
+    Parameters
+    ----------
+    model, task, layers
+        The network, what runs it, and its searched layers.
+    batches
+        The calibration data, (inputs, targets) on the model's device.
+    moments
+        What `calibrate` returned for the layers.
+    divergence
+        The loss whose output Fishers are asked for.
+    with_fishers
+        Whether `with_hessian` adds the output Fishers.
+    hessian_max_bytes
+        Limit on the matrices in memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        layers: Sequence[LayerSpec],
+        batches: Batches,
+        moments: Mapping[str, InputMoments],
+        divergence: Divergence,
+        *,
+        with_fishers: bool = False,
+        hessian_max_bytes: int = 2 * 10**9,
+    ) -> None:
+        self.model, self.task, self.layers, self.batches, self.moments = model, task, layers, batches, moments
+        self.divergence, self.with_fishers, self.hessian_max_bytes = divergence, with_fishers, hessian_max_bytes
+        self._hessians: dict[str, Tensor | None] = {}
+        self._fishers: dict[str, Tensor] = {}
+        self._overwritten: tuple[str, ...] | None = None
+
+    def input_moments(self, layer: LayerSpec) -> InputMoments | None:
+        """The moments of the layer's input, pooled over its readers; `None` if none is known."""
+        known = [self.moments[name] for name in layer.readers if name in self.moments]
+        return InputMoments.pooled(known) if known else None
+
+    def with_hessian(self, layer: LayerSpec, *, centred: bool) -> InputMoments | None:
+        """`input_moments` with the Hessian, and with the output Fisher where asked for; a warning if there is no Hessian.
+
+        `centred`: of x - E[x] for modules that have a bias, from which the mean error will be subtracted.
+        """
+        names = self._readers(layer)
+        if not all(name in self._hessians for name in names):
+            self._collect_from(layer)
+        pooled = []
+        for name, module in itertools.zip_longest(names, layer.modules):  # the weight's own name has no module
+            if name in self.moments:
+                moments = replace(self.moments[name], hessian=self._hessians[name], fisher=self._fishers.get(name))
+                has_bias = module is not None and getattr(self.model.get_submodule(module), "bias", None) is not None
+                pooled.append(moments.centred() if centred and has_bias else moments)
+        if layer.kind != "embedding" and all(moments.hessian is None for moments in pooled):
+            warnings.warn(f"Layer '{layer.name}' is quantized without a Hessian: none is known of its input.", stacklevel=3)
+        return InputMoments.pooled(pooled) if pooled else None
+
+    def mean_shifts(self, names: Sequence[str], quantize: Callable[[str, Product], Tensor]) -> dict[str, Tensor]:
+        """Module name -> E[q(x)] - E[x] of what meets the columns of its weight, float64 `[groups, columns]` on the CPU.
+
+        `quantize(name, product)` is q(x), the product's quantized input.
+        """
+        sums = _Sums()
+
+        def see(name: str, product: Product, output: Tensor) -> None:
+            change = product.column_means(quantize(name, product) - product.input).double().cpu()
+            sums.add(name, change * product.count, product.count)
+
+        with torch.no_grad(), observe_products(self.model, names, see):
+            _run(self.model, self.task, self.batches, "rounded inputs")
+        return sums.means()
+
+    @contextmanager
+    def own_inputs(self) -> Iterator[None]:
+        """While the block runs, layers whose input the network writes into later read a copy of it."""
+        if self._overwritten is None:
+            inputs, names = self.batches[0][0], [name for layer in self.layers for name in layer.modules]
+            self._overwritten = overwritten_inputs(self.model, names, lambda: self.task.forward(self.model, inputs))
+        with cloned_inputs(self.model, self._overwritten):
+            yield
+
+    def _collect_from(self, layer: LayerSpec) -> None:
+        """Compute the matrices of this layer and of those after it, as far as memory allows."""
+        self._hessians, self._fishers = {}, {}  # frees the memory first
+        layers = list(self.layers)
+        wanted, size = [layer], self._matrix_bytes(layer)
+        for other in layers[layers.index(layer) + 1 :]:
+            size += self._matrix_bytes(other)
+            if size > self.hessian_max_bytes:
+                break
+            wanted.append(other)
+        names = [name for each in wanted for name in self._readers(each)]
+        self._hessians = dict.fromkeys(names) | hessians(self.model, self.task, names, self.batches)
+        if self.with_fishers:
+            fits = [la for la in wanted if fisher_bytes(self.model.get_submodule(la.name)) <= self.hessian_max_bytes]
+            names = [name for each in fits for name in self._readers(each)]
+            with self.own_inputs():
+                self._fishers = output_fishers(self.model, self.task, names, self.batches, self.divergence)
+
+    def _matrix_bytes(self, layer: LayerSpec) -> int:
+        module = self.model.get_submodule(layer.modules[0])
+        one = hessian_bytes(module) + (fisher_bytes(module) if self.with_fishers else 0)
+        return len(self._readers(layer)) * one
+
+    def _readers(self, layer: LayerSpec) -> tuple[str, ...]:
+        """The layer's modules, and its weight's name if it is used outside of them."""
+        return layer.readers if layer.weight_name in self.moments else layer.modules
+
+
 @torch.no_grad()
 def calibrate(
     model: nn.Module, task: Task, layers: Sequence[LayerSpec], batches: Batches, *, rotated: bool = False
 ) -> dict[str, InputMoments]:
-    """Reader (`LayerSpec.readers`) -> moments of its input, float32 on the CPU; `InputError` where one is NaN or infinite.
+    """Run the data once; reader (`LayerSpec.readers`) -> moments of its input, float32 on the CPU.
 
     With `rotated` also those of the rotated inputs of Linear layers, which rotated schemes ask for.
 
     Left out are modules of which no product is seen (`mpsearch.graph.products`): embeddings, whose input is indices, and modules
     that change their weight first (a convolution that standardizes it, say), whose output is not what weight and input alone say.
+    Raises `InputError` for a weight or an input that is NaN or infinite.
     """
     sums: dict[str, InputMoments] = {}
-    inputs_of: dict[str, Histogram] = {}
-    names = [name for layer in layers for name in layer.modules]
+    histograms: dict[str, Histogram] = {}
+    modules: dict[Any, str] = {model.get_submodule(name): name for layer in layers for name in layer.modules}
     weights = {layer.weight_name for layer in layers}
 
-    def called(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next(tensors_in((args, kwargs))).detach()
-            if not torch.isfinite(x).all():
-                raise _not_finite(name)
-            found = Histogram.from_values(x)
-            inputs_of[name] = Histogram.merged([inputs_of[name], found]) if name in inputs_of else found
+    def see_input(name: str, x: Tensor) -> None:
+        if not torch.isfinite(x).all():
+            raise _not_finite(name)
+        histogram = Histogram.from_values(x)
+        histograms[name] = Histogram.merged([histograms[name], histogram]) if name in histograms else histogram
 
-        return hook
+    def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see_input(modules[module], next(tensors_in((args, kwargs))).detach())
 
     def see(name: str, product: Product, output: Tensor) -> None:
         if name in weights:  # a use outside of the module, whose input no hook has seen
-            called(name)(model, (product.input,), {})
-        found = _moments(product, product.input)
+            see_input(name, product.input)
+        moments = _moments(product, product.input)
         if rotated and not product.kernel:
-            turned = kernels.rotate(product.input)
-            found = replace(found, rotated=replace(_moments(product, turned), histogram=Histogram.from_values(turned)))
-        sums[name] = InputMoments.pooled([sums[name], found]) if name in sums else found
+            x = kernels.rotate(product.input)
+            moments = replace(moments, rotated=replace(_moments(product, x), histogram=Histogram.from_values(x)))
+        sums[name] = InputMoments.pooled([sums[name], moments]) if name in sums else moments
 
-    hooks: list[tuple[nn.Module, Hook]] = []
-    for name in names:
-        module: Any = model.get_submodule(name)
+    for module, name in modules.items():
         check_finite(name, module.weight.detach())  # else the next layer's input would be to blame
-        if not isinstance(module, nn.Embedding):
-            hooks.append((module, called(name)))
-    with hooked(hooks), observe_products(model, [*names, *weights], see), phase("calibrate", len(batches)) as advance:
-        for inputs, _ in batches:
-            task.forward(model, inputs)
-            advance("")
-    return {name: replace(_single(moments), histogram=inputs_of[name]) for name, moments in sums.items()}
-
-
-def _moments(product: Product, x: Tensor) -> InputMoments:
-    """Of x in the place of the product's input, float64."""
-    mean, second = (product.column_means(y).double().cpu() for y in (x, x.square()))
-    return InputMoments(mean, second, product.count)
-
-
-def _single(moments: InputMoments) -> InputMoments:
-    """In float32."""
-    rotated = None if moments.rotated is None else _single(moments.rotated)
-    return replace(moments, mean=moments.mean.float(), second_moment=moments.second_moment.float(), rotated=rotated)
+    hooks = [(module, called) for module in modules if not isinstance(module, nn.Embedding)]
+    with hooked(hooks), observe_products(model, [*modules.values(), *weights], see):
+        _run(model, task, batches, "calibrate")
+    return {name: replace(_in_float32(moments), histogram=histograms[name]) for name, moments in sums.items()}
 
 
 @torch.no_grad()
@@ -99,27 +200,23 @@ def hessians(model: nn.Module, task: Task, modules: Sequence[str], batches: Batc
 
     Half the Hessian of the mean squared error of a row's output (Frantar et al. 2023, section 3.1), for the modules of which a
     product is seen and whose input meets the weight as rows of patches (no transposed convolution). Patches are made of a few
-    samples at a time; beside the result, what is held is at most `products.PATCH_BYTES` and a batch.
+    samples at a time; in addition to the result, at most `products.PATCH_BYTES` and a batch are in memory.
 
     Raises `InputError` where a layer's input is NaN or infinite.
     """
-    sums: dict[str, Tensor] = {}
-    counts: Counter[str] = Counter()
+    sums = _Sums()
 
     def see(name: str, product: Product, output: Tensor) -> None:
         for patches in product.patches():
-            found = patches.transpose(1, 2) @ patches
-            sums[name] = sums[name].add_(found) if name in sums else found
-            counts[name] += patches.shape[1]
+            sums.add(name, patches.transpose(1, 2) @ patches, patches.shape[1])
 
-    with observe_products(model, modules, see), phase("hessians", len(batches)) as advance:
-        for inputs, _ in batches:
-            task.forward(model, inputs)
-            advance("")
-    for name, total in sums.items():
-        if not torch.isfinite(total.div_(counts[name])).all():
+    with observe_products(model, modules, see):
+        _run(model, task, batches, "hessians")
+    means = sums.means()
+    for name, mean in means.items():
+        if not torch.isfinite(mean).all():
             raise _not_finite(name)
-    return {name: total.cpu() for name, total in sums.items()}
+    return means
 
 
 def output_fishers(
@@ -127,11 +224,10 @@ def output_fishers(
 ) -> dict[str, Tensor]:
     """Module name -> E[g g^T] of the gradient g at its output, float32 `[groups, rows, rows]` on the CPU, rows of a group.
 
-    The mean over output positions, of the modules of which a product is seen and reaches the loss: the divergence's
-    `drawn_loss`, by one backward pass per batch. Beside the result, what is held is a batch's outputs and gradients.
+    The mean over output positions, for the modules of which a product is seen and reaches the loss: the divergence's
+    `drawn_loss`, by one backward pass per batch. In addition to the result, a batch's outputs and gradients are in memory.
     """
-    sums: dict[str, Tensor] = {}
-    counts: Counter[str] = Counter()
+    sums = _Sums()
     seen: list[tuple[str, Product, Tensor]] = []
     generator = torch.Generator().manual_seed(0)
 
@@ -144,65 +240,73 @@ def output_fishers(
         for inputs, _ in batches:
             with torch.enable_grad(), observe_products(model, modules, see):
                 logits = task.forward(model, inputs)
-            outputs = [output for *_, output in seen]
-            gradients = _gradients(logits, outputs, lambda logits: divergence.drawn_loss(logits, generator))
+            gradients = _gradients(logits, [output for *_, output in seen], lambda y: divergence.drawn_loss(y, generator))
             for (name, product, _), gradient in zip(seen, gradients, strict=True):
                 if gradient is not None:
                     rows = gradient.reshape(product.output.shape).movedim(1 if product.kernel else -1, -1)
                     grouped = rows.reshape(-1, product.groups, product.rows // product.groups).transpose(0, 1)
-                    found = grouped.transpose(1, 2) @ grouped
-                    sums[name] = sums[name].add_(found) if name in sums else found
-                    counts[name] += grouped.shape[1]
+                    sums.add(name, grouped.transpose(1, 2) @ grouped, grouped.shape[1])
             seen.clear()
             advance("")
-    return {name: total.div_(counts[name]).cpu() for name, total in sums.items()}
-
-
-def _gradients(logits: Tensor, outputs: Sequence[Tensor], loss: Callable[[Tensor], Tensor]) -> Sequence[Tensor | None]:
-    """Of the loss; none, and a warning, where the model gives none."""
-    try:
-        with torch.enable_grad():  # whoever asks for a quantized layer may be in no_grad
-            return torch.autograd.grad(loss(logits), outputs, allow_unused=True)
-    except RuntimeError as error:
-        check_memory(error)
-        warnings.warn(f"No gradient can be had of the model, so that layers are quantized without: {error}", stacklevel=3)
-        return [None] * len(outputs)
-
-
-@torch.no_grad()
-def mean_shifts(
-    model: nn.Module, task: Task, modules: Sequence[str], batches: Batches, rounded: Callable[[str, Product], Tensor]
-) -> dict[str, Tensor]:
-    """Module name -> E[q(x)] - E[x] of what meets the columns of its weight, float64 `[groups, columns]` on the CPU.
-
-    `rounded(name, product)` is q(x), the product's quantized input.
-    """
-    sums: dict[str, Tensor] = {}
-    counts: Counter[str] = Counter()
-
-    def see(name: str, product: Product, output: Tensor) -> None:
-        change = product.column_means(rounded(name, product) - product.input).double().cpu() * product.count
-        sums[name] = sums[name].add_(change) if name in sums else change
-        counts[name] += product.count
-
-    with observe_products(model, modules, see), phase("rounded inputs", len(batches)) as advance:
-        for inputs, _ in batches:
-            task.forward(model, inputs)
-            advance("")
-    return {name: total.div_(counts[name]) for name, total in sums.items()}
-
-
-def _not_finite(layer: str) -> InputError:
-    return InputError(f"The calibration data make NaN or infinite inputs of layer '{layer}'. Check the data and the model.")
+    return sums.means()
 
 
 def hessian_bytes(module: Any) -> int:
-    """What `hessians` holds for a module."""
+    """The bytes of the matrices that `hessians` returns for a module."""
     columns = math.prod(rows_shape(module)[1:])
     return 4 * getattr(module, "groups", 1) * columns**2
 
 
 def fisher_bytes(module: Any) -> int:
-    """What `output_fishers` holds for a module."""
+    """The bytes of the matrices that `output_fishers` returns for a module."""
     groups = getattr(module, "groups", 1)
     return 4 * groups * (rows_shape(module)[0] // groups) ** 2
+
+
+class _Sums:
+    """Sums of tensors by name, with the number of rows that each sums over."""
+
+    def __init__(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.counts: Counter[str] = Counter()
+
+    def add(self, name: str, total: Tensor, count: int) -> None:
+        self.totals[name] = self.totals[name].add_(total) if name in self.totals else total
+        self.counts[name] += count
+
+    def means(self) -> dict[str, Tensor]:
+        """On the CPU; may be called once."""
+        return {name: total.div_(self.counts[name]).cpu() for name, total in self.totals.items()}
+
+
+def _run(model: nn.Module, task: Task, batches: Batches, title: str) -> None:
+    with phase(title, len(batches)) as advance:
+        for inputs, _ in batches:
+            task.forward(model, inputs)
+            advance("")
+
+
+def _moments(product: Product, x: Tensor) -> InputMoments:
+    """Of x in the place of the product's input, float64."""
+    mean, second = (product.column_means(y).double().cpu() for y in (x, x.square()))
+    return InputMoments(mean, second, product.count)
+
+
+def _in_float32(moments: InputMoments) -> InputMoments:
+    rotated = None if moments.rotated is None else _in_float32(moments.rotated)
+    return replace(moments, mean=moments.mean.float(), second_moment=moments.second_moment.float(), rotated=rotated)
+
+
+def _gradients(logits: Tensor, outputs: Sequence[Tensor], loss: Callable[[Tensor], Tensor]) -> Sequence[Tensor | None]:
+    """Of the loss; none, and a warning, if the model has no gradients."""
+    try:
+        with torch.enable_grad():  # the caller may be in no_grad
+            return torch.autograd.grad(loss(logits), outputs, allow_unused=True)
+    except RuntimeError as error:
+        check_memory(error)
+        warnings.warn(f"The model has no gradients, so that layers are quantized without output Fishers: {error}", stacklevel=3)
+        return [None] * len(outputs)
+
+
+def _not_finite(layer: str) -> InputError:
+    return InputError(f"The calibration data make NaN or infinite inputs of layer '{layer}'. Check the data and the model.")

@@ -1,8 +1,8 @@
 """Prefix reuse: what an allocation has in common with an earlier one, from the first layer on, is not computed again.
 
-The outputs of a few modules (`chain.py` finds which) are kept for each batch under the schemes of all groups read until then, so
-that a score is bit for bit the one of a whole forward pass. An output is kept once another allocation asks for the same
-prefix, hence a one-off never takes a useful one's place; and of two that are in use, the one that saves more work a byte stays.
+The outputs of a few modules (`mpsearch.graph.calls` finds which) are kept for each batch under the schemes of all groups read
+until then, so that a score is bit for bit the one of a whole forward pass. An output is kept once another allocation asks for the
+same prefix, so that a prefix seen once never displaces a useful one; of two in use, the one that saves more work per byte stays.
 """
 
 from __future__ import annotations
@@ -32,12 +32,27 @@ Key = tuple[str, int, int, str]
 
 
 @dataclass
-class _Kept:
+class _Output:
+    """A module's output as it was returned, and the multiply-accumulates of a sample that starting from it saves."""
+
     tensor: Tensor
     version: int
-    size: int
-    worth: float  # multiply-accumulates of a sample saved a byte
-    used: int  # the last evaluation that used it
+    macs: float
+    used: int = 0  # the last evaluation that started from it
+
+    @property
+    def nbytes(self) -> int:
+        return self.tensor.untyped_storage().nbytes()
+
+    @property
+    def worth(self) -> float:
+        """Multiply-accumulates saved per byte."""
+        return self.macs / max(self.nbytes, 1)
+
+    @property
+    def is_intact(self) -> bool:
+        """Whether it is a plain tensor into which nothing has been written."""
+        return version(self.tensor) == self.version >= 0
 
 
 class PrefixCache:
@@ -46,8 +61,8 @@ class PrefixCache:
     def __init__(self, model: nn.Module, task: Task, space: SearchSpace, max_bytes: int) -> None:
         self.model, self.task, self.space, self.max_bytes = model, task, space, max_bytes
         self.n_bytes = 0
-        self._kept: dict[Key, _Kept] = {}
-        self._asked: dict[str, _Asked] = {}
+        self._kept: dict[Key, _Output] = {}
+        self._prefixes: dict[str, _Prefixes] = {}
         self._current: tuple[str, Allocation] | None = None
         self._evaluation = 0
         self._characters = dict(zip(space.scheme_names, ALPHABET, strict=False))
@@ -57,11 +72,13 @@ class PrefixCache:
         self._paths: dict[tuple[str, int], Path] = {}  # (split, batch)
         self._path = Path()  # of the sample
 
+    def emptied(self) -> PrefixCache:
+        """One for the same model and space that holds no outputs, as for other weights."""
+        return PrefixCache(self.model, self.task, self.space, self.max_bytes)
+
     @torch.no_grad()
     def forward(self, split: str, i: int, inputs: Any, allocation: Allocation) -> Tensor:
-        """The logits of the split's batch `i`, while `allocation` is swapped into the model."""
-        if not self.max_bytes:
-            return self.task.forward(self.model, inputs)
+        """The outputs of the split's batch `i`, while `allocation` is swapped into the model."""
         if self._runs is None:
             self._runs = self._prepare(inputs)
         if self._current is None or self._current[0] != split or self._current[1] is not allocation:
@@ -72,30 +89,30 @@ class PrefixCache:
             logits, self._paths[split, i] = follow(self.model, self.task.forward, inputs, self.space.groups, self._order)
             return logits
         handlers: dict[nn.Module, Handler] = {}
-        caught: dict[Key, tuple[Tensor, int, float]] = {}
+        caught: dict[Key, _Output] = {}
         for run, prefixes in self._plan:
             if not self._paths[split, i].has_run(run, self._path):
                 continue
             keys = [(split, i, call.begin, prefix) for call, prefix in zip(run, prefixes, strict=True)]
-            known = next((j for j in reversed(range(len(run))) if self._is_kept(keys[j])), -1)
+            known = next((j for j in reversed(range(len(run))) if keys[j] in self._kept and self._kept[keys[j]].is_intact), -1)
             if known >= 0:
                 self._kept[keys[known]].used = self._evaluation
                 handlers |= _replay(run[: known + 1], self._kept[keys[known]].tensor)
             if known < len(run) - 1:
-                handlers |= _catch(run[-1], keys[-1], self._work(run[0], run[-1]), caught)
+                handlers |= _catch(run[-1], self._work(run[0], run[-1]), caught, keys[-1])
         with intercepted(handlers):
             logits = self.task.forward(self.model, inputs)
-        for key, (tensor, found, macs) in caught.items():
-            if version(tensor) == found >= 0:
-                self._keep(key, tensor, macs)
+        for key, output in caught.items():
+            if output.is_intact:
+                self._keep(key, output)
         return logits
 
     def _prepare(self, inputs: Any) -> list[list[Call]]:
-        """Find the runs, and what each group weighs in work, on a few samples where the model takes them."""
+        """Find the runs, and the work of each group, on a few samples, or on the batch if the model takes no fewer."""
         try:
             self._sample = first_samples(inputs, N_CHECKED)
             runs, order = find_runs(self.model, self.task.forward, self._sample, self.space.groups)
-        except Exception as error:  # made for batches of one size
+        except Exception as error:  # the model takes batches of one size only
             check_memory(error)
             self._sample = inputs
             runs, order = find_runs(self.model, self.task.forward, inputs, self.space.groups)
@@ -112,13 +129,13 @@ class PrefixCache:
         self._current = split, allocation
         self._evaluation += 1
         code = "".join(self._characters[allocation[n]] if n in allocation else FLOAT for n in self._order)
-        common = self._asked.setdefault(split, _Asked()).common(code)
+        common = self._prefixes.setdefault(split, _Prefixes()).common(code)
         self._plan = [(run, [code[: call.after] for call in run]) for run in self._known_runs(runs, common)]
 
     def _known_runs(self, runs: Sequence[list[Call]], common: int) -> Iterator[list[Call]]:
-        """What of each run an allocation with the first `common` groups of another need not compute.
+        """The parts of each run that an allocation which shares the first `common` groups with another need not compute.
 
-        A run is cut where it turns out that more than the next module reads an output.
+        A run is cut where more than the next module reads an output.
         """
         for run in runs:
             start = 0
@@ -134,7 +151,7 @@ class PrefixCache:
                 start = end
 
     def _reach(self, run: Sequence[Call], start: int, common: int) -> int:
-        """How far from `start` the run can be replaced by one output, within the first `common` groups; `start`: nowhere."""
+        """The end of the longest part from `start`, within the first `common` groups, that one output can replace."""
         reach = start
         for i in range(start, len(run)):
             if run[i].after > common:
@@ -150,10 +167,10 @@ class PrefixCache:
         return self._work_until[last.after] - self._work_until[first.before]
 
     def _can_restart(self, run: Sequence[Call], start: int, end: int) -> bool:
-        """Whether the logits are the same bit for bit where the output of `run[start:end]` is given instead of computed.
+        """Whether the outputs are the same bit for bit if the output of `run[start:end]` is given instead of computed.
 
-        Tried once, with other weights behind it, after a pass with other weights everywhere, so that what a module may have
-        kept for itself is not what it should be. For that moment there is a second copy of the layers' weights.
+        Tried once, with other weights behind it, after a pass with other weights everywhere, so that a value that a module
+        stored itself is a wrong one. In the meantime there is a second copy of the layers' weights.
         """
         ends = run[start], run[end - 1]
         if ends not in self._holds:
@@ -163,74 +180,70 @@ class PrefixCache:
     def _check(self, run: Sequence[Call]) -> bool:
         behind = owned_by([module for members in self._members[run[-1].after :] for module in members])
         everywhere = owned_by([module for members in self._members for module in members])
-        caught: dict[Key, tuple[Tensor, int, float]] = {}
+        caught: dict[Key, _Output] = {}
         key: Key = ("", 0, 0, "")
         try:
-            with intercepted(_catch(run[-1], key, 0, caught)):
+            with intercepted(_catch(run[-1], 0, caught, key)):
                 self.task.forward(self.model, self._sample)
-            output, found, _ = caught[key]
+            output = caught[key]
             with swapped_data(_changed(behind)):
                 expected = self.task.forward(self.model, self._sample)
             with swapped_data(_changed(everywhere)):
                 self.task.forward(self.model, self._sample)
-            with swapped_data(_changed(behind)), intercepted(_replay(run, output)):
+            with swapped_data(_changed(behind)), intercepted(_replay(run, output.tensor)):
                 logits = self.task.forward(self.model, self._sample)
-        except Exception as error:  # weights that make no sense may break what looks at values; then nothing is known
+        except Exception as error:  # random weights may break code that looks at values
             check_memory(error)
             return False
         same = logits.shape == expected.shape and torch.allclose(logits, expected, rtol=0, atol=0, equal_nan=True)
-        return same and version(output) == found >= 0
+        return same and output.is_intact
 
-    def _is_kept(self, key: Key) -> bool:
-        return key in self._kept and self._kept[key].tensor._version == self._kept[key].version
-
-    def _keep(self, key: Key, tensor: Tensor, macs: float) -> None:
-        """Keep the tensor if there is room, or what has not been used lately or is worth less a byte gives it."""
+    def _keep(self, key: Key, output: _Output) -> None:
+        """Keep the output if there is room, perhaps in place of outputs that are worth less or were not used lately."""
         if key in self._kept:
             self._drop(key)
-        size = tensor.untyped_storage().nbytes()
-        worth = macs / max(size, 1)
-        excess, dropped = self.n_bytes + size - self.max_bytes, []
+
+        def rank(other: Key) -> tuple[float, int]:
+            kept = self._kept[other]
+            return kept.worth if kept.used >= self._evaluation - 1 else -1.0, kept.used
+
+        excess, dropped = self.n_bytes + output.nbytes - self.max_bytes, []
+        for other in sorted(self._kept, key=rank) if excess > 0 else ():
+            if excess <= 0 or rank(other)[0] >= output.worth:
+                break
+            dropped.append(other)
+            excess -= self._kept[other].nbytes
         if excess > 0:
-
-            def rank(item: tuple[Key, _Kept]) -> tuple[float, int]:
-                return item[1].worth if item[1].used >= self._evaluation - 1 else -1.0, item[1].used
-
-            for other, kept in sorted(self._kept.items(), key=rank):
-                if excess <= 0 or rank((other, kept))[0] >= worth:
-                    break
-                dropped.append(other)
-                excess -= kept.size
-            if excess > 0:
-                return
+            return
         for other in dropped:
             self._drop(other)
-        self._kept[key] = _Kept(tensor, tensor._version, size, worth, self._evaluation)
-        self.n_bytes += size
+        output.used = self._evaluation
+        self._kept[key] = output
+        self.n_bytes += output.nbytes
 
     def _drop(self, key: Key) -> None:
-        self.n_bytes -= self._kept.pop(key).size
+        self.n_bytes -= self._kept.pop(key).nbytes
 
 
-class _Asked:
-    """The codes of the allocations that were asked for, and how much each had in common with those before it."""
+class _Prefixes:
+    """The codes of the allocations that were asked for, and the longest prefix that each shares with an earlier one."""
 
     def __init__(self) -> None:
         self.sorted: list[str] = []
         self.in_order: deque[str] = deque()
-        self.found: dict[str, int] = {}
+        self.lengths: dict[str, int] = {}
 
     def common(self, code: str) -> int:
         """The longest prefix that the code shares with an earlier one; the same again where it is asked for again."""
-        if code not in self.found:
+        if code not in self.lengths:
             place = bisect_left(self.sorted, code)  # the nearest in the alphabet share the longest prefix
-            self.found[code] = max((_shared(code, other) for other in self.sorted[max(place - 1, 0) : place + 1]), default=0)
+            self.lengths[code] = max((_shared(code, other) for other in self.sorted[max(place - 1, 0) : place + 1]), default=0)
             self.sorted.insert(place, code)
             self.in_order.append(code)
             if len(self.in_order) * len(code) > N_REMEMBERED:
                 oldest = self.in_order.popleft()
-                del self.sorted[bisect_left(self.sorted, oldest)], self.found[oldest]
-        return self.found[code]
+                del self.sorted[bisect_left(self.sorted, oldest)], self.lengths[oldest]
+        return self.lengths[code]
 
 
 def _shared(one: str, other: str) -> int:
@@ -238,19 +251,19 @@ def _shared(one: str, other: str) -> int:
 
 
 def _replay(run: Sequence[Call], output: Tensor) -> dict[nn.Module, Handler]:
-    """All of the run's modules return the last one's output, which only what comes after it reads."""
+    """All of the run's modules return the last one's output, which only the modules after it read."""
     return {call.module: lambda *args, **kwargs: output for call in run}
 
 
-def _catch(call: Call, key: Key, macs: float, caught: dict[Key, tuple[Tensor, int, float]]) -> dict[nn.Module, Handler]:
-    module: Any = call.module
+def _catch(call: Call, macs: float, caught: dict[Key, _Output], key: Key) -> dict[nn.Module, Handler]:
+    """The call's module runs, and its output is put in `caught` under the key."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        output = module(*args, **kwargs)
-        caught[key] = output, version(output), macs
+        output = call.module(*args, **kwargs)
+        caught[key] = _Output(output, version(output), macs)
         return output
 
-    return {module: run}
+    return {call.module: run}
 
 
 def _changed(parameters: Sequence[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:

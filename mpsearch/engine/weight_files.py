@@ -1,4 +1,4 @@
-"""The weight bank on disk: one file for each layer and scheme, so that nothing is quantized twice.
+"""Quantized weights on disk: one file for each layer and scheme, so that nothing is quantized twice.
 
 A resumed run reads its weights from there, and so do its workers (each quantizes what no other has yet), `solve`, `finetune` and
 `export`. A file is written whole or not at all, and holds a digest over its tensors and what they are of. A file of other
@@ -26,7 +26,7 @@ from mpsearch.schemes.base import QuantizedTensor, QuantScheme
 WEIGHT, BIASES = "mpsearch-weight", "mpsearch-biases"
 
 
-class Bank:
+class WeightFiles:
     """The files in `folder`; `identity` (JSON-able) is all that their contents depend on."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
@@ -35,7 +35,7 @@ class Bank:
         self._writes, self._warned = True, False
 
     def read(self, layer: str, name: str, scheme: QuantScheme, shape: tuple[int, ...]) -> QuantizedTensor | None:
-        """The layer's weight of `shape` in the scheme called `name`; `None` where the bank has none that is intact."""
+        """The layer's weight of `shape` in the scheme called `name`; `None` where no intact file has it."""
         tensors = self._read(WEIGHT, layer, name)
         return None if tensors is None else QuantizedTensor(scheme, shape, tensors)
 
@@ -86,7 +86,7 @@ class Bank:
             write_atomically(self._file(kind, layer, name), tensor_file(tensors, kind, self._about(layer, name)))
         except InputError as error:
             self._writes = False
-            warnings.warn(f"Quantized weights cannot be kept in {self.folder} and are found again: {error}", stacklevel=4)
+            warnings.warn(f"Quantized weights cannot be kept in {self.folder} and are quantized again: {error}", stacklevel=4)
 
     def _file(self, kind: str, layer: str, name: str) -> Path:
         suffix = "" if kind == WEIGHT else ".biases"

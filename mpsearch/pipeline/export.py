@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpsearch.allocation import SearchSpace
-from mpsearch.engine.weight_files import Bank
+from mpsearch.engine.weight_files import WeightFiles
 from mpsearch.errors import InputError, run_option
 from mpsearch.evaluation import Evaluation
 from mpsearch.exporters.base import Exporter, Picked, publish
@@ -40,7 +40,7 @@ class BankedWeights:
 
     model: nn.Module
     space: SearchSpace
-    bank: Bank
+    bank: WeightFiles
     bias_correction: bool
 
     def quantized(self, layer: str, scheme: str) -> QuantizedTensor:
@@ -81,7 +81,7 @@ def without_data(source: Source, run: Run, folder: Path) -> tuple[BankedWeights,
     def check(exporter: Exporter, path: Path, evaluation: Evaluation) -> None:
         exporter.load(path, shared_copy(original))  # which checks the digests
 
-    bank = Bank(folder / "bank", {key: run.identity.get(key) for key in IDENTITY})
+    bank = WeightFiles(folder / "bank", {key: run.identity.get(key) for key in IDENTITY})
     model = planned_model(shared_copy(original), plan)
     return BankedWeights(model, run.space, bank, run.identity["bias_correction"]), plan, check
 

@@ -22,8 +22,9 @@ from mpsearch.batches import Batch
 from mpsearch.costs.size import parse_bytes
 from mpsearch.divergence import Divergence, SoftmaxKL
 from mpsearch.engine.calibrate import calibrate
-from mpsearch.engine.engine import QuantEngine, load_batches
-from mpsearch.engine.weight_files import Bank
+from mpsearch.engine.engine import QuantEngine
+from mpsearch.engine.scoring import load_batches
+from mpsearch.engine.weight_files import WeightFiles
 from mpsearch.equalizers.base import Equalizer
 from mpsearch.errors import InputError, check_memory
 from mpsearch.graph.activation_memory import measure_activations
@@ -147,7 +148,7 @@ class Prepared:
             bank_max_bytes=parse_bytes(self.options.bank_max_bytes),
             prefix_max_bytes=parse_bytes(self.options.prefix_max_bytes),
             device=self.options.device,
-            bank=Bank(folder / "bank", self.identity),
+            files=WeightFiles(folder / "bank", self.identity),
         )
 
 

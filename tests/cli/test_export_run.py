@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mpsearch import cli
-from mpsearch.engine.weight_files import Bank
+from mpsearch.engine.weight_files import WeightFiles
 from mpsearch.errors import InputError
 from mpsearch.exporters.allocation_file import load_allocation
 from mpsearch.exporters.base import Picked, publish
@@ -77,7 +77,7 @@ def test_an_export_is_scored_again_and_a_damaged_bank_is_quantized_again(run, mp
 
     # Wrong weights under a right digest: the loss tells, and the earlier export stays.
     result = Run.load(run)
-    wrong = object.__new__(Bank)
+    wrong = object.__new__(WeightFiles)
     wrong.__dict__.update(folder=run / "bank", identity=_identity(file), _writes=True, _warned=False)
     right = wrong.read(layer, scheme, result.space.schemes[scheme], ())
     wrong.write(layer, scheme, replace(right, tensors={**right.tensors, "codes": ~right.tensors["codes"]}))

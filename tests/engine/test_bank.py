@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from mpsearch.engine.calibrate import calibrate
-from mpsearch.engine.engine import QuantEngine, load_batches
-from mpsearch.engine.weight_files import Bank
+from mpsearch.engine.engine import QuantEngine
+from mpsearch.engine.scoring import load_batches
+from mpsearch.engine.weight_files import WeightFiles
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.schemes.codebook import Codebook
@@ -35,12 +36,12 @@ class Unused(ClipSearch):
 def engine_with(tiny, bank, quantizer):
     base = tiny.engine(tiny.net(), tiny.task(), SCHEMES)
     moments = calibrate(base.model, base.task, base.space.layers, load_batches(base.task, "calibration", "cpu"))
-    return QuantEngine(base.model, base.task, base.space, dict.fromkeys(SCHEMES, quantizer), moments, bank=bank)
+    return QuantEngine(base.model, base.task, base.space, dict.fromkeys(SCHEMES, quantizer), moments, files=bank)
 
 
 def test_nothing_is_quantized_twice(tiny, tmp_path):
-    first = engine_with(tiny, Bank(tmp_path / "bank", {"run": 1}), CoordinateDescent())
-    again = engine_with(tiny, Bank(tmp_path / "bank", {"run": 1}), Unused())
+    first = engine_with(tiny, WeightFiles(tmp_path / "bank", {"run": 1}), CoordinateDescent())
+    again = engine_with(tiny, WeightFiles(tmp_path / "bank", {"run": 1}), Unused())
     for layer in first.space.layers:
         for name in SCHEMES:
             one, two = first.quantized(layer.name, name), again.quantized(layer.name, name)
@@ -55,31 +56,31 @@ def test_nothing_is_quantized_twice(tiny, tmp_path):
 
 
 def test_other_settings_and_damage_are_quantized_anew(tiny, tmp_path):
-    engine = engine_with(tiny, Bank(tmp_path, {"run": 1}), ClipSearch())
+    engine = engine_with(tiny, WeightFiles(tmp_path, {"run": 1}), ClipSearch())
     layer, name = engine.space.layers[0].name, "w3g5"
     right = engine.quantized(layer, name)
     shape = right.shape
-    assert Bank(tmp_path, {"run": 2}).read(layer, name, SCHEMES[name], shape) is None
+    assert WeightFiles(tmp_path, {"run": 2}).read(layer, name, SCHEMES[name], shape) is None
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     flipped = [bytes(byte ^ (i == at) for i, byte in enumerate(whole)) for at in (60, len(whole) // 2, len(whole) - 1)]
     for damage in (b"", whole[:20], whole[:-3], *flipped):
         file.write_bytes(damage)
-        other = engine_with(tiny, Bank(tmp_path, {"run": 1}), ClipSearch())
+        other = engine_with(tiny, WeightFiles(tmp_path, {"run": 1}), ClipSearch())
         with pytest.warns(UserWarning, match=r"w3g5.safetensors is damaged .* It is quantized again"):
             assert torch.equal(other.quantized(layer, name).dequantize(), right.dequantize())
         assert file.read_bytes() == whole
 
 
 def test_damaged_files_are_one_warning_a_run(tiny, tmp_path):
-    engine = engine_with(tiny, Bank(tmp_path, {"run": 1}), ClipSearch())
+    engine = engine_with(tiny, WeightFiles(tmp_path, {"run": 1}), ClipSearch())
     pairs = [(layer.name, name) for layer in engine.space.layers for name in ("w3g5", "nvfp4", "w2o")]
     right = [engine.quantized(*pair).dequantize() for pair in pairs]
     for file in tmp_path.iterdir():
         data = bytearray(file.read_bytes())
         data[-2] ^= 4
         file.write_bytes(data)
-    again = engine_with(tiny, Bank(tmp_path, {"run": 1}), ClipSearch())
+    again = engine_with(tiny, WeightFiles(tmp_path, {"run": 1}), ClipSearch())
     with pytest.warns(UserWarning, match="is damaged") as warned:
         found = [again.quantized(*pair).dequantize() for pair in pairs]
     assert len(warned) == 1
@@ -88,7 +89,7 @@ def test_damaged_files_are_one_warning_a_run(tiny, tmp_path):
 
 def test_an_entry_under_another_layers_name_is_not_taken(tiny, tmp_path):
     """Whole, of this run, and of the right shape, but not that layer's."""
-    bank = Bank(tmp_path, {"run": 1})
+    bank = WeightFiles(tmp_path, {"run": 1})
     engine = engine_with(tiny, bank, ClipSearch())
     engine.quantized("last", "w3g5")
     (file,) = tmp_path.iterdir()
@@ -97,10 +98,10 @@ def test_an_entry_under_another_layers_name_is_not_taken(tiny, tmp_path):
 
 
 def test_corrected_biases_are_kept(tiny, tmp_path):
-    first = engine_with(tiny, Bank(tmp_path, {"run": 1}), ClipSearch())
-    second = engine_with(tiny, Bank(tmp_path, {"run": 1}), ClipSearch())
+    first = engine_with(tiny, WeightFiles(tmp_path, {"run": 1}), ClipSearch())
+    second = engine_with(tiny, WeightFiles(tmp_path, {"run": 1}), ClipSearch())
     right = first.biases("first", "w4a8")
-    second.moments = {}  # from which nothing could be corrected
+    second.bank.calibration.moments = {}  # from which nothing could be corrected
     assert right.keys() == {"first"}
     assert torch.equal(second.biases("first", "w4a8")["first"], right["first"])
 
@@ -108,7 +109,7 @@ def test_corrected_biases_are_kept(tiny, tmp_path):
 def test_files_have_the_mode_of_any_other(tiny, tmp_path):
     before = os.umask(0o022)
     try:
-        engine_with(tiny, Bank(tmp_path, {"run": 1}), ClipSearch()).biases("last", "w3g5")
+        engine_with(tiny, WeightFiles(tmp_path, {"run": 1}), ClipSearch()).biases("last", "w3g5")
         assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o644}
     finally:
         os.umask(before)
@@ -116,7 +117,7 @@ def test_files_have_the_mode_of_any_other(tiny, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_said_once(tiny, tmp_path):
     (tmp_path / "bank").write_text("a file")
-    engine = engine_with(tiny, Bank(tmp_path / "bank", {}), ClipSearch())
+    engine = engine_with(tiny, WeightFiles(tmp_path / "bank", {}), ClipSearch())
     layer = engine.space.layers[0].name
     with pytest.warns(UserWarning, match="cannot be kept in .*bank"):
         engine.quantized(layer, "w3g5")

@@ -8,7 +8,8 @@ from torch import nn
 from mpsearch.allocation import SearchSpace
 from mpsearch.divergence import SoftmaxKL
 from mpsearch.engine.calibrate import calibrate, fisher_bytes, hessian_bytes, hessians, output_fishers
-from mpsearch.engine.engine import QuantEngine, load_batches
+from mpsearch.engine.engine import QuantEngine
+from mpsearch.engine.scoring import load_batches
 from mpsearch.errors import InputError
 from mpsearch.graph.trace import trace_layers
 from mpsearch.layer import weight_rows
@@ -313,7 +314,7 @@ def test_hessians_come_a_few_layers_at_a_time(tiny, monkeypatch):
     codes = []
     for limit in (2 * 10**9, 1):
         calls = []
-        monkeypatch.setattr("mpsearch.engine.engine.hessians", lambda *of, calls=calls: calls.append(of[2]) or hessians(*of))
+        monkeypatch.setattr("mpsearch.engine.calibrate.hessians", lambda *of, calls=calls: calls.append(of[2]) or hessians(*of))
         engine = tiny.engine(tiny.net(), tiny.task(), {"w2": Integer(2)}, quantizer=GPTQ(), hessian_max_bytes=limit)
         before = tiny.state(engine.model)
         engine.score(engine.space.uniform("w2"))
@@ -414,6 +415,6 @@ def test_a_model_without_gradients_is_quantized_without(tiny):
 
     engine = tiny.engine(Detached().eval(), task_of((6,))[0], {"w2": Integer(2)}, quantizer=KroneckerDescent())
     plain = tiny.engine(engine.model, engine.task, {"w2": Integer(2)}, quantizer=CoordinateDescent())
-    with pytest.warns(UserWarning, match="No gradient can be had of the model"):
+    with pytest.warns(UserWarning, match="The model has no gradients"):
         found = engine.quantized("layer", "w2").dequantize()
     assert torch.equal(found, plain.quantized("layer", "w2").dequantize())

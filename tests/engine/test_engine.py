@@ -156,9 +156,9 @@ def test_a_small_bank_forgets_dense_copies_and_gives_the_same_scores(tiny):
         scores = [engine.score(engine.space.allocation(choice)) for engine in engines.values()]
         assert scores[0] == scores[1] == scores[2]
         for size, engine in engines.items():
-            kept = sum(value.nbytes for swaps in engine._dense.values() for _, value in swaps)
-            assert kept == engine._dense_bytes <= size
-    assert 0 < engines[400]._dense_bytes < engines[10**9]._dense_bytes
+            kept = sum(value.nbytes for swaps in engine.bank._dense.values() for _, value in swaps)
+            assert kept == engine.bank.dense_bytes <= size
+    assert 0 < engines[400].bank.dense_bytes < engines[10**9].bank.dense_bytes
 
 
 def test_the_float_model_loses_nothing(trained):
@@ -250,7 +250,7 @@ def test_a_quantizer_for_one_scheme(tiny):
     net, task = tiny.net(), tiny.task()
     engine = tiny.engine(net, task)
     mixed = tiny.engine(net, task)
-    mixed.quantizers = {"w2": RoundToNearest(), "w4": ClipSearch(20), "w8": ClipSearch(20)}
+    mixed.bank.quantizers = {"w2": RoundToNearest(), "w4": ClipSearch(20), "w8": ClipSearch(20)}
     assert not torch.equal(mixed.quantized("first", "w2").dequantize(), engine.quantized("first", "w2").dequantize())
     assert torch.equal(mixed.quantized("first", "w4").dequantize(), engine.quantized("first", "w4").dequantize())
 
@@ -259,7 +259,7 @@ def test_the_float_reference_is_never_taken_of_what_is_swapped_in(tiny):
     engine = tiny.engine(tiny.net(), tiny.task())
     with (
         engine.applied(engine.space.uniform("w2")),
-        pytest.raises(RuntimeError, match=r"float_logits\('confirm'\) was first asked"),
+        pytest.raises(RuntimeError, match=r"float_logits\('confirm'\) was first called"),
     ):
         engine.float_logits("confirm")
     expected = engine.float_logits("confirm")

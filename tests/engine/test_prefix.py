@@ -8,7 +8,7 @@ from torch import nn
 
 from mpsearch.allocation import Allocation
 from mpsearch.engine.engine import FLOAT
-from mpsearch.engine.prefix_cache import N_REMEMBERED, _Asked
+from mpsearch.engine.prefix_cache import N_REMEMBERED, _Prefixes
 from mpsearch.graph.calls import find_runs
 from mpsearch.models.resnet import Block, _stage
 from mpsearch.schemes.integer import Integer
@@ -224,7 +224,7 @@ def sequence(space, rng, n=40):
 
 def logits(engine, allocation, split="search"):
     with engine.applied(allocation):
-        return engine._own_logits(allocation, split)
+        return engine.outputs(allocation, split)
 
 
 def watch(module):
@@ -245,7 +245,7 @@ def test_logits_are_those_of_a_whole_pass_bit_for_bit(tiny, name, schemes, max_b
         assert torch.equal(logits(engine, allocation, split), logits(naive, allocation, split)), allocation
     tiny.assert_same_state(engine.model, before)
     assert not any("_call_impl" in vars(module) for module in engine.model.modules())
-    assert naive._prefix.n_bytes == 0
+    assert naive.prefix_cache is None
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -294,11 +294,11 @@ def test_a_unet_is_cut(tiny):
     engine.score(FLOAT)
     engine.score(Allocation({"head": "w2"}))
     names = {module: name for name, module in engine.model.named_modules()}
-    assert [[names[call.module] for call in run] for run, _ in engine._prefix._plan] == [
+    assert [[names[call.module] for call in run] for run, _ in engine.prefix_cache._plan] == [
         ["parts.0", "parts.1"],
         ["parts.2", "parts.3", "parts.4", "parts.5"],
     ]
-    assert {key[1]: sum(k[1] == key[1] for k in engine._prefix._kept) for key in engine._prefix._kept} == {0: 2, 1: 2}
+    assert {key[1]: sum(k[1] == key[1] for k in engine.prefix_cache._kept) for key in engine.prefix_cache._kept} == {0: 2, 1: 2}
 
 
 def test_groups_are_ordered_by_who_reads_them_first(tiny):
@@ -335,9 +335,9 @@ def test_what_is_kept_stays_within_its_bound(tiny):
         scores = [engine.score(allocation) for engine in engines.values()]
         assert all(score == scores[0] for score in scores)
         for size, engine in engines.items():
-            held = {kept.tensor.untyped_storage().data_ptr(): kept.tensor for kept in engine._prefix._kept.values()}
-            assert sum(tensor.untyped_storage().nbytes() for tensor in held.values()) <= engine._prefix.n_bytes <= size
-            most[size] = max(most[size], engine._prefix.n_bytes)
+            held = {kept.tensor.untyped_storage().data_ptr(): kept.tensor for kept in engine.prefix_cache._kept.values()}
+            assert sum(tensor.untyped_storage().nbytes() for tensor in held.values()) <= engine.prefix_cache.n_bytes <= size
+            most[size] = max(most[size], engine.prefix_cache.n_bytes)
     assert most[10] == 0 < most[12_000] < most[40_000] < most[10**9]
 
 
@@ -346,9 +346,9 @@ def test_what_is_asked_for_once_is_not_kept(tiny):
     first, *_, last = engine.space.names
     engine.score(FLOAT)
     engine.score(Allocation({first: "w2"}))
-    assert not engine._prefix._kept, "nothing in common with an earlier one"
+    assert not engine.prefix_cache._kept, "nothing in common with an earlier one"
     engine.score(Allocation({first: "w2", last: "w4"}))
-    prefixes = {key[3] for key in engine._prefix._kept}
+    prefixes = {key[3] for key in engine.prefix_cache._kept}
     assert len(prefixes) == 1
     assert next(iter(prefixes))[0] != "-"
 
@@ -359,7 +359,7 @@ def test_a_useful_output_is_not_driven_out_by_one_that_saves_less(tiny):
     last = size.space.names[-1]
     for scheme in (None, "w2", "w4"):
         size.score(FLOAT if scheme is None else Allocation({last: scheme}))
-    n_bytes = size._prefix.n_bytes
+    n_bytes = size.prefix_cache.n_bytes
     engine = build(tiny, "mlp", prefix_max_bytes=n_bytes - 1)  # one of the two batches' outputs
     for scheme in (None, "w2", "w4"):
         engine.score(FLOAT if scheme is None else Allocation({last: scheme}))
@@ -395,7 +395,7 @@ def test_a_model_for_batches_of_one_size_is_tried_on_a_whole_batch(tiny):
     naive = tiny.engine(engine.model, tiny.task(n=32, shape=VECTORS), prefix_max_bytes=0)
     for allocation in [FLOAT, *sequence(engine.space, np.random.default_rng(0), 5)]:
         assert engine.score(allocation) == naive.score(allocation)
-    assert engine._prefix._kept
+    assert engine.prefix_cache._kept
 
 
 def test_batches_may_stop_early_and_go_on_later(tiny):
@@ -407,14 +407,14 @@ def test_batches_may_stop_early_and_go_on_later(tiny):
     for i in (0, 1, 0, 1):
         for allocation in allocations:
             with engine.applied(allocation):
-                found = engine._prefix.forward("search", i, batches[i][0], allocation)
+                found = engine.prefix_cache.forward("search", i, batches[i][0], allocation)
             with naive.applied(allocation) as model:
-                assert torch.equal(found, naive._logits(model, "search")[16 * i : 16 * (i + 1)])
+                assert torch.equal(found, naive.scorer.outputs(model, "search")[16 * i : 16 * (i + 1)])
 
 
 def test_longest_common_prefix():
     rng = np.random.default_rng(0)
-    asked, codes = _Asked(), []
+    asked, codes = _Prefixes(), []
     for _ in range(200):
         code = "".join(rng.choice(list("-01"), 6))
         if code not in codes:
@@ -425,11 +425,11 @@ def test_longest_common_prefix():
 
 
 def test_what_was_asked_for_long_ago_is_forgotten():
-    asked, length = _Asked(), N_REMEMBERED // 4
+    asked, length = _Prefixes(), N_REMEMBERED // 4
     for character in "abcdefg":
         asked.common(character * length)
     assert [code[0] for code in asked.sorted] == ["d", "e", "f", "g"] == [code[0] for code in asked.in_order]
-    assert len(asked.found) == 4
+    assert len(asked.lengths) == 4
 
 
 def test_an_engine_that_holds_other_weights_starts_from_none_of_this_ones_outputs(tiny):

@@ -7,7 +7,7 @@ from torch import nn
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.engine.calibrate import calibrate
-from mpsearch.engine.engine import load_batches
+from mpsearch.engine.scoring import load_batches
 from mpsearch.graph.trace import trace_layers
 from mpsearch.layer import from_rows, weight_rows
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme, scheme_from_fields

@@ -16,7 +16,7 @@ from mpsearch.costs.activation_bytes import ActivationBytes
 from mpsearch.costs.bit_operations import BitOperations
 from mpsearch.costs.millijoules import FLOAT_ADDITION, PICOJOULES, Millijoules
 from mpsearch.engine.calibrate import calibrate, hessians
-from mpsearch.engine.engine import load_batches
+from mpsearch.engine.scoring import load_batches
 from mpsearch.errors import InputError
 from mpsearch.graph.trace import trace_layers
 from mpsearch.layer import Activations, LayerSpec

@@ -1,0 +1,146 @@
+"""The weight bank: every (layer, scheme) is quantized once and kept, as stored, in memory and in the run's files.
+
+Dense copies, which are swapped into the model, are kept as long as memory allows.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.allocation import SearchSpace
+from mpsearch.engine.bias_correction import BiasCorrection
+from mpsearch.engine.calibrate import Calibration
+from mpsearch.engine.weight_files import WeightFiles
+from mpsearch.errors import InputError
+from mpsearch.layer import LayerSpec, from_rows, weight_rows
+from mpsearch.quantizers.base import InputMoments, Quantizer
+from mpsearch.schemes.base import QuantizedTensor
+
+Key = tuple[str, str]  # (layer, scheme)
+
+
+class WeightBank:
+    """Quantized weights and corrected biases of the float `model`.
+
+    Parameters
+    ----------
+    model, space
+        The float model, its searched layers and their schemes.
+    quantizers
+        Scheme name -> its quantizer.
+    calibration
+        What quantizers may ask of the data.
+    correction
+        Corrects biases; `None` leaves them as they are.
+    files
+        Where weights and biases are also kept; `None` for memory alone.
+    dense_max_bytes
+        Limit on the dense copies in memory.
+    weights, biases
+        What is known already, as from training. It is not in the files, and not written to them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        space: SearchSpace,
+        quantizers: Mapping[str, Quantizer],
+        calibration: Calibration,
+        correction: BiasCorrection | None = None,
+        *,
+        files: WeightFiles | None = None,
+        dense_max_bytes: int = 2 * 10**9,
+        weights: Mapping[Key, QuantizedTensor] | None = None,
+        biases: Mapping[Key, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        self.model, self.space, self.quantizers, self.calibration = model, space, quantizers, calibration
+        self.correction, self.files, self.dense_max_bytes = correction, files, dense_max_bytes
+        self.dense_bytes = 0
+        self._layers = {layer.name: layer for layer in space.layers}
+        self._weights = dict(weights or {})
+        self._biases = {key: dict(of_modules) for key, of_modules in (biases or {}).items()}
+        self._given = frozenset(self._weights)
+        self._dense: OrderedDict[Key, list[tuple[Tensor, Tensor]]] = OrderedDict()
+
+    def with_weights(self, weights: Mapping[Key, QuantizedTensor], biases: Mapping[Key, Mapping[str, Tensor]]) -> WeightBank:
+        """A bank that has these weights and biases already, and quantizes all others as this one does."""
+        parts = self.model, self.space, self.quantizers, self.calibration, self.correction
+        limit = self.dense_max_bytes
+        return WeightBank(*parts, files=self.files, dense_max_bytes=limit, weights=weights, biases=biases)
+
+    def quantized(self, layer: str, scheme: str) -> QuantizedTensor:
+        """The layer's weight in the scheme; quantized at the first call, unless the files have it."""
+        key = (layer, scheme)
+        if key not in self._weights:
+            spec, of = self._layers[layer], self.space.schemes[scheme]
+            weight = None if self.files is None else self.files.read(layer, scheme, of, spec.shape)
+            if weight is None:
+                weight = self._quantize(spec, scheme)
+                if self.files is not None:
+                    self.files.write(layer, scheme, weight)
+            self._weights[key] = weight
+        return self._weights[key]
+
+    def biases(self, layer: str, scheme: str) -> dict[str, Tensor]:
+        """Module name -> corrected bias (float32 `[out]`) of the layer in the scheme; empty if none is corrected."""
+        key = (layer, scheme)
+        if key not in self._biases:
+            self._biases[key] = {} if self.correction is None else self._corrected(self.correction, key)
+        return self._biases[key]
+
+    def dense(self, layer: str, scheme: str) -> list[tuple[Tensor, Tensor]]:
+        """(parameter, its dense value in the scheme) of the layer's weight and corrected biases; kept while memory allows."""
+        key = (layer, scheme)
+        if key in self._dense:
+            self._dense.move_to_end(key)
+            return self._dense[key]
+        module: Any = self.model.get_submodule(layer)
+        # In the parameter's own memory format: another one would run other kernels, and score other last bits than an export.
+        weight = torch.empty_like(module.weight.detach()).copy_(from_rows(module, self.quantized(layer, scheme).dequantize()))
+        values = [(module.weight, weight)]
+        for name, bias in self.biases(layer, scheme).items():
+            parameter: Any = self.model.get_submodule(name).bias
+            values.append((parameter, bias.to(parameter.device)))
+        self._dense[key] = values
+        self.dense_bytes += sum(value.nbytes for _, value in values)
+        while self.dense_bytes > self.dense_max_bytes and self._dense:
+            _, dropped = self._dense.popitem(last=False)
+            self.dense_bytes -= sum(value.nbytes for _, value in dropped)
+        return values
+
+    def _quantize(self, layer: LayerSpec, scheme: str) -> QuantizedTensor:
+        quantizer = self.quantizers[scheme]
+        try:
+            weight = weight_rows(self.model.get_submodule(layer.name)).float().cpu()
+            moments = self.calibration.input_moments(layer)
+            self._check_input(layer, scheme, moments)
+            if quantizer.needs_hessian:
+                moments = self.calibration.with_hessian(layer, centred=self.correction is not None)
+            return quantizer.quantize(weight, self.space.schemes[scheme], moments)
+        except InputError as error:
+            raise InputError(f"Layer '{layer.name}' in scheme '{scheme}': {error}") from error
+
+    def _check_input(self, layer: LayerSpec, scheme: str, moments: InputMoments | None) -> None:
+        input_format = self.space.schemes[scheme].input_format
+        if input_format is not None and input_format.has_static_scale and moments is None and layer.kind != "embedding":
+            raise InputError(
+                "its input was not calibrated (the module runs a forward of its own, or the calibration data do not reach it), "
+                "so that it has no static range. Use input.scale=token, or pin the layer to another scheme."
+            )
+
+    def _corrected(self, correction: BiasCorrection, key: Key) -> dict[str, Tensor]:
+        layer = self._layers[key[0]]
+        if all(getattr(self.model.get_submodule(name), "bias", None) is None for name in layer.modules):
+            return {}
+        files = None if key in self._given else self.files
+        biases = None if files is None else files.read_biases(*key)
+        if biases is None:
+            biases = correction.biases(layer, self.quantized(*key))
+            if files is not None:
+                files.write_biases(*key, biases)
+        return biases
