@@ -37,6 +37,7 @@ from mpsearch.quantizers.kronecker_descent import KroneckerDescent
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.base import Task
 from mpsearch.tasks.cifar10 import Cifar10
+from mpsearch.tasks.classification import Classification
 from mpsearch.tasks.digits import Digits
 from mpsearch.tasks.imagenet import ImageNetSample
 from mpsearch.tasks.language import Stories
@@ -190,12 +191,13 @@ def resnet20_problem(cache: Path, n_search: int = 250, unseen: bool = False) -> 
     `unseen`: from the end of the test set, which the network was not trained on; the others of it confirm.
     """
     folder = DATA / "cifar10"
-    task = Cifar10(str(folder), n_calibration=1000, n_search=n_search, batch_size=50)
+    task: Classification = Cifar10(str(folder), n_calibration=1000, n_search=n_search, batch_size=50)
     name = "resnet20" if n_search == 250 else f"resnet20_{n_search}"
     if unseen:
         name += "_unseen"
-        batches = list(task.batches("confirm"))
-        task._batches |= {"search": batches[-n_search // 50 :], "confirm": batches[: -n_search // 50]}
+        seen, (x, y) = (tuple(map(torch.cat, zip(*task.batches(s), strict=True))) for s in ("calibration", "confirm"))
+        search, confirm = (x[-n_search:], y[-n_search:]), (x[:-n_search], y[:-n_search])
+        task = Classification(seen, search, confirm, n_classes=10, batch_size=50)
     return Network(name, resnet(20, folder / "resnet20.safetensors"), task, (2, 3, 4, 5, 6, 8), cache)
 
 
