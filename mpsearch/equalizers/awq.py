@@ -1,10 +1,10 @@
 """AWQ (Lin et al. 2024, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration", section 3.2,
-https://arxiv.org/abs/2306.00978): weights that meet large inputs are scaled up, so that rounding them hurts less.
+https://arxiv.org/abs/2306.00978): weights of channels with large inputs are scaled up, which lowers the error of rounding them.
 
-With s = mean|x|^alpha for each channel, brought to a geometric middle of 1 as in the authors' code, alpha is the one of a grid
-from 0 (nothing changes) towards 1 under which outputs err least when weights are rounded to nearest: the trace of E H E^T with
-E = Q(W s) / s - W and H = E[x x^T] of the calibration data (eq. 4 and 5, all outputs at once). The layer that makes the channels
-has a say too, with E = s Q(W / s) - W: none where each of its rows has a scale of its own, but a large one where all share one.
+With s = mean|x|^alpha for each channel, normalized so that sqrt(max s min s) = 1 as in the authors' code, alpha is the one of a
+grid from 0 (nothing changes) towards 1 with the smallest output error when weights are rounded to nearest: the trace of E H E^T
+with E = Q(W s) / s - W and H = E[x x^T] of the calibration data (eq. 4 and 5, all outputs at once). The error of the producer
+counts too, with E = s Q(W / s) - W: it is 0 where each of its rows has its own scale, and large where all rows share one.
 """
 
 from __future__ import annotations
@@ -24,68 +24,65 @@ from mpsearch.layer import kind_of
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.base import QuantScheme
 
-HESSIAN_MAX_BYTES = 10**9  # held at a time
-WORTH = 0.99  # of the error must be left at most: less is rounding of the scales, and channels stay as they are
+HESSIAN_MAX_BYTES = 10**9  # in memory at a time
+MOST_LEFT = 0.99  # share of the error that may be left: a smaller gain is rounding of the scales, and channels stay as they are
 
 
 @dataclass(frozen=True)
 class AWQ(Equalizer):
-    """`n_grid` values of alpha; the run's schemes all have a say, each by the share of its error that is left."""
+    """Tries `n_grid` values of alpha, judged by the share of the error that is left, averaged over the run's schemes."""
 
     n_grid: int = 20
 
     def __post_init__(self) -> None:
         if type(self.n_grid) is not int or self.n_grid < 2:
-            raise InputError(f"equalizer.n_grid is a whole number above 1; {self.n_grid!r} came.")
+            raise InputError(f"equalizer.n_grid must be an integer above 1; got {self.n_grid!r}.")
 
     def usable(self, network: Network) -> Sequence[Link]:
-        """Those whose consumers all have a Hessian: no transposed convolutions."""
-        of = network.model.get_submodule
-        return [link for link in network.links if not any("transpose" in str(kind_of(of(name))) for name in link.consumers)]
+        """The links whose consumers all have a Hessian: no transposed convolutions."""
+        submodule = network.model.get_submodule
+        return [link for link in network.links if not any("transpose" in str(kind_of(submodule(n))) for n in link.consumers)]
 
     def scales(self, network: Network) -> Sequence[Tensor]:
-        """The best of the grid for each link, the smallest alpha of equals; 1 where a channel is always 0, or nothing is won."""
-        rows, schemes = rows_of(network), list(network.schemes.values())
+        """The best of the grid for each link, the smallest alpha of equals; 1 where a channel is always 0 or nothing is gained."""
+        rows = rows_of(network)
         means = {name: mean for name, (_, mean) in network.magnitudes().items()}
-        found = []
-        for link, of_inputs in _with_hessians(network):
+        scales = []
+        for link, inputs in _with_hessians(network):
             mean = by_channel(link, means, "mean")
-            scale = torch.ones(link.channels)
-            whole = _errors(network.model, link, of_inputs, rows, schemes, scale)
-            best = WORTH * len(whole)
+            best = torch.ones(link.channels)
+            before = _errors(network, link, inputs, rows, best)
+            least = MOST_LEFT * len(before)
             for step in range(1, self.n_grid):
-                tried = torch.where(mean > 0, mean, 1.0) ** (step / self.n_grid)
-                tried = tried / (tried.max() * tried.min()).sqrt()
-                left = _errors(network.model, link, of_inputs, rows, schemes, tried)
-                share = sum(e / w if w else 1.0 for e, w in zip(left, whole, strict=True))
-                if share < best:
-                    best, scale = share, tried
-            found.append(scale)
-        return found
+                scale = torch.where(mean > 0, mean, 1.0) ** (step / self.n_grid)
+                scale = scale / (scale.max() * scale.min()).sqrt()
+                after = _errors(network, link, inputs, rows, scale)
+                left = sum(a / b if b else 1.0 for a, b in zip(after, before, strict=True))
+                if left < least:
+                    least, best = left, scale
+            scales.append(best)
+        return scales
 
 
-def _errors(
-    model: nn.Module,
-    link: Link,
-    of_inputs: Mapping[str, Tensor],
-    rows: Mapping[str, Tensor],
-    schemes: Sequence[QuantScheme],
-    scale: Tensor,
-) -> list[float]:
-    """In each scheme the mean squared error of all consumers' outputs, then in each that of the producer, if it is a layer."""
-    reads = [(model.get_submodule(n), rows[n], scale[index], of_inputs[n]) for n, index in link.consumers.items()]
-    errors = [sum(_error(m, weight, scheme, of, 1.0, hessian) for m, weight, of, hessian in reads) for scheme in schemes]
-    if link.producer in of_inputs:
-        module, weight = model.get_submodule(link.producer), rows[link.producer]
+def _errors(network: Network, link: Link, inputs: Mapping[str, Tensor], rows: Mapping[str, Tensor], scale: Tensor) -> list[float]:
+    """In each scheme the mean squared error of all consumers' outputs, then in each that of the producer, if it is a layer.
+
+    `inputs` has the Hessians of the layers' inputs, `rows` their weights.
+    """
+    schemes, submodule = network.schemes.values(), network.model.get_submodule
+    reads = [(submodule(name), rows[name], inputs[name], scale[index]) for name, index in link.consumers.items()]
+    errors = [sum(_error(*read, 1.0, scheme) for read in reads) for scheme in schemes]
+    if link.producer in inputs:
+        weight = rows[link.producer]
         outputs = (1 / scale).view(-1, *[1] * (weight.ndim - 1))
-        errors += [_error(module, weight, scheme, None, outputs, of_inputs[link.producer]) for scheme in schemes]
+        errors += [_error(submodule(link.producer), weight, inputs[link.producer], None, outputs, s) for s in schemes]
     return errors
 
 
 def _error(
-    module: nn.Module, rows: Tensor, scheme: QuantScheme, inputs: Tensor | None, outputs: Tensor | float, hessian: Tensor
+    module: nn.Module, rows: Tensor, hessian: Tensor, inputs: Tensor | None, outputs: Tensor | float, scheme: QuantScheme
 ) -> float:
-    """The trace of E H E^T over the groups of a convolution; `hessian` [groups, columns, columns]."""
+    """The trace of E H E^T over the groups of a convolution; `hessian` `[groups, columns, columns]`, `inputs` `[in]`."""
     factors = 1.0 if inputs is None else by_groups(module, inputs)
     scaled = (by_input(module, rows * outputs) * factors).reshape(rows.shape)
     rounded = RoundToNearest().quantize(scaled, scheme).dequantize() / outputs
@@ -94,17 +91,17 @@ def _error(
 
 
 def _with_hessians(network: Network) -> Iterator[tuple[Link, dict[str, Tensor]]]:
-    """Each link with E[x x^T] of its layers' inputs, of as many links at a time as `HESSIAN_MAX_BYTES` holds."""
-    waiting = list(network.links)
-    while waiting:
+    """Each link with E[x x^T] of its layers' inputs, computed for as many links at a time as `HESSIAN_MAX_BYTES` hold."""
+    submodule, pending = network.model.get_submodule, list(network.links)
+    while pending:
         names: list[str] = []
         size, n = 0, 0
-        for link in waiting:
-            makes = [link.producer] if kind_of(network.model.get_submodule(link.producer)) is not None else []
-            size += sum(hessian_bytes(network.model.get_submodule(name)) for name in (*makes, *link.consumers))
+        for link in pending:
+            layers = [name for name in (link.producer, *link.consumers) if kind_of(submodule(name)) is not None]
+            size += sum(hessian_bytes(submodule(name)) for name in layers)
             if n and size > HESSIAN_MAX_BYTES:
                 break
-            names, n = [*names, *makes, *link.consumers], n + 1
-        found = hessians(network.model, network.task, names, network.batches)
-        yield from ((link, found) for link in waiting[:n])
-        waiting = waiting[n:]
+            names, n = [*names, *layers], n + 1
+        inputs = hessians(network.model, network.task, names, network.batches)
+        yield from ((link, inputs) for link in pending[:n])
+        pending = pending[n:]

@@ -1,10 +1,10 @@
-"""The contract of the equalizers: by how much each channel is scaled before anything is quantized."""
+"""The contract of the equalizers: the factor by which each channel is scaled before anything is quantized."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,13 +21,13 @@ from mpsearch.schemes.base import QuantScheme
 from mpsearch.tasks.base import Batch, Task
 from mpsearch.tree import tensors_in
 
-N_PROBED = 1  # sample by which links are found
-LIMIT = 2.0**10  # a channel is scaled by no more than this: one that asks for more is as good as dead
+N_PROBED = 1  # samples by which links are found
+LIMIT = 2.0**10  # largest factor of a channel: one that would need more is practically unused
 
 
 @dataclass(frozen=True)
 class Network:
-    """What an equalizer may ask of the float `model`: its links, calibration `batches`, and the run's `schemes` by name."""
+    """The float `model` that is equalized: its links, the calibration `batches`, and the run's `schemes` by name."""
 
     model: nn.Module
     task: Task
@@ -42,59 +42,57 @@ class Network:
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
 
-        def hook_for(name: str) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = next(tensors_in((args, kwargs))).detach().float().abs()
-                x = x.movedim(-1 if isinstance(module, nn.Linear) else 1, -1).flatten(0, -2)
-                largest[name] = torch.maximum(largest[name], x.amax(0)) if name in largest else x.amax(0)
-                sums[name] = sums.get(name, torch.zeros((), device=x.device)) + x.double().sum(0)
-                counts[name] = counts.get(name, 0) + len(x)
+        names = {self.model.get_submodule(name): name for link in self.links for name in link.consumers}
 
-            return hook
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            name, x = names[module], next(tensors_in((args, kwargs))).detach().float().abs()
+            x = x.movedim(-1 if isinstance(module, nn.Linear) else 1, -1).flatten(0, -2)
+            largest[name] = torch.maximum(largest[name], x.amax(0)) if name in largest else x.amax(0)
+            sums[name] = sums.get(name, torch.zeros((), device=x.device)) + x.double().sum(0)
+            counts[name] = counts.get(name, 0) + len(x)
 
-        names = {name for link in self.links for name in link.consumers}
-        with hooked([(self.model.get_submodule(name), hook_for(name)) for name in names]):
+        with hooked([(module, watch) for module in names]):
             for inputs, _ in self.batches:
                 self.task.forward(self.model, inputs)
-        return {name: (largest[name].cpu(), (sums[name] / counts[name]).float().cpu()) for name in names}
+        return {name: (largest[name].cpu(), (sums[name] / counts[name]).float().cpu()) for name in largest}
 
 
 class Equalizer(ABC):
     """Chooses scales; a frozen dataclass whose fields are its settings."""
 
     def usable(self, network: Network) -> Sequence[Link]:
-        """The links that this equalizer scales. Raises `InputError` where the run's schemes give it nothing to do."""
+        """The links that this equalizer scales. Raises `InputError` if it does not apply to the run's schemes."""
         return network.links
 
     @abstractmethod
     def scales(self, network: Network) -> Sequence[Tensor]:
-        """For each of the network's links (all of them `usable`) float32 [channels] above 0, on the CPU.
+        """For each of the network's links (all of them `usable`) float32 `[channels]` above 0, on the CPU.
 
-        The producer's output channel c is divided by scale c, and what reads it multiplied: its consumers' weights.
+        The producer's output channel c is divided by scale c, and the weights of its consumers are multiplied by it.
         """
 
     @torch.no_grad()
     def equalize(
         self, model: nn.Module, task: Task, batches: Sequence[Batch], schemes: Mapping[str, QuantScheme]
     ) -> Equalization:
-        """Rewrite `model` in place (eval mode, batch norms folded), and say how.
+        """Scale `model` in place (eval mode, batch norms folded); returns the factors.
 
-        Raises `InputError` where no channels can be scaled, or the outputs on the calibration `batches` would change by more
-        than `fold.TOLERANCE` of the largest (rounding makes 1e-6); the model is then left scaled.
+        Raises `InputError` if no channels can be scaled, or if the outputs on the calibration `batches` change by more than
+        `fold.TOLERANCE` of the largest (rounding makes 1e-6); the model is then left scaled.
         """
         inputs = batches[0][0]
         try:
             links = find_links(model, task.forward, first_samples(inputs, N_PROBED))
-        except Exception as error:  # made for batches of one size
+        except Exception as error:  # the model takes batches of one size only
             check_memory(error)
             links = find_links(model, task.forward, inputs)
         network = Network(model, task, links, batches, schemes)
-        network = Network(model, task, self.usable(network), batches, schemes)
+        network = replace(network, links=self.usable(network))
         name = type(self).__name__
         if not network.links:
             raise InputError(
-                f"{name} finds no channels of {type(model).__name__} that can be scaled without changing its outputs: none "
-                "go from one layer or norm to others through operations that let a factor pass. Leave equalizer= out."
+                f"{name} finds no channels of {type(model).__name__} that can be scaled without changing its outputs: a layer or "
+                "norm must feed other layers through operations that commute with a factor. Leave equalizer= out."
             )
         before = [task.forward(model, inputs) for inputs, _ in batches]
         equalization = Equalization(name, tensors_of(model, network.links, self.scales(network)))
@@ -105,15 +103,15 @@ class Equalizer(ABC):
         if not change <= TOLERANCE:
             raise InputError(
                 f"{name} would change the outputs of {type(model).__name__} by {change:.2g} of the largest, where float rounding "
-                "makes 1e-6: on all calibration data the network does other things than on a few. Leave equalizer= out."
+                "makes 1e-6: the network behaves differently on the whole calibration split. Leave equalizer= out."
             )
         return equalization
 
 
 def tensors_of(model: nn.Module, links: Sequence[Link], scales: Sequence[Tensor]) -> dict[str, Tensor]:
-    """The factors that `Equalization` records, of links with their scales.
+    """The factors that `Equalization` records, for links and their scales s.
 
-    Where a ReLU6 is between, its bound 6 / s is stored in float16, and s is what that makes of it: the function stays exact.
+    The bound 6 / s of a ReLU6 in between is stored in float16, and s is computed from the stored bound: the function stays exact.
     """
     tensors: dict[str, Tensor] = {}
     for link, scale in zip(links, scales, strict=True):
@@ -128,15 +126,15 @@ def tensors_of(model: nn.Module, links: Sequence[Link], scales: Sequence[Tensor]
     return {name: tensor.contiguous() for name, tensor in sorted(tensors.items())}
 
 
-def by_channel(link: Link, found: Mapping[str, Tensor], reduce: str = "amax") -> Tensor:
-    """For each of the link's channels the largest (or the "mean") of numbers [in] that `found` has of all consumers' inputs."""
-    index = torch.cat([index for index in link.consumers.values()])
-    values = torch.cat([found[name].float() for name in link.consumers])
+def by_channel(link: Link, inputs: Mapping[str, Tensor], reduce: str = "amax") -> Tensor:
+    """float32 `[channels]`: the largest (or the "mean") over all consumers of their `inputs`, numbers `[in]` by consumer."""
+    index = torch.cat(list(link.consumers.values()))
+    values = torch.cat([inputs[name].float() for name in link.consumers])
     return torch.zeros(link.channels).scatter_reduce(0, index, values, reduce, include_self=False)
 
 
 def input_ranges(module: Any, rows: Tensor) -> Tensor:
-    """The largest magnitude of the weights (rows, output channels first) that each input channel meets, [in]."""
+    """`[in]`: the largest magnitude of the weights (rows, output channels first) of each input channel."""
     return by_input(module, rows).abs().amax((1, 3)).flatten()
 
 

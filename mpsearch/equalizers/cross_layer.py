@@ -2,10 +2,10 @@
 4.1, https://arxiv.org/abs/1906.04721): each channel gets the same range on both its sides, without any data.
 
 With r1 the range of the weights that make a channel and r2 that of those that read it, s = sqrt(r1 / r2) gives both sqrt(r1 r2)
-(eq. 11). A layer in the middle of a chain, as a depthwise one, is on both sides: all pairs are gone through until nothing moves.
+(eq. 11). A layer in the middle of a chain, such as a depthwise one, is on both sides: the pairs are swept until nothing moves.
 
-What it is for is one scale for many channels: weights with a scale for the tensor or for a group of columns, inputs with one for
-all channels. Where each row has a scale of its own, that takes up the rows' factors anyway.
+It helps where many channels share a scale: weights with a scale per tensor or per group of columns, inputs with one for all
+channels. Per-row scales make it redundant.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from mpsearch.layer import kind_of
 
 @dataclass(frozen=True)
 class CrossLayer(Equalizer):
-    """Goes through the pairs until no scale changes by more than `tolerance` of itself, at most `max_sweeps` times.
+    """Sweeps the pairs until no scale changes by more than `tolerance` of itself, at most `max_sweeps` times.
 
-    Layers alone: a norm's weights stay float, and have no range to give a share of.
+    Producers are layers only: a norm's weights stay float.
     """
 
     tolerance: float = 1e-3
     max_sweeps: int = 100
 
     def usable(self, network: Network) -> Sequence[Link]:
-        """Those that start at a layer."""
+        """The links whose producer is a layer."""
         return [link for link in network.links if kind_of(network.model.get_submodule(link.producer)) is not None]
 
     def scales(self, network: Network) -> Sequence[Tensor]:
-        """sqrt(r1 / r2); 1 where either is 0, as nothing is written to or read from that channel."""
+        """sqrt(r1 / r2); 1 where either is 0, as nothing writes to or reads from that channel."""
         rows = rows_of(network)
         modules = {name: network.model.get_submodule(name) for name in rows}
         total = [torch.ones(link.channels) for link in network.links]

@@ -1,9 +1,8 @@
 """SmoothQuant (Xiao et al. 2023, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models",
-section 4, https://arxiv.org/abs/2211.10438): what is hard to quantize of a layer's input goes over to its weights, in part.
+section 4, https://arxiv.org/abs/2211.10438): the difficulty of quantizing a layer's input is moved, in part, to its weights.
 
-Inputs are quantized with one scale for all channels of a token, or for everything, and a few channels are a hundred times larger
-than the rest; weights are even. With s = max|x|^alpha / max|w|^(1 - alpha) for each channel (eq. 4) both are as hard at
-alpha = 0.5.
+Inputs are quantized with one scale per token, or one for everything, and a few channels are a hundred times larger than the rest;
+weights are even. With s = max|x|^alpha / max|w|^(1 - alpha) for each channel (eq. 4) both have the same range at alpha = 0.5.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from mpsearch.graph.links import Link
 
 @dataclass(frozen=True)
 class SmoothQuant(Equalizer):
-    """`alpha` from 0 to 1 is the share that goes over to the weights. `InputError` in a run that quantizes no input."""
+    """`alpha` from 0 to 1 is the share that is moved to the weights. `InputError` in a run that quantizes no input."""
 
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
         if type(self.alpha) not in (int, float) or not 0 <= self.alpha <= 1:
-            raise InputError(f"equalizer.alpha is a number from 0 to 1; {self.alpha!r} came.")
+            raise InputError(f"equalizer.alpha must be a number from 0 to 1; got {self.alpha!r}.")
 
     def usable(self, network: Network) -> Sequence[Link]:
-        """All, if any scheme quantizes inputs."""
+        """All links, if any scheme quantizes inputs."""
         if all(scheme.input_format is None for scheme in network.schemes.values()):
             raise InputError(
-                f"SmoothQuant eases the quantization of inputs, and no scheme of this run ({', '.join(network.schemes)}) does "
-                "that. Add one that does, as w8a8, or use equalizer=awq."
+                "SmoothQuant is for quantized inputs, and no scheme of this run quantizes any; got "
+                f"{', '.join(network.schemes)}. Add a scheme such as w8a8, or use equalizer=awq."
             )
         return network.links
 
@@ -42,10 +41,9 @@ class SmoothQuant(Equalizer):
         """Eq. 4; 1 where a channel is always 0, or nothing reads it."""
         rows = rows_of(network)
         largest = {name: largest for name, (largest, _) in network.magnitudes().items()}
-        found = []
+        scales = []
         for link in network.links:
             ranges = {name: input_ranges(network.model.get_submodule(name), rows[name]) for name in link.consumers}
-            input_params, of_weight = by_channel(link, largest), by_channel(link, ranges)
-            scale = input_params**self.alpha / of_weight ** (1 - self.alpha)
-            found.append(torch.where((input_params > 0) & (of_weight > 0), scale, 1.0))
-        return found
+            x, w = by_channel(link, largest), by_channel(link, ranges)
+            scales.append(torch.where((x > 0) & (w > 0), x**self.alpha / w ** (1 - self.alpha), 1.0))
+        return scales

@@ -433,4 +433,4 @@ def _training(steps: int | None, prepared: Prepared, seed: int) -> Training | No
         return None
     at_least_one("finetune_steps", steps)
     check_trainable(prepared.task, prepared.space.schemes.values())
-    return Training.of_steps(steps, seed)
+    return Training.from_steps(steps, seed)

@@ -2,9 +2,9 @@
 
 Every step runs the network on the weights as they would be stored (`student.py`), its inputs quantized as the schemes say, and
 lowers the divergence from the float model on the task's training data (knowledge distillation, Hinton et al. 2015,
-https://arxiv.org/abs/1503.02531). Training starts at what the search stored, so that epoch 0 is that point itself; the epoch with
-the lowest loss on the search split is kept. Batch norms were folded before the search: their shifts learn as biases, their
-factors as scales, and no statistics of a batch come in.
+https://arxiv.org/abs/1503.02531). Training starts at the weights that the search stored, so that epoch 0 is the searched
+allocation itself; the epoch with the lowest loss on the search split is kept. Batch norms were folded before the search: their
+shifts learn as biases, their factors as scales, and no batch statistics are used.
 """
 
 from __future__ import annotations
@@ -36,15 +36,25 @@ from mpsearch.training.student import Student, learns
 from mpsearch.tree import map_tensors
 
 FORMAT = "mpsearch-finetuning"
-STEPS = 50  # of an epoch of a training that is given in steps
+STEPS_PER_EPOCH = 50  # of a training that is given in steps
 
 
 @dataclass(frozen=True)
 class Training:
-    """How to train: `batches` of `batch_size` samples an epoch (`None`: all there are), by Adam, the rate falling as a cosine.
+    """The settings of a training by Adam, whose learning rate decays as half a cosine.
 
-    `learning_rate` is in units of what is trained: of each weight matrix's root mean square, of each scale. `loss` is "kl",
-    the task's divergence from the float model's outputs, or "cross_entropy", the task's own loss of its targets.
+    Parameters
+    ----------
+    epochs, batch_size
+        Integers of at least 1.
+    learning_rate
+        Above 0; in units of each tensor: of a weight matrix's root mean square, of each scale.
+    batches
+        Batches of an epoch; `None` takes all that the task has.
+    loss
+        "kl", the task's divergence from the float model's outputs, or "cross_entropy", the task's own loss of its targets.
+    seed
+        Of the task's training data and of the mixtures of inputs.
     """
 
     epochs: int = 20
@@ -56,36 +66,36 @@ class Training:
 
     def __post_init__(self) -> None:
         if self.loss not in ("kl", "cross_entropy"):
-            raise InputError(f"loss is 'kl' or 'cross_entropy'; '{self.loss}' came.")
+            raise InputError(f"loss must be 'kl' or 'cross_entropy'; got '{self.loss}'.")
         for name in ("epochs", "batch_size", "batches"):
             value = getattr(self, name)
             if (type(value) is not int or value < 1) and not (name == "batches" and value is None):
-                raise InputError(f"{name} is a whole number, at least 1; '{value}' came.")
+                raise InputError(f"{name} must be an integer of at least 1; got '{value}'.")
         if type(self.learning_rate) not in (int, float) or not 0 < self.learning_rate < math.inf:
-            raise InputError(f"learning_rate is a number above 0; '{self.learning_rate}' came.")
+            raise InputError(f"learning_rate must be a number above 0; got '{self.learning_rate}'.")
 
     @classmethod
-    def of_steps(cls, steps: int, seed: int) -> Training:
-        """A short one, looked at every `STEPS` steps or sooner; `steps` are rounded up to whole epochs."""
-        epochs = math.ceil(steps / STEPS)
+    def from_steps(cls, steps: int, seed: int) -> Training:
+        """A short training, scored every `STEPS_PER_EPOCH` steps or sooner; `steps` are rounded up to whole epochs."""
+        epochs = math.ceil(steps / STEPS_PER_EPOCH)
         return cls(epochs=epochs, batches=math.ceil(steps / epochs), seed=seed)
 
     def rate(self, epoch: int, step: int = 0) -> float:
-        """The learning rate of epoch 1, 2, … at its step 0, 1, …: half a cosine, the same for all steps of unknown `batches`."""
+        """The learning rate of epoch 1, 2, … at its step 0, 1, …; constant within an epoch of unknown `batches`."""
         done = (epoch - 1 + step / (self.batches or math.inf)) / self.epochs
         return self.learning_rate * (1 + math.cos(math.pi * done)) / 2
 
     def batches_of(self, task: Task, epoch: int) -> Iterator[Batch]:
-        """An epoch's; where the task has fewer, further passes over its data follow, none of which another epoch takes."""
+        """The batches of an epoch; if the task has fewer, further passes over its data follow, which no other epoch takes."""
         if self.batches is None:
-            return task.training(epoch, self.batch_size, self.seed)
+            return _nonempty(task.training(epoch, self.batch_size, self.seed))
         passes = (task.training(number, self.batch_size, self.seed) for number in itertools.count(epoch, self.epochs))
-        return itertools.islice(itertools.chain.from_iterable(map(_some, passes)), self.batches)
+        return itertools.islice(itertools.chain.from_iterable(map(_nonempty, passes)), self.batches)
 
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What came of it: an engine whose bank holds the best epoch, the search loss after each epoch, and seconds trained.
+    """An engine whose bank holds the best epoch, the search loss after each epoch, and the seconds of training.
 
     `losses[0]` is the loss before training.
     """
@@ -101,16 +111,16 @@ class Finetuned:
 
 
 def checkpoint_name(allocation: Allocation, training: Training) -> str:
-    """The file of a training, told apart from those of other allocations and settings."""
+    """The file name of a training's checkpoint, which depends on the allocation and all settings."""
     text = allocation.to_json() + json.dumps(asdict(training))
     return hashlib.sha256(text.encode()).hexdigest()[:12] + ".safetensors"
 
 
 def finetune(engine: QuantEngine, allocation: Allocation, training: Training, folder: Path) -> Finetuned:
-    """Train the allocation, or go on from its checkpoint in `folder`, where one is written after each epoch.
+    """Train the allocation, or resume from its checkpoint in `folder`, where one is written after each epoch.
 
-    Resumed after a kill it ends at the same bits. The engine's model is left as it was. Raises `InputError` for a checkpoint
-    that is damaged, and where the task has nothing to train on.
+    A resumed training ends at the same bits. The engine's model is left as it was. Raises `InputError` for a damaged checkpoint,
+    and if the task has no training data.
     """
     student = Student(engine, allocation)
     optimizer = torch.optim.Adam(student.latents.values(), betas=(0.9, 0.999))
@@ -139,46 +149,46 @@ def finetune(engine: QuantEngine, allocation: Allocation, training: Training, fo
 
 
 def restored(engine: QuantEngine, allocation: Allocation, loss: float, folder: Path) -> QuantEngine:
-    """The engine of a training in `folder` whose best loss on the search split was this; `InputError` where there is none."""
+    """The engine of the training in `folder` with this best loss on the search split; `InputError` if there is none."""
     for path in sorted(folder.glob("*.safetensors")):
         about, losses, tensors = _read(path)
         if about.text("allocation") == allocation.to_json() and min(losses) == loss:
             student = Student(engine, allocation)
             student.set({name: tensors[f"best/{name}"] for name in student.latents})
             return student.engine()
-    raise InputError(f"No checkpoint in {folder} is of that training. Restore it, or run mpsearch finetune again.")
+    raise InputError(f"No checkpoint in {folder} belongs to that training. Restore it, or run mpsearch finetune again.")
 
 
 def train_epoch(student: Student, optimizer: torch.optim.Optimizer, training: Training, epoch: int) -> float:
-    """One epoch of steps; the mean loss over its batches."""
+    """Train for one epoch; returns the mean loss over its batches."""
     engine, latents = student.base, list(student.latents.values())
-    task, total, n = engine.task, 0.0, 0
-    for batch, targets in _some(training.batches_of(task, epoch)):
-        optimizer.param_groups[0]["lr"] = training.rate(epoch, n)
+    task, losses = engine.task, []
+    for step, (batch, targets) in enumerate(training.batches_of(task, epoch)):
+        optimizer.param_groups[0]["lr"] = training.rate(epoch, step)
         inputs = map_tensors(lambda x: x.to(engine.device), batch)
         if training.loss == "kl":
-            inputs = _mixed(inputs, np.random.default_rng([training.seed, epoch, n]))
+            inputs = _mixed(inputs, np.random.default_rng([training.seed, epoch, step]))
             with torch.no_grad():
-                wanted = task.forward(engine.model, inputs)
+                reference = task.forward(engine.model, inputs)
         with engine.own_inputs(), student.installed():
             logits = task.forward(engine.model, inputs)
             if training.loss == "kl":
-                loss = engine.divergence.distillation(logits, wanted)
+                loss = engine.divergence.distillation(logits, reference)
             else:
                 loss = task.cross_entropy(logits, targets.to(engine.device)).mean()
             gradients = torch.autograd.grad(loss, latents, allow_unused=True)  # not backward: the model's own get none
         for latent, gradient in zip(latents, gradients, strict=True):
             latent.grad = gradient
         optimizer.step()
-        total, n = total + loss.item(), n + 1
-    return total / n
+        losses.append(loss.item())
+    return sum(losses) / len(losses)
 
 
 def _mixed(inputs: Any, random: np.random.Generator) -> Any:
-    """Half of a batch of images or features, mixed with others of it by random shares; tokens, and what is in a tuple, stay.
+    """Half of a batch of images or features, mixed with others of it by random shares; tokens and nested inputs stay.
 
-    A float model has mostly learned its training data by heart, and says of them hardly more than their labels; of a mixture it
-    tells what it knows (Beyer et al. 2022, section 3, https://arxiv.org/abs/2106.05237).
+    A float model has mostly memorized its training data, and its outputs on them say hardly more than the labels; on mixtures
+    they say more (Beyer et al. 2022, section 3, https://arxiv.org/abs/2106.05237).
     """
     if not isinstance(inputs, Tensor) or not inputs.is_floating_point():
         return inputs
@@ -189,14 +199,14 @@ def _mixed(inputs: Any, random: np.random.Generator) -> Any:
 
 
 def check_trainable(task: Task, schemes: Iterable[QuantScheme]) -> None:
-    """Raise `InputError` where the task gives nothing to train on, or no scheme's weights can learn."""
-    _some(task.training(1, 1, 0))
+    """Raise `InputError` if the task has no training data, or no scheme's weights can learn."""
+    _nonempty(task.training(1, 1, 0))
     if not any(learns(scheme) for scheme in schemes):
         raise InputError("None of this run's schemes has codes that can be trained. Give it integers or codebooks.")
 
 
-def _some(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same; an `InputError` where there is none."""
+def _nonempty(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; an `InputError` if there is none."""
     first = next(batches, None)
     if first is None:
         raise InputError("The task gives no batch to train on. Let its training() yield some.")
@@ -211,7 +221,6 @@ def _save(
     losses: list[float],
     about: dict[str, Any],
 ) -> None:
-    """One file, the old one or the new, never half."""
     tensors = {f"latent/{name}": latent.detach() for name, latent in student.latents.items()}
     tensors |= {f"best/{name}": latent for name, latent in best.items()}
     for name, latent in student.latents.items():
@@ -223,23 +232,24 @@ def _save(
 
 
 def _restore(path: Path, student: Student, optimizer: torch.optim.Optimizer) -> tuple[list[float], float, dict[str, Tensor]]:
-    """Losses, seconds and the best latents so far; the student and the optimizer go on from where they were."""
+    """Losses, seconds and the best latents so far; the student and the optimizer take the state of the checkpoint."""
     about, losses, tensors = _read(path)
     try:
         student.set({name: tensors[f"latent/{name}"] for name in student.latents})
         best = {name: tensors[f"best/{name}"] for name in student.latents}
         for name, latent in student.latents.items():
-            found = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
-            if found:
-                optimizer.state[latent] = {k: v if k == "step" else v.to(latent.device) for k, v in found.items()}
+            state = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}/{name}" in tensors}
+            if state:
+                optimizer.state[latent] = {k: v if k == "step" else v.to(latent.device) for k, v in state.items()}
         return losses, about.number("seconds"), best
     except (KeyError, RuntimeError) as error:
         check_memory(error)
-        raise InputError(f"{path} is of another model ({type(error).__name__}: {error}). Delete it, and train again.") from None
+        what = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} belongs to another model ({what}). Delete it, and train again.") from None
 
 
 def _read(path: Path) -> tuple[JsonObject, list[float], dict[str, Tensor]]:
-    """What a checkpoint says of itself, the losses so far, and its tensors."""
+    """A checkpoint's description, the losses so far, and its tensors."""
     remedy = "Delete it, and train again."
     about, tensors = read_tensors(path, FORMAT, remedy)
     losses = tensors["losses"].tolist() if "losses" in tensors else []

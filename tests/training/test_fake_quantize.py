@@ -9,13 +9,20 @@ from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.levels import LEVELS
-from mpsearch.training.fake_quantize import Table, Whole, fake_quantize, fake_quantize_input, groups_of, steps_of
+from mpsearch.training.fake_quantize import (
+    IntegerGrid,
+    LevelGrid,
+    column_groups,
+    fake_quantize,
+    fake_quantize_input,
+    scaled_steps,
+)
 
 
 def case(bits, columns=10, group_size=4, zero=None):
     torch.manual_seed(bits)
     matrix = torch.randn(3, columns)
-    groups = groups_of(columns, group_size)
+    groups = column_groups(columns, group_size)
     scales = 0.2 + torch.rand(3, int(groups[-1]) + 1)
     zeros = torch.full_like(scales, (2 ** (bits - 1) if bits > 1 else 0.5) if zero is None else zero)
     return [t.requires_grad_() for t in (matrix, scales, zeros)], groups
@@ -25,7 +32,7 @@ def case(bits, columns=10, group_size=4, zero=None):
 def test_gradients_are_those_of_lsq(bits):
     (matrix, scales, zeros), groups = case(bits)
     weighs = torch.randn(3, 10)
-    (fake_quantize(matrix, scales, zeros, groups, Whole(bits)) * weighs).sum().backward()
+    (fake_quantize(matrix, scales, zeros, groups, IntegerGrid(bits)) * weighs).sum().backward()
     values, steps, offsets = (tensor.detach() for tensor in (matrix, scales, zeros))
     gain = 1 / math.sqrt(10 / 3 * max(2 ** (bits - 1) - 1, 1))
     of_scale, of_zero = torch.zeros_like(scales), torch.zeros_like(scales)
@@ -44,10 +51,10 @@ def test_gradients_are_those_of_lsq(bits):
 
 
 def test_clipped_weights_move_with_the_scale_as_finite_differences_say():
-    matrix, groups = torch.full((1, 8), 9.0), groups_of(8, 8)
+    matrix, groups = torch.full((1, 8), 9.0), column_groups(8, 8)
     scales, zeros = torch.tensor([[0.5]], requires_grad=True), torch.tensor([[4.0]])
-    fake_quantize(matrix, scales, zeros, groups, Whole(3)).sum().backward()
-    up, down = (fake_quantize(matrix, torch.tensor([[s]]), zeros, groups, Whole(3)).sum() for s in (0.501, 0.499))
+    fake_quantize(matrix, scales, zeros, groups, IntegerGrid(3)).sum().backward()
+    up, down = (fake_quantize(matrix, torch.tensor([[s]]), zeros, groups, IntegerGrid(3)).sum() for s in (0.501, 0.499))
     assert float(scales.grad) == pytest.approx(float(up - down) / 0.002 / math.sqrt(8 * 3), rel=1e-3)
 
 
@@ -59,15 +66,15 @@ def test_codes_and_values_are_those_that_the_scheme_stores(scheme):
     codes, scales, zero_points, size = scheme.unpacked(stored.tensors, (5, 12))
     middle = 2 ** (scheme.bits - 1) if scheme.bits > 1 else 0.5
     zeros = torch.full_like(scales.float(), middle) if zero_points is None else zero_points.float()
-    found = fake_quantize(stored.dequantize(), scales.float(), zeros, groups_of(12, size), Whole(scheme.bits))
+    found = fake_quantize(stored.dequantize(), scales.float(), zeros, column_groups(12, size), IntegerGrid(scheme.bits))
     assert torch.equal(found, stored.dequantize())
-    steps = steps_of(stored.dequantize(), scales.float(), zeros, groups_of(12, size))
-    assert torch.equal(Whole(scheme.bits).nearest(steps), codes.float())
+    steps = scaled_steps(stored.dequantize(), scales.float(), zeros, column_groups(12, size))
+    assert torch.equal(IntegerGrid(scheme.bits).nearest(steps), codes.float())
 
 
 def test_a_scale_of_zero_gives_zero_and_no_gradient():
     matrix, scales = torch.ones(1, 4, requires_grad=True), torch.zeros(1, 1, requires_grad=True)
-    out = fake_quantize(matrix, scales, torch.full((1, 1), 2.0), groups_of(4, 4), Whole(2))
+    out = fake_quantize(matrix, scales, torch.full((1, 1), 2.0), column_groups(4, 4), IntegerGrid(2))
     out.sum().backward()
     assert not out.any()
     assert not scales.grad.any()
@@ -95,9 +102,9 @@ def test_a_static_input_s_scale_has_the_gradient_of_lsq(how):
 @pytest.mark.parametrize("name", ["nf4", "ternary", "e2m1"])
 def test_a_table_passes_gradients_where_it_does_not_saturate(name):
     torch.manual_seed(0)
-    table = Table(LEVELS[name])
+    table = LevelGrid(LEVELS[name])
     matrix, scales = torch.randn(3, 8, requires_grad=True), (0.5 / table.largest * torch.ones(3, 1)).requires_grad_()
-    found = fake_quantize(matrix, scales, torch.zeros(3, 1), groups_of(8, 8), table)
+    found = fake_quantize(matrix, scales, torch.zeros(3, 1), column_groups(8, 8), table)
     levels = LEVELS[name].values[LEVELS[name].values.isfinite()]
     steps = matrix.detach() / scales.detach()
     nearest = levels[(steps[..., None] - levels).abs().argmin(-1)]
@@ -110,7 +117,7 @@ def test_a_table_passes_gradients_where_it_does_not_saturate(name):
 
 
 def test_the_next_values_of_a_grid():
-    below, above = Table(LEVELS["e2m1"]).gaps(torch.tensor([-6.0, -0.5, 0.0, 1.5, 6.0]))
+    below, above = LevelGrid(LEVELS["e2m1"]).gaps(torch.tensor([-6.0, -0.5, 0.0, 1.5, 6.0]))
     assert below.tolist() == [2.0, 0.5, 0.5, 0.5, 2.0]
     assert above.tolist() == [2.0, 0.5, 0.5, 0.5, 2.0]
-    assert [gap.tolist() for gap in Whole(2).gaps(torch.tensor([0.0, 3.0]))] == [[1.0, 1.0]] * 2
+    assert [gap.tolist() for gap in IntegerGrid(2).gaps(torch.tensor([0.0, 3.0]))] == [[1.0, 1.0]] * 2
