@@ -44,7 +44,7 @@ class AWQ(Equalizer):
         return [link for link in network.links if not any("transpose" in str(kind_of(submodule(n))) for n in link.consumers)]
 
     def scales(self, network: Network) -> Sequence[Tensor]:
-        """The best of the grid for each link, the smallest alpha of equals; 1 where a channel is always 0 or nothing is gained."""
+        """The best of the grid for each link, the smallest alpha of equals; 1 for channels that are always 0."""
         rows = rows_of(network)
         means = {name: mean for name, (_, mean) in network.magnitudes().items()}
         scales = []
