@@ -32,8 +32,8 @@ class SmoothQuant(Equalizer):
         """All links, if any scheme quantizes inputs."""
         if all(scheme.input_format is None for scheme in network.schemes.values()):
             raise InputError(
-                "SmoothQuant is for quantized inputs, and no scheme of this run quantizes any; got "
-                f"{', '.join(network.schemes)}. Add a scheme such as w8a8, or use equalizer=awq."
+                f"SmoothQuant is for quantized inputs, and no scheme of this run ({', '.join(network.schemes)}) quantizes any. "
+                "Add one such as w8a8, or use equalizer=awq."
             )
         return network.links
 

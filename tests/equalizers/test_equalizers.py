@@ -170,7 +170,7 @@ def test_smooth_quant_is_equation_4(tiny):
 
 def test_smooth_quant_needs_inputs_that_are_quantized(tiny):
     task = tiny.task()
-    with pytest.raises(InputError, match=r"no scheme of this run \(w3, w8\) does that"):
+    with pytest.raises(InputError, match=r"no scheme of this run \(w3, w8\) quantizes any"):
         SmoothQuant().equalize(net(), task, task.batches("calibration"), {"w3": Integer(3), "w8": Integer(8)})
 
 
