@@ -32,6 +32,8 @@ LARGE_FILES: set[str] = {"mpsearch/pipeline/api.py", "scripts/bench_quantizers.p
 LONG_FUNCTIONS: set[str] = {
     "mpsearch/graph/links.py::link",
     "mpsearch/kernels/feedback.py::round_with_feedback",
+    "mpsearch/kernels/half_quadratic.py::half_quadratic",
+    "mpsearch/kernels/quantization.py::quantize",
     "mpsearch/pipeline/api.py::search",
     "mpsearch/pipeline/prepare.py::prepare",
     "mpsearch/pipeline/search.py::search",

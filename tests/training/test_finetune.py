@@ -309,7 +309,7 @@ def test_a_search_trains_its_front_before_it_reports(tmp_path, monkeypatch, caps
         )
     assert command("search", "run=run", "confirm.finetune_steps=12").evaluations == after.evaluations
     for words, said in (
-        (["confirm.finetune_steps=0"], "confirm.finetune_steps is a whole number from 1"),
+        (["confirm.finetune_steps=0"], "finetune_steps is a whole number from 1"),
         (["confirm.finetune_steps=5", "scheme=[fp16,bf16]"], "codes that can be trained"),
     ):
         capsys.readouterr()
