@@ -30,6 +30,7 @@ THIRD_PARTY = {
 PRIVATE_IMPORTS: set[str] = {"mpsearch/kernels/reference_half_quadratic.py"}
 LARGE_FILES: set[str] = {"mpsearch/pipeline/api.py", "scripts/bench_quantizers.py"}
 LONG_FUNCTIONS: set[str] = {
+    "mpsearch/graph/fold.py::fold_batch_norms",
     "mpsearch/graph/links.py::link",
     "mpsearch/kernels/feedback.py::round_with_feedback",
     "mpsearch/kernels/half_quadratic.py::half_quadratic",
