@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from mpsearch import kernels
 from mpsearch.divergence import Divergence
 from mpsearch.errors import InputError, check_memory
-from mpsearch.graph.trace import overwritten_inputs
 from mpsearch.graph.products import Product, observe_products
 from mpsearch.graph.surgery import cloned_inputs, hooked
+from mpsearch.graph.trace import overwritten_inputs
 from mpsearch.layer import LayerSpec, check_finite, rows_shape
 from mpsearch.progress import phase
 from mpsearch.quantizers.base import InputMoments
