@@ -103,8 +103,7 @@ struct EmbeddingArguments {
     const void* indices;    // [n_indices] int64 or int32
     const uint8_t* packed;  // the weight
     float* y;               // [n_indices, columns]
-    int64_t*
-        bad_place;  // [1] becomes the place of the first index that is not in [0, rows), if any; then y is not written
+    int64_t* bad_place;     // [1] becomes the place of the first index outside [0, rows), if any; y is then not written
     int64_t n_indices;
     WeightFormat format;
     bool wide_indices;  // int64
