@@ -1,4 +1,4 @@
-"""The batches of a task as the rest of the package takes them: pairs (inputs, targets) of tensors."""
+"""The batches of a task, checked: pairs (inputs, targets) of tensors."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The loss: how far a model's outputs are from the float model's, one definition for every kind of task.
+"""The loss: the divergence of a model's outputs from the float model's, one definition for every kind of task.
 
-A `Divergence` compares outputs `[n, columns]` with the float model's and gives one number for each row, 0 where both are equal.
-It also gives what follows from it: the Hessian at that minimum, as random probes and as drawn labels (`gauss_newton`, `fisher`,
-`hawq`, `kronecker_descent`), the loss that distillation minimizes, and the task loss and quality of tasks that define none.
+A `Divergence` compares outputs `[n, columns]` with the float model's and gives one number per row, 0 where both are equal. It
+also gives its Hessian at that minimum, as random probes and as drawn labels (`gauss_newton`, `fisher`, `hawq`,
+`kronecker_descent`), the loss that distillation minimizes, and the task loss and quality of tasks that define none.
 
     softmax_kl     KL(softmax(z0) || softmax(z))                          classes, tokens
     sigmoid_kl     sum over columns of KL(sigmoid(z0) || sigmoid(z))      one binary output, or several labels for each sample
@@ -24,9 +24,9 @@ from torch import Tensor
 
 from mpsearch.errors import InputError, did_you_mean
 
-# The smallest loss that is told from 0, where a logarithm of a loss is taken. Float32 arithmetic changes outputs by 1e-6 to 1e-5
-# of their size (sums of hundreds of products, in another order with other kernels or threads), and every divergence here is
-# quadratic in that change: 1e-12 to 1e-10. Weights in float16, the finest scheme, cost about 1e-8.
+# The smallest loss that is distinguished from 0, where a logarithm of a loss is taken. Float32 arithmetic changes outputs by 1e-6
+# to 1e-5 of their size (sums of hundreds of products, in another order with other kernels or threads), and every divergence here
+# is quadratic in that change: 1e-12 to 1e-10. Weights in float16, the finest scheme, cost about 1e-8.
 LOSS_FLOOR = 1e-9
 
 CHUNK = 2**21  # elements that are compared at once; float64 temporaries take a few times 16 MB, however wide the outputs are
@@ -86,10 +86,19 @@ class Divergence(ABC):
 
 
 @dataclass(frozen=True)
-class SoftmaxKL(Divergence):
-    """KL divergence in nats between the distributions over columns. `probabilities`: outputs are these, and no logits."""
+class KLDivergence(Divergence):
+    """A KL divergence in nats between predictions; `probabilities` says that outputs are these, and not logits."""
 
     probabilities: bool = False
+
+    def describe(self) -> str:
+        """As in "softmax KL of probabilities"."""
+        return self.label + " of probabilities" * self.probabilities
+
+
+@dataclass(frozen=True)
+class SoftmaxKL(KLDivergence):
+    """KL divergence between the distributions over columns."""
 
     name = "softmax_kl"
     label = "softmax KL"
@@ -131,16 +140,10 @@ class SoftmaxKL(Divergence):
         """1 where the largest output is the target's, else 0."""
         return (outputs.argmax(-1) == (targets.argmax(-1) if targets.shape == outputs.shape else targets.flatten())).float()
 
-    def describe(self) -> str:
-        """As in "softmax KL of probabilities"."""
-        return self.label + " of probabilities" * self.probabilities
-
 
 @dataclass(frozen=True)
-class SigmoidKL(Divergence):
-    """KL divergence in nats between two Bernoulli distributions, summed over columns. `probabilities`: outputs are no logits."""
-
-    probabilities: bool = False
+class SigmoidKL(KLDivergence):
+    """KL divergence between Bernoulli distributions, summed over columns."""
 
     name = "sigmoid_kl"
     label = "sigmoid KL"
@@ -181,10 +184,6 @@ class SigmoidKL(Divergence):
         """The share of columns whose probability is on the target's side of one half."""
         positive = outputs > (0.5 if self.probabilities else 0.0)
         return (positive == (_like(targets, outputs) > 0.5)).float().mean(-1)
-
-    def describe(self) -> str:
-        """As in "sigmoid KL of probabilities"."""
-        return self.label + " of probabilities" * self.probabilities
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""What the search knows of one weight, and how a weight is seen as a matrix of output channels.
+"""The description of a layer, and its weight as a matrix of output channels.
 
-Every weight is handled as a matrix `[rows, columns]`, one row an output channel, so that quantizers, kernels and costs need
-no notion of convolutions. `weight_rows` and `from_rows` are the only two places that know a module's own layout.
+Every weight is handled as a matrix `[rows, columns]`, one row per output channel, so that quantizers, kernels and costs do not
+depend on the kind of layer. `weight_rows` and `from_rows` are the only two places that know a module's own layout.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mpsearch.errors import InputError
 from mpsearch.files.tensor_file import tensors_sha256
 
-# The kinds of module whose weight may be quantized, and the word used for each.
+# The kinds of module whose weight may be quantized, and their names.
 KINDS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
     nn.Conv1d: "conv1d",
@@ -52,7 +52,7 @@ class LayerSpec:
     `name` is the qualified name of the (first) module that owns it, `shape` has output channels first (a transposed
     convolution's weight is turned round: `[out, in / groups, *kernel]`), `macs` are the multiply-accumulates of one sample,
     `group` names the layers that must share a scheme, `modules` are all modules that own this weight (more than one: tied).
-    `activations` are known where they were asked for (`mpsearch.graph.activation_memory`).
+    `activations` are measured on request (`mpsearch.graph.activation_memory`).
     """
 
     name: str
@@ -80,7 +80,7 @@ class LayerSpec:
 
     @property
     def tokens(self) -> float:
-        """How often the whole weight meets an input in one sample: the tokens of a Linear layer."""
+        """How often the weight is multiplied by an input in one sample: the tokens of a Linear layer."""
         return self.macs / self.numel if self.numel else 0.0
 
 
@@ -98,12 +98,12 @@ class LayerGroup:
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """The word for a module whose weight may be quantized, `None` for any other."""
+    """The kind of a module whose weight may be quantized, `None` for any other."""
     return next((kind for cls, kind in KINDS.items() if isinstance(module, cls)), None)
 
 
 def runs_as_usual(module: nn.Module) -> bool:
-    """Whether the module runs torch's own `forward` of its kind, and not one that a subclass put in its place."""
+    """Whether the module runs torch's own `forward` of its kind, and not that of a subclass."""
     return any(type(module).forward is cls.forward for cls in KINDS)
 
 

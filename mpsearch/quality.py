@@ -1,4 +1,4 @@
-"""How a task's quality is read: what its samples make of a score, which way is better, and how a number of it is written."""
+"""The quality measure of a task: how a score is computed from its samples, whether higher is better, and how it is formatted."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ KINDS = ("share", "number", "error", "perplexity")
 
 @dataclass(frozen=True)
 class Quality:
-    """A task's measure: its name, and its kind, which says what the task gives for each sample and what a score is.
+    """A task's quality measure: its name and its kind, which defines a sample's value and the score.
 
-    kind          a sample                          the score          written
+    kind          a sample                          the score          formatted
     "share"       from 0 to 1, higher is better     the mean           in percent; differences in points
     "number"      finite, higher is better          the mean           as it is
     "error"       finite, lower is better           the mean           as it is
@@ -43,11 +43,11 @@ class Quality:
 
     @property
     def scale(self) -> float:
-        """What a score is multiplied by to be written."""
+        """The factor of a score when it is formatted: 100 for a percentage."""
         return 100.0 if self.kind == "share" else 1.0
 
     def score(self, mean: float) -> float:
-        """The score that the samples' mean makes."""
+        """The score from the mean of the samples' values."""
         if self.kind != "perplexity":
             return mean
         return math.exp(mean) if mean < 709 else math.inf  # what a float64 holds
@@ -76,11 +76,11 @@ class Quality:
         return self.drop(self.score(base), score, self.score(base + low), self.score(base + high))
 
     def text(self, score: float) -> str:
-        """A score as it is written, without a unit."""
+        """A formatted score, without a unit."""
         return f"{100 * score:.2f}" if self.kind == "share" else f"{score:.4g}"
 
     def difference(self, value: float) -> str:
-        """A drop as it is written."""
+        """A formatted drop, without a unit."""
         return f"{value:z.3g}" if self.kind == "number" else f"{100 * value:z.2f}"
 
     @property
@@ -90,19 +90,19 @@ class Quality:
 
     @property
     def drop_label(self) -> str:
-        """What a difference for the worse is called, with its unit."""
+        """The name of a drop with its unit."""
         return {"share": "drop, points", "number": "drop"}.get(self.kind, "rise, %")
 
     @property
     def drop_word(self) -> str:
-        """The first word of it."""
+        """The name of a drop without its unit."""
         return self.drop_label.partition(",")[0]
 
     def drop_text(self, drop: float) -> str:
-        """A drop with its unit, in a sentence."""
+        """A formatted drop with its unit, for a sentence."""
         return self.difference(drop) + self.drop_unit
 
     @property
     def drop_unit(self) -> str:
-        """What follows a drop in a sentence."""
+        """The unit of a drop, for a sentence."""
         return {"share": " points", "number": ""}.get(self.kind, " %")

@@ -1,4 +1,4 @@
-"""Nested tensors: one walk over what batches, arguments and outputs of modules are made of.
+"""Nested tensors, as in batches, and in the arguments and outputs of modules.
 
 Nested are lists, tuples (named ones too), mappings and dataclasses; anything else is a leaf.
 """

@@ -40,7 +40,6 @@ PENDING: tuple[str, ...] = (
     "mpsearch/equalizers/",
     "mpsearch/evaluation.py",
     "mpsearch/executors/",
-    "mpsearch/layer.py",
     "mpsearch/optimize/",
     "mpsearch/pipeline/",
     "mpsearch/samplers/",
