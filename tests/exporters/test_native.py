@@ -247,10 +247,13 @@ def first_layer(edit):
         (first_layer(lambda la: la["scheme"].update(scale_dtype="float32")), r"'layers.first.size_bytes' must be \d+, got"),
         (first_layer(lambda la: la["scheme"].update(scale_dtype=["float32"])), "'layers.first.scheme' is no scheme"),
         (first_layer(lambda la: la["scheme"].update(bits=4)), "'layers.first.size_bytes' must be"),
-        (first_layer(lambda la: la["scheme"].update(bits=9)), "'layers.first.scheme' is no scheme: An integer scheme has 1 to 8"),
+        (
+            first_layer(lambda la: la["scheme"].update(bits=9)),
+            "'layers.first.scheme' is no scheme: bits of an integer scheme must be an integer from 1 to 8; got 9",
+        ),
         (
             first_layer(lambda la: la["scheme"].update(symmetric=1)),
-            "'layers.first.scheme' is no scheme: symmetric is true or false; got 1",
+            "'layers.first.scheme' is no scheme: symmetric must be true or false; got 1",
         ),
         (first_layer(lambda la: la["scheme"].pop("input")), "lacks fields of a Integer"),
         (first_layer(lambda la: la["scheme"].update(input={"bits": 8, "scale": "static"})), "'layers.first.scheme' lacks fields"),

@@ -1,5 +1,6 @@
 """What stays float is named with its share, and a size counts what a file stores."""
 
+import io
 import json
 
 import torch
@@ -71,12 +72,12 @@ def test_a_size_counts_what_a_file_stores(tiny, tmp_path):
 
 
 def test_the_command_names_it_on_the_console_in_the_report_and_in_the_space(mpsearch, monkeypatch, tmp_path):
-    printed = []
-    monkeypatch.setattr("builtins.print", lambda *words, **options: printed.append(" ".join(map(str, words))))
+    console = io.StringIO()
+    monkeypatch.setattr("sys.stdout", console)
     code, _ = mpsearch("search", "scheme=[w4,w8]", "n_trials=2", "hydra.run.dir=run")
     assert code == 0
     found = json.loads((tmp_path / "run" / "space.json").read_text())["not_searched"]
     assert found["weights"] == {}
     assert found["float_bytes"] == found["biases_and_norms"] > 0
-    assert sentence(found) in printed
+    assert sentence(found) in console.getvalue().splitlines()
     assert sentence(found) in (tmp_path / "run" / "report.md").read_text()
