@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpsearch.divergence import CHUNK
+from mpsearch.divergence import CHUNK, Divergence
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score
 from mpsearch.intervals import bootstrap_values, cluster_values, paired_interval
@@ -27,7 +28,11 @@ class Scorer:
         self.quality = Quality(task.quality_name, task.quality_kind)
         self._batches: dict[str, list[tuple[Any, Tensor]]] = {}
         self._float_outputs: dict[str, Tensor] = {}
-        self.divergence = task.chosen_divergence(model, self.batches("calibration"))[0]
+
+    @functools.cached_property
+    def divergence(self) -> Divergence:
+        """The task's loss, chosen by the calibration split."""
+        return self.task.chosen_divergence(self.model, self.batches("calibration"))[0]
 
     def batches(self, split: str) -> list[tuple[Any, Tensor]]:
         """The split's (inputs, targets) on the device; an `InputError` if it is empty."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mpsearch.engine.scoring import score_outputs
+from mpsearch.engine.scoring import Scorer
 from mpsearch.errors import InputError
 from mpsearch.intervals import bootstrap_values, paired_interval
 from mpsearch.quality import Quality
@@ -113,14 +113,18 @@ def test_a_metric_of_each_sample():
     task = classification(**parts(LABELLED["tensors"]), metric=margin)
     assert (task.quality_name, task.quality_kind) == ("margin", "number")
     outputs = torch.randn(10, 3)
-    score = score_outputs(task, *scored(task, outputs, outputs + 1), "search")
+    score = scored(task, outputs, outputs + 1)
     assert score.quality == pytest.approx(margin(outputs, Y[10:20]).mean().item(), abs=1e-6)
     assert score.n_samples == 10
 
 
 def scored(task, outputs, reference):
-    targets = torch.cat([y for _, y in task.batches("search")])
-    return task.chosen_divergence(nn.Identity(), [(reference, targets)])[0], outputs, reference, targets
+    """The score on the search split of outputs against those of the float model."""
+    scorer = Scorer(nn.Identity(), task)
+    targets = torch.cat([y for _, y in scorer.batches("search")])
+    scorer.divergence = task.chosen_divergence(nn.Identity(), [(reference, targets)])[0]
+    scorer.float_outputs("search", lambda: reference)
+    return scorer.score(outputs, "search")
 
 
 def test_a_metric_of_the_whole_split_has_a_paired_bootstrap_interval():
@@ -129,14 +133,14 @@ def test_a_metric_of_the_whole_split_has_a_paired_bootstrap_interval():
     good = torch.nn.functional.one_hot(Y[10:20], 3).float()
     worse = good.clone()
     worse[:3] = good[:3].roll(1, 1)
-    score = score_outputs(task, *scored(task, worse, good), "search")
+    score = scored(task, worse, good)
     metric = F1()
     metric.reset()
     metric.update(worse, Y[10:20])
     assert score.quality == pytest.approx(float(metric.compute()))
     assert score.quality_low < score.quality < score.quality_high
     assert score.n_samples == 10
-    equal = score_outputs(task, *scored(task, good.clone(), good), "search")
+    equal = scored(task, good.clone(), good)
     assert equal.quality == pytest.approx(1)
     assert task.quality_kind == "number"
     errors = classification(**parts(LABELLED["tensors"]), metric=type("Error", (F1,), {"higher_is_better": False})())
@@ -196,9 +200,9 @@ def test_without_labels_the_quality_is_the_agreement_with_the_float_model(form):
     assert torch.allclose(reference, model(X[10:20]))
     outputs = reference.clone()
     outputs[0] = -outputs[0]
-    score = score_outputs(task, *scored(task, outputs, reference), "search")
+    score = scored(task, outputs, reference)
     assert (task.quality_name, score.quality, score.n_samples) == ("agreement", pytest.approx(0.9), 10)
-    same = score_outputs(task, *scored(task, None, reference), "search")
+    same = scored(task, None, reference)
     assert same.quality == 1
     assert same.cross_entropy == pytest.approx(torch.distributions.Categorical(logits=reference).entropy().mean().item())
 
@@ -206,11 +210,11 @@ def test_without_labels_the_quality_is_the_agreement_with_the_float_model(form):
 def test_embeddings_agree_by_their_cosine():
     task = fidelity_task(**parts(UNLABELLED["a tensor"]), divergence="relative_mse")
     assert Quality(task.quality_name, task.quality_kind) == Quality("cosine_similarity", "number")
-    score = score_outputs(task, *scored(task, -X[10:20], X[10:20]), "search")
+    score = scored(task, -X[10:20], X[10:20])
     assert score.quality == pytest.approx(-1)
     assert score.cross_entropy == pytest.approx(float((4 * X[10:20] ** 2).mean()), rel=1e-5)
     own = fidelity_task(**parts(UNLABELLED["a tensor"]), metric=lambda a, b: (a - b).abs().mean(-1), quality_kind="error")
-    assert score_outputs(own, *scored(own, X[10:20] + 1, X[10:20]), "search").quality == pytest.approx(1, abs=1e-6)
+    assert scored(own, X[10:20] + 1, X[10:20]).quality == pytest.approx(1, abs=1e-6)
     with pytest.raises(InputError, match=r"no cross-entropy to train on. Train with loss=divergence"):
         task.cross_entropy(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
 
@@ -223,7 +227,7 @@ def test_tokens_are_compared_one_by_one_and_counted_by_sample():
     outputs = torch.cat([task.forward(model, x) for x, _ in task.batches("search")]).detach()
     assert outputs.shape == (16, 7)
     assert task.clusters("search").tolist() == [0] * 3 + [1] * 3 + [2] * 5 + [3] * 5
-    score = score_outputs(task, *scored(task, outputs.roll(1, 1), outputs), "search")
+    score = scored(task, outputs.roll(1, 1), outputs)
     assert (score.quality, score.n_samples) == (0, 4)
     labelled = classification(
         **{split: [(x, x) for x in ([value] if torch.is_tensor(value) else value)] for split, value in data.items()},
