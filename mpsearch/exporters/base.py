@@ -39,7 +39,7 @@ class Picked:
 
 
 class Exporter(ABC):
-    """Writes files into a folder; what their tensors weigh is what the budget counted."""
+    """Writes files into a folder; their tensors have the size that the budget counted."""
 
     @abstractmethod
     def export(self, picked: Picked, engine: Weights, folder: Path) -> Path:

@@ -2,7 +2,7 @@
 
 The `crc` of a row is the CRC-32 of the header and all rows up to it, without this column, as 8 hexadecimal digits. Rows that were
 changed, removed, added, swapped or repeated are therefore found, except rows that are missing at the end: a table that grows row
-by row looks the same after an interruption. Tables that are written at once count their rows into the checksum as well. This
+by row looks the same after an interruption. The checksum of a table written in one go also covers the number of rows. This
 protects against damage, not against intent.
 """
 
@@ -96,7 +96,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Write a table at once."""
+    """Write a complete table."""
     lines, crc = [_line([*columns, CRC])], _begin(columns, len(rows))
     for row in rows:
         line, crc = _checked(row, crc)
@@ -104,7 +104,7 @@ def write_rows(path: Path, columns: Sequence[str], rows: Sequence[Sequence[Any]]
     write_atomically(path, "".join(lines))
 
 
-def mend(path: Path) -> None:
+def drop_incomplete_row(path: Path) -> None:
     """Cut off a last row that was not written to its end."""
     if path.exists() and not (data := read_regular(path)).endswith(b"\n"):
         with file_errors(path):

@@ -101,7 +101,7 @@ class SearchSession:
         self.prepared.record(self.run.path)
         self.run.identify(identity)
         for table in ("sensitivity", "evaluations"):
-            self.run.mend(table)
+            self.run.drop_incomplete_row(table)
         known = self.run.read_sensitivity(space, self.metric.name)
         return known, self.run.read_evaluations(space, quality, identity["costs"])
 

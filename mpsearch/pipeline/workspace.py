@@ -88,7 +88,7 @@ def reopened(workspace: Workspace, run: Run, costs: Mapping[str, Cost]) -> Itera
     """What measures more of a finished run, while its folder is locked; new evaluations are recorded there."""
     folder = RunFolder(workspace.folder)
     with folder.locked():
-        folder.mend("evaluations")
+        folder.drop_incomplete_row("evaluations")
         check_resumed(workspace.engine, folder, run.evaluations)
         record = folder.recorder(run.space, run.quality_name, run.costs)
         latency = costs.get(LatencyMs.name)

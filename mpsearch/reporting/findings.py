@@ -21,30 +21,30 @@ UNITS = {"size_bytes": "bytes", "latency_ms": "milliseconds (predicted)"}
 
 def findings(run: Run, picked: Evaluation, confirmed: pd.DataFrame | None) -> list[str]:
     """A list item each; `confirmed` is the table of `confirm.csv`, where there is one."""
-    said = [
+    sentences = [
         f"The picked point has {picked.average_bits:.2f} bits per weight on average ({picked.average_bits_all:.2f} over all "
         f"parameters) and {picked.size_bytes:,} bytes, {100 * picked.fraction:.1f} % of the float32 model."
     ]
     if warning := overfit_warning(run):
-        said.append(f"**{warning}**")
+        sentences.append(f"**{warning}**")
     if run.baseline() is not None:
-        said.append(non_inferior_sentence(run, smallest_non_inferior(run, run.max_drop)))
-    said += uniform_sentences(run)
+        sentences.append(non_inferior_sentence(run, smallest_non_inferior(run, run.max_drop)))
+    sentences += uniform_sentences(run)
     volume = run_hypervolume(run)
     if volume is not None:
-        said.append(
+        sentences.append(
             "Hypervolume on the search split (average bits x log10 loss, against the largest and the smallest uniform "
             f"allocation): {volume:.3f}."
         )
     if confirmed is not None and len(confirmed):
         front = confirmed[confirmed.scheme == ""]
         dominated = front[front.dominated_by_bytes.notna()]
-        said.append(
+        sentences.append(
             f"On the confirm split {len(dominated)} of {len(front)} points of the front are dominated in loss by a point that "
             f"costs at most as much; for {int(dominated.significantly_dominated.sum())} of them that point's "
             f"{run.quality_name} is significantly better, too."
         )
-    return [f"- {sentence}" for sentence in said]
+    return [f"- {sentence}" for sentence in sentences]
 
 
 def non_inferior_sentence(run: Run, answer: NonInferior) -> str:
@@ -80,7 +80,7 @@ def non_inferior_sentence(run: Run, answer: NonInferior) -> str:
 
 def uniform_sentences(run: Run) -> list[str]:
     """Of each uniform allocation that the front dominates: by how much, on the confirm split, or else on the search split."""
-    said, quality = [], run.quality
+    sentences, quality = [], run.quality
     split = "confirm" if any(e.allocation in run.on("confirm") for _, e in run.uniform) else "search"
     measured = run.on(split)
     front = [measured[e.allocation] for e in run.front if e.allocation in measured]
@@ -88,12 +88,12 @@ def uniform_sentences(run: Run) -> list[str]:
         better = [x for x in front if x.costs_at_most(e, run.objectives) and x.loss < e.loss]
         if better:
             best = min(better, key=lambda x: x.loss)
-            said.append(
+            sentences.append(
                 f"On the {split} split uniform {scheme} is dominated: at no more {_unit(run)} a point of the front has a loss of "
                 f"{best.loss:.3g} instead of {e.loss:.3g}, and {quality.name} {_score(quality, best)} instead of "
                 f"{_score(quality, e)}."
             )
-    return said
+    return sentences
 
 
 def run_hypervolume(run: Run) -> float | None:
@@ -117,10 +117,12 @@ def times_sentence(run: Run) -> str:
     if not places:
         return ""
     difference, spread = _times(run)
-    said = f" on {' and '.join(places)}; the quartiles of repeated passes are {spread:.2g} ms apart (median over the points)."
+    place = f" on {' and '.join(places)}; the quartiles of repeated passes are {spread:.2g} ms apart (median over the points)."
     if difference > spread:
-        return f" Times are medians of forward passes{said}"
-    return f" Times are left out, for the points' quartiles are only {difference:.2g} ms apart: medians of forward passes{said}"
+        return f" Times are medians of forward passes{place}"
+    return (
+        f" Times are left out, for the points' quartiles are only {difference:.2g} ms apart: medians of forward passes{place}"
+    )
 
 
 def _times(run: Run) -> tuple[float, float]:

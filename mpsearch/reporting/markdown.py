@@ -124,37 +124,37 @@ def _sizes(e: Evaluation) -> tuple[str, str, str]:
 
 def _measurements(run: Run) -> str:
     """What the intervals are, whether a point ran simulated or packed, which layers no kernel runs, and the times."""
-    said = _intervals(run)
-    said += (
+    text = _intervals(run)
+    text += (
         " On the search split scores are simulated: dequantized weights, float32 arithmetic, inputs rounded as the scheme says."
     )
     confirmed = run.on("confirm").values()
     if any(e.packed for e in confirmed):
-        said += " On the confirm split the models ran on packed weights."
+        text += " On the confirm split the models ran on packed weights."
         if wrong := [e for e in confirmed if not e.verified]:
             sizes = ", ".join(f"{e.size_bytes:,}" for e in wrong)
-            said += f" **Unverified: the points of {sizes} bytes.** Their packed outputs differ from the simulated ones."
+            text += f" **Unverified: the points of {sizes} bytes.** Their packed outputs differ from the simulated ones."
         used = {(layer, e.allocation[g.name]) for e in confirmed for g in run.space.groups for layer in g.layers}
         without = {(la.kind, name) for la, name in used if kernel_for(la.kind, la.shape, run.space.schemes[name]) is None}
         if without:
             pairs = ", ".join(f"{kind} in `{name}`" for kind, name in sorted(without))
-            said += f" No kernel runs {pairs}: such layers are dequantized at every call, which is slow."
-    return said + times_sentence(run)
+            text += f" No kernel runs {pairs}: such layers are dequantized at every call, which is slow."
+    return text + times_sentence(run)
 
 
 def _intervals(run: Run) -> str:
     """What the intervals are, and what the samples of the confirm split can show at all."""
-    said = "Intervals are 95 % intervals of the difference from the float model on the same samples."
+    text = "Intervals are 95 % intervals of the difference from the float model on the same samples."
     baseline = run.baseline("confirm")
     if baseline is None:
-        return said
+        return text
     n = baseline.n_samples
     if run.quality.kind == "share":
         least = proportion_interval(0, 0, n)[1]
-        said += f" {n:,} samples cannot show a drop below {100 * least:.2g} points, even where no prediction changes."
+        text += f" {n:,} samples cannot show a drop below {100 * least:.2g} points, even where no prediction changes."
     if is_approximate(n):
-        said += f" They are approximate: the confirm split has {n} independent samples, and coverage needs at least {FEWEST}."
-    return said
+        text += f" They are approximate: the confirm split has {n} independent samples, and coverage needs at least {FEWEST}."
+    return text
 
 
 def _equalizer(identity: Mapping[str, Any]) -> str:

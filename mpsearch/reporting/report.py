@@ -20,7 +20,7 @@ from mpsearch.runs.run import Run
 def write_report(run: Run, folder: Path, picked: Evaluation, confirmed: Sequence[Confirmed] | None = None) -> Path:
     """Write `front.csv`, `uniform.csv`, `confirm.csv`, the figures and `report.md`; returns the page's path.
 
-    `confirmed` is what `confirm` measured; with `None` the `confirm.csv` that is there is read.
+    `confirmed` is what `confirm` measured; with `None` it is read from `confirm.csv`, if that exists.
     """
     tables = {"front": front_table(run), "uniform": uniform_table(run).drop(columns="scheme")}
     for name, table in tables.items():

@@ -1,4 +1,4 @@
-"""The tables of a run as tidy data frames: one row a measurement, one column a variable."""
+"""The tables of a run as tidy data frames: one row per measurement, one column per variable."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from mpsearch.divergence import SoftmaxKL
 from mpsearch.errors import InputError, run_option
 from mpsearch.evaluation import FINETUNED, Evaluation, SensitivityTable
 from mpsearch.files import locked, read_regular, write_atomically
-from mpsearch.files.csv_rows import Row, append_row, mend, read_rows
+from mpsearch.files.csv_rows import Row, append_row, drop_incomplete_row, read_rows
 from mpsearch.optimize.pareto import non_dominated
 from mpsearch.quality import Quality
 from mpsearch.runs.evaluation_rows import SCORED, EvaluationReader, evaluation_columns, evaluation_row
@@ -79,9 +79,9 @@ class RunFolder:
         """Add one row to `<table>.csv`; it is on disk when this returns."""
         append_row(self.path / f"{table}.csv", row)
 
-    def mend(self, table: str) -> None:
+    def drop_incomplete_row(self, table: str) -> None:
         """Cut off a last row that was not written to its end."""
-        mend(self.path / f"{table}.csv")
+        drop_incomplete_row(self.path / f"{table}.csv")
 
     def read_sensitivity(self, space: SearchSpace, metric: str) -> dict[tuple[str, str], float]:
         """(group, scheme) -> value, as far as measured."""

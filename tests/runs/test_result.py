@@ -163,7 +163,7 @@ def test_a_torn_last_row_is_dropped(run, table):
     for cut in range(start, len(whole)):
         file.write_bytes(whole[:cut])
         assert len(read[table]()) == len(lines) - 2, "a reader drops it, too"
-        run.mend(table)
+        run.drop_incomplete_row(table)
         assert file.read_bytes() == whole[:start]
         if table == "evaluations":
             run.append(table, evaluation_row(EVALUATIONS[-1], SPACE, "accuracy"))
@@ -173,7 +173,7 @@ def test_a_torn_last_row_is_dropped(run, table):
 def test_a_torn_header_is_written_again(run):
     file = run.path / "evaluations.csv"
     file.write_bytes(b"trial,orig")
-    run.mend("evaluations")
+    run.drop_incomplete_row("evaluations")
     assert file.read_bytes() == b""
     assert run.read_evaluations(SPACE, Quality()) == []
     run.append("evaluations", evaluation_row(EVALUATIONS[0], SPACE, "accuracy"))
@@ -186,14 +186,14 @@ def test_a_tail_of_zeros_or_noise_is_a_torn_row(run):
     whole = file.read_bytes()
     for tail in (bytes(100), b"3,sampler,\xff\xfe\x00"):
         file.write_bytes(whole + tail)
-        run.mend("evaluations")
+        run.drop_incomplete_row("evaluations")
         assert file.read_bytes() == whole
 
 
 def test_what_is_whole_is_not_touched(run):
     before = {path.name: path.read_bytes() for path in run.path.iterdir()}
     for table in ("evaluations", "sensitivity", "absent"):
-        run.mend(table)
+        run.drop_incomplete_row(table)
     assert {path.name: path.read_bytes() for path in run.path.iterdir()} == before
 
 
