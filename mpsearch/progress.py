@@ -46,7 +46,7 @@ def phase(what: str, total: int, done: int = 0) -> Iterator[Callable[[str], None
     else:
         log = _Log(what, total, done)
         yield log.advance
-        log.write(log.note)
+        log.write()
 
 
 @contextmanager
@@ -81,13 +81,11 @@ class _Log:
         """Count a step."""
         self.n, self.note = self.n + 1, note
         if time.monotonic() - self.last >= LOG_EVERY_SECONDS and self.n < self.total:
-            self.write(note)
+            per_step = (time.monotonic() - self.start) / (self.n - self.done)
+            self.write(f", {per_step * (self.total - self.n):.0f} s left")
 
-    def write(self, note: str) -> None:
-        """Write a line."""
+    def write(self, left: str = "") -> None:
+        """Write a line, with the time left while the phase runs."""
         self.last = time.monotonic()
-        seconds, steps = self.last - self.start, self.n - self.done
-        left = f", {seconds / steps * (self.total - self.n):.0f} s left" if steps and self.n < self.total else ""
-        console.print(
-            f"{self.what}: {self.n}/{self.total} in {seconds:.1f} s{left} {note}".rstrip(), highlight=False, soft_wrap=True
-        )
+        line = f"{self.what}: {self.n}/{self.total} in {self.last - self.start:.1f} s{left} {self.note}"
+        console.print(line.rstrip(), highlight=False, soft_wrap=True)

@@ -120,9 +120,7 @@ def times_sentence(run: Run) -> str:
     place = f" on {' and '.join(places)}; the quartiles of repeated passes are {spread:.2g} ms apart (median over the points)."
     if difference > spread:
         return f" Times are medians of forward passes{place}"
-    return (
-        f" Times are left out, for the points' quartiles are only {difference:.2g} ms apart: medians of forward passes{place}"
-    )
+    return f" Times are left out, for the points' quartiles are only {difference:.2g} ms apart: medians of forward passes{place}"
 
 
 def _times(run: Run) -> tuple[float, float]:
