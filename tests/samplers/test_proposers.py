@@ -166,6 +166,7 @@ def volume(evaluations):
     return hypervolume(points[:, 0], points[:, 1], 8.5, 2.0)
 
 
+@pytest.mark.slow
 def test_ours_finds_more_than_the_additive_optimum_and_than_evolution(problem):
     ours = np.median([volume(run(problem, "front", 60, seed=seed)) for seed in range(2)])
     for name in ("ilp", "greedy_gain", "greedy_accuracy", "evopress", "nsga2"):
@@ -187,7 +188,7 @@ def test_broken_networks_are_no_obstacle(problem):
     assert sum(np.isfinite(e.loss) for e in asked) >= 30
 
 
-@pytest.mark.parametrize(("n_groups", "seconds"), [(200, 2), (10_000, 20)])
+@pytest.mark.parametrize(("n_groups", "seconds"), [(200, 2), pytest.param(10_000, 20, marks=pytest.mark.slow)])
 def test_a_proposal_stays_cheap(n_groups, seconds):
     """Processor time, the mean over the most expensive proposals. Machines differ: 200 groups take 0.05 to 0.6 s."""
     _, table = made_up(n_groups, bits=range(1, 9))
