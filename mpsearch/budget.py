@@ -10,7 +10,7 @@ import numpy as np
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.costs.base import Cost, CostTable
-from mpsearch.errors import InputError, did_you_mean
+from mpsearch.errors import InfeasibleBudget, InputError, did_you_mean
 
 # Costs are sums of floats; an allocation that meets its limit exactly must not fail by their last bit.
 ROUNDING = 1e-12
@@ -51,7 +51,7 @@ def read_budgets(limits: Mapping[str, Any], costs: Mapping[str, Cost], space: Se
         if not budget.allows(smallest):
             wanted = "scheme of narrower inputs" if budget.table.peak else "smaller scheme"
             least = budget.table.cost_of(smallest)
-            raise InputError(
+            raise InfeasibleBudget(
                 f"The budget {budget} is below the least there is, {least:,.10g}: {_mix(space, smallest)}. "
                 f"Raise the budget, add a {wanted}, or loosen a pin."
             )

@@ -15,6 +15,10 @@ class InputError(ValueError):
     """A value, file or model that the user gave is wrong; the message says what it got, what it expected, and what to do."""
 
 
+class InfeasibleBudget(InputError):  # noqa: N818 (it is caught, and reads so)
+    """No allocation is within the budgets."""
+
+
 # The messages of PyTorch's allocators, on a CPU and on a GPU, in a RuntimeError.
 _NO_MEMORY = re.compile(r"not enough memory|(can't|cannot|failed to) allocate|out of memory", re.IGNORECASE)
 
@@ -62,9 +66,10 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
 
 
 def check_integer(name: str, value: object, low: int = 1, high: int | None = None, hint: str = "") -> None:
-    """Raise `InputError`, which ends with `hint`, where the argument `name` is not an integer from `low` to `high`."""
+    """Raise `InputError`, which ends with `hint`, where `name` is not an integer from `low` to `high` (`None`: no limit)."""
     if type(value) is not int or value < low or (high is not None and value > high):
-        raise InputError(f"{name} must be an integer from {low}{'' if high is None else f' to {high}'}; got {value!r}.{hint}")
+        expected = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise InputError(f"{name} must be an integer {expected}; got {value!r}.{hint}")
 
 
 def check_flag(name: str, value: object) -> None:

@@ -1,14 +1,15 @@
-"""What was measured: the score of an allocation, the evaluation that records it with its costs, and each layer alone."""
+"""What was measured: the score of an allocation, the evaluation that records it with its costs, and the sensitivities."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import numpy as np
 
 from mpsearch.allocation import Allocation, SearchSpace
+from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.quality import Quality
 
 
@@ -16,12 +17,25 @@ from mpsearch.quality import Quality
 class Score:
     """What a task reports of a model on one split.
 
-    `loss` is the mean divergence from the float model's outputs (`mpsearch.divergence`), `cross_entropy` the mean task loss,
-    `quality` the task's own measure (`Quality.score` of the samples' mean). `quality_low` and `quality_high` bound its 95 %
-    interval *relative to the float model*: that of the paired differences (`mpsearch.intervals`) added to the float model's mean.
-    `noise` is the power of the logits' change over the power of the float logits. `n_samples` counts independent samples (texts,
-    not tokens), `qualities` are their own, float32 `[n_samples]`, on the confirm split; elsewhere they are not kept.
-    `seconds` is what it took. `verified`: see `Evaluation`.
+    Attributes
+    ----------
+    loss
+        Mean divergence from the float model's outputs (`mpsearch.divergence`).
+    cross_entropy
+        Mean task loss.
+    quality, quality_low, quality_high
+        The task's own measure (`Quality.score` of the samples' mean) and its 95 % interval *relative to the float model*: that of
+        the paired differences (`mpsearch.intervals`) added to the float model's mean.
+    noise
+        Power of the change of the logits over the power of the float logits.
+    n_samples
+        Independent samples (texts, not tokens).
+    qualities
+        The quality of each of them, float32 `[n_samples]`, on the confirm split; empty elsewhere.
+    seconds
+        Duration of the evaluation.
+    verified
+        See `Evaluation`.
     """
 
     loss: float
@@ -53,12 +67,23 @@ class Timing(NamedTuple):
 class Evaluation:
     """An allocation with its measured score and costs; a row of `evaluations.csv`.
 
-    `origin` says who proposed it: float (the baseline: an empty allocation), uniform, knapsack or sampler, or finetuned: trained
-    after the search, `seconds` those of the training on the search split. `packed` says that it
-    ran on packed weights, and not on dequantized ones; `measured_ms` is the median time of a forward pass, where one was timed,
-    `measured_ms_low` and `measured_ms_high` the quartiles of repeated ones, `measured_on` machine, threads and batch size.
-    `verified` is false where its packed outputs were compared with the simulated ones and differed (`mpsearch.packed.agreement`).
-    `costs` are those beside the size, by their column, as their tables predict them.
+    Attributes
+    ----------
+    trial
+        Number of the study's trial; `None` outside of the study.
+    origin
+        Who proposed it: float (the baseline: an empty allocation), uniform, knapsack, sampler, or finetuned: trained after the
+        search, with `seconds` of the training on the search split.
+    split
+        "search" or "confirm".
+    packed
+        Whether it ran on packed weights instead of dequantized ones.
+    measured_ms, measured_ms_low, measured_ms_high, measured_on
+        Median and quartiles of the time of a forward pass, where one was timed; machine, threads and batch size.
+    verified
+        False where its packed outputs were compared with the simulated ones and differed (`mpsearch.packed.agreement`).
+    costs
+        By column: the costs other than the size, as their tables predict them.
     """
 
     trial: int | None
@@ -97,6 +122,10 @@ class Evaluation:
         """Whether it costs at most what the other does, by each of these columns."""
         return all(self.cost(column) <= other.cost(column) for column in columns)
 
+    def objectives(self, columns: Sequence[str]) -> tuple[float, ...]:
+        """What a study minimizes: log10 of the loss (on a linear axis a front is a wall), then the costs of `columns`."""
+        return float(np.log10(max(self.loss, LOSS_FLOOR))), *(self.cost(column) for column in columns)
+
     def drop_from(self, baseline: Evaluation, quality: Quality) -> tuple[float, float, float]:
         """(drop, its low, its high): how much worse than the baseline this one is, with the paired 95 % interval.
 
@@ -105,14 +134,81 @@ class Evaluation:
         return quality.drop(baseline.quality, self.quality, self.quality_low, self.quality_high)
 
 
+class EvaluationLog(Sequence[Evaluation]):
+    """The evaluations of a run in the order in which they were made; append-only.
+
+    Parameters
+    ----------
+    known
+        Those of an interrupted run.
+    record
+        Called with each new one before it is added: it writes it to disk.
+    """
+
+    def __init__(self, known: Iterable[Evaluation] = (), record: Callable[[Evaluation], None] = lambda evaluation: None) -> None:
+        self.record = record
+        self._evaluations: list[Evaluation] = []
+        self._first: dict[tuple[str, Allocation], Evaluation] = {}
+        self._trials: dict[int, Evaluation] = {}
+        for evaluation in known:
+            self._add(evaluation)
+
+    def append(self, evaluation: Evaluation) -> None:
+        """Record an evaluation and add it."""
+        self.record(evaluation)
+        self._add(evaluation)
+
+    def find(self, split: str, allocation: Allocation) -> Evaluation | None:
+        """The first evaluation of an allocation on a split, with the codes of the quantizer (not finetuned ones)."""
+        return self._first.get((split, allocation))
+
+    def trial(self, number: int) -> Evaluation | None:
+        """The evaluation of a trial of the study."""
+        return self._trials.get(number)
+
+    def trials(self) -> list[Evaluation]:
+        """The trials from number 0 on, up to the first that is missing."""
+        found: list[Evaluation] = []
+        while (evaluation := self._trials.get(len(found))) is not None:
+            found.append(evaluation)
+        return found
+
+    def on(self, split: str) -> list[Evaluation]:
+        """The evaluations on a split, without those of the float model and the finetuned ones."""
+        return [e for e in self._evaluations if e.split == split and e.origin not in ("float", FINETUNED)]
+
+    def _add(self, evaluation: Evaluation) -> None:
+        self._evaluations.append(evaluation)
+        if evaluation.origin != FINETUNED:
+            self._first.setdefault((evaluation.split, evaluation.allocation), evaluation)
+        if evaluation.trial is not None:
+            self._trials[evaluation.trial] = evaluation
+
+    def __len__(self) -> int:
+        return len(self._evaluations)
+
+    @overload
+    def __getitem__(self, index: int) -> Evaluation: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Evaluation]: ...
+    def __getitem__(self, index: int | slice) -> Evaluation | list[Evaluation]:
+        return self._evaluations[index]
+
+
 @dataclass(frozen=True)
 class Confirmed:
     """A point on the confirm split, compared with the float model and with the other points there.
 
-    `scheme` names a uniform allocation, `None` a point of the front. `drop` is how much worse than the float model it is
-    (`Quality.drop`), with its paired 95 % interval. `dominated_by` is the cheapest measured point that costs at most as much and
-    has a lower loss (`None`: not dominated); `significantly_dominated` says that its quality is better as well, by more than the
-    paired interval of their difference.
+    Attributes
+    ----------
+    scheme
+        The scheme of a uniform allocation; `None`: a point of the front.
+    drop, drop_low, drop_high
+        The loss of quality against the float model (`Quality.drop`), with its paired 95 % interval.
+    dominated_by
+        The cheapest measured point that costs at most as much and has a lower loss; `None`: it is not dominated.
+    significantly_dominated
+        Whether the quality of that point is better as well, by more than the paired interval of their difference.
     """
 
     evaluation: Evaluation
@@ -126,11 +222,17 @@ class Confirmed:
 
 @dataclass(frozen=True)
 class SensitivityTable:
-    """What one group alone in a scheme does to the score: `values` float64 `[n_groups, n_schemes]`, higher is worse.
+    """The increase of the loss when one group alone is quantized, for each scheme.
 
-    `exact` says that they are what a search measures of its trials: the loss. `effects`, float32
-    `[n, n_groups, n_schemes]`, are there where the metric knows what groups do together: their loss is half the squared sum of
-    their effects, and what is left of each one's own value.
+    Attributes
+    ----------
+    values
+        float64 `[n_groups, n_schemes]`; higher is worse.
+    exact
+        Whether the values are losses as a search measures them of its trials, and not another metric.
+    effects
+        float32 `[n, n_groups, n_schemes]`: Gauss-Newton features, where the metric computes them. The predicted loss of an
+        allocation is half the squared norm of the sum of its groups' features, plus the rest of each group's own value.
     """
 
     metric: str

@@ -37,10 +37,10 @@ from search_problems import (
 )
 from search_runs import ROOT, RUNS, enough, reference, run_one
 
-from mpsearch.costs.size import Bytes
 from mpsearch.evaluation import SensitivityTable
-from mpsearch.samplers.base import distributions
+from mpsearch.samplers.base import Problem as SamplerProblem
 from mpsearch.samplers.front import Front
+from mpsearch.samplers.optuna_sampler import distributions
 from mpsearch.samplers.proposer import History
 
 PROBLEMS: dict[str, Callable[[Path], Problem]] = {
@@ -61,14 +61,14 @@ def cost(n_groups: int) -> dict[str, float]:
     problem = Synthetic(n_groups, bits=(1, 2, 3, 4, 5, 6, 7, 8))
     space, rng = problem.space, np.random.default_rng(0)
     table = SensitivityTable("kl", "nats", np.square(problem.amplitudes), space, exact=True)
-    sampler = Front(space, table, [Bytes().table(space)], [], 0)
+    sampler = Front(SamplerProblem(table))
     choices = np.clip(rng.normal(rng.uniform(1, 7, (300, 1)), 1.0, (300, n_groups)).round(), 0, 7).astype(np.intp)
     log_losses = np.log([problem.score(space.allocation(choice)).loss for choice in choices])
     history = History(choices, log_losses, sampler.sizes(choices), np.zeros(300, dtype=bool))
     proposing, keeping = [], []
     for _ in range(6):
         start = time.process_time()
-        choice = sampler.propose(history, rng)
+        choice = sampler.choose(history, rng)
         proposing.append(1e3 * (time.process_time() - start))
         study = optuna.create_study(directions=["minimize"] * 2)
         study.enqueue_trial(dict(space.allocation(choice)))

@@ -18,19 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from pages import Row, machine, write
 from search_problems import Network, Synthetic, digits_problem
 
 from mpsearch.budget import read_budgets
-from mpsearch.costs.size import AverageBits, Bytes
-from mpsearch.evaluation import SensitivityTable
+from mpsearch.costs.size import AverageBits
+from mpsearch.evaluation import EvaluationLog, SensitivityTable
 from mpsearch.metrics.gauss_newton import GaussNewton
-from mpsearch.pipeline.search import Evaluator, search
+from mpsearch.pipeline.evaluators import SearchEvaluator
+from mpsearch.pipeline.search import search
 from mpsearch.pipeline.sensitivity import measure_sensitivity
 from mpsearch.pipeline.solve import best_within, prediction, solution
-from mpsearch.samplers.base import complete
+from mpsearch.samplers.base import Problem
+from mpsearch.samplers.front import Front
 
 ROOT = Path(__file__).parent.parent
 N_BUDGETS = 30
@@ -47,12 +47,10 @@ def known(cache: Path) -> tuple[Network, np.ndarray, np.ndarray]:
     return digits_problem(cache), choices, np.array([float(loss) for _, loss in rows])
 
 
-def run(problem: Network, table: SensitivityTable, n_trials: int, seed: int) -> Evaluator:
+def run(problem: Network, table: SensitivityTable, n_trials: int, seed: int) -> EvaluationLog:
     """A search without a budget."""
-    make = instantiate(OmegaConf.load(ROOT / "conf" / "sampler" / "front.yaml"))
-    evaluate = Evaluator(problem, ())  # type: ignore[arg-type]
-    search(evaluate, table, complete(make, table, [Bytes().table(problem.space)], (), seed), n_trials=n_trials)
-    return evaluate
+    evaluate = SearchEvaluator(problem)  # type: ignore[arg-type]
+    return search(evaluate, Front(Problem(table, seed=seed)), n_trials=n_trials)
 
 
 def compare(cache: Path, seed: int) -> list[dict[str, Any]]:
@@ -64,13 +62,13 @@ def compare(cache: Path, seed: int) -> list[dict[str, Any]]:
     whole = bits[np.arange(choices.shape[1]), choices].sum(1)
     rows = []
     for n_trials in TRIALS:
-        recorded = run(problem, table, n_trials, seed).evaluations
+        recorded = run(problem, table, n_trials, seed)
         for limit in np.linspace(bits.min(1).sum(), bits.max(1).sum(), N_BUDGETS + 1)[1:]:
             budgets = read_budgets({"bits": limit}, {"bits": AverageBits()}, space)
             true = losses[whole <= limit * (1 + 1e-12)].min()
             within = [e.loss for e in recorded if e.origin != "float" and budgets[0].allows(space.choice(e.allocation))]
             additive = problem.score(solution(space, table.losses(), budgets)).loss
-            evaluate = Evaluator(problem, (), known=recorded)  # type: ignore[arg-type]
+            evaluate = SearchEvaluator(problem, EvaluationLog(recorded))  # type: ignore[arg-type]
             solved = best_within(evaluate, table, budgets).loss
             found = {"additive": additive, "before": min([additive, *within]), "solve": solved}
             alone = problem.score(prediction(table, recorded[1:], budgets)).loss
@@ -85,7 +83,7 @@ def seconds() -> dict[str, float]:
         problem = Synthetic(n, bits=bits)
         space, rng = problem.space, np.random.default_rng(0)
         table = SensitivityTable("kl", "nats", np.square(problem.amplitudes), space, exact=True)
-        evaluate = Evaluator(problem, ())  # type: ignore[arg-type]
+        evaluate = SearchEvaluator(problem)  # type: ignore[arg-type]
         last = len(bits) - 1
         for choice in np.clip(rng.normal(rng.uniform(0, last, (200, 1)), 1.0, (200, n)).round(), 0, last).astype(np.intp):
             evaluate(space.allocation(choice), "sampler")
@@ -93,7 +91,7 @@ def seconds() -> dict[str, float]:
         for limit in (3.0, 3.5, 4.0):
             budgets = read_budgets({"bits": limit}, {"bits": AverageBits()}, space)
             start = time.process_time()
-            prediction(table, evaluate.evaluations, budgets)
+            prediction(table, evaluate.log, budgets)
             spent.append(time.process_time() - start)
         result[f"{n} groups x {len(bits)} schemes"] = float(np.median(spent))
     return result

@@ -12,20 +12,23 @@ import numpy as np
 import optuna
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from rivals import RIVALS
 from search_problems import Network, Problem, Synthetic
 
 from mpsearch.budget import read_budgets
-from mpsearch.costs.size import AverageBits, Bytes
-from mpsearch.evaluation import Evaluation, SensitivityTable
+from mpsearch.costs.size import AverageBits
+from mpsearch.evaluation import Evaluation, EvaluationLog, SensitivityTable
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.metrics.fisher import Fisher
 from mpsearch.metrics.gauss_newton import GaussNewton
 from mpsearch.metrics.hawq import HAWQ
 from mpsearch.metrics.kl import KL
 from mpsearch.metrics.weight_mse import WeightMSE
-from mpsearch.pipeline.search import Evaluator, search
+from mpsearch.pipeline.evaluators import SearchEvaluator
+from mpsearch.pipeline.search import search
 from mpsearch.pipeline.sensitivity import measure_sensitivity
-from mpsearch.samplers.base import complete
+from mpsearch.samplers.base import Problem as SamplerProblem
+from mpsearch.samplers.base import build_sampler
 
 ROOT = Path(__file__).parent.parent
 METRICS: dict[str, Callable[[], SensitivityMetric]] = {
@@ -121,14 +124,13 @@ def run_one(problem: Problem, name: str, seed: int, total: int, cache: Path) -> 
             now = seconds + own + problem.seconds - evaluated
             rows.append({"code": code, "bits": evaluation.average_bits, "loss": evaluation.loss, "seconds": now, "own": own})
 
-    if run.sampler == "gp":
-        make: Any = optuna.samplers.GPSampler
-    else:
+    make: Any = {"gp": optuna.samplers.GPSampler, **RIVALS}.get(run.sampler)
+    if make is None:
         make = instantiate(OmegaConf.load(ROOT / "conf" / "sampler" / f"{run.sampler}.yaml"))
     budgets = read_budgets({"bits": run.bits}, {"bits": AverageBits()}, problem.space)
-    sampler = complete(make, table, [Bytes().table(problem.space)], budgets, seed)
-    evaluate = Evaluator(problem, budgets, record)  # type: ignore[arg-type]
-    search(evaluate, table, sampler, n_trials=total - n_before, n_seeds=run.n_seeds)
+    sampler = build_sampler(make, SamplerProblem(table, budgets=budgets, seed=seed))
+    evaluate = SearchEvaluator(problem, EvaluationLog(record=record), budgets)  # type: ignore[arg-type]
+    search(evaluate, sampler, n_trials=total - n_before, n_seeds=run.n_seeds)
     row = {"problem": problem.name, "run": name, "seed": seed, "before": n_before, "before_seconds": seconds, "trials": rows}
     file.write_text(json.dumps(row))
     print(f"{problem.name}: {name}, seed {seed}: {len(rows)} trials", flush=True)

@@ -1,5 +1,6 @@
 """The laws that hold across modules: size has one definition, and what is searched is not what is reported."""
 
+import functools
 import json
 
 import numpy as np
@@ -14,11 +15,12 @@ from mpsearch.exporters.base import Picked
 from mpsearch.exporters.native import Native
 from mpsearch.metrics.kl import KL
 from mpsearch.pipeline.confirm import confirm
-from mpsearch.pipeline.search import Evaluator, search
+from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
+from mpsearch.pipeline.search import search
 from mpsearch.pipeline.sensitivity import measure_sensitivity
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.runs.run import Run
-from mpsearch.samplers.base import seeded
+from mpsearch.samplers.base import Problem, build_sampler
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import FORMATS, Float
 from mpsearch.schemes.integer import Integer
@@ -92,7 +94,7 @@ def test_size_has_one_definition(tiny, seed):
     others = sum(parameters.values()) - sum(weight.nbytes for weight in searched.values())
     assert len(space.groups) == 7, "tied weights are one layer"
     tables = [cost.table(space) for cost in (Bytes(), AverageBits(), Fraction())]
-    evaluate = Evaluator(engine, [])
+    evaluate = SearchEvaluator(engine)
     engine.score = lambda allocation, split: SCORE
     for _ in range(50):
         choice = rng.integers(0, len(space.schemes), len(space.groups))
@@ -122,7 +124,7 @@ class SCORE:  # what a stored size does not depend on
 def test_the_exported_file_weighs_what_was_counted(tiny, tmp_path, seed):
     """To the byte, but for corrected biases, which are those of the model and counted there."""
     rng, engine = random_engine(tiny, seed)
-    evaluate = Evaluator(engine, [])
+    evaluate = SearchEvaluator(engine)
     for _ in range(4):
         allocation = engine.space.allocation(rng.integers(0, len(engine.space.schemes), len(engine.space.groups)))
         e = evaluate(allocation, "sampler")
@@ -150,10 +152,10 @@ def test_what_is_searched_is_not_what_is_reported(tiny):
     batches, asked = task.batches, []
     task.batches = lambda split: asked.append(split) or batches(split)
     table = measure_sensitivity(engine, KL())
-    evaluate = Evaluator(engine, [])
-    sampler = seeded(lambda seed: optuna.samplers.NSGAIISampler(population_size=4, seed=seed), 0)
-    search(evaluate, table, sampler, n_trials=8, n_seeds=3)
+    evaluate = SearchEvaluator(engine)
+    make = functools.partial(optuna.samplers.NSGAIISampler, population_size=4)
+    search(evaluate, build_sampler(make, Problem(table)), n_trials=8, n_seeds=3)
     assert set(asked) == {"search"}
     asked.clear()
-    confirm(evaluate, Run(engine.space, "accuracy", evaluate.evaluations, table))
+    confirm(ConfirmEvaluator(engine, evaluate.log), Run(engine.space, "accuracy", evaluate.log, table))
     assert set(asked) == {"confirm"}

@@ -18,8 +18,8 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import SensitivityTable
 from mpsearch.metrics.kl import KL
 from mpsearch.pipeline.confirm import confirm
+from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
 from mpsearch.pipeline.pick import pick
-from mpsearch.pipeline.search import Evaluator
 from mpsearch.pipeline.sensitivity import measure_sensitivity
 from mpsearch.pipeline.solve import cheapest_within
 from mpsearch.quality import Quality
@@ -121,14 +121,14 @@ def test_a_broken_model_has_a_perplexity_too(language):
 @pytest.fixture(scope="module")
 def run(language):
     """(evaluator, result) of a few allocations, all of them confirmed."""
-    evaluate = Evaluator(language, [])
+    evaluate = SearchEvaluator(language)
     evaluate(Allocation(), "float")
     for i, name in enumerate(language.space.scheme_names):
         evaluate(language.space.uniform(name), "uniform", trial=i)
     table = measure_sensitivity(language, KL())
     identity = {"quality_name": "perplexity", "quality_kind": "perplexity"}
-    confirm(evaluate, Run(language.space, "perplexity", evaluate.evaluations, table, {}, identity))
-    return evaluate, Run(language.space, "perplexity", evaluate.evaluations, table, {}, identity)
+    confirm(ConfirmEvaluator(language, evaluate.log), Run(language.space, "perplexity", evaluate.log, table, {}, identity))
+    return evaluate, Run(language.space, "perplexity", evaluate.log, table, {}, identity)
 
 
 def test_lower_is_better_in_picks(run):
@@ -163,7 +163,7 @@ def test_the_cheapest_within_a_rise(run):
 
 def test_the_page_says_perplexity(run, tmp_path):
     evaluate, result = run
-    confirmed = confirm(evaluate, result)
+    confirmed = confirm(ConfirmEvaluator(evaluate.engine, evaluate.log), result)
     worse = next(c for c in confirmed if c.scheme == "w2")
     assert worse.drop > 0
     assert worse.drop_low > 0

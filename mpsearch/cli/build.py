@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from mpsearch.errors import InputError, did_you_mean
+from mpsearch.errors import InputError, check_integer, did_you_mean
 from mpsearch.registry import build, must_be_given
 
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ def plain_settings(config: DictConfig) -> dict[str, Any]:
 def check(settings: Mapping[str, Any]) -> None:
     """The plain values, before anything is loaded; objects check their own."""
     for name in COUNTS:
-        value = settings.get(name, 0)
-        if type(value) is not int or value < 0:
-            raise InputError(f"{name} must be an integer of at least 0; got '{value}'.")
+        check_integer(name, settings.get(name, 0), 0)
     for name in SWITCHES:
         if not isinstance(settings.get(name, True), bool):
             raise InputError(f"{name} must be true or false; got '{settings[name]}'.")

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from mpsearch.allocation import Allocation
-from mpsearch.errors import InputError
+from mpsearch.errors import check_integer
 from mpsearch.evaluation import Score
 from mpsearch.progress import quiet
 
@@ -42,7 +42,9 @@ class Executor(ABC):
     workers: int
 
     def __init__(self, threads: int | None = 1) -> None:
-        self.threads = at_least_one("executor.threads", threads) if threads is not None else None
+        if threads is not None:
+            check_integer("executor.threads", threads)
+        self.threads = threads
 
     @abstractmethod
     def start(self, engine: Scorer, make: Make) -> None:
@@ -74,10 +76,3 @@ def set_threads(threads: int | None) -> None:
     """PyTorch's threads in this process."""
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def at_least_one(name: str, value: Any) -> int:
-    """`value`, or an `InputError` where it is no whole number from 1."""
-    if type(value) is not int or value < 1:
-        raise InputError(f"{name} is a whole number from 1; '{value}' came.")
-    return value

@@ -11,9 +11,9 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import parent_process
 
 from mpsearch.allocation import Allocation
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, check_integer
 from mpsearch.evaluation import Score
-from mpsearch.executors.base import Executor, Make, Scorer, at_least_one, made_in_worker
+from mpsearch.executors.base import Executor, Make, Scorer, made_in_worker
 from mpsearch.progress import quiet
 
 MOST_DEATHS = 3  # in a row, with nothing done between them: then it is the work that kills
@@ -26,7 +26,8 @@ class Local(Executor):
 
     def __init__(self, workers: int = 2, threads: int | None = 1) -> None:
         super().__init__(threads)
-        self.workers = at_least_one("executor.workers", workers)
+        check_integer("executor.workers", workers)
+        self.workers = workers
         self._pool: ProcessPoolExecutor | None = None
 
     def start(self, engine: Scorer, make: Make) -> None:

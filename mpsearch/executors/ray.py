@@ -13,9 +13,9 @@ from concurrent.futures import Future
 from typing import Any
 
 from mpsearch.allocation import Allocation
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, check_integer
 from mpsearch.evaluation import Score
-from mpsearch.executors.base import Executor, Make, Scorer, at_least_one, made_in_worker
+from mpsearch.executors.base import Executor, Make, Scorer, made_in_worker
 from mpsearch.progress import quiet
 
 RETRIES = 3  # deaths of its actor that one evaluation may see
@@ -27,7 +27,8 @@ class Ray(Executor):
 
     def __init__(self, workers: int = 2, address: str | None = None, threads: int | None = 1) -> None:
         super().__init__(threads)
-        self.workers, self.address = at_least_one("executor.workers", workers), address
+        check_integer("executor.workers", workers)
+        self.workers, self.address = workers, address
         self._ray: Any = None
         self._lock = threading.Lock()
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from mpsearch.errors import InputError
+from mpsearch.errors import InfeasibleBudget, InputError
 
 Floats = NDArray[np.float64]
 Choice = NDArray[np.intp]
@@ -135,7 +135,7 @@ def _checked(loss: ArrayLike, cost: ArrayLike) -> tuple[Floats, NDArray]:
 
 def _feasible_or_raise(cheapest: float, limit: float) -> None:
     if not cheapest <= limit:
-        raise InputError(
+        raise InfeasibleBudget(
             f"The limit of {limit:,.12g} is below the cost of the cheapest allocation, {cheapest:,.12g}: "
             "raise the budget or add a cheaper scheme."
         )
@@ -309,7 +309,7 @@ def _beam(loss: Floats, costs: Floats, limits: Floats) -> Choice:
     for choice in picked[np.argsort(lost, kind="stable")]:
         if (_totals(costs, choice) <= limits).all():
             return choice
-    raise InputError(
+    raise InfeasibleBudget(
         "No allocation was found that meets all the budgets together ("
         + ", ".join(f"{limit:,.12g}" for limit in limits)
         + "), though each alone can be met: raise one of them or add a cheaper scheme."

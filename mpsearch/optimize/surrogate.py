@@ -30,9 +30,12 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 
+from mpsearch.optimize.pareto import nearest_front
+
 Floats = NDArray[np.float64]
 Choices = NDArray[np.intp]
 
+MAX_FITTED, MAX_EVIDENCE = 256, 128  # evaluations that it is fitted to, and that choose its variances: its cost is their cube
 LEVEL_WIDTH = 2.0  # nats of ln A over which l and rho change their course
 SHARED = 0.5  # the part of a group's coefficients that all its schemes have in common
 OFFSET = 10.0  # prior variance of b: a metric in another unit than the loss
@@ -92,8 +95,9 @@ class Surrogate:
         joint = own + 0.5 * np.square(_product(taken, self._effects.reshape(len(self._effects), -1).T)).sum(1)
         return np.maximum(joint, CANCELLED * np.square(self.amplitude[rows, choices]).sum(1))
 
-    def choose_variances(self, choices: Choices, log_losses: Floats) -> None:
-        """Set the variances by the evidence of these measurements (arguments as `fit`); a few hundred are plenty."""
+    def choose_variances(self, choices: Choices, log_losses: Floats, costs: Floats | None = None) -> None:
+        """Set the variances by the evidence of these measurements, `MAX_EVIDENCE` at most; arguments as `fit`."""
+        choices, log_losses = _nearest_front(choices, log_losses, costs, MAX_EVIDENCE)
         seen, residual = self._see(choices), log_losses - self._mean(choices, float(np.exp(log_losses.max())))
         free = self._free
         parts = self._parts(seen, seen)[free[1:] - 1]
@@ -114,8 +118,19 @@ class Surrogate:
         found = minimize(objective, START[free], jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 30})
         self.variances[free] = np.exp(found.x)
 
-    def fit(self, choices: Choices, log_losses: Floats) -> None:
-        """Condition on measurements: `choices` intp [n, n_groups], `log_losses` float64 [n], ln of the losses, finite."""
+    def fit(self, choices: Choices, log_losses: Floats, costs: Floats | None = None) -> None:
+        """Condition on measurements, of more than `MAX_FITTED` on those nearest to the front.
+
+        Parameters
+        ----------
+        choices
+            intp `[n, n_groups]`.
+        log_losses
+            float64 `[n]`: natural logarithms of the losses, finite.
+        costs
+            float64 `[n]`: the other axis of the front; `None`: all measurements are used.
+        """
+        choices, log_losses = _nearest_front(choices, log_losses, costs, MAX_FITTED)
         if not len(choices):
             self._forget()
             return
@@ -198,6 +213,13 @@ class Surrogate:
 
     def _kernel(self, a: _Seen, b: _Seen) -> Floats:
         return self._offset + np.tensordot(self.variances[1:], self._parts(a, b), 1)
+
+
+def _nearest_front(choices: Choices, log_losses: Floats, costs: Floats | None, n: int) -> tuple[Choices, Floats]:
+    if costs is None:
+        return choices, log_losses
+    nearest = nearest_front(costs, log_losses, n)
+    return choices[nearest], log_losses[nearest]
 
 
 def _product(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:

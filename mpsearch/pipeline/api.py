@@ -18,9 +18,8 @@ from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.budget import read_budgets
 from mpsearch.costs.latency import Latency, read_latency
 from mpsearch.costs.size import Bytes
-from mpsearch.errors import InputError, run_option
+from mpsearch.errors import InputError, check_integer, run_option
 from mpsearch.evaluation import SensitivityTable
-from mpsearch.executors.base import at_least_one
 from mpsearch.graph.channel_scaling import recorded
 from mpsearch.graph.unsearched import sentence
 from mpsearch.metrics.base import SensitivityMetric
@@ -149,7 +148,7 @@ def search(
         A model, task, option or folder that cannot be searched; the message says what to change.
     """
     options = EngineOptions(bias_correction, bank_max_bytes, prefix_max_bytes, device)
-    at_least_one("in_flight", in_flight)
+    check_integer("in_flight", in_flight)
     objectives = objective_names(objective)
     cost_objects = resolved_costs(costs, budget, objectives)
     kept, run = _opened(folder)
@@ -315,15 +314,15 @@ def solve(result: Result, *, budget: Mapping[str, Any] | None = None, max_drop: 
     workspace = result.workspace
     with reopened(workspace, run, costs) as evaluate:
         if max_drop is None:
-            picked = best_within(evaluate, run.sensitivity, budgets, run.objectives)
+            picked = best_within(evaluate.search, run.sensitivity, budgets, run.objectives)
         else:
             tables = (cost.table(run.space) for cost in costs.values() if cost.column in run.costs)
             objective = next((t for t in tables if t.column == run.objectives[0]), None) or Bytes().table(run.space)
-            picked = cheapest_within(evaluate, run.sensitivity, budgets, objective, max_drop)
-        run = replace(run, evaluations=tuple(evaluate.evaluations))
-        evaluate(picked.allocation, picked.origin, "confirm")  # also where a cost that is no objective was limited
-        confirmed = confirm_front(evaluate, run)
-        return Point(grown(result, evaluate.evaluations, workspace, confirmed), picked)
+            picked = cheapest_within(evaluate.search, run.sensitivity, budgets, objective, max_drop)
+        run = replace(run, evaluations=tuple(evaluate.log))
+        evaluate.confirm(picked.allocation, picked.origin)  # also where a cost that is no objective was limited
+        confirmed = confirm_front(evaluate.confirm, run)
+        return Point(grown(result, evaluate.log, workspace, confirmed), picked)
 
 
 def confirm(result: Result, allocations: Sequence[Mapping[str, str]]) -> pd.DataFrame:
@@ -349,7 +348,7 @@ def confirm(result: Result, allocations: Sequence[Mapping[str, str]]) -> pd.Data
                 f"got {dict(allocation)}."
             )
     with reopened(result.workspace, result.run, result.costs) as evaluate:
-        rows = [evaluate(Allocation(allocation), "user", "confirm") for allocation in allocations]
+        rows = [evaluate.confirm(Allocation(allocation), "user") for allocation in allocations]
     return evaluations_table(replace(result.run, evaluations=tuple(rows)))
 
 
@@ -389,9 +388,11 @@ def finetune(
     source, allocation = point.result, point.allocation
     workspace = source.workspace
     with reopened(workspace, source.run, source.costs) as evaluate:
-        trained, _, after = train_point(evaluate, allocation, training, source.folder)
-        new = grown(source, evaluate.evaluations, workspace, source.confirmed)
-        summary = summarized(trained, epochs, new.run.quality, evaluate.qualities(allocation), after.qualities(allocation))
+        trained, _, after = train_point(evaluate.confirm, allocation, training, source.folder)
+        new = grown(source, evaluate.log, workspace, source.confirmed)
+        summary = summarized(
+            trained, epochs, new.run.quality, evaluate.confirm.qualities(allocation), after.qualities(allocation)
+        )
     return Point(new, new.run.finetuned("search")[allocation], summary)
 
 
@@ -431,6 +432,6 @@ def _training(steps: int | None, prepared: Prepared, seed: int) -> Training | No
     """How the points of the front are trained before they are confirmed; `None`: not at all."""
     if steps is None:
         return None
-    at_least_one("finetune_steps", steps)
+    check_integer("finetune_steps", steps)
     check_trainable(prepared.task, prepared.space.schemes.values())
     return Training.from_steps(steps, seed)

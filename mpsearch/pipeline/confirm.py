@@ -1,7 +1,7 @@
-"""The front and the uniform allocations, scored again on data that the search never saw: packed, on the compiled kernels.
+"""The front and the uniform allocations, scored on data that the search did not use: packed, on the compiled kernels.
 
-Nothing is filtered here, for that would select points on the confirm split: a point that is dominated there is marked, together
-with whether the difference in quality is significant.
+Nothing is filtered, for that would select points on the confirm split: a point that is dominated there is marked, and whether the
+difference in quality is significant.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ from collections.abc import Sequence
 
 from mpsearch.engine.engine import FLOAT
 from mpsearch.evaluation import Confirmed, Evaluation
-from mpsearch.pipeline.search import Evaluator
+from mpsearch.pipeline.evaluators import ConfirmEvaluator
 from mpsearch.progress import phase
 from mpsearch.runs.run import Run
 
 
-def confirm(evaluate: Evaluator, result: Run) -> list[Confirmed]:
-    """Score the front's points and the uniform allocations on the confirm split; smallest first, front before uniform."""
-    named: list[tuple[Evaluation, str | None]] = [*((e, None) for e in result.front), *((e, s) for s, e in result.uniform)]
-    with phase("confirm", len(named) + 1) as advance:
-        baseline = evaluate(FLOAT, "float", "confirm")
+def confirm(evaluate: ConfirmEvaluator, result: Run) -> list[Confirmed]:
+    """Score the points of the front, then the uniform allocations, each from small to large, on the confirm split."""
+    points = [(e, None) for e in result.front] + [(e, scheme) for scheme, e in result.uniform]
+    with phase("confirm", len(points) + 1) as advance:
+        baseline = evaluate(FLOAT, "float")
         advance("float")
-        measured = []
-        for point, scheme in named:
-            measured.append((evaluate(point.allocation, point.origin, "confirm"), scheme))
+        confirmed = []
+        for point, _ in points:
+            confirmed.append(evaluate(point.allocation, point.origin))
             advance(f"{point.average_bits:.2f} bits")
-    points = [e for e, _ in measured]
-    return [_compare(evaluate, e, scheme, baseline, points, result) for e, scheme in measured]
+    schemes = (scheme for _, scheme in points)
+    return [_compared(evaluate, e, scheme, baseline, confirmed, result) for e, scheme in zip(confirmed, schemes, strict=True)]
 
 
-def _compare(
-    evaluate: Evaluator,
+def _compared(
+    evaluate: ConfirmEvaluator,
     point: Evaluation,
     scheme: str | None,
     baseline: Evaluation,
@@ -40,8 +40,7 @@ def _compare(
     quality = result.quality
     rivals = [e for e in points if e.costs_at_most(point, result.objectives) and e.loss < point.loss and e.feasible]
     rival = min(rivals, key=lambda e: e.cost(result.objectives[0]), default=None)
-    significant = False
-    if rival is not None:
-        ours, theirs = (evaluate.qualities(e.allocation) for e in (point, rival))
-        significant = quality.paired_drop(theirs, ours)[2] < 0
+    significant = rival is not None and (
+        quality.paired_drop(evaluate.qualities(rival.allocation), evaluate.qualities(point.allocation))[2] < 0
+    )
     return Confirmed(point, scheme, *point.drop_from(baseline, quality), rival, significant)

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from mpsearch.allocation import Allocation
-from mpsearch.evaluation import FINETUNED, Evaluation
-from mpsearch.pipeline.search import Evaluator
+from mpsearch.evaluation import FINETUNED, Evaluation, EvaluationLog
+from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
 from mpsearch.quality import Quality
-from mpsearch.runs.evaluation_rows import SCORED
 from mpsearch.training.finetune import Finetuned, Training
 from mpsearch.training.finetune import finetune as train
 
@@ -40,8 +39,8 @@ def summarized(trained: Finetuned, epochs: int, quality: Quality, before: np.nda
 
 
 def train_point(
-    evaluate: Evaluator, allocation: Allocation, training: Training, folder: Path
-) -> tuple[Finetuned, Evaluation, Evaluator]:
+    evaluate: ConfirmEvaluator, allocation: Allocation, training: Training, folder: Path
+) -> tuple[Finetuned, Evaluation, ConfirmEvaluator]:
     """Train an allocation, or resume from its checkpoint in the run's `folder`; record its evaluations on both splits.
 
     Evaluations of the same training that are recorded already are not repeated. Also returns the evaluation on the confirm split,
@@ -49,7 +48,7 @@ def train_point(
     """
     trained = train(evaluate.engine, allocation, training, folder / "finetuned")
     known: dict[str, Evaluation] = {}
-    for e in evaluate.evaluations:
+    for e in evaluate.log:
         if e.origin == FINETUNED and e.allocation == allocation:
             known = {e.split: e} if e.split == "search" else {**known, e.split: e}  # a new training begins on the search split
     if "search" in known and known["search"].loss != min(trained.losses):
@@ -59,11 +58,12 @@ def train_point(
         if evaluation.split == "search":
             evaluation = replace(evaluation, seconds=trained.seconds)
         known[evaluation.split] = evaluation
-        evaluate.record(evaluation)
-        evaluate.evaluations.append(evaluation)
+        evaluate.log.append(evaluation)
 
-    after = Evaluator(trained.engine, evaluate.budgets, record, (), evaluate.costs, evaluate.latency_batch_size)
-    for split in SCORED:
-        if split not in known:
-            after(allocation, FINETUNED, split)
+    parts = trained.engine, EvaluationLog(record=record), evaluate.budgets, evaluate.costs
+    after = ConfirmEvaluator(*parts, evaluate.latency_batch_size)
+    if "search" not in known:
+        SearchEvaluator(*parts)(allocation, FINETUNED)
+    if "confirm" not in known:
+        after(allocation, FINETUNED)
     return trained, known["confirm"], after

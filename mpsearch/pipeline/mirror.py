@@ -5,6 +5,7 @@ A database takes a write for each parameter of each trial, so that this is done 
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 import time
@@ -14,11 +15,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import optuna
+from optuna.trial import TrialState
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
-from mpsearch.samplers.base import distributions
+from mpsearch.samplers.optuna_sampler import distributions
 
 PATIENCE = 60.0  # seconds for a slow database to take what is left when the search is done
 
@@ -32,7 +34,7 @@ class Mirror:
     """
 
     def __init__(self, url: str, name: str, space: SearchSpace, columns: Sequence[str]) -> None:
-        self.url, self.name, self.space = url, name, space
+        self.url, self.name, self.space, self.columns = url, name, space, columns
         free = {group: choices for group, choices in zip(space.names, space.choices, strict=True) if len(choices) > 1}
         self._distributions = distributions(list(free), list(free.values()))
         try:
@@ -77,8 +79,8 @@ class Mirror:
                 stacklevel=2,
             )
 
-    def __call__(self, trial: optuna.trial.FrozenTrial, evaluation: Evaluation) -> None:
-        """Have it written; a storage that fails on the way is named once, and the search goes on."""
+    def __call__(self, evaluation: Evaluation) -> None:
+        """Have a trial written; a storage that fails is named once, and the search continues."""
         code = self.space.encode(evaluation.allocation)
         self._seen += 1
         if self._seen <= len(self._known):
@@ -95,10 +97,12 @@ class Mirror:
             "average_bits": evaluation.average_bits,
             "n_samples": evaluation.n_samples,
         }
+        values = evaluation.objectives(self.columns)
+        failed = math.isnan(values[0])
         self._queue.put(
             optuna.create_trial(
-                state=trial.state,
-                values=trial.values,
+                state=TrialState.FAIL if failed else TrialState.COMPLETE,
+                values=None if failed else values,
                 params={group: evaluation.allocation[group] for group in self._distributions},
                 distributions=self._distributions,
                 user_attrs=attributes,

@@ -8,26 +8,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Confirmed, SensitivityTable
+from mpsearch.evaluation import Confirmed, EvaluationLog, SensitivityTable
 from mpsearch.executors.base import Executor
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.pipeline.confirm import confirm
+from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
 from mpsearch.pipeline.finetune import train_point
 from mpsearch.pipeline.goal import Goal
 from mpsearch.pipeline.mirror import Mirror
 from mpsearch.pipeline.prepare import Model, Prepared, fields_of, planned_engine
 from mpsearch.pipeline.result import Result
 from mpsearch.pipeline.resume import check_resumed
-from mpsearch.pipeline.search import Evaluator, check_sampler, search
+from mpsearch.pipeline.search import search
 from mpsearch.pipeline.sensitivity import measured_sensitivity
 from mpsearch.pipeline.workspace import Workspace
 from mpsearch.progress import phase, quiet
 from mpsearch.quality import Quality
 from mpsearch.runs.run import Run, RunFolder
-from mpsearch.samplers.base import complete
+from mpsearch.samplers.base import Problem, build_sampler, check_sampler
 from mpsearch.training.finetune import Training
 
 
@@ -65,9 +64,7 @@ class SearchSession:
     def search(self, n_trials: int, n_seeds: int, max_seconds: float | None) -> Result:
         """Measure, search and confirm; or resume."""
         goal, prepared, space = self.goal, self.prepared, self.prepared.space
-        unit = self.metric.unit_for(prepared.divergence)
-        unmeasured = SensitivityTable(self.metric.name, unit, np.zeros(space.allowed.shape), space)
-        check_sampler(complete(self.sampler, unmeasured, goal.objectives, goal.budgets, self.seed), space, goal.budgets)
+        check_sampler(self.sampler, space, goal.objectives, goal.budgets, self.seed)
         with self.executor:
             engine = prepared.engine(self.run.path)
             parts = self.model, prepared.task, prepared.plan, prepared.options, prepared.not_searched, self.run.path.absolute()
@@ -77,22 +74,20 @@ class SearchSession:
             known_sensitivity, known = self._known(identity, quality)
             check_resumed(engine, self.run, known)
             sensitivity = measured_sensitivity(engine, self.metric, self.run, known_sensitivity, self.executor)
-            record = self.run.recorder(space, quality.name, identity["costs"])
-            evaluate = Evaluator(engine, goal.budgets, record, known, goal.other_costs, goal.batch_size, self.executor)
+            log = EvaluationLog(known, self.run.recorder(space, quality.name, identity["costs"]))
+            shared = engine, log, goal.budgets, goal.other_costs
             mirror = self._mirror(identity["objectives"])
             with mirror or contextlib.nullcontext():
                 search(
-                    evaluate,
-                    sensitivity,
-                    complete(self.sampler, sensitivity, goal.objectives, goal.budgets, self.seed),
+                    SearchEvaluator(*shared, self.executor),
+                    build_sampler(self.sampler, Problem(sensitivity, goal.objectives, goal.budgets, self.seed)),
                     n_trials=n_trials,
                     n_seeds=n_seeds,
                     max_seconds=max_seconds,
-                    objectives=goal.objectives,
                     in_flight=self.in_flight,
-                    finished=mirror or (lambda trial, evaluation: None),
+                    finished=mirror or (lambda evaluation: None),
                 )
-            run, confirmed = self._confirmed(evaluate, sensitivity, identity)
+            run, confirmed = self._confirmed(ConfirmEvaluator(*shared, goal.batch_size), sensitivity, identity)
         return Result(run, self.run.path, Workspace(prepared, engine, self.run.path), goal.costs, confirmed)
 
     def _known(self, identity: dict[str, Any], quality: Quality) -> tuple[Any, list[Any]]:
@@ -110,11 +105,11 @@ class SearchSession:
         return Mirror(self.mirror, name, self.prepared.space, objectives) if self.mirror else None
 
     def _confirmed(
-        self, evaluate: Evaluator, sensitivity: SensitivityTable, identity: dict[str, Any]
+        self, evaluate: ConfirmEvaluator, sensitivity: SensitivityTable, identity: dict[str, Any]
     ) -> tuple[Run, list[Confirmed]]:
         def record() -> Run:
             columns = identity["budgets"], identity, identity["objectives"], identity["costs"]
-            return Run(self.prepared.space, identity["quality_name"], tuple(evaluate.evaluations), sensitivity, *columns)
+            return Run(self.prepared.space, identity["quality_name"], tuple(evaluate.log), sensitivity, *columns)
 
         run = record()
         if not run.front:

@@ -15,15 +15,13 @@ from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.budget import Budget, feasible, restricted
 from mpsearch.costs.base import CostTable
 from mpsearch.divergence import LOSS_FLOOR
-from mpsearch.errors import InputError
-from mpsearch.evaluation import FINETUNED, Evaluation, SensitivityTable
+from mpsearch.errors import InfeasibleBudget, InputError
+from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.optimize import knapsack
-from mpsearch.optimize.pareto import nearest_front
 from mpsearch.optimize.surrogate import Surrogate
-from mpsearch.pipeline.search import Evaluator
+from mpsearch.pipeline.evaluators import SearchEvaluator
 
 FEWEST = 8  # evaluations that a surrogate is fitted to
-MAX_FITTED, MAX_EVIDENCE = 256, 128  # evaluations, those nearest to the front, and those of them that choose its variances
 N_STARTS = 5  # measured allocations that are solved from
 MOST_SOLVED, FEW_STATES = 6, 5_000  # knapsacks from each, and the states of their dynamic programme
 MOST_MOVES, MOST_PAIRED, MOST_PREDICTED = 20, 150, 500  # steps of the descent; moves that are paired, and pairs predicted
@@ -57,10 +55,8 @@ def prediction(sensitivity: SensitivityTable, measured: Sequence[Evaluation], bu
     sizes = space.storage_bits[np.arange(choices.shape[1]), choices].sum(1)
     # Whatever is known teaches, also what the budgets forbid: the table is that of the whole space.
     surrogate = Surrogate(sensitivity.losses(), sensitivity.exact, sensitivity.effects)
-    nearest = nearest_front(sizes, log_losses, MAX_EVIDENCE)
-    surrogate.choose_variances(choices[nearest], log_losses[nearest])
-    nearest = nearest_front(sizes, log_losses, MAX_FITTED)
-    surrogate.fit(choices[nearest], log_losses[nearest])
+    surrogate.choose_variances(choices, log_losses, sizes)
+    surrogate.fit(choices, log_losses, sizes)
 
     found = {row.tobytes(): row for row in (space.choice(additive), *_starts(choices, log_losses, budgets))}
     for choice in list(found.values()):
@@ -76,7 +72,10 @@ def prediction(sensitivity: SensitivityTable, measured: Sequence[Evaluation], bu
 
 
 def best_within(
-    evaluate: Evaluator, sensitivity: SensitivityTable, budgets: Sequence[Budget], objectives: Sequence[str] = ("size_bytes",)
+    evaluate: SearchEvaluator,
+    sensitivity: SensitivityTable,
+    budgets: Sequence[Budget],
+    objectives: Sequence[str] = ("size_bytes",),
 ) -> Evaluation:
     """Measure the additive solution for `budgets` and the predicted one; of all measured within them, that of lowest loss.
 
@@ -84,12 +83,12 @@ def best_within(
     """
     space = sensitivity.space
     evaluate(solution(space, sensitivity.losses(), budgets), "knapsack")
-    evaluate(prediction(sensitivity, _measured(evaluate), budgets), "knapsack")
+    evaluate(prediction(sensitivity, evaluate.log.on("search"), budgets), "knapsack")
     return min(_within(evaluate, space, budgets), key=lambda e: (e.loss, [e.cost(column) for column in objectives]))
 
 
 def cheapest_within(
-    evaluate: Evaluator, sensitivity: SensitivityTable, budgets: Sequence[Budget], objective: CostTable, max_drop: float
+    evaluate: SearchEvaluator, sensitivity: SensitivityTable, budgets: Sequence[Budget], objective: CostTable, max_drop: float
 ) -> Evaluation:
     """The cheapest point within `budgets` that keeps to `max_drop`, of all that were measured and are not dominated there.
 
@@ -100,7 +99,7 @@ def cheapest_within(
     Raises `InputError` where no allocation that was measured keeps to it.
     """
     space, quality = sensitivity.space, evaluate.engine.quality
-    baseline = next(e for e in evaluate.evaluations if e.origin == "float" and e.split == "search")
+    baseline = next(e for e in evaluate.log if e.origin == "float" and e.split == "search")
 
     def cost(e: Evaluation) -> float:
         return objective.cost_of(space.choice(e.allocation))
@@ -135,7 +134,7 @@ def cheapest_within(
         limit = Budget(objective, (low + cost(best)) / 2)
         try:
             best_within(evaluate, sensitivity, [*budgets, limit])
-        except InputError:  # no allocation is within this limit and the budgets
+        except InfeasibleBudget:
             low = limit.limit
             continue
         best = cheapest() or best
@@ -195,9 +194,5 @@ def _descended(choice: np.ndarray, surrogate: Surrogate, space: SearchSpace, bud
     return choice
 
 
-def _measured(evaluate: Evaluator) -> list[Evaluation]:
-    return [e for e in evaluate.evaluations if e.split == "search" and e.origin not in ("float", FINETUNED)]
-
-
-def _within(evaluate: Evaluator, space: SearchSpace, budgets: Sequence[Budget]) -> list[Evaluation]:
-    return [e for e in _measured(evaluate) if feasible(budgets, space.choice(e.allocation))]
+def _within(evaluate: SearchEvaluator, space: SearchSpace, budgets: Sequence[Budget]) -> list[Evaluation]:
+    return [e for e in evaluate.log.on("search") if feasible(budgets, space.choice(e.allocation))]

@@ -14,10 +14,11 @@ from mpsearch.costs.base import Cost
 from mpsearch.costs.latency import LatencyMs
 from mpsearch.engine.engine import QuantEngine
 from mpsearch.errors import InputError
+from mpsearch.evaluation import EvaluationLog
 from mpsearch.graph.channel_scaling import FILE, recorded
+from mpsearch.pipeline.evaluators import ConfirmEvaluator, Evaluators, SearchEvaluator
 from mpsearch.pipeline.prepare import EngineOptions, Model, Plan, Prepared, prepare_planned
 from mpsearch.pipeline.resume import check_resumed
-from mpsearch.pipeline.search import Evaluator
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.registry import recorded as recorded_choice
 from mpsearch.runs.run import Run, RunFolder
@@ -84,15 +85,16 @@ def recorded_costs(run: Run, folder: Path, costs: Mapping[str, Cost] | None = No
 
 
 @contextmanager
-def reopened(workspace: Workspace, run: Run, costs: Mapping[str, Cost]) -> Iterator[Evaluator]:
+def reopened(workspace: Workspace, run: Run, costs: Mapping[str, Cost]) -> Iterator[Evaluators]:
     """What measures more of a finished run, while its folder is locked; new evaluations are recorded there."""
     folder = RunFolder(workspace.folder)
     with folder.locked():
         folder.drop_incomplete_row("evaluations")
         check_resumed(workspace.engine, folder, run.evaluations)
-        record = folder.recorder(run.space, run.quality_name, run.costs)
+        log = EvaluationLog(run.evaluations, folder.recorder(run.space, run.quality_name, run.costs))
         latency = costs.get(LatencyMs.name)
         batch_size = latency.batch_size if isinstance(latency, LatencyMs) else 1
         tables = [cost.table(run.space) for cost in costs.values() if cost.column in run.costs]
         budgets = read_budgets(run.budgets, costs, run.space)
-        yield Evaluator(workspace.engine, budgets, record, run.evaluations, tables, batch_size)
+        parts = workspace.engine, log, budgets, tables
+        yield Evaluators(SearchEvaluator(*parts), ConfirmEvaluator(*parts, batch_size))

@@ -1,35 +1,36 @@
-"""Our own sampler: searches round the measured front with a model that learns the interactions of the groups.
+"""Our own sampler: Bayesian optimization of the front, with a surrogate that learns the interactions of the groups.
 
-It begins with the knapsack's front (the search enqueues it), fits `surrogate.py` to what was measured, and proposes the
-allocation whose expected gain of hypervolume is largest (Emmerich, Giannakoglou and Naujoks 2006; the cost is known, so that
-the gain is a sum of expected improvements over the steps of the front), among
+The study begins with exact knapsack solutions (`pipeline/search.py`). Then the surrogate (`optimize/surrogate.py`) is fitted to
+the evaluations, and the proposal is the allocation of largest expected hypervolume improvement (Emmerich, Giannakoglou and
+Naujoks 2006; the cost is known, so it is a sum of expected improvements over the steps of the front) among
 
-- whole knapsack solutions of the surrogate's own additive table, taken near the front at random sizes, thin places first;
-- single-level moves round points of the front;
+- knapsack solutions of the surrogate's first-order table near points of the front, at random sizes, wide gaps first;
+- moves of single groups by a level, from points of the front;
 - exchanges, which raise one group and lower another;
-- mixtures of two neighbours on the front;
+- mixtures of two adjacent points of the front;
 
-and, in a second round, the moves round the best of these.
+and, in a second round, the moves from the best of these.
 
-Additive allocation is where others stop (HAWQ-V3, ModelOpt, AIMET); measuring what was proposed and looking again is what
-EvoPress (Sieberling et al. 2024, https://arxiv.org/abs/2410.14649) and AMQ do with ten thousand evaluations. Here the prior, the
-sensitivities and what groups do together, makes do with fifty.
+HAWQ-V3, ModelOpt and AIMET stop at the additive allocation. EvoPress (Sieberling et al. 2024,
+https://arxiv.org/abs/2410.14649) and AMQ evaluate proposals and iterate, with ten thousand evaluations; the prior of
+sensitivities and Gauss-Newton features needs about fifty.
 """
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.optimize import knapsack
-from mpsearch.optimize.pareto import nearest_front, non_dominated
-from mpsearch.optimize.surrogate import Surrogate
-from mpsearch.samplers.levels import Levels
-from mpsearch.samplers.proposer import Choice, Floats, History
+from mpsearch.optimize.pareto import non_dominated
+from mpsearch.optimize.surrogate import MAX_FITTED, Surrogate
+from mpsearch.samplers.base import Choice, Floats
+from mpsearch.samplers.proposer import History, Proposer
 
-MAX_FITTED = 256  # evaluations that the surrogate is fitted to, those nearest to the front; and so is what it costs
-MAX_EVIDENCE = 128  # evaluations that choose its variances
 GROWTH = 1.4  # the variances are chosen again when there are so many times the evaluations
 POOL = 2e9  # multiplications that may be spent on predicting a pool of candidates
 MIN_CANDIDATES, MAX_CANDIDATES = 96, 400
@@ -37,113 +38,103 @@ CENTERS = 6  # points of the front that moves start from
 TARGETS = 3  # sizes that the knapsack is solved for
 MAX_STATES = 5_000  # of its dynamic programme: a proposal need not be the exact optimum of a model
 
+Steps = tuple[Choice, Choice]
 
-class Front(Levels):
-    """See above. Pending trials (of other workers) count as measured, at what the surrogate expects of them."""
+
+class Front(Proposer):
+    """See above. Trials that are still running count as measured, at the surrogate's expectation."""
 
     many_costs = True
     _variances: tuple[int, Floats] | None = None
 
-    def propose(self, history: History, rng: np.random.Generator) -> Choice:
-        """The candidate of largest expected gain."""
+    def choose(self, history: History, rng: np.random.Generator) -> Choice:
+        """The candidate of largest expected hypervolume improvement."""
         surrogate = self._fitted(history)
         log_losses = history.log_losses.copy()
         if history.running.any():
             log_losses[history.running] = surrogate.predict(history.choices[history.running])[0]
-        usable = np.isfinite(log_losses) & self.within(history.choices)
+        usable = np.isfinite(log_losses) & self.feasible.contains(history.choices)
         front = _Staircase(history.choices[usable], history.sizes[usable], log_losses[usable], self._largest())
-        seen = {row.tobytes() for row in history.choices}
         n = int(np.clip(POOL / (self.losses.size * max(1, min(len(history.sizes), MAX_FITTED))), MIN_CANDIDATES, MAX_CANDIDATES))
-        pool = self._candidates(front, surrogate, n, rng)
-        best = self._best(pool, front, surrogate, seen, 4)
-        around = [best, *(self._moves(center, surrogate.table(center), n // (2 * len(best)), rng) for center in best)]
-        found = self._best(np.concatenate(around), front, surrogate, seen, 1)
-        return found[0] if len(found) else self.smallest
+        steps = neighbours(self.size, self.space.allowed)
+        best = self._best(self._candidates(front, surrogate, steps, n, rng), front, surrogate, 4)
+        moves = [self._moves(center, surrogate.table(center), steps, n // (2 * len(best)), rng) for center in best]
+        best = self._best(np.concatenate([best, *moves]), front, surrogate, 1)
+        return best[0] if len(best) else self.smallest()
 
     def _fitted(self, history: History) -> Surrogate:
-        """The surrogate, fitted to what was measured nearest to the front."""
-        surrogate = Surrogate(self.losses, self.exact, self.effects)
+        """The surrogate of the measured trials; its variances are chosen again at the numbers of trials of `_schedule`."""
+        sensitivity = self.problem.sensitivity
+        surrogate = Surrogate(self.losses, sensitivity.exact, sensitivity.effects)
         measured = np.flatnonzero(history.measured)
-        when = 0
-        for number in _schedule(len(measured)):
-            when = number
-        if when:
-            if self._variances is None or self._variances[0] != when:
-                first = measured[:when]
-                even = self.even[np.arange(len(self.even)), history.choices[first]].sum(1)  # whichever mixture this one weighs
-                first = first[nearest_front(even, history.log_losses[first], MAX_EVIDENCE)]
-                surrogate.choose_variances(history.choices[first], history.log_losses[first])
-                self._variances = when, surrogate.variances
+        if n := max(_schedule(len(measured)), default=0):
+            if self._variances is None or self._variances[0] != n:
+                first = measured[:n]
+                even = self.even[np.arange(len(self.even)), history.choices[first]].sum(1)  # whichever mixture is weighed now
+                surrogate.choose_variances(history.choices[first], history.log_losses[first], even)
+                self._variances = n, surrogate.variances
             surrogate.variances = self._variances[1]
-        nearest = measured[nearest_front(history.sizes[measured], history.log_losses[measured], MAX_FITTED)]
-        surrogate.fit(history.choices[nearest], history.log_losses[nearest])
+        surrogate.fit(history.choices[measured], history.log_losses[measured], history.sizes[measured])
         return surrogate
 
     def _largest(self) -> float:
-        """The size up to which a point's gain counts. Also under a budget: its best point serves whoever could afford more."""
+        """The size up to which an improvement counts; under a budget too, where the best point serves all larger sizes."""
         return float(np.where(self.space.allowed, self.size, -np.inf).max(1).sum())
 
-    def _best(self, pool: Choice, front: _Staircase, surrogate: Surrogate, seen: set[bytes], n: int) -> Choice:
-        """The `n` candidates of largest expected gain (first the largest) that are new and within the budgets."""
-        pool = pool[self.within(pool)]
-        pool = pool[[row.tobytes() not in seen for row in pool]]
+    def _best(self, pool: Choice, front: _Staircase, surrogate: Surrogate, n: int) -> Choice:
+        """The `n` candidates of largest expected improvement, in descending order, that are new and within the budgets."""
+        pool = pool[self.feasible.contains(pool)]
+        pool = pool[[row.tobytes() not in self.asked for row in pool]]
         if not len(pool):
             return pool
         gain = front.expected_gain(self.sizes(pool), *surrogate.predict(pool))
-        order = np.argsort(-gain, kind="stable")[:n]
-        return pool[order]
+        return pool[np.argsort(-gain, kind="stable")[:n]]
 
-    def _candidates(self, front: _Staircase, surrogate: Surrogate, n: int, rng: np.random.Generator) -> Choice:
+    def _candidates(self, front: _Staircase, surrogate: Surrogate, steps: Steps, n: int, rng: np.random.Generator) -> Choice:
         if not len(front.choices):
-            return self.repair(self.losses.argmin(1))[None]
-        tables: dict[int, Floats] = {}
-
-        def table(i: int) -> Floats:
-            if i not in tables:
-                tables[i] = surrogate.table(front.choices[i])
-            return tables[i]
-
-        found = []
+            return self.feasible.repair(self.losses.argmin(1))[None]
+        table = functools.cache(lambda i: surrogate.table(front.choices[i]))
+        pool = []
         centers = rng.choice(len(front.choices), min(CENTERS, len(front.choices)), replace=False, p=front.weights)
         for i in centers:
-            found.append(self._moves(front.choices[i], table(i), n // (2 * CENTERS), rng))
+            pool.append(self._moves(front.choices[i], table(i), steps, n // (2 * CENTERS), rng))
             j = min(i + 1, len(front.choices) - 1)
             mask = rng.random((n // (4 * CENTERS), len(self.losses))) < rng.random((n // (4 * CENTERS), 1))
-            found.append(np.where(mask, front.choices[i], front.choices[j]))
+            pool.append(np.where(mask, front.choices[i], front.choices[j]))
         cheapest = float(np.where(self.space.allowed, self.size, np.inf).min(1).sum())
         for i in rng.choice(len(front.choices), TARGETS, p=front.weights):
             low, high = front.sizes[i], np.append(front.sizes, front.end)[i + 1]
             limit = max(cheapest, rng.uniform(low, max(high, low)))
-            choice = front.choices[i]
+            near = table(i)
             for _ in range(2):
-                here = table(i) if choice is front.choices[i] else surrogate.table(choice)
-                choice = knapsack.solve(np.where(self.space.allowed, here, np.inf), self.size, limit, MAX_STATES)
-                found.append(choice[None])
-            found.append(self._moves(choice, surrogate.table(choice), n // (4 * TARGETS), rng))
-        return np.unique(np.concatenate(found), axis=0)
+                choice = knapsack.solve(np.where(self.space.allowed, near, np.inf), self.size, limit, MAX_STATES)
+                near = surrogate.table(choice)
+                pool.append(choice[None])
+            pool.append(self._moves(choice, near, steps, n // (4 * TARGETS), rng))
+        return np.unique(np.concatenate(pool), axis=0)
 
-    def _moves(self, center: Choice, table: Floats, n: int, rng: np.random.Generator) -> Choice:
-        """`n` allocations near `center` [n_groups]: moves of a level and exchanges, those that `table` likes most often."""
-        found = np.repeat(center[None], n, axis=0)
+    def _moves(self, center: Choice, table: Floats, steps: Steps, n: int, rng: np.random.Generator) -> Choice:
+        """`n` allocations near `center` `[n_groups]`: moves of a level and exchanges, of low slope in `table` most often."""
+        moved = np.repeat(center[None], n, axis=0)
         kinds = rng.integers(0, 4, n)  # up, down, exchange, exchange of up to two for two
-        for step, without in zip(self.neighbours, (1, 0), strict=True):
+        for step, without in zip(steps, (1, 0), strict=True):
             to = step[np.arange(len(center)), center]
-            there = np.flatnonzero(to != center)
-            if not len(there):
+            movable = np.flatnonzero(to != center)
+            if not len(movable):
                 continue
-            to = to[there]
-            added = table[there, to] - table[there, center[there]]
-            grown = self.size[there, to] - self.size[there, center[there]]
+            to = to[movable]
+            added = table[movable, to] - table[movable, center[movable]]
+            grown = self.size[movable, to] - self.size[movable, center[movable]]
             order = np.argsort(added / np.maximum(np.abs(grown), 1e-300), kind="stable")
             ranks = np.minimum(rng.exponential(max(2.0, len(order) / 6), (2, n)).astype(np.intp), len(order) - 1)
             for rank, rows in zip(ranks, (kinds != without, (kinds == 3) & (rng.random(n) < 0.7)), strict=True):
                 at = order[rank[rows]]
-                found[np.flatnonzero(rows), there[at]] = to[at]
-        return found
+                moved[np.flatnonzero(rows), movable[at]] = to[at]
+        return moved
 
 
 class _Staircase:
-    """The front of measured points, and what a new one would add to it: axes size and ln loss (above the floor)."""
+    """The front of measured points, and the improvement by a new one; axes size and ln loss (above the floor)."""
 
     def __init__(self, choices: Choice, sizes: Floats, log_losses: Floats, end: float) -> None:
         log_losses = np.maximum(log_losses, np.log(LOSS_FLOOR))
@@ -159,7 +150,7 @@ class _Staircase:
         self.weights = weights / weights.sum() if len(keep) else weights
 
     def expected_gain(self, sizes: Floats, means: Floats, deviations: Floats) -> Floats:
-        """[n]: the hypervolume that points of known size and normally distributed ln loss are expected to add."""
+        """float64 `[n]`: the expected hypervolume improvement by points of known size and normally distributed ln loss."""
         starts = np.append(-np.inf, self.sizes)
         ends = np.append(self.sizes, self.end)
         levels = np.append(self.worst, self.levels)
@@ -172,6 +163,17 @@ class _Staircase:
 
         gain = improvement(levels[None]) - improvement(np.array([[floor]]))
         return (widths * np.maximum(gain, 0.0)).sum(1)
+
+
+def neighbours(size: Floats, allowed: NDArray[np.bool_]) -> Steps:
+    """intp `[n_groups, n_schemes]` twice: for each scheme of each group the next larger and the next smaller one, or itself."""
+    order = np.argsort(np.where(allowed, size, np.inf), axis=1, kind="stable")
+    up = np.tile(np.arange(size.shape[1]), (len(size), 1))
+    down = up.copy()
+    groups, levels = np.nonzero(np.arange(1, size.shape[1]) < allowed.sum(1)[:, None])
+    smaller, larger = order[groups, levels], order[groups, levels + 1]
+    up[groups, smaller], down[groups, larger] = larger, smaller
+    return up, down
 
 
 def _schedule(n: int) -> list[int]:

@@ -21,7 +21,7 @@ from mpsearch.exporters.native import Native
 from mpsearch.exporters.packed import Packed
 from mpsearch.layer import weights_sha256
 from mpsearch.packed.agreement import CODE_SHARE, LOGIT_DISTANCE, losses_agree
-from mpsearch.pipeline.search import Evaluator
+from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.runs.run import Run
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.digits import Digits
@@ -175,7 +175,7 @@ def test_the_tolerance_is_that_of_rounding(loss):
 def pair(tiny, tmp_path):
     """(how to export an allocation of a tiny network, the folder of an earlier export)."""
     engine = tiny.engine(tiny.net(), tiny.task(), {"w2": Integer(2), "w8": Integer(8)})
-    evaluate = Evaluator(engine, [])
+    evaluate = SearchEvaluator(engine)
 
     def picked(scheme):
         e = evaluate(engine.space.uniform(scheme), "uniform")

@@ -15,11 +15,12 @@ from mpsearch.budget import read_budgets, restricted
 from mpsearch.costs.activation_bytes import ActivationBytes
 from mpsearch.costs.size import Bytes
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Score, SensitivityTable
+from mpsearch.evaluation import EvaluationLog, Score, SensitivityTable
 from mpsearch.layer import Activations, LayerSpec
-from mpsearch.pipeline.search import Evaluator, check_sampler, search
+from mpsearch.pipeline.evaluators import SearchEvaluator
+from mpsearch.pipeline.search import search
 from mpsearch.pipeline.solve import best_within, solution
-from mpsearch.samplers.base import complete
+from mpsearch.samplers.base import Problem, build_sampler, check_sampler
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
 
@@ -91,12 +92,11 @@ def test_every_sampler_keeps_it(path, limits):
     engine, budgets = SimpleNamespace(space=SPACE, score=score), read_budgets(limits, COSTS, SPACE)
     tables = [ActivationBytes().table(SPACE)]
     make = instantiate(OmegaConf.load(path))
-    check_sampler(complete(make, TABLE, [Bytes().table(SPACE)], budgets, 0), SPACE, budgets)
+    check_sampler(make, SPACE, (), budgets)
 
     def run(n_trials, known=()):
-        evaluate = Evaluator(engine, budgets, known=known, costs=tables)
-        sampler = complete(make, TABLE, [Bytes().table(SPACE)], budgets, 0)
-        return search(evaluate, TABLE, sampler, n_trials=n_trials, n_seeds=6)
+        evaluate = SearchEvaluator(engine, EvaluationLog(known), budgets, tables)
+        return search(evaluate, build_sampler(make, Problem(TABLE, (), budgets)), n_trials=n_trials, n_seeds=6)
 
     found = run(25)
     asked = [e for e in found if e.trial is not None]
@@ -114,10 +114,9 @@ def test_two_budgets_that_no_allocation_meets_are_refused():
     budgets = read_budgets({"activation_bytes": 180, "bytes": 450}, COSTS, SPACE)
     ours, theirs = (instantiate(OmegaConf.load(SAMPLERS[0].parent / f"{name}.yaml")) for name in ("front", "nsga2"))
     with pytest.raises(InputError, match="limit of 450 is below the cost of the cheapest allocation, 474"):
-        complete(ours, TABLE, [Bytes().table(SPACE)], budgets, 0)
-    sampler = complete(theirs, TABLE, [Bytes().table(SPACE)], budgets, 0)
+        build_sampler(ours, Problem(TABLE, (), budgets))
     with pytest.raises(InputError, match="limit of 450 is below the cost of the cheapest allocation, 474"):
-        check_sampler(sampler, SPACE, budgets)
+        check_sampler(theirs, SPACE, (), budgets)
 
 
 @pytest.mark.parametrize("limits", BUDGETS, ids=str)
@@ -127,7 +126,7 @@ def test_solve_finds_the_best_within(limits):
     least = min(VALUES[np.arange(5), c].sum() for c in every)
     found = SPACE.choice(solution(SPACE, TABLE.losses(), budgets))
     assert VALUES[np.arange(5), found].sum() == pytest.approx(least)
-    evaluate = Evaluator(SimpleNamespace(space=SPACE, score=score), ())
+    evaluate = SearchEvaluator(SimpleNamespace(space=SPACE, score=score))
     for scheme in SPACE.scheme_names:
         evaluate(SPACE.uniform(scheme), "uniform")
     assert best_within(evaluate, TABLE, budgets).loss == pytest.approx(least**1.3)

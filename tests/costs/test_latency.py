@@ -96,7 +96,7 @@ def test_no_table(tmp_path):
         LatencyMs(1, str(tmp_path / "none.csv")).table(SPACE)
     with pytest.raises(InputError, match="has no table to read"):
         LatencyMs().table(SPACE)
-    with pytest.raises(InputError, match=r"batch_size must be an integer from 1; got 0"):
+    with pytest.raises(InputError, match=r"batch_size must be an integer of at least 1; got 0"):
         LatencyMs(0)
     (tmp_path / "front.csv").write_text("size_bytes,loss\n3,0.5\n")
     with pytest.raises(

@@ -54,5 +54,5 @@ def test_a_batch_shares_what_is_read_and_not_what_is_computed():
     assert eight.constant == pytest.approx(one.constant / 8)
     computed = 1e-9 * 7200 * 4.6
     assert eight.values[2, W4] - computed == pytest.approx((one.values[2, W4] - computed) / 8)
-    with pytest.raises(InputError, match="batch_size must be an integer from 1; got 0"):
+    with pytest.raises(InputError, match="batch_size must be an integer of at least 1; got 0"):
         Millijoules(0)

@@ -24,7 +24,7 @@ from mpsearch.graph.channel_scaling import ChannelClip, Equalization, load_equal
 from mpsearch.graph.links import find_links
 from mpsearch.layer import weight_rows, weights_sha256
 from mpsearch.packed.model import load, packed, save
-from mpsearch.pipeline.search import Evaluator
+from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
@@ -215,7 +215,7 @@ def test_what_is_exported_is_the_equalized_network(tiny, tmp_path):
     sha256, before = weights_sha256(model), outputs(model, task)
     done = SmoothQuant().equalize(model, task, task.batches("calibration"), SCHEMES)
     engine = tiny.engine(model, task, SCHEMES)
-    e = Evaluator(engine, [])(engine.space.uniform("w4a8"), "uniform")
+    e = SearchEvaluator(engine)(engine.space.uniform("w4a8"), "uniform")
     with engine.applied(e.allocation):
         scored = outputs(engine.model, task)
     assert (scored - before).abs().max() < 0.2 * before.abs().max()

@@ -16,14 +16,16 @@ import pytest
 
 from mpsearch.allocation import Allocation
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Score
+from mpsearch.evaluation import EvaluationLog, Score
 from mpsearch.executors.dask import Dask
 from mpsearch.executors.in_process import InProcess
 from mpsearch.executors.local import Local
 from mpsearch.executors.ray import Ray
 from mpsearch.metrics.kl import KL
-from mpsearch.pipeline.search import Evaluator, search
+from mpsearch.pipeline.evaluators import SearchEvaluator
+from mpsearch.pipeline.search import search
 from mpsearch.pipeline.sensitivity import measure_sensitivity
+from mpsearch.samplers.base import Problem
 from mpsearch.samplers.front import Front
 
 FOLDER = os.path.dirname(conftest.__file__)
@@ -112,17 +114,10 @@ def trials(engine, executor, known=(), n_trials=24, record=lambda e: None, in_fl
     with executor:
         executor.start(engine, tiny_engine)
         table = measure_sensitivity(engine, KL(), executor=executor)
-        evaluate = Evaluator(engine, [], record, known=known, executor=executor)
-        sampler = Front(engine.space, table, [bits(engine.space)], [], 7)
-        search(evaluate, table, sampler, n_trials=n_trials, n_seeds=4, in_flight=in_flight)
-    found = sorted((e for e in evaluate.evaluations if e.trial is not None), key=lambda e: e.trial)
+        evaluate = SearchEvaluator(engine, EvaluationLog(known, record), executor=executor)
+        search(evaluate, Front(Problem(table, seed=7)), n_trials=n_trials, n_seeds=4, in_flight=in_flight)
+    found = sorted((e for e in evaluate.log if e.trial is not None), key=lambda e: e.trial)
     return [(e.trial, e.origin, dict(e.allocation), e.loss, e.n_samples) for e in found]
-
-
-def bits(space):
-    from mpsearch.costs.size import Bytes
-
-    return Bytes().table(space)
 
 
 @pytest.fixture(scope="module")
@@ -233,9 +228,9 @@ class Refuser:
 
 def test_bad_settings_are_sentences():
     for wrong in (0, "two", 1.5, True):
-        with pytest.raises(InputError, match=r"executor\.workers is a whole number from 1"):
+        with pytest.raises(InputError, match=r"executor\.workers must be an integer of at least 1; got"):
             Local(wrong)
-    with pytest.raises(InputError, match=r"executor\.threads is a whole number from 1"):
+    with pytest.raises(InputError, match=r"executor\.threads must be an integer of at least 1; got 0"):
         InProcess(threads=0)
     with pytest.raises(InputError, match="No Dask cluster with a worker answers at 'nowhere'"), Dask("nowhere") as executor:
         executor.start(None, None)

@@ -12,7 +12,7 @@ from mpsearch.exporters.native import Native
 from mpsearch.graph.fold import fold_batch_norms
 from mpsearch.layer import weights_sha256
 from mpsearch.models.digits import digits
-from mpsearch.pipeline.search import Evaluator
+from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.digits import Digits
@@ -64,7 +64,7 @@ def test_the_exported_model_is_the_one_that_was_scored(tiny, tmp_path, name, bia
     folds = fold_batch_norms(model, task.forward, task.batches("calibration")[0][0])
     assert len(folds) == {"digits": 9, "mixed": 1}[name]
     engine = tiny.engine(model, task, SCHEMES, bias_correction=bias_correction)
-    evaluate = Evaluator(engine, [])
+    evaluate = SearchEvaluator(engine)
     rng = np.random.default_rng(3)
     for _ in range(3):
         e = evaluate(engine.space.allocation(rng.integers(0, len(SCHEMES), len(engine.space.groups))), "sampler")
@@ -81,7 +81,7 @@ def test_the_exported_model_is_the_one_that_was_scored(tiny, tmp_path, name, bia
 def test_tied_weights_stay_tied(tiny, tmp_path):
     model = mixed()
     engine = tiny.engine(model, tiny.task(shape=(9,)), SCHEMES)
-    e = Evaluator(engine, [])(engine.space.uniform("w2"), "uniform")
+    e = SearchEvaluator(engine)(engine.space.uniform("w2"), "uniform")
     path = Native().export(Picked(e, {}, {}, "accuracy", weights_sha256(model), ()), engine, tmp_path)
     deployed = mpsearch.load_allocation(path).apply(mixed())
     assert deployed.one.weight is deployed.other.weight

@@ -19,7 +19,7 @@ from mpsearch.exporters.base import Exporter, Picked
 from mpsearch.graph.channel_scaling import load_equalization
 from mpsearch.layer import weights_sha256
 from mpsearch.packed.model import load
-from mpsearch.pipeline.search import Evaluator
+from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
@@ -37,8 +37,8 @@ def exported(tiny, tmp_path, request):
     exporter = instantiate(OmegaConf.load(config))
     assert isinstance(exporter, Exporter)
     engine = tiny.engine(tiny.net(), tiny.task(), SCHEMES)
-    evaluate = Evaluator(engine, [])
-    e, confirmed = evaluate(ALLOCATION, "sampler", trial=0), evaluate(ALLOCATION, "sampler", "confirm")
+    evaluate = SearchEvaluator(engine)
+    e, confirmed = evaluate(ALLOCATION, "sampler", trial=0), ConfirmEvaluator(engine)(ALLOCATION, "sampler")
     picked = Picked(
         e,
         {"search": e, "confirm": confirmed},
@@ -93,7 +93,7 @@ def test_static_ranges_are_said_and_applied(tiny, tmp_path):
     schemes = {"w3a4": Integer(3, input={"bits": 4, **static}), "w8a8": Integer(8, input={"bits": 8, **static})}
     engine = tiny.engine(tiny.net(), tiny.task(), schemes)
     allocation = Allocation({"first": "w8a8", "second": "w3a4", "last": "w3a4"})
-    e = Evaluator(engine, [])(allocation, "sampler", trial=0)
+    e = SearchEvaluator(engine)(allocation, "sampler", trial=0)
     picked = Picked(e, {"search": e}, {}, "accuracy", weights_sha256(engine.model), ())
     path = instantiate(OmegaConf.load(ROOT / "conf" / "exporter" / "native.yaml")).export(picked, engine, tmp_path)
     said = json.loads(path.read_text())["layers"]["second"]
@@ -119,7 +119,7 @@ def test_small_floats_and_rotations_are_said_and_applied(tiny, tmp_path):
     }
     engine = tiny.engine(tiny.net(), tiny.task(), schemes)
     allocation = Allocation({"first": "fp8a8", "second": "fp8a8", "last": "w4a8r"})
-    e = Evaluator(engine, [])(allocation, "sampler", trial=0)
+    e = SearchEvaluator(engine)(allocation, "sampler", trial=0)
     picked = Picked(e, {"search": e}, {}, "accuracy", weights_sha256(engine.model), ())
     path = instantiate(OmegaConf.load(ROOT / "conf" / "exporter" / "native.yaml")).export(picked, engine, tmp_path)
     said = json.loads(path.read_text())["layers"]

@@ -9,7 +9,7 @@ from mpsearch.exporters.base import Exporter, Picked
 from mpsearch.graph.fold import fold_batch_norms
 from mpsearch.models.digits import digits
 from mpsearch.packed.model import load
-from mpsearch.pipeline.search import Evaluator
+from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.schemes.integer import Integer
 
 
@@ -18,7 +18,7 @@ def test_the_file_is_the_confirmed_model(tiny, tmp_path, request):
     assert isinstance(exporter, Exporter)
     engine = tiny.digits({"w4a8": Integer(4, input={"bits": 8})})
     folds = fold_batch_norms(digits(), engine.task.forward, engine.task.batches("calibration")[0][0])
-    e = Evaluator(engine, [])(engine.space.uniform("w4a8"), "uniform")
+    e = SearchEvaluator(engine)(engine.space.uniform("w4a8"), "uniform")
     before = tiny.state(engine.model)
     path = exporter.export(Picked(e, {"search": e}, {}, "accuracy", "0" * 64, folds), engine, tmp_path / "run")
     tiny.assert_same_state(engine.model, before)

@@ -13,7 +13,7 @@ from mpsearch.exporters.base import Picked
 from mpsearch.exporters.native import Native
 from mpsearch.graph.channel_scaling import PARTS, Equalization
 from mpsearch.layer import KINDS, weights_sha256
-from mpsearch.pipeline.search import Evaluator
+from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
@@ -47,8 +47,7 @@ def written(request, tiny, tmp_path_factory):
     schemes = {f"s{i}": scheme for i, scheme in enumerate(CASES[request.param])}
     engine = tiny.engine(tiny.net(), tiny.task(), schemes)
     allocation = engine.space.allocation(range(3))
-    evaluate = Evaluator(engine, [])
-    splits = {split: evaluate(allocation, "sampler", split) for split in ("search", "confirm")}
+    splits = {e.split: e(allocation, "sampler") for e in (SearchEvaluator(engine), ConfirmEvaluator(engine))}
     folds, equalization = (), None
     if request.param == "integers and a float":
         folds = (("second", "norm"),)

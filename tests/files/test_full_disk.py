@@ -59,7 +59,7 @@ def commands(tiny, tmp_path, monkeypatch):
     """`commands(search, folder, disk)` runs a command on a tiny network; figures are drawn without their pixels."""
     with initialize_config_module("mpsearch.conf", version_base="1.3"):
         settings = OmegaConf.to_container(compose("search", WORDS))
-    monkeypatch.setattr("mpsearch.pipeline.search.LATENCY_SECONDS", 0.001)
+    monkeypatch.setattr("mpsearch.pipeline.evaluators.LATENCY_SECONDS", 0.001)
     for name in ("pareto", "layers", "sensitivity", "interactions"):
         monkeypatch.setattr(f"mpsearch.reporting.report.draw_{name}", lambda *args, **kwargs: None)
 

@@ -13,7 +13,7 @@ from mpsearch.exporters.native import Native
 from mpsearch.graph.projections import PaddedEncoder, ProjectedAttention, expose_projections
 from mpsearch.graph.trace import trace_layers
 from mpsearch.layer import weights_sha256
-from mpsearch.pipeline.search import Evaluator
+from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.integer import Integer
 
@@ -168,7 +168,7 @@ def test_an_exported_allocation_is_applied_to_the_network_as_it_was_written(tiny
     engine = tiny.engine(model, tiny.task(shape=(6, 8)), schemes, quantizer=RoundToNearest())
     assert engine.space.names[:4] == tuple(f"encoder.self_attn.{name}_proj" for name in ("q", "k", "v", "out"))
     for scheme in schemes:
-        e = Evaluator(engine, [])(engine.space.uniform(scheme), "uniform")
+        e = SearchEvaluator(engine)(engine.space.uniform(scheme), "uniform")
         picked = Picked(e, {"search": e}, {}, "accuracy", weights_sha256(original), ())
         exported = load_allocation(Native().export(picked, engine, tmp_path / scheme))
         applied, packed = (getattr(exported, how)(copy.deepcopy(original)) for how in ("apply", "pack"))

@@ -10,7 +10,7 @@ from mpsearch.errors import InputError
 from mpsearch.graph.sharing import share
 from mpsearch.graph.trace import trace_layers
 from mpsearch.models.llama import Attention, Llama, Sizes, rotate, rotations, stories260k
-from mpsearch.pipeline.search import Evaluator
+from mpsearch.pipeline.evaluators import ConfirmEvaluator
 from mpsearch.runtimes.vllm import VLLM
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.language import Language, read_tokens
@@ -74,10 +74,9 @@ def test_attention_is_the_textbook_s():
 def test_a_tied_embedding_packs_once(tiny):
     texts = [torch.randint(30, (40,)).numpy() for _ in range(12)]
     engine = tiny.engine(tiny_llama(), Language(texts, 8, 8, 8, window=12, batch_size=3), {"w8": Integer(8)})
-    evaluate = Evaluator(engine, [])
     uniform = engine.space.uniform("w8")
     simulated = engine.score(uniform, "confirm")
-    confirmed = evaluate(uniform, "uniform", "confirm")
+    confirmed = ConfirmEvaluator(engine)(uniform, "uniform")
     assert confirmed.packed
     assert confirmed.quality == pytest.approx(simulated.quality, rel=1e-4)
     assert confirmed.n_samples == 3  # texts, of which the 8 windows are parts

@@ -7,7 +7,7 @@ from torch import nn
 
 from mpsearch.packed.agreement import agrees
 from mpsearch.packed.layers import PackedLinear
-from mpsearch.pipeline.search import Evaluator
+from mpsearch.pipeline.evaluators import ConfirmEvaluator
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.integer import Integer
 
@@ -32,7 +32,7 @@ def test_what_runs_otherwise_packed_is_unverified(tiny, kind, scheme):
     torch.manual_seed(0)
     model = kind(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 5)).eval()
     engine = tiny.engine(model, tiny.task(shape=(8,)), SCHEMES, quantizer=RoundToNearest())
-    score, _ = Evaluator(engine, ()).run_packed(engine.space.uniform(scheme))
+    score, _ = ConfirmEvaluator(engine).run_packed(engine.space.uniform(scheme))
     bypassed = kind is Other and scheme == "w8a4"  # where weights alone are quantized, or inputs finely, it changes nothing
     assert score.verified != (bypassed or (kind is Scaled and scheme in ("w4", "w8")))
 

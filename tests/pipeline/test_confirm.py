@@ -12,13 +12,15 @@ from mpsearch.budget import Budget, read_budgets
 from mpsearch.costs.base import CostTable
 from mpsearch.costs.size import AverageBits
 from mpsearch.engine.engine import FLOAT
-from mpsearch.evaluation import SensitivityTable, Timing
+from mpsearch.evaluation import EvaluationLog, SensitivityTable, Timing
 from mpsearch.intervals import paired_interval
 from mpsearch.metrics.kl import KL
 from mpsearch.pipeline.confirm import confirm
-from mpsearch.pipeline.search import Evaluator, search
+from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
+from mpsearch.pipeline.search import search
 from mpsearch.pipeline.sensitivity import measure_sensitivity
 from mpsearch.runs.run import Run
+from mpsearch.samplers.base import Problem, build_sampler
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +28,12 @@ def searched(tiny):
     """A search within 5 bits, so that the uniform 8 bits are beyond it, and what was confirmed of it."""
     engine = tiny.engine(tiny.net(), tiny.task())
     table = measure_sensitivity(engine, KL())
-    evaluate = Evaluator(engine, read_budgets({"bits": 5}, {"bits": AverageBits()}, engine.space))
-    search(evaluate, table, optuna.samplers.RandomSampler(seed=0), n_trials=12, n_seeds=4)
-    result = Run(engine.space, "accuracy", evaluate.evaluations, table)
-    before = list(evaluate.evaluations)
+    budgets = read_budgets({"bits": 5}, {"bits": AverageBits()}, engine.space)
+    sampler = build_sampler(optuna.samplers.RandomSampler, Problem(table, (), budgets))
+    log = search(SearchEvaluator(engine, budgets=budgets), sampler, n_trials=12, n_seeds=4)
+    result = Run(engine.space, "accuracy", log, table)
+    before = list(log)
+    evaluate = ConfirmEvaluator(engine, log, budgets)
     confirmed = confirm(evaluate, result)
     return evaluate, result, confirmed, before
 
@@ -45,8 +49,8 @@ def test_every_point_of_the_front_and_every_uniform_allocation_is_there(searched
 
 def test_confirming_changes_no_front(searched):
     evaluate, result, _, before = searched
-    after = Run(result.space, "accuracy", evaluate.evaluations, result.sensitivity)
-    assert [e for e in evaluate.evaluations if e.split == "search"] == before
+    after = Run(result.space, "accuracy", evaluate.log, result.sensitivity)
+    assert [e for e in evaluate.log if e.split == "search"] == before
     assert after.front == result.front
 
 
@@ -98,9 +102,9 @@ def test_significant_is_only_what_is_more_than_chance(tiny):
                 1.0, 1.0, 1.0, "here"
             )
 
-        evaluate = Evaluator(engine, [])
+        measure, evaluate = SearchEvaluator(engine), ConfirmEvaluator(engine)
         evaluate.run_packed = spoilt
-        rows = [evaluate(small, "sampler", trial=0), evaluate(large, "uniform", trial=1)]
+        rows = [measure(small, "sampler", trial=0), measure(large, "uniform", trial=1)]
         table = measure_sensitivity(engine, KL())
         confirmed = confirm(evaluate, Run(space, "accuracy", rows, table))
         by_allocation = {c.evaluation.allocation: c for c in confirmed if c.scheme is None}
@@ -115,13 +119,13 @@ def test_what_is_beyond_the_budget_dominates_nothing(tiny):
     slow = Budget(CostTable("latency", "milliseconds", np.array([[9.0, 1, 1]] * 3), 0.0), 3.0)
     small, large = engine.space.uniform("w2"), engine.space.uniform("w8")
     losses = {FLOAT: 0.0, small: 0.1, large: 0.9}
-    evaluate = Evaluator(engine, [slow])
+    measure, evaluate = SearchEvaluator(engine, budgets=[slow]), ConfirmEvaluator(engine, budgets=[slow])
     run = evaluate.run_packed
     evaluate.run_packed = lambda allocation: (
         dataclasses.replace(run(allocation)[0], loss=losses[allocation]),
         Timing(1.0, 1.0, 1.0, "here"),
     )
-    rows = [evaluate(small, "uniform"), evaluate(large, "uniform", trial=0)]
+    rows = [measure(small, "uniform"), measure(large, "uniform", trial=0)]
     table = SensitivityTable("kl", "nats", np.ones((3, 3)), engine.space)
     confirmed = confirm(evaluate, Run(engine.space, "accuracy", rows, table))
     assert [(c.scheme, c.evaluation.feasible) for c in confirmed] == [(None, True), ("w2", False), ("w8", True)]
@@ -145,9 +149,9 @@ def test_dominance_by_another_cost_and_by_a_quality_where_lower_is_better(tiny, 
             found, loss=losses[allocation], quality=errors[allocation], qualities=errors[allocation] + spread
         )
 
-    evaluate = Evaluator(engine, [], costs=[milliseconds])
+    measure, evaluate = SearchEvaluator(engine, costs=[milliseconds]), ConfirmEvaluator(engine, costs=[milliseconds])
     evaluate.run_packed = lambda allocation: (score(allocation, on_confirm), Timing(1.0, 1.0, 1.0, "here"))
-    rows = [dataclasses.replace(evaluate(a, "sampler", trial=i), loss=on_search[a]) for i, a in enumerate((slow, quick))]
+    rows = [dataclasses.replace(measure(a, "sampler", trial=i), loss=on_search[a]) for i, a in enumerate((slow, quick))]
     table = SensitivityTable("kl", "nats", np.ones((3, 3)), engine.space)
     identity = {"quality_kind": "error"}
     result = Run(engine.space, "error", rows, table, {}, identity, ["milliseconds"], ["milliseconds"])
@@ -160,6 +164,6 @@ def test_dominance_by_another_cost_and_by_a_quality_where_lower_is_better(tiny, 
 
 def test_confirming_again_measures_nothing(searched):
     evaluate, result, confirmed, _ = searched
-    again = Evaluator(evaluate.engine, evaluate.budgets, known=evaluate.evaluations)
+    again = ConfirmEvaluator(evaluate.engine, EvaluationLog(evaluate.log), evaluate.budgets)
     assert confirm(again, result) == confirmed
-    assert again.evaluations == evaluate.evaluations
+    assert list(again.log) == list(evaluate.log)

@@ -10,12 +10,14 @@ from pathlib import Path
 import optuna
 import pytest
 
-from mpsearch.costs.size import Bytes
 from mpsearch.errors import InputError
+from mpsearch.evaluation import EvaluationLog
 from mpsearch.metrics.kl import KL
+from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.pipeline.mirror import Mirror
-from mpsearch.pipeline.search import Evaluator, search
+from mpsearch.pipeline.search import search
 from mpsearch.pipeline.sensitivity import measure_sensitivity
+from mpsearch.samplers.base import Problem
 from mpsearch.samplers.front import Front
 from mpsearch.schemes.integer import Integer
 
@@ -59,10 +61,8 @@ def engine(tiny):
 
 
 def searched(engine, mirror, n_trials, known=()):
-    evaluate = Evaluator(engine, [], known=known)
-    table = measure_sensitivity(engine, KL())
-    sampler = Front(engine.space, table, [Bytes().table(engine.space)], [], 7)
-    return search(evaluate, table, sampler, n_trials=n_trials, n_seeds=4, finished=mirror)
+    sampler = Front(Problem(measure_sensitivity(engine, KL()), seed=7))
+    return search(SearchEvaluator(engine, EvaluationLog(known)), sampler, n_trials=n_trials, n_seeds=4, finished=mirror)
 
 
 def assert_mirrors(url, evaluations, space):
@@ -100,10 +100,10 @@ def test_a_database_that_goes_away_costs_a_warning_and_no_trial(sqlite, engine, 
         refused.set()
         raise OSError("no route to host")
 
-    def goes_away(trial, evaluation):
+    def goes_away(evaluation):
         if evaluation.trial == 3:
             monkeypatch.setattr(mirror._study, "add_trial", gone)
-        mirror(trial, evaluation)
+        mirror(evaluation)
         if evaluation.trial == 3:
             assert refused.wait(10)
 
@@ -116,8 +116,8 @@ def test_a_database_that_goes_away_costs_a_warning_and_no_trial(sqlite, engine, 
     monkeypatch.setattr(mirror._study, "add_trial", gone)
     refused.clear()
 
-    def comes_back(trial, evaluation):
-        mirror(trial, evaluation)
+    def comes_back(evaluation):
+        mirror(evaluation)
         if evaluation.trial == 13:
             assert refused.wait(10)
             monkeypatch.setattr(mirror._study, "add_trial", add_trial)
@@ -134,7 +134,7 @@ def test_a_study_of_another_run_is_not_written_to(sqlite, engine):
         Mirror(sqlite, "run", engine.space, ["size_bytes"]) as mirror,
         pytest.raises(InputError, match=r"'run' .* of another run"),
     ):
-        searched(engine, lambda trial, evaluation: mirror(trial, first[-1]), 12)
+        searched(engine, lambda evaluation: mirror(first[-1]), 12)
     assert_mirrors(sqlite, first, engine.space)
 
 

@@ -1,6 +1,7 @@
 """Fronts of two costs and the loss: the search covers them, goes on as if nothing was, and what cannot be is said at the door."""
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +13,13 @@ from mpsearch.allocation import SearchSpace
 from mpsearch.costs.base import CostTable, mixed
 from mpsearch.costs.size import Bytes
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Score, SensitivityTable
+from mpsearch.evaluation import EvaluationLog, Score, SensitivityTable
 from mpsearch.layer import LayerSpec
 from mpsearch.optimize.pareto import non_dominated
-from mpsearch.pipeline.search import Evaluator, search
+from mpsearch.pipeline.evaluators import SearchEvaluator
+from mpsearch.pipeline.search import search
 from mpsearch.runs.run import Run
+from mpsearch.samplers.base import Problem, build_sampler
 from mpsearch.samplers.front import Front
 from mpsearch.samplers.path import ILP
 from mpsearch.schemes.integer import Integer
@@ -42,11 +45,11 @@ def score(allocation, split="search"):
     return Score(loss, loss, 0.5, 0.4, 0.6, 0.0, 1, np.empty(0))
 
 
-def run(objectives, sampler=None, n_trials=80, known=(), seed=0):
-    sampler = sampler or Front(SPACE, TABLE, objectives, (), seed)
-    evaluate = Evaluator(SimpleNamespace(space=SPACE, score=score), (), known=known, costs=[TIME])  # type: ignore[arg-type]
-    search(evaluate, TABLE, sampler, n_trials=n_trials, n_seeds=12, objectives=objectives)
-    return [dataclasses.replace(e, seconds=0.0) for e in evaluate.evaluations]
+def run(objectives, make=Front, n_trials=80, known=(), seed=0):
+    sampler = build_sampler(make, Problem(TABLE, objectives, seed=seed))
+    evaluate = SearchEvaluator(SimpleNamespace(space=SPACE, score=score), EvaluationLog(known), costs=[TIME])  # type: ignore[arg-type]
+    search(evaluate, sampler, n_trials=n_trials, n_seeds=12)
+    return [dataclasses.replace(e, seconds=0.0) for e in evaluate.log]
 
 
 def covered(evaluations):
@@ -76,13 +79,13 @@ def test_a_killed_search_of_two_costs_goes_on_as_if_nothing_was():
 
 
 def test_optunas_samplers_take_two_costs():
-    found = run([SIZE, TIME], optuna.samplers.NSGAIISampler(population_size=10, seed=0), 40)
+    found = run([SIZE, TIME], functools.partial(optuna.samplers.NSGAIISampler, population_size=10), 40)
     assert sum(e.origin == "sampler" for e in found) > 10
 
 
 def test_a_sampler_for_one_cost_says_so():
-    with pytest.raises(InputError, match=r"\(ILP\) weighs one cost against the loss; 2 came: bytes, latency_ms"):
-        ILP(SPACE, TABLE, [SIZE, TIME], (), 0)
+    with pytest.raises(InputError, match=r"\(ILP\) weighs one cost against the loss; got 2: bytes, latency_ms"):
+        ILP(Problem(TABLE, [SIZE, TIME]))
 
 
 def test_a_mixture_is_in_shares_of_each_costs_range():

@@ -1,6 +1,7 @@
 """The search on a space small enough to know all of it: budgets hold, seeds repeat, a killed run goes on as if nothing was."""
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -14,20 +15,23 @@ from mpsearch.costs.bit_operations import BitOperations
 from mpsearch.costs.millijoules import Millijoules
 from mpsearch.costs.size import AverageBits, Bytes, Fraction
 from mpsearch.errors import InputError
+from mpsearch.evaluation import EvaluationLog
 from mpsearch.metrics.kl import KL
 from mpsearch.optimize.pareto import non_dominated
-from mpsearch.pipeline.search import Evaluator, compact, knapsack_seeds, search
+from mpsearch.pipeline.evaluators import SearchEvaluator
+from mpsearch.pipeline.search import search
+from mpsearch.pipeline.seeds import knapsack_seeds
 from mpsearch.pipeline.sensitivity import measure_sensitivity
 from mpsearch.runs.run import Run
-from mpsearch.samplers.base import seeded
+from mpsearch.samplers.base import Problem, build_sampler
 
 COSTS = {"bytes": Bytes(), "bits": AverageBits(), "fraction": Fraction()}
 WORK = {"bit_operations": BitOperations(), "millijoules": Millijoules()}
 SAMPLERS = {
-    "nsga2": lambda seed: seeded(lambda seed: optuna.samplers.NSGAIISampler(population_size=4, seed=seed), seed),
-    "tpe": lambda seed: seeded(lambda seed: optuna.samplers.TPESampler(multivariate=True, n_startup_trials=3, seed=seed), seed),
-    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
-    "brute_force": lambda seed: optuna.samplers.BruteForceSampler(seed=seed),
+    "nsga2": functools.partial(optuna.samplers.NSGAIISampler, population_size=4),
+    "tpe": functools.partial(optuna.samplers.TPESampler, multivariate=True, n_startup_trials=3),
+    "random": optuna.samplers.RandomSampler,
+    "brute_force": optuna.samplers.BruteForceSampler,
 }
 
 
@@ -45,8 +49,14 @@ def table(engine):
 def run(engine, table, sampler="nsga2", *, n_trials=15, n_seeds=4, seed=0, known=(), limits=None, max_seconds=None):
     """The evaluator after a search; `budgets` from `limits`."""
     budgets = read_budgets(limits or {}, COSTS | WORK, engine.space)
-    evaluate = Evaluator(engine, budgets, known=known)
-    search(evaluate, table, SAMPLERS[sampler](seed), n_trials=n_trials, n_seeds=n_seeds, max_seconds=max_seconds)
+    evaluate = SearchEvaluator(engine, EvaluationLog(known), budgets)
+    search(
+        evaluate,
+        build_sampler(SAMPLERS[sampler], Problem(table, (), budgets, seed)),
+        n_trials=n_trials,
+        n_seeds=n_seeds,
+        max_seconds=max_seconds,
+    )
     return evaluate
 
 
@@ -59,11 +69,11 @@ def without_seconds(evaluations):
 
 
 def result_of(evaluate, table):
-    return Run(evaluate.engine.space, "accuracy", evaluate.evaluations, table)
+    return Run(evaluate.engine.space, "accuracy", evaluate.log, table)
 
 
 def test_it_begins_with_the_float_model_then_the_uniform_allocations_then_the_knapsack(engine, table):
-    evaluations = run(engine, table).evaluations
+    evaluations = run(engine, table).log
     assert (evaluations[0].origin, evaluations[0].trial, evaluations[0].allocation) == ("float", None, Allocation())
     assert evaluations[0].average_bits == 32
     assert evaluations[0].fraction == 1
@@ -79,7 +89,7 @@ def test_it_begins_with_the_float_model_then_the_uniform_allocations_then_the_kn
 
 def test_costs_are_those_of_the_tables(engine, table):
     tables = [cost.table(engine.space) for cost in COSTS.values()]
-    for e in trials(run(engine, table).evaluations):
+    for e in trials(run(engine, table).log):
         choice = engine.space.choice(e.allocation)
         found = (e.size_bytes, e.average_bits, e.fraction)
         assert found == pytest.approx([cost.cost_of(choice) for cost in tables], rel=1e-12)
@@ -89,7 +99,7 @@ def test_seeds_lie_on_the_additive_front(engine, table):
     losses, bits = table.losses(), engine.space.storage_bits
     rows = np.arange(3)
     every = [(bits[rows, c].sum(), losses[rows, c].sum()) for c in map(list, itertools.product(range(3), repeat=3))]
-    seeds = knapsack_seeds(engine.space, losses, [], 20)
+    seeds = knapsack_seeds(Problem(table), 20)
     assert len(seeds) == len(set(seeds)) > 3
     for seed in seeds:
         choice = engine.space.choice(seed)
@@ -97,19 +107,19 @@ def test_seeds_lie_on_the_additive_front(engine, table):
         assert not any(s <= size and other < loss * (1 - 1e-12) for s, other in every)
     sizes = sorted(bits[rows, engine.space.choice(seed)].sum() for seed in seeds)
     assert sizes[0] == bits[:, 0].sum()
-    assert knapsack_seeds(engine.space, losses, [], 0) == []
+    assert knapsack_seeds(Problem(table), 0) == []
     for few in (1, 2, 3):
-        assert len(knapsack_seeds(engine.space, losses, [], few)) <= few
+        assert len(knapsack_seeds(Problem(table), few)) <= few
 
 
 def test_seeds_keep_a_budget_that_has_nothing_to_do_with_size(engine, table):
     """Milliseconds, say: a scheme that is small may be slow."""
     milliseconds = CostTable("latency", "milliseconds", np.array([[9.0, 1, 5], [2, 7, 1], [5, 3, 8]]), 1.0)
     budget = Budget(milliseconds, 11.0)
-    seeds = knapsack_seeds(engine.space, table.losses(), [budget], 20)
+    seeds = knapsack_seeds(Problem(table, (), [budget]), 20)
     assert len(seeds) > 1
     assert all(budget.allows(engine.space.choice(seed)) for seed in seeds)
-    assert not all(budget.allows(engine.space.choice(seed)) for seed in knapsack_seeds(engine.space, table.losses(), [], 20))
+    assert not all(budget.allows(engine.space.choice(seed)) for seed in knapsack_seeds(Problem(table), 20))
 
 
 @pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
@@ -136,7 +146,7 @@ def test_no_uniform_allocation_dominates_the_front(engine, table, sampler, n_tri
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_budgets_limit_every_trial_and_the_front(engine, table, sampler, limits):
     evaluate = run(engine, table, sampler, limits=limits, n_trials=12)
-    asked = trials(evaluate.evaluations)
+    asked = trials(evaluate.log)
     assert asked
     for e in asked:
         assert e.feasible
@@ -145,7 +155,7 @@ def test_budgets_limit_every_trial_and_the_front(engine, table, sampler, limits)
             for name, value in (("bytes", e.size_bytes), ("bits", e.average_bits), ("fraction", e.fraction))
             if limits.get(name)
         )
-    beyond = [e for e in evaluate.evaluations if not e.feasible]
+    beyond = [e for e in evaluate.log if not e.feasible]
     assert engine.space.uniform("w8") in [e.allocation for e in beyond], "measured as references"
     assert all(e.origin == "uniform" and e.trial is None for e in beyond)
     result = result_of(evaluate, table)
@@ -154,12 +164,12 @@ def test_budgets_limit_every_trial_and_the_front(engine, table, sampler, limits)
 
 
 def test_without_a_budget_everything_is_feasible(engine, table):
-    assert all(e.feasible for e in run(engine, table).evaluations)
+    assert all(e.feasible for e in run(engine, table).log)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_same_seed_gives_the_same_trials(engine, table, sampler):
-    one, two, other = (without_seconds(run(engine, table, sampler, seed=seed).evaluations) for seed in (5, 5, 6))
+    one, two, other = (without_seconds(run(engine, table, sampler, seed=seed).log) for seed in (5, 5, 6))
     assert one == two
     assert one != other
 
@@ -168,24 +178,24 @@ def test_the_same_seed_gives_the_same_trials(engine, table, sampler):
 @pytest.mark.parametrize("limits", [None, {"bits": 5.0}], ids=["no budget", "budget"])
 def test_a_killed_run_goes_on_wherever_it_stopped(engine, table, sampler, limits):
     """With the first k rows known, for every k: the same rows follow, each of the missing ones recorded exactly once."""
-    whole = run(engine, table, sampler, limits=limits, seed=2).evaluations
+    whole = run(engine, table, sampler, limits=limits, seed=2).log
     budgets = read_budgets(limits or {}, COSTS | WORK, engine.space)
     for k in range(len(whole) + 1):
         recorded = []
-        evaluate = Evaluator(engine, budgets, recorded.append, known=whole[:k])
-        search(evaluate, table, SAMPLERS[sampler](2), n_trials=15, n_seeds=4)
-        assert without_seconds(evaluate.evaluations) == without_seconds(whole), k
+        evaluate = SearchEvaluator(engine, EvaluationLog(whole[:k], recorded.append), budgets)
+        search(evaluate, build_sampler(SAMPLERS[sampler], Problem(table, (), budgets, 2)), n_trials=15, n_seeds=4)
+        assert without_seconds(evaluate.log) == without_seconds(whole), k
         assert len(recorded) == len(whole) - k
 
 
 def test_more_trials_go_on_from_the_old_ones(engine, table):
-    short, long = (run(engine, table, "tpe", n_trials=n).evaluations for n in (8, 15))
-    resumed = run(engine, table, "tpe", n_trials=15, known=short).evaluations
+    short, long = (run(engine, table, "tpe", n_trials=n).log for n in (8, 15))
+    resumed = run(engine, table, "tpe", n_trials=15, known=short).log
     assert without_seconds(resumed) == without_seconds(long)
 
 
 def test_rows_of_another_run_are_refused(engine, table):
-    whole = run(engine, table, seed=2).evaluations
+    whole = run(engine, table, seed=2).log
     last = whole[-1]
     changed = dataclasses.replace(last, allocation=next(e.allocation for e in whole if e.allocation not in ({}, last.allocation)))
     with pytest.raises(InputError, match=f"Trial {last.trial} of this run was another allocation than the sampler proposes now"):
@@ -194,40 +204,39 @@ def test_rows_of_another_run_are_refused(engine, table):
 
 def test_a_repeated_trial_gets_its_row_and_costs_nothing(tiny, table):
     engine = tiny.engine(tiny.net(), tiny.task())
-    evaluate = Evaluator(engine, [])
+    evaluate = SearchEvaluator(engine)
     allocation = engine.space.uniform("w2")
     first = evaluate(allocation, "sampler", trial=0)
     engine.score = None
     second = evaluate(allocation, "sampler", trial=1)
     assert (second.trial, second.loss, second.quality) == (1, first.loss, first.quality)
     assert evaluate(allocation, "uniform") is first
-    assert len(evaluate.evaluations) == 2
+    assert len(evaluate.log) == 2
 
 
 def test_each_evaluation_is_recorded_before_the_next(engine, table):
-    budgets = ()
-    log = []
-    evaluate = Evaluator(engine, budgets, log.append)
-    search(evaluate, table, SAMPLERS["random"](0), n_trials=6, n_seeds=2)
-    assert log == evaluate.evaluations
+    recorded = []
+    evaluate = SearchEvaluator(engine, EvaluationLog(record=recorded.append))
+    search(evaluate, build_sampler(SAMPLERS["random"], Problem(table)), n_trials=6, n_seeds=2)
+    assert recorded == list(evaluate.log)
 
 
 def test_fewer_trials_than_seeds(engine, table):
-    evaluations = run(engine, table, n_trials=2, n_seeds=50).evaluations
+    evaluations = run(engine, table, n_trials=2, n_seeds=50).log
     assert len(trials(evaluations)) == 2
-    assert trials(run(engine, table, n_trials=0).evaluations) == []
+    assert trials(run(engine, table, n_trials=0).log) == []
 
 
 def test_without_seeds_the_sampler_begins_after_the_uniform_allocations(engine, table):
-    origins = [e.origin for e in trials(run(engine, table, n_seeds=0).evaluations)]
+    origins = [e.origin for e in trials(run(engine, table, n_seeds=0).log)]
     assert origins[:3] == ["uniform"] * 3
     assert "knapsack" not in origins
 
 
 def test_brute_force_measures_everything_once_and_stops(engine, table):
-    evaluations = trials(run(engine, table, "brute_force", n_trials=1000).evaluations)
+    evaluations = trials(run(engine, table, "brute_force", n_trials=1000).log)
     assert len(evaluations) == len({e.allocation for e in evaluations}) == 27
-    within = trials(run(engine, table, "brute_force", n_trials=1000, limits={"bits": 4.5}).evaluations)
+    within = trials(run(engine, table, "brute_force", n_trials=1000, limits={"bits": 4.5}).log)
     cost = AverageBits().table(engine.space)
     expected = {c for c in itertools.product(range(3), repeat=3) if cost.cost_of(c) <= 4.5}
     assert {tuple(engine.space.choice(e.allocation)) for e in within} == expected
@@ -238,7 +247,7 @@ def test_brute_force_measures_everything_once_and_stops(engine, table):
 def test_a_space_of_one_allocation(tiny, sampler):
     engine = tiny.engine(tiny.net(), tiny.task(), pin=["*:w4"])
     table = measure_sensitivity(engine, KL())
-    asked = trials(run(engine, table, sampler, n_trials=10).evaluations)
+    asked = trials(run(engine, table, sampler, n_trials=10).log)
     assert [dict(e.allocation) for e in asked] == [{"first": "w4", "second": "w4", "last": "w4"}]
 
 
@@ -247,23 +256,17 @@ def test_pins_hold_for_every_trial(tiny):
     table = measure_sensitivity(engine, KL())
     for sampler in SAMPLERS:
         evaluate = run(engine, table, sampler, n_trials=10)
-        for e in trials(evaluate.evaluations):
+        for e in trials(evaluate.log):
             assert e.allocation["last"] == "w8"
             assert e.allocation["first"] in ("w2", "w4")
 
 
 def test_time_ends_the_search_but_not_what_is_known(engine, table):
-    late = trials(run(engine, table, max_seconds=1e-9, n_trials=15).evaluations)
+    late = trials(run(engine, table, max_seconds=1e-9, n_trials=15).log)
     assert len(late) <= 1
-    whole = run(engine, table).evaluations
+    whole = run(engine, table).log
     again = run(engine, table, max_seconds=1e-9, known=whole)
-    assert without_seconds(again.evaluations) == without_seconds(whole), "what is known is kept whatever the time"
-
-
-def test_compact_tables_hold_what_each_group_may_take(tiny):
-    space = tiny.engine(tiny.net(), tiny.task(), pin=["second:w8|w2", "last:w4"]).space
-    values = np.arange(9.0).reshape(3, 3)
-    assert compact(space, values).tolist() == [[0, 1, 2], [3, 5, np.inf], [7, np.inf, np.inf]]
+    assert without_seconds(again.log) == without_seconds(whole), "what is known is kept whatever the time"
 
 
 @pytest.mark.parametrize("sampler", ["nsga2", "random"])
@@ -273,13 +276,13 @@ def test_several_budgets_hold_together(engine, table, sampler):
     limits = {name: (COSTS | WORK)[name].table(space).cost_of(middle) for name in ("bytes", "millijoules")}
     limits["bit_operations"] = 0.9 * WORK["bit_operations"].table(space).cost_of(middle)
     found = run(engine, table, sampler, n_trials=12, limits=limits)
-    asked = trials(found.evaluations)
+    asked = trials(found.log)
     assert len(asked) > 3
     for e in asked:
         assert e.feasible
         for name, limit in limits.items():
             assert (COSTS | WORK)[name].table(space).cost_of(space.choice(e.allocation)) <= limit * (1 + 1e-9)
-    assert not next(e for e in found.evaluations if e.allocation == space.uniform("w4")).feasible
+    assert not next(e for e in found.log if e.allocation == space.uniform("w4")).feasible
 
 
 def test_a_front_of_work_where_a_layer_has_none(engine, table):
@@ -287,6 +290,7 @@ def test_a_front_of_work_where_a_layer_has_none(engine, table):
     space = engine.space
     values = BitOperations().table(space).values.copy()
     values[0] = 0
-    seeds = knapsack_seeds(space, table.losses(), [Budget(CostTable("work", "work", values, 0.0), values[:, 1].sum())], 9, values)
+    budget = Budget(CostTable("work", "work", values, 0.0), values[:, 1].sum())
+    seeds = knapsack_seeds(Problem(table, (), [budget]), 9, values)
     assert seeds
     assert all(values[range(len(values)), space.choice(a)].sum() <= values[:, 1].sum() for a in seeds)

@@ -14,11 +14,11 @@ from mpsearch.costs.bit_operations import BitOperations
 from mpsearch.costs.size import AverageBits, Bytes
 from mpsearch.engine.engine import FLOAT
 from mpsearch.errors import InputError
-from mpsearch.evaluation import FINETUNED, Score, SensitivityTable
+from mpsearch.evaluation import FINETUNED, EvaluationLog, Score, SensitivityTable
 from mpsearch.layer import LayerSpec
 from mpsearch.metrics.kl import KL
 from mpsearch.optimize import knapsack
-from mpsearch.pipeline.search import Evaluator
+from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.pipeline.sensitivity import measure_sensitivity
 from mpsearch.pipeline.solve import MOST_STEPS, best_within, cheapest_within, prediction, solution
 from mpsearch.schemes.integer import Integer
@@ -33,7 +33,7 @@ def table(trained):
 
 def started(engine):
     """An evaluator that knows the float model and the uniform allocations."""
-    evaluate = Evaluator(engine, ())
+    evaluate = SearchEvaluator(engine)
     evaluate(FLOAT, "float")
     for scheme in engine.space.scheme_names:
         evaluate(engine.space.uniform(scheme), "uniform")
@@ -67,12 +67,12 @@ def test_a_thousand_groups_take_less_than_a_second():
 
 def test_the_best_of_what_is_known_and_what_is_solved(trained, table):
     evaluate = started(trained)
-    n = len(evaluate.evaluations)
+    n = len(evaluate.log)
     budgets = read_budgets({"bits": 3.5}, COSTS, trained.space)
     found = best_within(evaluate, table, budgets)
-    assert n < len(evaluate.evaluations) <= n + 2
+    assert n < len(evaluate.log) <= n + 2
     assert found.average_bits <= 3.5
-    uniform = next(e for e in evaluate.evaluations if e.allocation == trained.space.uniform("w3"))
+    uniform = next(e for e in evaluate.log if e.allocation == trained.space.uniform("w3"))
     assert found.loss < uniform.loss, "between two uniform allocations there is a better one than the smaller"
     assert best_within(evaluate, table, budgets).loss <= found.loss
 
@@ -80,12 +80,12 @@ def test_the_best_of_what_is_known_and_what_is_solved(trained, table):
 @pytest.mark.parametrize("max_drop", [0.0, 0.02, 0.1])
 def test_the_cheapest_within_a_drop(trained, table, max_drop):
     evaluate = started(trained)
-    n, objective = len(evaluate.evaluations), Bytes().table(trained.space)
+    n, objective = len(evaluate.log), Bytes().table(trained.space)
     found = cheapest_within(evaluate, table, (), objective, max_drop)
-    baseline = evaluate.evaluations[0]
+    baseline = evaluate.log[0]
     assert baseline.quality - found.quality <= max_drop + 1e-9
-    assert len(evaluate.evaluations) <= n + 2 * (MOST_STEPS + 1)
-    kept = [e for e in evaluate.evaluations[1:n] if baseline.quality - e.quality <= max_drop]
+    assert len(evaluate.log) <= n + 2 * (MOST_STEPS + 1)
+    kept = [e for e in evaluate.log[1:n] if baseline.quality - e.quality <= max_drop]
     cheapest = min(e.size_bytes for e in kept)
     assert found.size_bytes <= cheapest
     assert found.size_bytes < cheapest or max_drop == 0, "cheaper than every uniform allocation that keeps to it"
@@ -114,16 +114,16 @@ def test_what_was_measured_makes_it_better_and_never_worse():
     for seed in range(3):
         engine, sensitivity = interacting(seed=seed)
         space, rng = engine.space, np.random.default_rng(seed)
-        recorded = Evaluator(engine, ())
+        recorded = SearchEvaluator(engine)
         for point in knapsack.front(sensitivity.losses(), space.storage_bits, 40):
             moved = np.clip(point + rng.integers(-1, 2, len(point)) * (rng.random(len(point)) < 0.3), 0, 4)
             recorded(space.allocation(point), "sampler")
             recorded(space.allocation(moved), "sampler")
         for bits in (2.7, 3.2, 3.9, 5.0):
             budgets = read_budgets({"bits": bits}, COSTS, space)
-            within = [e.loss for e in recorded.evaluations if budgets[0].allows(space.choice(e.allocation))]
+            within = [e.loss for e in recorded.log if budgets[0].allows(space.choice(e.allocation))]
             before = min([engine.score(solution(space, sensitivity.losses(), budgets)).loss, *within])
-            evaluate = Evaluator(engine, (), known=recorded.evaluations)
+            evaluate = SearchEvaluator(engine, EvaluationLog(recorded.log))
             found = best_within(evaluate, sensitivity, budgets)
             assert found.loss <= before
             assert budgets[0].allows(space.choice(found.allocation))
@@ -135,19 +135,19 @@ def test_what_was_measured_makes_it_better_and_never_worse():
 def test_a_prediction_takes_less_than_a_second(n_groups, bits):
     engine, sensitivity = interacting(n_groups, bits)
     space, rng, top = engine.space, np.random.default_rng(0), len(bits) - 1
-    evaluate = Evaluator(engine, ())
+    evaluate = SearchEvaluator(engine)
     for choice in np.clip(rng.normal(rng.uniform(0, top, (200, 1)), 1.0, (200, n_groups)).round(), 0, top).astype(np.intp):
         evaluate(space.allocation(choice), "sampler")
     budgets = read_budgets({"bits": 3.4, "bytes": 10**7}, COSTS, space)
     start = time.process_time()
-    found = prediction(sensitivity, evaluate.evaluations, budgets)
+    found = prediction(sensitivity, evaluate.log, budgets)
     assert time.process_time() - start < 1
     assert all(budget.allows(space.choice(found)) for budget in budgets)
 
 
 def test_a_drop_that_nothing_keeps_to_is_said(trained, table):
     evaluate = started(trained)
-    least = min(e.average_bits for e in evaluate.evaluations if e.allocation)
+    least = min(e.average_bits for e in evaluate.log if e.allocation)
     budgets = read_budgets({"bits": least + 0.05}, COSTS, trained.space)
     with pytest.raises(InputError, match=r"drop of at most 0\.00 points on the search split; the least is"):
         cheapest_within(evaluate, table, budgets, Bytes().table(trained.space), 0.0)
@@ -157,15 +157,15 @@ def test_rows_of_the_confirm_split_and_of_training_answer_nothing():
     """Their losses are far below all that the search measured: neither are they the answer, nor do they teach the surrogate."""
     engine, sensitivity = interacting()
     rng, space = np.random.default_rng(0), engine.space
-    clean, mixed = Evaluator(engine, ()), Evaluator(engine, ())
+    clean, mixed = SearchEvaluator(engine), SearchEvaluator(engine)
     for choice in np.clip(rng.normal(rng.uniform(0, 4, (40, 1)), 1.0, (40, 20)).round(), 0, 4).astype(np.intp):
         e = clean(space.allocation(choice), "sampler")
         mixed(e.allocation, "sampler")
-        mixed.evaluations.append(replace(e, split="confirm", loss=1e-6 * e.loss, packed=True))
-        mixed.evaluations.append(replace(e, origin=FINETUNED, loss=1e-7 * e.loss))
+        mixed.log.append(replace(e, split="confirm", loss=1e-6 * e.loss, packed=True))
+        mixed.log.append(replace(e, origin=FINETUNED, loss=1e-7 * e.loss))
     budgets = read_budgets({"bits": 4.0}, COSTS, space)
     found = best_within(mixed, sensitivity, budgets)
     assert (found.split, found.origin != FINETUNED) == ("search", True)
-    within = [e.loss for e in mixed.evaluations if e.split == "search" and e.origin != FINETUNED and e.average_bits <= 4.0]
+    within = [e.loss for e in mixed.log if e.split == "search" and e.origin != FINETUNED and e.average_bits <= 4.0]
     assert found.loss == min(within)
     assert replace(found, seconds=0.0) == replace(best_within(clean, sensitivity, budgets), seconds=0.0)

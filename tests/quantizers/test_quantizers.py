@@ -299,7 +299,7 @@ def test_ratios():
         (lambda: ClipSearch(min_ratio=1.0), "got 80 and 1.0"),
         (lambda: Entropy(n_bins=1), "got 80, 0.1 and 1"),
         (lambda: GPTQ(damping=0), "must be above 0 and at most 1; got 0"),
-        (lambda: CoordinateDescent(n_sweeps=0), "n_sweeps must be an integer from 1; got 0"),
+        (lambda: CoordinateDescent(n_sweeps=0), "n_sweeps must be an integer of at least 1; got 0"),
         (lambda: AdaRound(warmup=1), "0 <= warmup < 1 and pull > 0; got 300, 0.1, 1 and 100"),
         (lambda: KroneckerDescent(n_passes=0), "n_passes must be 1 or more and output_damping above 0; got 0 and 0.1"),
         (lambda: HQQ(n_steps=0), "n_steps >= 1, beta > 0 and growth >= 1; got 0, 50 and 1.01"),

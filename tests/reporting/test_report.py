@@ -20,8 +20,9 @@ from mpsearch.evaluation import FINETUNED
 from mpsearch.metrics.kl import KL
 from mpsearch.optimize.pareto import hypervolume
 from mpsearch.pipeline.confirm import confirm
+from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
 from mpsearch.pipeline.pick import pick
-from mpsearch.pipeline.search import Evaluator, search
+from mpsearch.pipeline.search import search
 from mpsearch.pipeline.sensitivity import measure_sensitivity
 from mpsearch.reporting.charts.interactions import interactions
 from mpsearch.reporting.charts.layers import MAX_ROWS, layer_bits
@@ -32,6 +33,7 @@ from mpsearch.reporting.summary import summary, summary_rows
 from mpsearch.reporting.tables import evaluations_table, front_table, sensitivity_table, trained_table
 from mpsearch.runs.evaluation_rows import evaluation_row
 from mpsearch.runs.run import SENSITIVITY_COLUMNS, Run, RunFolder
+from mpsearch.samplers.base import Problem, build_sampler
 from mpsearch.tasks.overlap import overlap
 
 COSTS = {"bytes": Bytes(), "bits": AverageBits(), "fraction": Fraction()}
@@ -56,8 +58,8 @@ def searched(engine, limits, n_trials=14):
     """A run up to its end: (result, what was confirmed)."""
     table = measure_sensitivity(engine, KL())
     budgets = read_budgets(limits, COSTS, engine.space)
-    evaluate = Evaluator(engine, budgets)
-    search(evaluate, table, optuna.samplers.RandomSampler(seed=1), n_trials=n_trials, n_seeds=6)
+    evaluate = SearchEvaluator(engine, budgets=budgets)
+    search(evaluate, build_sampler(optuna.samplers.RandomSampler, Problem(table, (), budgets, 1)), n_trials=n_trials, n_seeds=6)
     limits = {budget.table.name: budget.limit for budget in budgets}
     identity = {
         "space": engine.space.to_dict(),
@@ -69,9 +71,9 @@ def searched(engine, limits, n_trials=14):
         "data": {"search": "30 samples", "confirm": "30 other samples"},
         "overlap": overlap(engine.task),
     }
-    result = Run(engine.space, "accuracy", evaluate.evaluations, table, limits, identity)
-    confirmed = confirm(evaluate, result)
-    return replace(result, evaluations=evaluate.evaluations), confirmed
+    result = Run(engine.space, "accuracy", evaluate.log, table, limits, identity)
+    confirmed = confirm(ConfirmEvaluator(engine, evaluate.log, budgets), result)
+    return replace(result, evaluations=evaluate.log), confirmed
 
 
 def save(result, folder):
@@ -218,12 +220,12 @@ def test_a_front_without_any_uniform_rival(tiny, tmp_path):
     """One confirmed point and nothing else: the table of drops has no name of a scheme at all."""
     engine = tiny.engine(tiny.net(), tiny.task())
     table = measure_sensitivity(engine, KL())
-    evaluate = Evaluator(engine, [])
+    evaluate = SearchEvaluator(engine)
     evaluate(Allocation(), "float")
     evaluate(Allocation({"first": "w4", "second": "w2", "last": "w8"}), "sampler", trial=0)
-    result = Run(engine.space, "accuracy", evaluate.evaluations, table)
-    confirmed = confirm(evaluate, result)
-    result = replace(result, evaluations=evaluate.evaluations)
+    result = Run(engine.space, "accuracy", evaluate.log, table)
+    confirmed = confirm(ConfirmEvaluator(engine, evaluate.log), result)
+    result = replace(result, evaluations=evaluate.log)
     page = write_report(result, tmp_path, pick(result), confirmed)
     assert "1 of them make the front" in page.read_text()
     assert run_hypervolume(result) is None

@@ -1,31 +1,45 @@
-"""The contract of our own samplers (mpsearch/samplers/proposer.py), for every conf/sampler/*.yaml that points at one."""
+"""The contract of our own samplers (mpsearch/samplers/proposer.py), for every conf/sampler/*.yaml of one and for the rivals."""
 
 import dataclasses
+import importlib.util
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import optuna
 import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from mpsearch.allocation import Allocation, SearchSpace
+from mpsearch.allocation import SearchSpace
 from mpsearch.budget import read_budgets
 from mpsearch.costs.size import AverageBits, Bytes
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Score, SensitivityTable
+from mpsearch.evaluation import EvaluationLog, Score, SensitivityTable
 from mpsearch.layer import LayerSpec
 from mpsearch.optimize.pareto import hypervolume
-from mpsearch.pipeline.search import Evaluator, check_sampler, search
-from mpsearch.samplers.base import complete, distributions
+from mpsearch.pipeline.evaluators import SearchEvaluator
+from mpsearch.pipeline.search import search
+from mpsearch.samplers.base import Problem, build_sampler, check_sampler
 from mpsearch.samplers.proposer import History
 from mpsearch.schemes.integer import Integer
 
-CONF = Path(__file__).parents[2] / "conf" / "sampler"
+ROOT = Path(__file__).parents[2]
+CONF = ROOT / "conf" / "sampler"
+
+
+def load_rivals():
+    """The samplers of other tools, from scripts/rivals.py."""
+    spec = importlib.util.spec_from_file_location("rivals", ROOT / "scripts" / "rivals.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.RIVALS
+
+
 MAKERS = {path.stem: OmegaConf.load(path) for path in sorted(CONF.glob("*.yaml"))}
-NAMES = [name for name, conf in MAKERS.items() if str(OmegaConf.to_container(conf)["_target_"]).startswith("mpsearch.")]
+OURS = [name for name, conf in MAKERS.items() if str(OmegaConf.to_container(conf)["_target_"]).startswith("mpsearch.")]
+RIVALS = load_rivals()
+NAMES = [*OURS, *RIVALS]
 COSTS = {"bytes": Bytes(), "bits": AverageBits()}
 
 
@@ -54,17 +68,16 @@ def problem():
 
 
 def make(name, table, budgets=(), seed=0):
-    """The sampler, as a search completes it."""
-    return complete(instantiate(MAKERS[name]), table, [Bytes().table(table.space)], budgets, seed)
+    """The sampler, as a search builds it."""
+    return build_sampler(RIVALS[name] if name in RIVALS else instantiate(MAKERS[name]), Problem(table, (), budgets, seed))
 
 
 def run(problem, name, n_trials=40, *, seed=0, limits=None, n_seeds=8, known=(), record=lambda evaluation: None):
     """The evaluations of a search."""
     engine, table = problem
     budgets = read_budgets(limits or {}, COSTS, engine.space)
-    evaluate = Evaluator(engine, budgets, record, known)
-    search(evaluate, table, make(name, table, budgets, seed), n_trials=n_trials, n_seeds=n_seeds)
-    return evaluate.evaluations
+    evaluate = SearchEvaluator(engine, EvaluationLog(known, record), budgets)
+    return search(evaluate, make(name, table, budgets, seed), n_trials=n_trials, n_seeds=n_seeds)
 
 
 def trials(evaluations):
@@ -75,7 +88,7 @@ def without_seconds(evaluations):
     return [dataclasses.replace(e, seconds=0.0) for e in evaluations]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OURS)
 def test_every_yaml_opens_with_the_command_that_uses_it(name):
     assert (CONF / f"{name}.yaml").read_text().startswith(f"# mpsearch search sampler={name}\n")
     assert MAKERS[name]._partial_ is True
@@ -127,18 +140,13 @@ def test_the_seed_decides(problem, name):
 def test_workers_that_wait_for_one_another_ask_for_different_trials(problem, name):
     """A batch of trials is asked for before any is told; then some fail."""
     engine, table = problem
-    names = engine.space.names
-    study = optuna.create_study(directions=["minimize"] * 2, sampler=make(name, table))
+    sampler, asked = make(name, table), []
     for _ in range(4):
-        asked = [study.ask(distributions(names, engine.space.choices)) for _ in range(5)]
-        for i, trial in enumerate(asked):
-            if i == 2:
-                study.tell(trial, state=optuna.trial.TrialState.FAIL)
-            else:
-                allocation = Allocation(trial.params)
-                size = Bytes().table(engine.space).cost_of(engine.space.choice(allocation))
-                study.tell(trial, (float(np.log10(engine.score(allocation).loss)), size))
-    assert len({tuple(trial.params.values()) for trial in study.trials}) == 20
+        asked += [sampler.ask() for _ in range(5)]
+        for i, choice in enumerate(asked[-5:]):
+            loss = np.nan if i == 2 else engine.score(engine.space.allocation(choice)).loss
+            sampler.tell(len(asked) - 5 + i, (float(np.log10(loss)), Bytes().table(engine.space).cost_of(choice)))
+    assert len({tuple(choice) for choice in asked}) == 20
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -153,12 +161,12 @@ def test_a_tiny_space_is_asked_for_to_its_end_and_no_further(name):
 
 def test_a_budget_that_nothing_meets_is_refused_at_the_door(problem):
     """Two budgets that each can be met, but not together."""
-    engine, table = problem
+    engine, _ = problem
     (budget,) = read_budgets({"bits": 2.5}, COSTS, engine.space)
     turned = dataclasses.replace(budget.table, values=budget.table.values.max(1, keepdims=True) - budget.table.values)
     other = dataclasses.replace(budget, table=turned, limit=float(turned.values.min(1).sum() * 1.01))
     with pytest.raises(InputError, match="meets all the budgets together"):
-        check_sampler(make("front", table, [budget, other]), engine.space, [budget, other])
+        check_sampler(instantiate(MAKERS["front"]), engine.space, (), [budget, other])
 
 
 def volume(evaluations):
@@ -198,28 +206,21 @@ def test_a_proposal_stays_cheap(n_groups, seconds):
     amplitude = np.sqrt(table.values[np.arange(n_groups), choices])
     losses = np.log(np.square(amplitude).sum(1) + 0.2 * (amplitude @ np.sin(np.arange(n_groups))) ** 2)
     history = History(choices, losses, sampler.sizes(choices), np.zeros(300, dtype=bool))
-    sampler.propose(history, rng)
+    sampler.choose(history, rng)
     start = time.process_time()
     for _ in range(2):
-        sampler.propose(history, rng)
+        sampler.choose(history, rng)
     assert (time.process_time() - start) / 2 < seconds
 
 
 def test_a_broken_network_counts_as_the_worst_that_was_measured(problem):
     """Its infinite loss teaches the surrogate the largest finite one, whichever trial had it."""
     engine, table = problem
-    study = optuna.create_study(directions=["minimize"] * 2)
-    space = distributions(engine.space.names, engine.space.choices)
-    for loss in (0.5, np.inf, 40.0, 0.01):
-        trial = optuna.create_trial(
-            values=(float(np.log10(loss)), 1.0),
-            params={name: choices[0] for name, choices in zip(engine.space.names, engine.space.choices, strict=True)},
-            distributions=space,
-        )
-        study.add_trial(trial)
     seen = []
     sampler = make("front", table)
-    sampler.propose = lambda history, rng: seen.append(history) or sampler.smallest
-    study.sampler = sampler
-    study.ask(space)
+    for trial, loss in enumerate((0.5, np.inf, 40.0, 0.01)):
+        sampler.ask(np.zeros(len(engine.space.names)))
+        sampler.tell(trial, (float(np.log10(loss)), 1.0))
+    sampler.choose = lambda history, rng: seen.append(history) or sampler.smallest()
+    sampler.ask()
     assert np.exp(seen[0].log_losses[:4]) == pytest.approx([0.5, 40.0, 40.0, 0.01])

@@ -15,8 +15,8 @@ from mpsearch.errors import InputError
 from mpsearch.exporters.allocation_file import load_allocation
 from mpsearch.models.digits import digits
 from mpsearch.packed.model import packed
+from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.pipeline.pick import pick
-from mpsearch.pipeline.search import Evaluator
 from mpsearch.runs.run import Run
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
@@ -61,7 +61,7 @@ def test_training_lowers_the_loss_and_leaves_the_model_and_its_bank_alone(traine
     tiny.assert_same_state(trained.model, before)
     assert_same_tensors(stored(trained, allocation), bank)
     assert trained.score(allocation) == post_training
-    evaluate = Evaluator(found.engine, ())
+    evaluate = SearchEvaluator(found.engine)
     measured = evaluate(allocation, "finetuned")
     space = trained.space
     assert sum(found.engine.quantized(la.name, "w2").nbytes for g in space.groups for la in g.layers) * 8 + space.other_bits == (
@@ -309,7 +309,7 @@ def test_a_search_trains_its_front_before_it_reports(tmp_path, monkeypatch, caps
         )
     assert command("search", "run=run", "confirm.finetune_steps=12").evaluations == after.evaluations
     for words, said in (
-        (["confirm.finetune_steps=0"], "finetune_steps is a whole number from 1"),
+        (["confirm.finetune_steps=0"], "finetune_steps must be an integer of at least 1; got 0"),
         (["confirm.finetune_steps=5", "scheme=[fp16,bf16]"], "codes that can be trained"),
     ):
         capsys.readouterr()
