@@ -9,8 +9,6 @@ An interrupted run is resumed. The table, the rows (CSV) and the figure go to `r
 for stay in them. Data are read from `$MPSEARCH_DATA` (default: `../shared/data`); points whose data are missing are skipped.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json
@@ -19,7 +17,6 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Run what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME or PARAMETER=VALUE,VALUE")
     parser.add_argument("--list", action="store_true", help="the benchmarks and their parameters")
@@ -48,7 +45,6 @@ def registered() -> dict:
 
 
 def run(options: argparse.Namespace, registry: dict) -> None:
-    """Measure and write."""
     import harness
 
     chosen = dict(name.split("=", 1) for name in options.names if "=" in name)

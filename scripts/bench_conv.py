@@ -1,21 +1,18 @@
 """Convolutions on packed weights against PyTorch's."""
 
-from __future__ import annotations
-
 import copy
 import functools
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 from harness import Row, benchmark, compared, interleaved
+from networks import packed_copy
 from torch import Tensor, nn
 
 from mpsearch.graph.fold import fold_batch_norms
-from mpsearch.layer import weight_rows
 from mpsearch.models.resnet import resnet
-from mpsearch.packed.model import QuantizedLayer, pack
-from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
 
@@ -36,19 +33,6 @@ LAYERS = {
     "depthwise 3x3 128 @28": (128, 128, 28, 3, 1, 128),
     "depthwise 5x5 128 @28": (128, 128, 28, 5, 1, 128),
 }
-
-
-def packed(model: nn.Module, bits: int, inputs: str) -> nn.Module:
-    """A copy of the model, all convolutions on packed weights, one scale a channel."""
-    scheme, model = Integer(bits, input=INPUTS[inputs]), copy.deepcopy(model)
-    layers = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            weight = RoundToNearest().quantize(weight_rows(module), scheme)
-            if inputs == "a8 static":
-                weight.tensors["input_scale"] = torch.tensor([SCALE])
-            layers.append(QuantizedLayer("conv", (name,), weight))
-    return pack(model, layers)
 
 
 def torch_int8(layer: nn.Conv2d, x: Tensor) -> Callable[[], Tensor]:
@@ -87,9 +71,9 @@ def conv(layer: str, batch: int, seconds: float) -> Iterator[Row]:
     x = torch.randn(batch, n_in, size, size)
     last, x_last = copy.deepcopy(model).to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     calls: dict[str, Callable[[], object]] = {FLOAT: lambda: model(x), "channels_last": lambda: last(x_last)}
-    for bits in (4, 8):
-        for inputs in INPUTS:
-            calls[f"w{bits}{inputs}"] = functools.partial(packed(model, bits, inputs), x)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    for bits, (inputs, scheme) in itertools.product((4, 8), INPUTS.items()):
+        calls[f"w{bits}{inputs}"] = functools.partial(packed_copy(model, dict.fromkeys(names, Integer(bits, input=scheme))), x)
     if layer in LAYERS:
         calls[INT8] = torch_int8(model[0], x)
     with torch.inference_mode():

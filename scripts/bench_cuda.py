@@ -11,8 +11,6 @@
 Shares are of the rate at which PyTorch copies 1 GB here (bytes read and written). Without a GPU or nvcc it says so and ends well.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json
@@ -54,7 +52,6 @@ def build(capability: tuple[int, int]) -> Path:
 
 
 def main() -> None:
-    """Build, test, time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--tests-only", action="store_true")

@@ -1,7 +1,5 @@
 """What an evaluation and a sensitivity cost, and how well sensitivity metrics rank layers."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 
@@ -29,7 +27,6 @@ def engine_of(network: str, prefix_max_bytes: int = 0, seed: int = 0) -> QuantEn
 
 
 def random_allocations(engine: QuantEngine, n: int) -> list[Allocation]:
-    """Drawn evenly."""
     rng, space = np.random.default_rng(0), engine.space
     return [space.allocation(rng.integers(0, len(space.schemes), len(space.names))) for _ in range(n)]
 

@@ -1,17 +1,10 @@
 """How well executors use their workers."""
 
-from __future__ import annotations
-
-import contextlib
 import functools
 import importlib.util
-import os
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from harness import Row, UnavailableError, benchmark
@@ -34,27 +27,6 @@ class Sleeper:
         """A score of nothing, after sleeping."""
         time.sleep(self.seconds)
         return Score(0, 0, 0, 0, 0, 0, 1, np.zeros(0))
-
-
-@contextlib.contextmanager
-def cluster(n_workers: int) -> Iterator[str]:
-    """The address of a Dask scheduler with so many workers, while the block runs."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
-    scheduler = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
-    address = next(line.split()[-1] for line in scheduler.stderr or () if "Scheduler at:" in line)
-    command = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--nworkers", str(n_workers)]
-    workers = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=environment)
-    try:
-        from distributed import Client
-
-        with Client(address) as client:
-            client.wait_for_workers(n_workers, timeout=120)
-        yield address
-    finally:
-        for process in (workers, scheduler):
-            process.terminate()
-            process.wait()
 
 
 def efficiency(executor: Executor, seconds: float, n: int) -> float:
@@ -84,6 +56,11 @@ def executors(executor: str, seconds: float, evaluations: int) -> Iterator[Row]:
     """Evaluations that only sleep, on 2 local processes, and on 8 workers of Dask and of Ray that are started here."""
     if importlib.util.find_spec({"dask": "distributed", "ray": "ray"}.get(executor, "sys")) is None:
         raise UnavailableError(f"pip install -e '.[{executor}]'")
-    with cluster(8) if executor == "dask" else contextlib.nullcontext("") as address:
-        made = {"local": lambda: Local(2), "dask": lambda: Dask(address), "ray": lambda: Ray(8)}[executor]()
-        yield {"value": efficiency(made, seconds, evaluations), "unit": "share of the ideal"}
+    if executor == "dask":
+        from distributed import LocalCluster
+
+        with LocalCluster(n_workers=8, threads_per_worker=1, dashboard_address=None) as cluster:
+            value = efficiency(Dask(cluster.scheduler_address), seconds, evaluations)
+    else:
+        value = efficiency(Ray(8) if executor == "ray" else Local(2), seconds, evaluations)
+    yield {"value": value, "unit": "share of the ideal"}

@@ -1,7 +1,5 @@
 """What quantization-aware training adds to post-training quantization."""
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """How often the 95 % intervals of `mpsearch.intervals` contain the true difference."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -1,20 +1,17 @@
 """The kernels that quantize, round and rotate, against the same work in PyTorch."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable, Iterator
 
 import torch
 from harness import Row, benchmark, compared, interleaved, ratio_row
+from networks import packed_copy
 from torch import Tensor, nn
 
 from mpsearch import kernels
 from mpsearch.kernels import reference_rotation
-from mpsearch.packed.model import QuantizedLayer, pack
 from mpsearch.quantizers.gptq import triangular_feedback
-from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.base import QuantScheme
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
@@ -229,10 +226,9 @@ def rotation_speed(columns: int, tokens: int, seconds: float) -> Iterator[Row]:
     yield from compared(interleaved(calls, seconds, clock=time.thread_time), list(calls)[1:])
     schemes: dict[str, QuantScheme] = {"w4": Integer(4), "w4a8": Integer(4, input=IntegerInput(8))}
     calls = {}
+    layer = nn.Sequential(nn.Linear(columns, columns)).eval()
     for name, scheme in (schemes | {f"{name}r": Rotated(scheme) for name, scheme in schemes.items()}).items():
-        layer = nn.Linear(columns, columns).eval()
-        weight = RoundToNearest().quantize(layer.weight.detach(), scheme)
-        calls[name] = functools.partial(pack(nn.Sequential(layer), [QuantizedLayer("linear", ("0",), weight)]), x)
+        calls[name] = functools.partial(packed_copy(layer, {"0": scheme}), x)
     with torch.no_grad():
         times = interleaved(calls, seconds, clock=time.thread_time)
     for name in schemes:

@@ -1,8 +1,5 @@
 """Whole networks on packed weights against PyTorch's float32, and predicted against measured latency."""
 
-from __future__ import annotations
-
-import copy
 import functools
 import itertools
 import random
@@ -12,17 +9,16 @@ from typing import Any
 
 import torch
 from harness import Row, benchmark, ratio_row
+from networks import packed_copy
 from torch import Tensor, nn
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.costs.latency import REST
 from mpsearch.graph.fold import fold_batch_norms
 from mpsearch.graph.trace import trace_layers
-from mpsearch.layer import weight_rows
 from mpsearch.models.bert import Bert, Sizes
 from mpsearch.models.resnet import ResNet
 from mpsearch.packed.hardware import measure_latency, model_latency
-from mpsearch.packed.model import QuantizedLayer, pack
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
@@ -57,7 +53,6 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
 
 
 def forward(model: nn.Module, inputs: Any) -> Tensor:
-    """The network's output."""
     return model(inputs)
 
 
@@ -69,15 +64,6 @@ def built(name: str) -> tuple[nn.Module, SearchSpace]:
     net = build().eval().requires_grad_(False)
     fold_batch_norms(net, forward, inputs(2))
     return net, SearchSpace.build(trace_layers(net, forward, inputs(1)), SCHEMES)
-
-
-def packed_copy(net: nn.Module, space: SearchSpace, allocation: Allocation) -> nn.Module:
-    """The network on packed weights."""
-    layers = []
-    for layer in space.layers:
-        weight = RoundToNearest().quantize(weight_rows(net.get_submodule(layer.name)), SCHEMES[allocation[layer.name]])
-        layers.append(QuantizedLayer(layer.kind, layer.modules, weight))
-    return pack(copy.deepcopy(net), layers)
 
 
 @benchmark(
@@ -96,7 +82,7 @@ def latency(network: str, batch: int, seconds: float, allocations: int) -> Itera
     `mpsearch hardware` measures; their error is the median over random allocations.
     """
     (net, space), inputs = built(network), NETWORKS[network][1](batch)
-    packed = {scheme: packed_copy(net, space, space.uniform(scheme)) for scheme in SCHEMES}
+    packed = {scheme: packed_copy(net, dict.fromkeys(space.names, SCHEMES[scheme])) for scheme in SCHEMES}
     times = {name: time.median for name, time in model_latency({"float32": net, **packed}, forward, inputs, seconds).items()}
     for scheme in SCHEMES:
         yield {"case": scheme} | ratio_row(times[scheme] / 1e3, "torch float32", times["float32"] / 1e3)
@@ -106,7 +92,7 @@ def latency(network: str, batch: int, seconds: float, allocations: int) -> Itera
     draw, errors = random.Random(0), []
     for _ in range(allocations):  # each alone: called in turn they would evict one another's weights
         allocation = Allocation((group, draw.choice(list(PREDICTED))) for group in predicted.names)
-        model = packed_copy(net, space, allocation)
+        model = packed_copy(net, {name: SCHEMES[scheme] for name, scheme in allocation.items()})
         taken = model_latency({"": model}, forward, inputs, seconds / allocations)[""].median
         errors.append((milliseconds[REST, REST] + sum(milliseconds[pair] for pair in allocation.items())) / taken - 1)
     yield {"what": "prediction", "value": statistics.median(map(abs, errors)), "unit": "relative error, median"}

@@ -1,7 +1,5 @@
 """Products with packed weights against PyTorch's, ONNX Runtime's and ggml's."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 import subprocess

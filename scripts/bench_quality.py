@@ -1,7 +1,5 @@
 """What quantizers, schemes, equalizers and rotations make of trained networks, on data that nothing else is done with."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +21,11 @@ SPLITS: dict[str, dict[str, Any]] = {
     "stories260k": {"n_calibration": 64, "n_search": 1, "n_confirm": 64},
     "minilm": {"n_calibration": 200, "n_search": 50, "n_confirm": 500},
     "efficientnet_lite0": {"n_calibration": 100, "n_search": 28},
+}
+ALL = SPLITS | {"minilm": {}, "efficientnet_lite0": {}}  # all data that are left confirm
+FEWER = SPLITS | {  # where there are many schemes
+    "resnet20": {"n_calibration": 1000, "n_confirm": 1000},
+    "stories260k": {"n_calibration": 64, "n_search": 1, "n_confirm": 32},
 }
 UNIFORM = {
     "digits": ("w2", "w4"),
@@ -48,7 +51,7 @@ def quantizers(network: str, quantizer: str) -> Iterator[Row]:
     """
     if quantizer == "adaround" and network in ("minilm", "efficientnet_lite0"):
         return  # takes hours
-    engine = load(network, UNIFORM[network], quantizer, "none", EMBEDDINGS.get(network, ""), **SPLITS[network])
+    engine = load(network, UNIFORM[network], quantizer, "none", EMBEDDINGS.get(network, ""), **ALL[network])
     for scheme in UNIFORM[network]:
         seconds = quantize_all(engine, (scheme,))
         yield {"case": scheme, **quality_row(engine, engine.space.uniform(scheme)), "cpu_seconds": seconds}
@@ -87,7 +90,7 @@ def equalizers(network: str, equalizer: str, quantizer: str) -> Iterator[Row]:
     schemes = ((*weights, *inputs) if equalizer != "smooth_quant" else inputs) if quantizer == "clip_search" else weights
     if equalizer == "smooth_quant" and quantizer != "clip_search":
         return
-    engine = load(network, schemes, quantizer, equalizer, **SPLITS[network])
+    engine = load(network, schemes, quantizer, equalizer, **FEWER[network])
     for scheme in schemes:
         yield {"case": scheme, "scheme": scheme, **quality_row(engine, engine.space.uniform(scheme))}
 
@@ -113,7 +116,7 @@ def formats(network: str, quantizer: str, scheme: str) -> Iterator[Row]:
     `weight_db` is the signal to noise ratio of the weights, all weighted alike; the searches minimize errors weighted by the
     inputs' second moments, or of the layer's output.
     """
-    engine = load(network, FORMATS, quantizer, **SPLITS[network])
+    engine = load(network, FORMATS, quantizer, **FEWER[network])
     yield quality_row(engine, engine.space.uniform(scheme)) | {"weight_db": weight_decibels(engine, scheme)}
 
 

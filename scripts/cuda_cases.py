@@ -1,7 +1,5 @@
 """What `bench_cuda.py` checks and times on a GPU."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -87,7 +85,6 @@ def copies(first: torch.Tensor) -> list[torch.Tensor]:
 
 
 def packed_weights(shape: tuple[int, int], bits: int) -> list[PackedWeight]:
-    """Copies of a random weight."""
     n_rows, n_columns = shape
     codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, device="cuda")
     per_group = (n_rows, n_columns // GROUP_SIZE)
@@ -145,7 +142,6 @@ def quantization(copy_rate: float) -> Iterator[Row]:
 
 
 def measured() -> Iterator[Row]:
-    """All rows."""
     torch.manual_seed(0)
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)

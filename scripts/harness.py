@@ -193,8 +193,8 @@ def write(bench: Benchmark, rows: Sequence[Row], folder: Path) -> None:
 
 
 def table(rows: Sequence[Row], grid: Iterable[str] = ()) -> list[str]:
-    """Markdown: a column for each key but the parameters in `grid`, which `case` has; the ends of an interval in one column."""
-    hidden = {*grid, *(["commit"] if len({row["commit"] for row in rows}) == 1 else [])}
+    """Markdown: a column for each key but the parameters in `grid`, which `case` has; the commit where it is not today's."""
+    hidden = {*grid, *(["commit"] if {row["commit"] for row in rows} <= {git_commit()} else [])}
     rows = [{key: value for key, value in row.items() if key not in hidden} for row in rows]
     for row in rows:
         if "low" in row:

@@ -6,8 +6,6 @@ Each peer multiplies by copies of a weight float32 [rows, columns], quantized by
 not installed are left out.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib
 import importlib.util

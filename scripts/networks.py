@@ -1,24 +1,27 @@
 """The networks of the benchmarks with their tasks, and the engine for one of them in given schemes: what all benchmarks share."""
 
-from __future__ import annotations
-
+import copy
 import functools
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from harness import ROOT, Row, UnavailableError
+from torch import nn
 
 from mpsearch.allocation import Allocation
 from mpsearch.engine.calibrate import calibrate
 from mpsearch.engine.engine import FLOAT, QuantEngine
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score
-from mpsearch.layer import weight_rows
+from mpsearch.layer import kind_of, weight_rows
+from mpsearch.packed.model import QuantizedLayer, pack
 from mpsearch.pipeline.prepare import prepare
+from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.registry import node, resolve
 from mpsearch.schemes.base import QuantScheme
 from mpsearch.schemes.codebook import Codebook
@@ -133,6 +136,14 @@ def load(
     return QuantEngine(
         prepared.model, prepared.task, prepared.space, prepared.plan.quantizers, moments, prefix_max_bytes=prefix_max_bytes
     )
+
+
+def packed_copy(model: nn.Module, schemes: Mapping[str, QuantScheme]) -> nn.Module:
+    """A copy of the model with the weights of the named layers packed, rounded to nearest."""
+    model, quantizer = copy.deepcopy(model), RoundToNearest()
+    modules = {name: model.get_submodule(name) for name in schemes}
+    weights = {name: quantizer.quantize(weight_rows(module), schemes[name]) for name, module in modules.items()}
+    return pack(model, [QuantizedLayer(str(kind_of(modules[name])), (name,), weight) for name, weight in weights.items()])
 
 
 def quantize_all(engine: QuantEngine, schemes: tuple[str, ...] = ()) -> float:

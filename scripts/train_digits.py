@@ -6,8 +6,6 @@ The 1,797 images are split once, class by class: 997 to train on (calibration da
 search, 400 for the confirmation. The seed fixes everything on one machine; another may round differently.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
