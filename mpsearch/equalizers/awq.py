@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mpsearch.engine.calibrate import hessian_bytes, hessians
 from mpsearch.equalizers.base import Equalizer, Network, by_channel, rows_of
-from mpsearch.errors import InputError
+from mpsearch.errors import check_integer
 from mpsearch.graph.channel_scaling import by_groups, by_input
 from mpsearch.graph.links import Link
 from mpsearch.layer import kind_of
@@ -35,8 +35,7 @@ class AWQ(Equalizer):
     n_grid: int = 20
 
     def __post_init__(self) -> None:
-        if type(self.n_grid) is not int or self.n_grid < 2:
-            raise InputError(f"equalizer.n_grid must be an integer above 1; got {self.n_grid!r}.")
+        check_integer("equalizer.n_grid", self.n_grid, 2)
 
     def usable(self, network: Network) -> Sequence[Link]:
         """The links whose consumers all have a Hessian: no transposed convolutions."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mpsearch.allocation import Allocation
 from mpsearch.engine.engine import QuantEngine
-from mpsearch.errors import InputError, check_memory
+from mpsearch.errors import InputError, check_integer, check_memory
 from mpsearch.files import file_errors, write_atomically
 from mpsearch.files.strict_json import JsonObject, damaged
 from mpsearch.files.tensor_file import read_tensors, tensor_file
@@ -68,9 +68,8 @@ class Training:
         if self.loss not in ("kl", "cross_entropy"):
             raise InputError(f"loss must be 'kl' or 'cross_entropy'; got '{self.loss}'.")
         for name in ("epochs", "batch_size", "batches"):
-            value = getattr(self, name)
-            if (type(value) is not int or value < 1) and not (name == "batches" and value is None):
-                raise InputError(f"{name} must be an integer of at least 1; got '{value}'.")
+            if name != "batches" or self.batches is not None:
+                check_integer(name, getattr(self, name))
         if type(self.learning_rate) not in (int, float) or not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate must be a number above 0; got '{self.learning_rate}'.")
 
