@@ -203,7 +203,7 @@ def test_awq_lowers_the_error_of_what_reads_the_channels(tiny):
     assert sum(after.values()) < sum(before.values())
 
 
-@pytest.mark.parametrize(("make", "sentence"), [(lambda: SmoothQuant(1.5), "from 0 to 1"), (lambda: AWQ(1), "above 1")])
+@pytest.mark.parametrize(("make", "sentence"), [(lambda: SmoothQuant(1.5), "from 0 to 1"), (lambda: AWQ(1), "at least 2")])
 def test_settings_that_make_no_sense(make, sentence):
     with pytest.raises(InputError, match=sentence):
         make()
