@@ -28,6 +28,7 @@ class Scorer:
         self.quality = Quality(task.quality_name, task.quality_kind)
         self._batches: dict[str, list[tuple[Any, Tensor]]] = {}
         self._float_outputs: dict[str, Tensor] = {}
+        self._baselines: dict[str, tuple[NDArray[np.float64], int]] = {}  # of the float model; a bootstrap takes time
 
     @functools.cached_property
     def divergence(self) -> Divergence:
@@ -68,7 +69,9 @@ class Scorer:
         """The score of outputs `[n, columns]` on a split; `None` scores the float model itself."""
         task, quality, reference = self.task, self.quality, self.float_outputs(split)
         targets = reference if task.against_float else torch.cat([target for _, target in self.batches(split)])
-        baseline, n_samples = self._qualities(reference, targets, split)
+        if split not in self._baselines:
+            self._baselines[split] = self._qualities(reference, targets, split)
+        baseline, n_samples = self._baselines[split]
         if outputs is None:
             outputs, qualities, low, high = reference, baseline, 0.0, 0.0
         else:
