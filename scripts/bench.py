@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def registered() -> dict:
-    """All benchmarks by name: those of the modules `bench_*.py` beside this one."""
+    """All benchmarks by name: those of the modules `bench_*.py` of this folder."""
     import harness
 
     for file in sorted(Path(__file__).parent.glob("bench_*.py")):

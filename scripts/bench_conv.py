@@ -57,7 +57,7 @@ def torch_int8(layer: nn.Conv2d, x: Tensor) -> Callable[[], Tensor]:
 def conv(layer: str, batch: int, seconds: float) -> Iterator[Row]:
     """Convolutions with packed weights of 4 and 8 bits against PyTorch's float32 and int8 ones, interleaved in this process.
 
-    One float16 scale a channel; inputs float32 (`w4`), or quantized to int8 with a scale for each sample (`a8`) or a static
+    Per-channel float16 scales; inputs float32 (`w4`), or quantized to int8 with a scale for each sample (`a8`) or a static
     one. Of PyTorch's float32 convolution the faster of contiguous and channels-last counts.
     """
     torch.manual_seed(0)

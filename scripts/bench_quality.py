@@ -128,7 +128,7 @@ def formats(network: str, quantizer: str, scheme: str) -> Iterator[Row]:
     quick={"network": ("digits",), "quantizer": ("percentile",), "scheme": ("w3o1",)},
 )
 def clipping(network: str, quantizer: str, scheme: str) -> Iterator[Row]:
-    """Ways to choose the range of weights, with and without 1 % of the weights kept in float16 (`o1`), one scale a channel."""
+    """Ways to choose the range of weights, with and without 1 % of the weights kept in float16 (`o1`), per-channel scales."""
     engine = load(network, ("w3", "w3o1", "w4", "w4o1"), quantizer, **SPLITS[network])
     yield quality_row(engine, engine.space.uniform(scheme)) | {"weight_db": weight_decibels(engine, scheme)}
 

@@ -142,12 +142,12 @@ def at_budget(problem: str, bits: float, seed: int, total: int) -> Iterator[Row]
     table = sensitivity(problem, "gauss_newton")
     solved = best_within(SearchEvaluator(engine, EvaluationLog(whole)), table, [budget])
     within = min((e for e in trials if e.feasible), key=lambda e: e.loss)
-    for way, found in (("search", within.allocation), ("solve", solved.allocation)):
-        ours = confirmed(engine, found)
+    for way, allocation in (("search", within.allocation), ("solve", solved.allocation)):
+        ours = confirmed(engine, allocation)
         low, high = (engine.quality.scale * end for end in paired_interval(ours.qualities, theirs.qualities))
-        row = quality_row(engine, found, ours) | {"case": way, "rival": "additive solution"}
+        row = quality_row(engine, allocation, ours) | {"case": way, "rival": "additive solution"}
         row |= {"rival_value": engine.quality.scale * theirs.quality, "rival_kl": theirs.loss, "ratio": theirs.loss / ours.loss}
-        yield row | {"low": low, "high": high, "search_loss_ratio": engine.score(rival).loss / engine.score(found).loss}
+        yield row | {"low": low, "high": high, "search_loss_ratio": engine.score(rival).loss / engine.score(allocation).loss}
 
 
 @benchmark(

@@ -111,13 +111,13 @@ def load(
     `shared`: layers that runtimes fuse share a scheme. `splits` are arguments of the task, `n_confirm=100` for example.
     Raises `UnavailableError` where the data or the weights are missing.
     """
-    of = NETWORKS[network]
-    folder = DATA / of.folder
-    weights = {"weights": str(folder / of.weights)} if of.weights else {}
-    data = {"data_dir": str(folder)} if of.folder else {}
+    about = NETWORKS[network]
+    folder = DATA / about.folder
+    weights = {"weights": str(folder / about.weights)} if about.weights else {}
+    data = {"data_dir": str(folder)} if about.folder else {}
     try:
         model = resolve("model", {**node("model", network), **weights})
-        task = resolve("task", {**node("task", of.task), **data, **splits})
+        task = resolve("task", {**node("task", about.task), **data, **splits})
     except InputError as error:
         raise UnavailableError(str(error)) from error
     if network == "efficientnet_lite0":
@@ -128,7 +128,7 @@ def load(
         schemes={name: SCHEMES.get(name, name) for name in (*schemes, *(["fp32"] if float_layers else []))},
         quantizer=quantizer,
         equalizer=None if equalizer == "none" else equalizer,
-        share_patterns=of.share if shared else (),
+        share_patterns=about.share if shared else (),
         pin=[f"*:{'|'.join(schemes)}", f"{float_layers}:fp32"] if float_layers else (),
     )
     rotated = any(isinstance(scheme, Rotated) for scheme in prepared.space.schemes.values())

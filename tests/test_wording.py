@@ -44,7 +44,6 @@ PENDING: tuple[str, ...] = (
     "mpsearch/pipeline/",
     "mpsearch/samplers/",
     "mpsearch/training/",
-    "scripts/",
 )
 
 
