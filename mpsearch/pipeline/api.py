@@ -246,6 +246,7 @@ def hardware(
     seed: int = 0,
     device: str = "cpu",
     folder: Path | str | RunFolder | None = None,
+    name: str = "",
 ) -> tuple[SearchSpace, list[Latency]]:
     """Measure how long this machine takes for each layer in each scheme; see `search` for the other arguments.
 
@@ -272,6 +273,7 @@ def hardware(
             fold=fold_batch_norms,
             options=EngineOptions(device=device),
             seed=seed,
+            name=name,
         )
         return prepared.space, read_latency(latency_table(prepared, batch_size, run.path, seconds))
 
