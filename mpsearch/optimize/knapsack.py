@@ -1,11 +1,24 @@
-"""The best allocations if the effects of the groups were additive: the multiple-choice knapsack.
+"""The multiple-choice knapsack: the best allocations if the losses of the groups were additive.
 
-One choice per group, the least total loss under a limit on the total cost. Its Lagrangian relaxation gives the convex hull of the
-front and a bound, reduced costs fix nearly every group, and a dynamic programme over the few that are left closes the gap
-(Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11). Also the cheapest way back under budgets, for proposals.
+    minimize    sum_g loss[g, x_g]
+    over        x_g in {j : loss[g, j] < inf}, one choice for each group g
+    subject to  sum_g cost[g, x_g] <= limit
 
-Everywhere: `loss` [n_groups, n_choices] float64, np.inf where a choice is not allowed; `cost` [n_groups, n_choices] int64 or
-float64 (sums are exact below 2^53); an allocation is `choice` [n_groups] intp. No argument is modified.
+`solve` solves it exactly (Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11). With a multiplier lambda >=
+0 of the constraint, the Lagrangian
+
+    L(lambda) = sum_g min_j (loss[g, j] + lambda cost[g, j]) - lambda limit
+
+is a lower bound of the optimum. Its maximum lies where the moves along the lower convex hulls of the groups' (cost, loss)
+points, in the order of their slopes, exceed the limit. The reduced cost of a choice is loss + lambda cost less the minimum of
+its group. An allocation's distance to the bound is the sum of its reduced costs and lambda times its slack, so a choice whose
+reduced cost exceeds the gap of a known allocation is in no better one. A dynamic programme over the groups that have several
+choices left closes the gap.
+
+`front` solves it for several limits, `repair` brings an allocation within several constraints by moves of least added loss.
+
+Everywhere: `loss` float64 `[n_groups, n_choices]`, infinite where a choice is not allowed; `cost` int64 or float64 of the
+same shape (sums are exact below 2^53); an allocation is `choice`, intp `[n_groups]`. No argument is modified.
 """
 
 from __future__ import annotations
