@@ -47,7 +47,7 @@ class QuantEngine:
     bias_correction
         Whether a layer's bias makes up for the mean error of its output (`mpsearch.engine.bias_correction`).
     bank_max_bytes, hessian_max_bytes, prefix_max_bytes
-        Limits on dense weights, on Hessians and output Fishers, and on kept outputs in memory. Without room for outputs (0)
+        Limits on dense weights, on Hessians and output Fishers, and on kept outputs in memory. With 0 for outputs
         every score is a whole forward pass.
     device
         Where the model is, as in "cpu".

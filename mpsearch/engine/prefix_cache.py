@@ -199,7 +199,7 @@ class PrefixCache:
         return same and output.is_intact
 
     def _keep(self, key: Key, output: _Output) -> None:
-        """Keep the output if there is room, perhaps in place of outputs that are worth less or were not used lately."""
+        """Keep the output if it fits, perhaps in place of outputs that are worth less or were not used lately."""
         if key in self._kept:
             self._drop(key)
 

@@ -77,8 +77,8 @@ class WeightBank:
         """The layer's weight in the scheme; quantized at the first call, unless the files have it."""
         key = (layer, scheme)
         if key not in self._weights:
-            spec, of = self._layers[layer], self.space.schemes[scheme]
-            weight = None if self.files is None else self.files.read(layer, scheme, of, spec.shape)
+            spec, scheme_object = self._layers[layer], self.space.schemes[scheme]
+            weight = None if self.files is None else self.files.read(layer, scheme, scheme_object, spec.shape)
             if weight is None:
                 weight = self._quantize(spec, scheme)
                 if self.files is not None:

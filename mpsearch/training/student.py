@@ -55,7 +55,7 @@ class TrainableWeight:
     rotated: bool
 
     @classmethod
-    def of(cls, stored: QuantizedTensor, device: str) -> TrainableWeight | None:
+    def create(cls, stored: QuantizedTensor, device: str) -> TrainableWeight | None:
         """`None` for a scheme whose weights do not learn."""
         scheme: Any = stored.scheme
         if not learns(scheme):
@@ -119,7 +119,7 @@ class Student:
         self._biases: dict[int, str] = {}  # a bias may be shared: parameter -> the name under which it learns
         for layer, scheme in self.layers:
             stored = self._stored[layer.name]
-            weight = TrainableWeight.of(stored, engine.device)
+            weight = TrainableWeight.create(stored, engine.device)
             if weight is not None:
                 self._add_weight(layer, weight)
             static = isinstance(stored.scheme.input_format, IntegerInput) and stored.scheme.input_format.has_static_scale
