@@ -16,18 +16,19 @@ if TYPE_CHECKING:
     from mpsearch.evaluation import Evaluation, SensitivityTable
     from mpsearch.exporters.allocation_file import load_allocation
     from mpsearch.layer import LayerSpec
-    from mpsearch.pipeline.api import confirm, finetune, hardware, load_result, report, search, sensitivity, solve
-    from mpsearch.pipeline.result import Point, Result
+    from mpsearch.pipeline.api import hardware, search, sensitivity
+    from mpsearch.pipeline.finished import confirm, finetune, report, solve
+    from mpsearch.pipeline.result import Point, Result, load_result
     from mpsearch.tasks.base import Task
     from mpsearch.tasks.makers import classification, fidelity_task
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    **dict.fromkeys(("search", "sensitivity", "solve", "confirm", "finetune"), "pipeline.api"),
-    **dict.fromkeys(("hardware", "report", "load_result"), "pipeline.api"),
+    **dict.fromkeys(("hardware", "search", "sensitivity"), "pipeline.api"),
+    **dict.fromkeys(("confirm", "finetune", "report", "solve"), "pipeline.finished"),
     **dict.fromkeys(("classification", "fidelity_task"), "tasks.makers"),
-    **dict.fromkeys(("Result", "Point"), "pipeline.result"),
+    **dict.fromkeys(("Result", "Point", "load_result"), "pipeline.result"),
     **dict.fromkeys(("Allocation", "SearchSpace"), "allocation"),
     **dict.fromkeys(("Evaluation", "SensitivityTable"), "evaluation"),
     "Budget": "budget",

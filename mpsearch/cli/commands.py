@@ -18,7 +18,7 @@ from mpsearch.costs.latency import FLOAT, REST, Latency
 from mpsearch.errors import InputError
 from mpsearch.packed.agreement import check_verified
 from mpsearch.packed.hardware import facts, self_test
-from mpsearch.pipeline import api
+from mpsearch.pipeline import api, finished
 from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.result import Result, load_result, redrawn, written
 from mpsearch.reporting.charts.latency import draw_latency
@@ -106,7 +106,7 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
     """Another budget on a finished run, or the cheapest point within a drop: solved, measured, confirmed, reported."""
     _require_search(settings, "no run to solve")
     result = _loaded(settings, build, folder)
-    point = api.solve(result, budget=settings["budget"], max_drop=settings.get("max_drop"))
+    point = finished.solve(result, budget=settings["budget"], max_drop=settings.get("max_drop"))
     page = point.result.report(point=point.id)
     paths(folder, page, "pareto.png", "front.csv")
     print_summary(point.result.run, point.evaluation, folder)
@@ -117,7 +117,7 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
     _require_search(settings, "no point to train")
     options = {key: settings[key] for key in ("epochs", "batches", "batch_size", "learning_rate", "loss", "seed")}
     result = _loaded(settings, build, folder)
-    point = api.finetune(result, **options, **settings["pick"])
+    point = finished.finetune(result, **options, **settings["pick"])
     run, training = point.result.run, point.training
     assert training is not None
     page = point.result.report(point=point.id)
