@@ -28,7 +28,7 @@ class Budget:
         return self.table.cost_of(choice) <= self.limit * (1 + ROUNDING)
 
     @property
-    def room(self) -> float:
+    def capacity(self) -> float:
         """What is left for the searched groups: the limit less the constant part. Of a cost that adds up."""
         return self.limit * (1 + ROUNDING) - self.table.constant
 
@@ -46,7 +46,7 @@ def read_budgets(limits: Mapping[str, Any], costs: Mapping[str, Cost], space: Se
             raise InputError(f"There is no cost '{name}' to budget.{did_you_mean(name, costs)}")
         budget = Budget(costs[name].table(space), costs[name].parse(limit))
         if not np.isfinite(budget.limit) or budget.limit <= 0:
-            raise InputError(f"budget.{name} is above 0; {limit} came.")
+            raise InputError(f"budget.{name} must be above 0; got {limit}.")
         smallest = np.where(space.allowed, budget.table.values, np.inf).argmin(axis=1)
         if not budget.allows(smallest):
             wanted = "scheme of narrower inputs" if budget.table.peak else "smaller scheme"

@@ -168,10 +168,10 @@ class EvaluationLog(Sequence[Evaluation]):
 
     def trials(self) -> list[Evaluation]:
         """The trials from number 0 on, up to the first that is missing."""
-        found: list[Evaluation] = []
-        while (evaluation := self._trials.get(len(found))) is not None:
-            found.append(evaluation)
-        return found
+        trials: list[Evaluation] = []
+        while (evaluation := self._trials.get(len(trials))) is not None:
+            trials.append(evaluation)
+        return trials
 
     def on(self, split: str) -> list[Evaluation]:
         """The evaluations on a split, without those of the float model and the finetuned ones."""

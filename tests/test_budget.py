@@ -40,7 +40,7 @@ def test_what_meets_the_limit_exactly_is_within():
     for budget in (in_bits, in_fraction):
         for choice in ([0, 0, 1], [0, 1, 0], [1, 0, 0]):
             assert budget.allows(choice)
-            assert budget.table.values[np.arange(3), choice].sum() <= budget.room
+            assert budget.table.values[np.arange(3), choice].sum() <= budget.capacity
         assert not budget.allows([0, 1, 1])
 
 
@@ -52,9 +52,9 @@ def test_what_meets_the_limit_exactly_is_within():
         ({"bits": 2}, (), ["average_bits <= 2 ", "2.016: every layer at w2"]),
         ({"bits": 3}, ("*:w4",), ["4.016: every layer at w4", "loosen a pin"]),
         ({"fraction": 0.05}, (), ["fraction <= 0.05 ", "0.0633"]),
-        ({"bytes": 0}, (), ["budget.bytes is above 0; 0 came"]),
-        ({"bits": -3}, (), ["budget.bits is above 0; -3 came"]),
-        ({"bits": "nan"}, (), ["budget.bits is above 0; nan came"]),
+        ({"bytes": 0}, (), ["budget.bytes must be above 0; got 0"]),
+        ({"bits": -3}, (), ["budget.bits must be above 0; got -3"]),
+        ({"bits": "nan"}, (), ["budget.bits must be above 0; got nan"]),
         ({"fraction": "half"}, (), ["budget.fraction must be a number; got 'half'"]),
         ({"bits": [3]}, (), ["budget.bits must be a number"]),
         ({"byte": 10}, (), ["no cost 'byte' to budget", "Did you mean 'bytes'"]),

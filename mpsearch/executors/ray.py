@@ -33,26 +33,26 @@ class Ray(Executor):
         self._lock = threading.Lock()
 
     def start(self, engine: Scorer, make: Make) -> None:
-        """Connect and start the actors; `InputError` where no cluster answers, or one that has no room for them."""
+        """Connect and start the actors; `InputError` where no cluster answers, or one with too few CPUs for them."""
         try:
             import ray
         except ImportError:
             raise InputError("executor=ray needs Ray: pip install 'mpsearch[ray]'.") from None
         cpus = self.threads or 1
-        # Of a cluster that is there, the size is not ours to say.
-        here = {"num_cpus": cpus * self.workers, "include_dashboard": False} if self.address is None else {}
+        # The size of a running cluster is given.
+        size = {"num_cpus": cpus * self.workers, "include_dashboard": False} if self.address is None else {}
         try:
             _knock(self.address)
-            ray.init(address=self.address or "local", log_to_driver=False, logging_level=logging.ERROR, **here)
+            ray.init(address=self.address or "local", log_to_driver=False, logging_level=logging.ERROR, **size)
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"No Ray cluster answers at '{self.address}' ({' '.join(str(error).split())[:200]}). "
                 "Start one: ray start --head; ray start --address=HOST:6379."
             ) from None
         self._ray = ray
-        room = int(ray.cluster_resources().get("CPU", 0)) // cpus
-        if room < self.workers:
-            raise InputError(f"executor.workers={self.workers} of {cpus} CPUs each came; the Ray cluster has room for {room}.")
+        most = int(ray.cluster_resources().get("CPU", 0)) // cpus
+        if most < self.workers:
+            raise InputError(f"The Ray cluster has CPUs for {most} workers of {cpus} each; got executor.workers={self.workers}.")
         actor = ray.remote(num_cpus=cpus, max_restarts=-1, max_task_retries=RETRIES)(_Worker)
         self._actors = [actor.remote(make, self.threads) for _ in range(self.workers)]
         self._busy = [0] * self.workers
@@ -72,7 +72,7 @@ class Ray(Executor):
             if error is None:
                 promised.set_result(future.result())
             elif isinstance(error, self._ray.exceptions.RayTaskError):
-                promised.set_exception(error.cause)  # itself without Ray's story round it
+                promised.set_exception(error.cause)  # without Ray's traceback
             else:
                 promised.set_exception(
                     InputError(

@@ -76,10 +76,10 @@ def front(loss: ArrayLike, cost: ArrayLike, n: int, limit: float = np.inf) -> li
     if total(cost, best) > limit:
         best = _solve(loss, cost, limit, steps, MAX_STATES)
     limits = np.linspace(total(cost, cheapest), total(cost, best), n)[1:-1]
-    found = [_solve(loss, cost, limit, steps, MAX_STATES) for limit in limits]
-    found.sort(key=lambda choice: (total(cost, choice), total(loss, choice)))
+    solutions = [_solve(loss, cost, limit, steps, MAX_STATES) for limit in limits]
+    solutions.sort(key=lambda choice: (total(cost, choice), total(loss, choice)))
     distinct = [cheapest]
-    for choice in found:
+    for choice in solutions:
         if total(loss, best) < total(loss, choice) < total(loss, distinct[-1]):
             distinct.append(choice)
     return distinct if (best == cheapest).all() else [*distinct, best]
@@ -163,18 +163,18 @@ def _chain(loss: Floats, price: Floats, start: Choice, falling: Floats | None = 
     slope = np.full(len(start), -np.inf)
     parts = []
     while len(group):
-        mine, here = loss[group], (np.arange(len(group)), at)
+        own, current = loss[group], (np.arange(len(group)), at)
         gain = price[group] - price[group, at][:, None]
-        usable = (gain > 0) & np.isfinite(mine)
+        usable = (gain > 0) & np.isfinite(own)
         if falling is not None:
             usable &= (falling[:, group] <= falling[:, group, at][:, :, None]).all(0)
-        slopes = np.full(mine.shape, np.inf)
-        lost = np.minimum(mine[here], HUGE)[:, None]  # a start that is not allowed is left first, to the next choice that is
-        np.divide(mine - lost, gain, out=slopes, where=usable)
+        slopes = np.full(own.shape, np.inf)
+        lost = np.minimum(own[current], HUGE)[:, None]  # a start that is not allowed is left first, to the next choice that is
+        np.divide(own - lost, gain, out=slopes, where=usable)
         steepest = slopes.min(1)
         to = np.where(slopes == steepest[:, None], gain, -np.inf).argmax(1)  # of equal slopes the farthest
         moves = steepest < np.inf
-        gained = gain[here[0], to][moves]
+        gained = gain[current[0], to][moves]
         slope = np.maximum(slope, steepest)[moves]  # convex but for rounding
         group, before, at = group[moves], at[moves], to[moves]
         parts.append((group, before, at, slope, gained, np.full(len(group), step)))
@@ -224,10 +224,10 @@ def _solve(loss: Floats, cost: NDArray, limit: float, steps: _Steps, max_states:
     if gap <= rounding:
         return choice
     for width in (gap / 64, gap / 16, gap / 4, gap):
-        found = _within(width + rounding, reduced, cost, limit, price, max_states)
-        if found is None:
+        candidates = _within(width + rounding, reduced, cost, limit, price, max_states)
+        if candidates is None:
             return choice
-        for better in found:
+        for better in candidates:
             if total(cost, better) <= limit:
                 return better if total(loss, better) < total(loss, choice) else choice
     return choice
@@ -255,9 +255,9 @@ def _within(width: float, reduced: Floats, cost: NDArray, limit: float, price: f
     """
     lowest = reduced.argmin(1)
     extra = cost - np.take_along_axis(cost, lowest[:, None], axis=1)
-    room = limit - total(cost, lowest)
+    capacity = limit - total(cost, lowest)
     if not np.issubdtype(cost.dtype, np.integer):
-        room += ROUNDING * abs(limit)
+        capacity += ROUNDING * abs(limit)
     kept = reduced <= width
     low, high = np.where(kept, extra, 0).min(1), np.where(kept, extra, 0).max(1)
     core = np.flatnonzero(kept.sum(1) > 1)
@@ -272,7 +272,7 @@ def _within(width: float, reduced: Floats, cost: NDArray, limit: float, price: f
             n_states = len(used)
             used = (extra[group, options][:, None] + used).ravel()
             excess = (reduced[group, options][:, None] + excess).ravel()
-        slack = room - used  # at the end between this - high_left and this - low_left
+        slack = capacity - used  # at the end between this - high_left and this - low_left
         hopeful = (slack >= low_left[position]) & (excess + price * np.maximum(slack - high_left[position], 0) <= width)
         order = np.flatnonzero(hopeful)
         order = order[np.argsort(used[order], kind="stable")]

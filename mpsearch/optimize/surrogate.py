@@ -115,8 +115,8 @@ class Surrogate:
             return value, 0.5 * np.exp(logs) * slopes + 2 * WEIGHT * off
 
         bounds = [BOUNDS[i] for i in free]
-        found = minimize(objective, START[free], jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 30})
-        self.variances[free] = np.exp(found.x)
+        minimum = minimize(objective, START[free], jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 30})
+        self.variances[free] = np.exp(minimum.x)
 
     def fit(self, choices: Choices, log_losses: Floats, costs: Floats | None = None) -> None:
         """Condition on measurements, of more than `MAX_FITTED` on those nearest to the front.

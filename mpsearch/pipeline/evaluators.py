@@ -195,9 +195,9 @@ class ConfirmEvaluator(_Evaluator):
 
     def __call__(self, allocation: Allocation, origin: str) -> Evaluation:
         """The allocation's evaluation."""
-        found = self.log.find(self.split, allocation)
-        if found is not None:
-            return found
+        earlier = self.log.find(self.split, allocation)
+        if earlier is not None:
+            return earlier
         start = time.perf_counter()
         score, timing = self.run_packed(allocation)
         self._qualities[allocation] = score.qualities

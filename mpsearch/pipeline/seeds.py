@@ -63,7 +63,7 @@ def knapsack_seeds(problem: Problem, n: int, values: Floats | None = None) -> li
     for budget in problem.budgets:
         scale = budget.table.values.sum() / values.sum()  # not entry by entry: what costs nothing is 0 in both
         if np.allclose(budget.table.values, scale * values, atol=0):
-            limit = min(limit, budget.room / scale)
+            limit = min(limit, budget.capacity / scale)
     solutions = knapsack.front(problem.losses, values, n, limit)
     spread = sorted(range(len(solutions)), key=lambda i: f"{i:b}"[::-1])
     return list(dict.fromkeys(space.allocation(problem.feasible.repair(solutions[i])) for i in spread))

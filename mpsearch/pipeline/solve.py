@@ -31,8 +31,8 @@ MOST_STEPS = 12  # of a bisection, each measured: the cost is known to 1 / 4096 
 def solution(space: SearchSpace, losses: np.ndarray, budgets: Sequence[Budget]) -> Allocation:
     """The allocation of least additive loss within all `budgets`.
 
-    Exact for one budget. For several: of the solutions for each of them alone, brought back under the others, the best. A budget
-    on a peak leaves choices out, and is exact beside any.
+    Exact for one budget. For several, the solution for each budget alone is repaired to keep the others; the best is returned.
+    A budget on a peak excludes choices, so that it stays exact together with others.
     """
     space, budgets = restricted(space, budgets)
     return space.allocation(_solved(np.where(space.allowed, losses, np.inf), budgets, knapsack.MAX_STATES))
@@ -41,9 +41,9 @@ def solution(space: SearchSpace, losses: np.ndarray, budgets: Sequence[Budget]) 
 def prediction(sensitivity: SensitivityTable, measured: Sequence[Evaluation], budgets: Sequence[Budget]) -> Allocation:
     """The allocation within `budgets` that the surrogate, fitted to what was `measured`, predicts the lowest loss of.
 
-    From the additive solution and the best measured allocations within the budgets it solves the knapsack of the surrogate's
-    own table there, and again from what comes out, while that is new; then it moves single groups and exchanges pairs while that
-    lowers the predicted loss.
+    Starting at the additive solution and at the best measured allocations within the budgets, the knapsack of the surrogate's
+    table is solved repeatedly until a solution recurs; then single groups are moved and pairs exchanged while that lowers the
+    predicted loss.
     """
     additive = solution(sensitivity.space, sensitivity.losses(), budgets)
     known = {e.allocation: e for e in measured if np.isfinite(e.loss) and e.loss > 0}
@@ -53,20 +53,20 @@ def prediction(sensitivity: SensitivityTable, measured: Sequence[Evaluation], bu
     choices = np.stack([space.choice(allocation) for allocation in known])
     log_losses = np.log(np.maximum([e.loss for e in known.values()], LOSS_FLOOR))
     sizes = space.storage_bits[np.arange(choices.shape[1]), choices].sum(1)
-    # Whatever is known teaches, also what the budgets forbid: the table is that of the whole space.
+    # Allocations that the budgets forbid inform the surrogate too: its table is that of the whole space.
     surrogate = Surrogate(sensitivity.losses(), sensitivity.exact, sensitivity.effects)
     surrogate.choose_variances(choices, log_losses, sizes)
     surrogate.fit(choices, log_losses, sizes)
 
-    found = {row.tobytes(): row for row in (space.choice(additive), *_starts(choices, log_losses, budgets))}
-    for choice in list(found.values()):
+    solutions = {row.tobytes(): row for row in (space.choice(additive), *_starts(choices, log_losses, budgets))}
+    for choice in list(solutions.values()):
         for _ in range(MOST_SOLVED):
             table = np.where(space.allowed, surrogate.table(choice), np.inf)
             choice = _solved(table, others, FEW_STATES)
-            if choice.tobytes() in found:
+            if choice.tobytes() in solutions:
                 break
-            found[choice.tobytes()] = choice
-    pool = np.stack(list(found.values()))
+            solutions[choice.tobytes()] = choice
+    pool = np.stack(list(solutions.values()))
     best = pool[surrogate.predict(pool)[0].argmin()]
     return space.allocation(_descended(best, surrogate, space, others))
 
@@ -146,10 +146,10 @@ def cheapest_within(
 def _solved(losses: np.ndarray, budgets: Sequence[Budget], max_states: int) -> np.ndarray:
     if not budgets:
         return losses.argmin(axis=1)
-    tables, rooms = [budget.table.values for budget in budgets], [budget.room for budget in budgets]
-    alone = (knapsack.solve(losses, t, room, max_states) for t, room in zip(tables, rooms, strict=True))
-    found = [knapsack.repair(choice, losses, tables, rooms) for choice in alone]
-    return min(found, key=lambda choice: knapsack.total(losses, choice))
+    tables, capacities = [budget.table.values for budget in budgets], [budget.capacity for budget in budgets]
+    alone = (knapsack.solve(losses, t, capacity, max_states) for t, capacity in zip(tables, capacities, strict=True))
+    repaired = [knapsack.repair(choice, losses, tables, capacities) for choice in alone]
+    return min(repaired, key=lambda choice: knapsack.total(losses, choice))
 
 
 def _starts(choices: np.ndarray, log_losses: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
@@ -168,7 +168,7 @@ def _descended(choice: np.ndarray, surrogate: Surrogate, space: SearchSpace, bud
         groups, to = np.nonzero(space.allowed & (np.arange(len(space.schemes)) != choice[:, None]))
         change = np.stack([b.table.values[groups, to] - b.table.values[groups, choice[groups]] for b in budgets] or [0 * groups])
         added = table[groups, to] - table[groups, choice[groups]]
-        slack = np.array([b.room - knapsack.total(b.table.values, choice) for b in budgets] or [0.0])
+        slack = np.array([b.capacity - knapsack.total(b.table.values, choice) for b in budgets] or [0.0])
         # Pairs of all moves where they are few; else of those that lower the loss most, or free most of a budget for it.
         slope = added / np.maximum(np.abs(change / np.abs(change).max(1, keepdims=True).clip(1e-300)).max(0), 1e-9)
         some = np.argsort(slope, kind="stable")[:MOST_PAIRED]
@@ -184,7 +184,7 @@ def _descended(choice: np.ndarray, surrogate: Surrogate, space: SearchSpace, bud
         pool = np.repeat(choice[None], len(one), axis=0)
         pool[np.arange(len(one)), groups[one]] = to[one]
         pool[np.arange(len(one)), groups[two]] = to[two]
-        pool = pool[[all(b.table.values[rows, c].sum() <= b.room for b in budgets) for c in pool]]
+        pool = pool[[all(b.table.values[rows, c].sum() <= b.capacity for b in budgets) for c in pool]]
         if not len(pool):
             return choice
         losses = surrogate.predict(pool)[0]

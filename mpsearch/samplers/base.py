@@ -68,7 +68,7 @@ class Problem:
         self.sensitivity = replace(sensitivity, space=self.space)
         self.losses = self.sensitivity.losses()
         self.objectives = tuple(objectives) or (Bytes().table(self.space),)
-        self.feasible = Feasible(self.losses, [b.table.values for b in self.budgets], [b.room for b in self.budgets])
+        self.feasible = Feasible(self.losses, [b.table.values for b in self.budgets], [b.capacity for b in self.budgets])
         self.seed = seed
 
 

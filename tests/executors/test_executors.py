@@ -241,7 +241,7 @@ def test_a_ray_cluster_that_is_not_there_or_too_small_is_a_sentence(request):
     with pytest.raises(InputError, match=r"No Ray cluster answers at '127\.0\.0\.1:1'"), Ray(2, "127.0.0.1:1") as executor:
         executor.start(None, None)
     address = request.getfixturevalue("ray_cluster")
-    with pytest.raises(InputError, match=r"executor\.workers=3 .* has room for 2"), Ray(3, address) as executor:
+    with pytest.raises(InputError, match=r"has CPUs for 2 workers .* got executor\.workers=3"), Ray(3, address) as executor:
         executor.start(None, None)
 
 
