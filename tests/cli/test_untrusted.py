@@ -125,6 +125,7 @@ def test_there_are_enough_cases() -> None:
     assert len(CASES) >= 40
 
 
+@pytest.mark.slow
 def test_a_saved_mirror_is_not_written_to(evil: Evil, capsys: pytest.CaptureFixture[str]) -> None:
     file = evil.folder / "config.yaml"
     config = yaml.safe_load(file.read_text())
@@ -138,6 +139,7 @@ def test_a_saved_mirror_is_not_written_to(evil: Evil, capsys: pytest.CaptureFixt
     assert saved(evil.folder)["study"]["mirror"] is None
 
 
+@pytest.mark.slow
 def test_a_class_of_the_users_needs_trust(
     evil: Evil, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,6 +242,7 @@ INSTALLED = (
 STANDARD = ("functools", "shlex", "difflib", "pathlib", "json", "csv", "random", "pickle", "typing", "dataclasses", "mpsearch")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["report", "solve"])
 def test_nothing_is_imported_from_the_folder(command: str, evil: Evil) -> None:
     """`run=.` inside the folder, whose modules have the names of those that mpsearch imports, and of some that it may lack.

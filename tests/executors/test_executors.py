@@ -170,6 +170,7 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path, executor):
     assert len(again) <= 2, "what was done is not done again, but for what was under way"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("executor", ["local", CLUSTERS[1]], indirect=True)
 def test_work_that_kills_its_worker_is_given_up(executor):
     with executor:
@@ -183,6 +184,7 @@ class Killer:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_the_workers_end_with_a_coordinator_that_is_killed(tmp_path):
     program = f"""
 import functools, os, sys, time

@@ -375,6 +375,7 @@ def test_gradients_are_not_followed(backend: str, convolve) -> None:
     assert not y.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [GEOMETRIES[0], GEOMETRIES[5], replace(GEOMETRIES[0], channels_last=True), GEOMETRIES[8]])
 @pytest.mark.parametrize("name", ["conv", "conv_a8"])
 def test_registration(name: str, case: Case) -> None:
@@ -389,6 +390,7 @@ def test_registration(name: str, case: Case) -> None:
     assert meta.shape == operator(case.x(), *arguments, *scale[0]).shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("convolve", [kernels.conv, kernels.conv_a8])
 def test_compiled_and_exported_graphs_hold_the_convolution(convolve) -> None:
     case = Case(6, 4, (3, 3), (8, 8), padding=(1, 1))

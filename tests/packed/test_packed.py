@@ -346,6 +346,7 @@ print(rss() - before)
 """
 
 
+@pytest.mark.slow
 def test_a_loaded_model_takes_the_memory_that_was_counted(tmp_path):
     """Six layers of 2048 x 2048: 100 MB in float32, 13 MB at 4 bits; 12 MB more is what is left of the work on one layer."""
     torch.manual_seed(0)

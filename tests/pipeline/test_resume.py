@@ -68,7 +68,8 @@ def table(folder, name="evaluations"):
     return rows.drop(columns=["seconds", "measured_ms", "measured_ms_low", "measured_ms_high", "crc"], errors="ignore")
 
 
-@pytest.mark.parametrize("sampler", ["front", *(pytest.param(name, marks=pytest.mark.slow) for name in ("nsga2", "tpe"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["front", "nsga2", "tpe"])
 def test_a_killed_run_goes_on_as_if_nothing_was(tmp_path, sampler):
     words = (*SEARCH, f"sampler={sampler}")
     killed, whole = tmp_path / "killed", tmp_path / "whole"

@@ -224,6 +224,7 @@ def test_what_cannot_be_is_said(trained, tmp_path, monkeypatch):
         finetune(trained, allocation, training, tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_the_command_trains_records_draws_and_exports(tmp_path, monkeypatch, capsys):
     """A run of the digits, one point trained twice, the search gone on with, and the trained point exported."""
     monkeypatch.chdir(tmp_path)
@@ -281,6 +282,7 @@ def test_the_command_trains_records_draws_and_exports(tmp_path, monkeypatch, cap
     assert float(torch.cat(hits).double().mean()) == row.quality
 
 
+@pytest.mark.slow
 def test_a_search_trains_its_front_before_it_reports(tmp_path, monkeypatch, capsys):
     """Off by default; a finished run gets it when it is gone on with, once; and the trained points stand beside the front."""
     monkeypatch.chdir(tmp_path)
