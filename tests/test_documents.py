@@ -79,11 +79,11 @@ def test_the_example_of_a_choice_works(mpsearch, tmp_path: Path) -> None:
     """The quantizer of CONTRIBUTING.md, in a package of one's own and a folder given by `--config-dir`."""
     (source,) = blocks(CONTRIBUTING, "python")
     (config,) = blocks(CONTRIBUTING, "yaml")
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own" / "fixed_clip.py").write_text(source)
+    (tmp_path / "own_choices").mkdir()
+    (tmp_path / "own_choices" / "fixed_clip.py").write_text(source)
     (tmp_path / "conf" / "quantizer").mkdir(parents=True)
     assert config.startswith("_target_: mpsearch.quantizers.")
-    (tmp_path / "conf" / "quantizer" / "fixed_clip.yaml").write_text(config.replace("mpsearch.quantizers", "own"))
+    (tmp_path / "conf" / "quantizer" / "fixed_clip.yaml").write_text(config.replace("mpsearch.quantizers", "own_choices"))
     code, errors = mpsearch("sensitivity", "--config-dir=conf", "quantizer=fixed_clip", "scheme=[w4]", "metric=weight_mse")
     assert code == 0, errors
     code, errors = mpsearch("sensitivity", "--config-dir=conf", "quantizer=fixed_clip", "quantizer.ratio=2", "scheme=[w4]")
