@@ -22,8 +22,8 @@ from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.pipeline.goal import goal_of, latency_table, objective_names, resolved_costs
 from mpsearch.pipeline.prepare import Choice, EngineOptions, Model, Prepared, prepare
 from mpsearch.pipeline.result import Result
+from mpsearch.pipeline.search_run import SearchRun
 from mpsearch.pipeline.sensitivity import measured_sensitivity
-from mpsearch.pipeline.session import SearchSession
 from mpsearch.quality import Quality
 from mpsearch.registry import resolve
 from mpsearch.runs.run import RunFolder
@@ -161,7 +161,7 @@ def search(
         )
         logger.info(sentence(prepared.not_searched))
         goal = goal_of(prepared, cost_objects, budget, objectives, run.path)
-        session = SearchSession(
+        search_run = SearchRun(
             model=model,
             prepared=prepared,
             goal=goal,
@@ -175,7 +175,7 @@ def search(
             training=_training(finetune_steps, prepared, seed),
             mirror=mirror,
         )
-        return replace(session.search(n_trials, n_seeds, max_seconds), keep=kept)
+        return replace(search_run.search(n_trials, n_seeds, max_seconds), keep=kept)
 
 
 def sensitivity(

@@ -31,7 +31,7 @@ from mpsearch.training.finetune import Training
 
 
 @dataclass(frozen=True)
-class SearchSession:
+class SearchRun:
     """What a search is made of; the caller holds the lock of the run's folder."""
 
     model: Model
