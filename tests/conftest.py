@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,18 @@ def pytest_cmdline_main(config):
     if whole and getattr(config.option, "numprocesses", 0) is None:
         config.option.numprocesses = min(len(os.sched_getaffinity(0)), 8)
         config.option.dist = "loadfile"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test that is marked `thin(n)`, all cases but every n-th are slow."""
+    seen = Counter()
+    for item in items:
+        if (thin := item.get_closest_marker("thin")) is not None:
+            name = item.nodeid.partition("[")[0]
+            if seen[name] % thin.args[0]:
+                item.add_marker("slow")
+            seen[name] += 1
 
 
 @pytest.fixture(scope="session")
@@ -135,6 +148,9 @@ def mpsearch(tmp_path, monkeypatch, capsys):
     """`mpsearch("search", "n_trials=5")` in this process, in a folder of its own: (exit code, what went to stderr)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
+    for name, module in list(sys.modules.items()):  # of the user in another test
+        if (getattr(module, "__file__", None) or "").startswith(str(tmp_path.parent)):
+            monkeypatch.delitem(sys.modules, name)
 
     def run(*words):
         monkeypatch.setattr(sys, "argv", ["mpsearch", *words])

@@ -205,6 +205,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("words", MISTAKES, ids=" ".join)
+@pytest.mark.thin(3)
 def test_a_mistake_is_one_sentence(words: tuple[str, ...], door: Door, tmp_path: Path) -> None:
     ended = door(*words)
     assert ended.code == 2
@@ -423,6 +424,7 @@ class TestRun:
         assert door("search", "run=reports/a").code == 0
         assert [door.last.settings[key] for key in ("n_trials", "max_seconds", "device", "seed")] == [9, 2.5, "cuda", 3]
 
+    @pytest.mark.slow
     def test_another_executor_has_none_of_the_old_ones_arguments(self, run: Path, door: Door) -> None:
         first = "mpsearch.executors.in_process.InProcess"
         assert door.last.settings["executor"] == {"_target_": first, "threads": None}

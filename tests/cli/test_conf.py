@@ -69,6 +69,7 @@ def test_the_defaults() -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in OPTIONS if path.parent.name not in MULTI_SELECT], ids=str)
+@pytest.mark.thin(8)
 def test_every_option_composes(path: Path) -> None:
     group, name = str(path.parent), path.stem
     config = composed("export" if group in EXPORT_GROUPS else "search", f"{group}={name}")

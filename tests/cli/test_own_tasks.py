@@ -238,6 +238,7 @@ SUPPORTED = {
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.thin(2)
 def test_batches_and_parameters_of_other_kinds_are_searched(run, tmp_path, name):
     plain = run("", *SEARCH, "hydra.run.dir=other")
     code, _, err = run(SUPPORTED[name], *SEARCH)

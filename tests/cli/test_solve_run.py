@@ -36,6 +36,7 @@ def solved(tmp_path_factory):
     ],
     ids=lambda words: words[0] if isinstance(words, list) else None,
 )
+@pytest.mark.thin(4)
 def test_the_answer_is_exported_by_the_command_that_is_printed(solved, asked, column, limit, capsys, monkeypatch):
     place, command = solved
     if not (place / "run").exists():

@@ -103,6 +103,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.thin(6)
 def test_a_crafted_folder_runs_nothing(name: str, evil: Evil, drawn: list[object], capsys: pytest.CaptureFixture[str]) -> None:
     file = evil.folder / "config.yaml"
     config = yaml.safe_load(file.read_text())

@@ -88,6 +88,7 @@ def test_narrowed_is_the_same_set_of_allocations(limits):
 
 @pytest.mark.parametrize("limits", BUDGETS, ids=str)
 @pytest.mark.parametrize("path", SAMPLERS, ids=lambda path: path.stem)
+@pytest.mark.thin(3)
 def test_every_sampler_keeps_it(path, limits):
     engine, budgets = SimpleNamespace(space=SPACE, score=score), read_budgets(limits, COSTS, SPACE)
     tables = [ActivationBytes().table(SPACE)]
@@ -132,6 +133,7 @@ def test_solve_finds_the_best_within(limits):
     assert best_within(evaluate, TABLE, budgets).loss == pytest.approx(least**1.3)
 
 
+@pytest.mark.slow
 def test_from_the_front_door(mpsearch):
     """A run under a limit, gone on with, and solved for another limit; and as an objective it is refused."""
     first = ["scheme=[w2,w4,w4a8]", "cost=[bytes,activation_bytes]", "n_seeds=3", "hydra.run.dir=run"]

@@ -124,6 +124,7 @@ def test_a_folder_that_cannot_be_written_is_said_once(tiny, tmp_path):
     engine.quantized(layer, "w4a8")  # a second warning would be an error
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_and_its_export_quantize_nothing(mpsearch, monkeypatch):
     called = []
     quantize = copy.copy(CoordinateDescent.quantize)

@@ -237,6 +237,7 @@ def watch(module):
 @pytest.mark.parametrize("max_bytes", [10**9, 2000])
 @pytest.mark.parametrize("schemes", [None, INPUTS], ids=["weights", "inputs too"])
 @pytest.mark.parametrize("name", NETS)
+@pytest.mark.thin(4)
 def test_logits_are_those_of_a_whole_pass_bit_for_bit(tiny, name, schemes, max_bytes):
     engine, naive = build(tiny, name, schemes, prefix_max_bytes=max_bytes), build(tiny, name, schemes, prefix_max_bytes=0)
     before = tiny.state(engine.model)

@@ -157,6 +157,7 @@ def names(folder):
 
 
 @pytest.mark.parametrize("executor", ["local", *CLUSTERS], indirect=True)
+@pytest.mark.slow
 def test_a_worker_that_is_killed_loses_nothing(tmp_path, executor):
     sleeper = Sleeper(str(tmp_path), 0.2)
     with executor:

@@ -174,6 +174,7 @@ def test_a_folder_that_vanishes_is_named(commands, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [1_000, 20_000])
+@pytest.mark.thin(2)
 def test_a_limit_on_the_size_of_files_is_one_sentence_and_exit_code_2(tmp_path, limit):
     """The limit of the operating system, in a process of its own: on config.yaml, and on what is written later."""
 

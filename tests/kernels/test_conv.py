@@ -127,6 +127,7 @@ GEOMETRIES = [
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=lambda case: f"{case.kernel_size}x{case.groups}")
 @pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.thin(4)
 def test_backends_agree(bits: int, geometry: Case) -> None:
     """Each width with one scale a row, groups that cover whole channels, and groups that do not; symmetric or not."""
     torch.manual_seed(bits)
@@ -183,6 +184,7 @@ def test_any_geometry(case: Case) -> None:
 
 @pytest.mark.parametrize("geometry", LONG, ids=["whole", "lanes"])
 @pytest.mark.parametrize("bits", [1, 7, 8])
+@pytest.mark.thin(3)
 def test_extreme_codes_do_not_overflow(bits: int, geometry: Case) -> None:
     """All codes and inputs at their largest, over more columns than int16 or float32 hold exactly."""
     case = replace(geometry, bits=bits, symmetric=False)
@@ -204,6 +206,7 @@ def test_extreme_codes_do_not_overflow(bits: int, geometry: Case) -> None:
 
 @pytest.mark.parametrize("geometry", [GEOMETRIES[i] for i in (0, 1, 5)], ids=["whole", "3 channels", "depthwise"])
 @pytest.mark.parametrize("backend", kernels.available_backends())
+@pytest.mark.thin(3)
 def test_input_values(backend: str, geometry: Case) -> None:
     """Zeros, vanishing and huge samples, ties, and values that are not finite, which spoil their own sample only."""
     torch.manual_seed(0)
@@ -234,6 +237,7 @@ def test_input_values(backend: str, geometry: Case) -> None:
 @pytest.mark.parametrize("convolve", [kernels.conv, kernels.conv_a8])
 @pytest.mark.parametrize("geometry", [Case(40, 20, (3, 3), (30, 31), padding=(1, 1)), replace(GEOMETRIES[5], size=(60, 60))])
 @pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.thin(3)
 def test_thread_counts_and_batches_agree(backend: str, geometry: Case, convolve, threads) -> None:
     torch.manual_seed(0)
     packed, x = geometry.packed(), replace(geometry, n=9).x()

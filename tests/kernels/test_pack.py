@@ -131,6 +131,7 @@ def test_bad_arguments_of_pack_and_unpack() -> None:
         kernels.unpack(torch.zeros(3, dtype=torch.uint8), 4, 7)
 
 
+@pytest.mark.slow
 def test_indices_go_beyond_31_bits() -> None:
     """2**31 + 9 codes, all but the last one 0: pages of zeros are not really there, so that this takes 270 MB."""
     if kernels.active_backend() == "reference":

@@ -56,6 +56,7 @@ def largest_error(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = No
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.thin(3)
 def test_backends_agree(bits: int, symmetric: bool) -> None:
     torch.manual_seed(bits)
     for (rows, columns), group_size in itertools.product(SHAPES, GROUP_SIZES):
@@ -179,6 +180,7 @@ def test_extreme_codes_do_not_overflow(bits: int) -> None:
 
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.thin(3)
 def test_layout(bits: int, scale_dtype: torch.dtype) -> None:
     """Packed and unpacked again, for shapes with and without padding; where whole, `bits` bits a weight and a header a record."""
     torch.manual_seed(bits)
@@ -387,6 +389,7 @@ def test_gradients_are_not_followed(backend: str, product) -> None:
 
 
 @pytest.mark.parametrize("name", ["linear", "linear_a8"])
+@pytest.mark.slow
 def test_registration(name: str) -> None:
     packed = some_packed(20, 64, 4, 32)
     arguments = (packed.data, packed.format)
@@ -397,6 +400,7 @@ def test_registration(name: str) -> None:
 
 
 @pytest.mark.parametrize("product", [kernels.linear, kernels.linear_a8])
+@pytest.mark.slow
 def test_compiled_graphs_hold_the_product(product) -> None:
     packed = some_packed(20, 64, 4, 32)
     x = torch.randn(3, 64)

@@ -50,6 +50,7 @@ def some_importance(kind: str, rows: int, columns: int) -> Tensor | None:
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.thin(4)
 def test_min_max(bits: int, symmetric: bool, scale_dtype: torch.dtype) -> None:
     torch.manual_seed(bits)
     for (rows, columns), group_size in itertools.product(SHAPES, GROUP_SIZES):
@@ -60,6 +61,7 @@ def test_min_max(bits: int, symmetric: bool, scale_dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["none", "shared", "per_row"])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.thin(4)
 def test_clip_search(bits: int, symmetric: bool, kind: str) -> None:
     torch.manual_seed(bits)
     ratios = SIGNED_RATIOS if symmetric else RATIOS

@@ -114,6 +114,7 @@ def allocations(space):
 
 
 @pytest.mark.parametrize("index", range(len(SCHEMES) + 1))
+@pytest.mark.thin(2)
 def test_packed_and_simulated_agree(engine, tiny, index):
     allocation = allocations(engine.space)[index]
     before = tiny.state(engine.model)
@@ -195,6 +196,7 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("input_params", OF_INPUT, ids=lambda of: f"{of['scale']}{of['bits']}")
 @pytest.mark.parametrize("offset", [-3.0, 0.4, 5.0])
+@pytest.mark.thin(3)
 def test_a_layer_on_its_own_input_is_what_is_simulated(tiny, name, input_params, offset):
     """To float rounding, as no code of its input can differ; padding stays 0, which is no middle code."""
     make, shape = LAYERS[name]
@@ -232,6 +234,7 @@ def moments_of(histogram):
 
 
 @pytest.mark.parametrize("index", range(len(SCHEMES) + 1))
+@pytest.mark.thin(4)
 def test_a_packed_model_is_kept_in_a_file(engine, tmp_path, index):
     allocation = allocations(engine.space)[index]
     model = pack(copy.deepcopy(engine.model), quantized_layers(engine, allocation))

@@ -61,6 +61,7 @@ def covered(evaluations):
     return np.mean((found[None] <= points[:, None]).all(2).any(1))
 
 
+@pytest.mark.slow
 def test_both_costs_are_searched_and_the_front_is_that_of_all_three():
     both = run([SIZE, TIME])
     assert covered(both) > 1.02 * max(covered(run([SIZE])), covered(run([TIME])))

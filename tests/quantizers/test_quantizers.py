@@ -276,6 +276,7 @@ def test_hqq_lets_a_few_err_much_so_that_many_err_little(group_size, symmetric):
 
 
 @pytest.mark.parametrize("path", sorted((CONF.parent / "scheme").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.thin(6)
 def test_every_scheme_of_the_shelf_is_taken(quantizer, path):
     """With and without a Hessian: one default quantizer serves a mixed list of schemes."""
     scheme = instantiate(OmegaConf.load(path), _convert_="object")
@@ -345,6 +346,7 @@ def test_feedback_beats_the_clip_search_and_descent_beats_feedback(group_size, s
 
 @pytest.mark.parametrize("group_size", ["tensor", "channel", 16])
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.thin(3)
 def test_learnt_rounding_beats_the_clip_search_and_is_up_or_down_only(group_size, symmetric):
     weight = weights((12, 4, 3, 3))
     for k, bits in ((1, 2), (3, 4)):

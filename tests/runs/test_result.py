@@ -428,6 +428,7 @@ def test_a_scheme_of_the_same_name_with_other_fields_is_another_run(run):
         run.identify({"space": other.to_dict()})
 
 
+@pytest.mark.slow
 def test_one_process_at_a_time(run):
     """A second process is turned away while this one writes."""
     code = f"""

@@ -113,6 +113,7 @@ def test_the_knapsack_comes_first(problem, name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("limits", [None, {"bits": 3.0}], ids=str)
+@pytest.mark.thin(3)
 def test_a_run_goes_on_from_its_recorded_trials_as_if_nothing_was(problem, name, limits):
     whole = run(problem, name, 30, limits=limits, seed=3)
     for k in (1, 20, len(whole)):

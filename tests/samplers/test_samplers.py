@@ -125,6 +125,7 @@ def test_without_budgets_the_sampler_is_left_alone(name):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.thin(3)
 def test_the_seed_decides_and_a_replay_goes_on_where_the_run_was_killed(name, batch):
     n_trials = 120  # into the third generation
     whole = search(make(name), n_trials, batch=batch)

@@ -62,6 +62,7 @@ def test_example_of_the_docstring():
 
 @pytest.mark.parametrize("dense", DENSE, ids=str)
 @pytest.mark.parametrize("share", [1e-4, 0.02, 0.5])
+@pytest.mark.thin(3)
 def test_bytes_and_values(dense, share):
     scheme = Outliers(dense, share)
     for shape, quantizer in itertools.product([(6, 4, 3), (5, 33), (1, 7), (7,), (0, 5)], QUANTIZERS):
