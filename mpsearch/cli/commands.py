@@ -19,6 +19,7 @@ from mpsearch.errors import InputError
 from mpsearch.packed.agreement import check_verified
 from mpsearch.packed.hardware import facts, self_test
 from mpsearch.pipeline import api, finished
+from mpsearch.pipeline.goal import objective_names
 from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.result import Result, load_result, redrawn, written
 from mpsearch.reporting.charts.latency import draw_latency
@@ -36,6 +37,12 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     """Measure, search, confirm, report; or resume an interrupted run. The caller holds the lock of the folder."""
     same = ("budget", "objective", "max_drop", "n_trials", "n_seeds", "max_seconds")
     options: dict[str, Any] = {key: settings[key] for key in (*same, *ENGINE)}
+    costs = list(settings["cost"])
+    if unknown := [name for name in objective_names(settings["objective"]) if name not in costs]:
+        raise InputError(
+            f"objective must be one of this run's costs, or two in brackets: {', '.join(costs)}; got '{unknown[0]}'. Add it: "
+            f"cost=[{','.join([*costs, unknown[0]])}]"
+        )
     result = api.search(
         **_prepared(settings, build),
         **options,

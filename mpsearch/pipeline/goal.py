@@ -43,11 +43,11 @@ def resolved_costs(
     return {name: resolve("cost", choice, f"cost.{name}") for name, choice in given.items()}
 
 
-def objective_names(objective: str | Sequence[str]) -> list[str]:
+def objective_names(objective: str | Sequence[str] | None) -> list[str]:
     """One or two names of costs; `InputError` for more, or none."""
-    names = list(dict.fromkeys([objective] if isinstance(objective, str) else map(str, objective)))
+    names = list(dict.fromkeys([objective] if isinstance(objective, str) else map(str, objective or ())))
     if not 1 <= len(names) <= 2:
-        raise InputError(f"objective must be one cost, or two; got {len(names)}: {', '.join(names)}.")
+        raise InputError(f"objective must be one cost, or two in brackets; got {len(names)}: {', '.join(names)}.")
     return names
 
 

@@ -201,7 +201,7 @@ def test_costs_that_budgets_and_objectives_name_are_added(tiny):
         ({"schemes": ["w4"], "budget": {"bitz": 3}}, "There is no cost 'bitz'"),
         ({"schemes": ["w4"], "budget": {"fraction": 12}}, "budget.fraction must be at most 1"),
         ({"schemes": ["w4"], "objective": ["bytes", "bits"]}, "are the same cost in two units"),
-        ({"schemes": ["w4"], "objective": []}, "objective must be one cost, or two; got 0"),
+        ({"schemes": ["w4"], "objective": []}, "objective must be one cost, or two in brackets; got 0"),
         ({"schemes": ["w4"], "device": "cuda:7"}, "There is no device 'cuda:7'"),
         ({"schemes": ["w4"], "in_flight": 0}, "in_flight"),
         ({"schemes": ["w4"], "max_drop": -1}, "max_drop must be a number of 0 or more"),
