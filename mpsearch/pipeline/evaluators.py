@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -233,7 +232,8 @@ class ConfirmEvaluator(_Evaluator):
         return score, timing
 
 
-class Evaluators(NamedTuple):
+@dataclass(frozen=True)
+class Evaluators:
     """What measures more of a finished run, on either split, with one log."""
 
     search: SearchEvaluator
