@@ -19,7 +19,7 @@ from mpsearch.graph.shared_copy import shared_copy
 from mpsearch.layer import weight_rows, weights_sha256
 from mpsearch.packed.model import Weights
 from mpsearch.pipeline.pick import pick
-from mpsearch.pipeline.prepare import IDENTITY, Plan, planned_model
+from mpsearch.pipeline.prepare import IDENTITY, Plan, built_model, check_weights, planned_model
 from mpsearch.pipeline.verify import TooLarge, check_loss, check_size, staging
 from mpsearch.pipeline.workspace import Source, Workspace, recorded_plan
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
@@ -72,11 +72,8 @@ class BankedWeights:
 def without_data(source: Source, run: Run, folder: Path) -> tuple[BankedWeights, Plan, Check]:
     """The weights of the run's bank; `InputError` where the model, or how it was equalized, is not what the run recorded."""
     plan = recorded_plan(run, folder, dict.fromkeys(run.space.schemes, RoundToNearest()))
-    original = source.float_model().eval()
-    if (sha256 := weights_sha256(original)) != plan.model_sha256:
-        raise InputError(
-            f"The model has checksum {sha256[:12]}…; the run's had {plan.model_sha256[:12]}…. Give the weights of the run."
-        )
+    original = built_model(source.model, source.seed)
+    check_weights(weights_sha256(original), plan)
 
     def check(exporter: Exporter, path: Path, evaluation: Evaluation) -> None:
         exporter.load(path, shared_copy(original))  # which checks the digests

@@ -227,10 +227,7 @@ def prepare_planned(
 ) -> Prepared:
     """Prepare the same model once more, in a worker or for a finished run; `InputError` where its weights are others."""
     original, copy, sha256 = _float_model(model, task, options.device, seed)
-    if sha256 != plan.model_sha256:
-        raise InputError(
-            f"The model has checksum {sha256[:12]}…; the model of the run had {plan.model_sha256[:12]}…. Give the same weights."
-        )
+    check_weights(sha256, plan)
     calibration, _ = _connect(copy, task, options.device)
     planned_model(copy, plan)
     return Prepared(original, copy, task, calibration, plan, options, not_searched, name or type(original).__name__)
@@ -283,6 +280,22 @@ def _seeded(seed: int) -> Any:
         yield
 
 
+def built_model(model: Model, seed: int) -> Any:
+    """The model itself, or what the function returns, from the seed's random numbers."""
+    if isinstance(model, nn.Module) or not callable(model):
+        return model
+    with _seeded(seed):
+        return model()
+
+
+def check_weights(sha256: str, plan: Plan) -> None:
+    """Raise `InputError` where weights of this SHA-256 are not those of the plan."""
+    if sha256 != plan.model_sha256:
+        raise InputError(
+            f"The model has checksum {sha256[:12]}…; the model of the run had {plan.model_sha256[:12]}…. Give the same weights."
+        )
+
+
 def _float_model(model: Model, task: Task, device: str, seed: int) -> tuple[nn.Module, nn.Module, str]:
     """The model, a copy of it on the device that shares its weights, and their SHA-256."""
     if not isinstance(task, Task):
@@ -291,10 +304,7 @@ def _float_model(model: Model, task: Task, device: str, seed: int) -> tuple[nn.M
     _check_device(device)
     # TF32 keeps 10 bits of a product: that is more error than an 8-bit weight makes.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    if not isinstance(model, nn.Module) and callable(model):
-        with _seeded(seed):
-            model = model()
-    original = check_model(model)
+    original = check_model(built_model(model, seed))
     return original, shared_copy(original).to(device), weights_sha256(original)
 
 

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
-
 from mpsearch.budget import read_budgets
 from mpsearch.costs.base import Cost
 from mpsearch.costs.latency import LatencyMs
@@ -54,10 +52,6 @@ class Source:
         prepared = prepare_planned(self.model, self.task, plan, options, record["not_searched"], **about)
         RunFolder(folder).identify(prepared.identity)
         return Workspace(prepared, prepared.engine(folder), folder)
-
-    def float_model(self) -> nn.Module:
-        """The model, built where it is a function."""
-        return self.model if isinstance(self.model, nn.Module) else self.model()
 
 
 def recorded_plan(run: Run, folder: Path, quantizers: Mapping[str, Quantizer] | None) -> Plan:
