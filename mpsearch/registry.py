@@ -13,6 +13,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from importlib import resources
 from typing import Any
 
@@ -64,8 +65,13 @@ def resolve(group: str, choice: Any, key: str = "", **extra: Any) -> Any:
     return build(choice, key or group, **extra) if isinstance(choice, Mapping) else choice
 
 
+def fields_of(choice: Any) -> dict[str, Any]:
+    """A choice as JSON: its class and, of a dataclass, its fields."""
+    return {"class": type(choice).__name__, **(asdict(choice) if is_dataclass(choice) else {})}  # type: ignore[arg-type]
+
+
 def recorded(group: str, about: Mapping[str, Any]) -> Any:
-    """The object that a run recorded as {"class": its class, …: its fields}; `InputError` where its class is not a packaged one.
+    """The object that a run recorded by `fields_of`; `InputError` where its class is not a packaged one.
 
     The record may come from anyone: only the registry says what is imported.
     """

@@ -10,7 +10,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from mpsearch.layer import weights_sha256
 from mpsearch.pipeline.validate import check_classes, check_model, check_output, check_qualities, check_repeatable
 from mpsearch.quality import Quality
 from mpsearch.quantizers.base import Quantizer
-from mpsearch.registry import resolve
+from mpsearch.registry import fields_of, resolve
 from mpsearch.runs.evaluation_rows import evaluation_columns
 from mpsearch.schemes.base import QuantScheme
 from mpsearch.schemes.floating import Float
@@ -48,7 +48,6 @@ from mpsearch.tasks.base import SPLITS, Task
 from mpsearch.tasks.overlap import overlap
 
 logger = logging.getLogger("mpsearch")
-
 Model = nn.Module | Callable[[], nn.Module]
 Choice = Any  # a name of a registry, a node of it, or an object
 
@@ -211,8 +210,7 @@ def prepare(
             )
     about = None if made is None or equalization is None else {**fields_of(made), "sha256": equalization.sha256}
     plan = Plan(sha256, tuple(folds), equalization, about, space, {scheme: quantizers[scheme] for scheme in space.schemes})
-    name = name or type(original).__name__
-    return Prepared(original, copy, task, calibration, plan, options, unsearched(copy, layers), name)
+    return Prepared(original, copy, task, calibration, plan, options, unsearched(copy, layers), name or type(original).__name__)
 
 
 def prepare_planned(
@@ -267,15 +265,9 @@ def resolved_schemes(schemes: Mapping[str, Choice] | Sequence[str]) -> dict[str,
     return {name: resolve("scheme", scheme, f"scheme.{name}") for name, scheme in schemes.items()}
 
 
-def fields_of(choice: Any) -> dict[str, Any]:
-    """A choice as JSON: its class and, of a dataclass, its fields."""
-    return {"class": type(choice).__name__, **(asdict(choice) if is_dataclass(choice) else {})}  # type: ignore[arg-type]
-
-
 @contextmanager
 def _seeded(seed: int) -> Any:
-    """The caller's random numbers go on as if nothing had been drawn here."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
         yield
 

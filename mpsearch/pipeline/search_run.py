@@ -17,7 +17,7 @@ from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
 from mpsearch.pipeline.finetune import train_point
 from mpsearch.pipeline.goal import Goal
 from mpsearch.pipeline.mirror import Mirror
-from mpsearch.pipeline.prepare import Model, Prepared, fields_of, planned_engine
+from mpsearch.pipeline.prepare import Model, Prepared, planned_engine
 from mpsearch.pipeline.result import Result
 from mpsearch.pipeline.resume import check_resumed
 from mpsearch.pipeline.search import search
@@ -25,6 +25,7 @@ from mpsearch.pipeline.sensitivity import measured_sensitivity
 from mpsearch.pipeline.workspace import Workspace
 from mpsearch.progress import phase, quiet
 from mpsearch.quality import Quality
+from mpsearch.registry import fields_of
 from mpsearch.runs.run import Run, RunFolder
 from mpsearch.samplers.base import Problem, build_sampler, check_sampler
 from mpsearch.training.finetune import Training
