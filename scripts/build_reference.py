@@ -21,7 +21,8 @@ def build(folder: Path) -> None:
     for name in mpsearch.__all__:  # pdoc does not see names that are loaded when first used
         setattr(mpsearch, name, getattr(mpsearch, name))
     pdoc.render.configure(docformat="numpy")
-    modules = [f"mpsearch.{module.name}" for module in pkgutil.iter_modules(mpsearch.__path__) if module.name not in EXCLUDED]
+    package = Path(mpsearch.__file__).parent  # an editable installation's __path__ holds the checkout too, for conf/
+    modules = [f"mpsearch.{module.name}" for module in pkgutil.iter_modules([str(package)]) if module.name not in EXCLUDED]
     pdoc.pdoc("mpsearch", *modules, output_directory=folder)
 
 
