@@ -19,7 +19,7 @@ from mpsearch.errors import InputError
 from mpsearch.registry import must_be_given
 
 # What may differ from the saved config when a run is resumed; anything else would change what its trials mean.
-RESUMABLE = ("n_trials", "max_seconds", "device", "executor", "study.mirror", "confirm.finetune_steps")
+RESUMABLE = ("n_trials", "max_seconds", "device", "executor", "study.mirror", "confirm.n_points", "confirm.finetune_steps")
 
 
 @dataclass(frozen=True)

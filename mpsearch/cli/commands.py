@@ -56,6 +56,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         share=settings["share"] or (),
         in_flight=settings["study"]["in_flight"],
         mirror=settings["study"]["mirror"],
+        confirm_points=settings["confirm"]["n_points"],
         finetune_steps=settings["confirm"]["finetune_steps"],
         folder=RunFolder(folder, is_held=True),
     )

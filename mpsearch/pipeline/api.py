@@ -55,6 +55,7 @@ def search(
     n_seeds: int = 20,
     max_seconds: float | None = None,
     in_flight: int = 4,
+    confirm_points: int | None = 12,
     finetune_steps: int | None = None,
     fold_batch_norms: bool = True,
     bias_correction: bool = True,
@@ -69,8 +70,8 @@ def search(
     """Find how many bits each layer of a model should get.
 
     The sensitivity of each layer is measured, allocations are proposed within the budget and evaluated on the search split, and
-    the Pareto front and the uniform allocations are scored once more on the confirm split, packed. An interrupted run is resumed
-    by the same call with the same `folder`.
+    points of the Pareto front and the uniform allocations are scored once more on the confirm split, packed. An interrupted run
+    is resumed by the same call with the same `folder`.
 
     Parameters
     ----------
@@ -110,8 +111,11 @@ def search(
         The search ends after this many seconds.
     in_flight : int
         Trials that are proposed before the first of them is told; at least two for each worker.
+    confirm_points : int, optional
+        Points of the front to confirm, evenly spread, in addition to the expected pick with its neighbours and the uniform
+        allocations. `None`: the whole front.
     finetune_steps : int, optional
-        Train each point of the front for so many steps before it is confirmed.
+        Train each of these points for so many steps, and confirm the trained ones too.
     fold_batch_norms, bias_correction : bool
         Fold batch norms into the layers before them; correct biases for the mean error of the outputs.
     bank_max_bytes, prefix_max_bytes : str or float
@@ -138,6 +142,8 @@ def search(
     """
     options = EngineOptions(bias_correction, bank_max_bytes, prefix_max_bytes, device)
     check_integer("in_flight", in_flight)
+    if confirm_points is not None:
+        check_integer("confirm_points", confirm_points, hint=" For the whole front, give None (confirm.n_points=null).")
     objectives = objective_names(objective)
     cost_objects = resolved_costs(costs, budget, objectives)
     kept, run = _opened(folder)
@@ -174,6 +180,7 @@ def search(
             max_drop=_max_drop(max_drop, task),
             training=_training(finetune_steps, prepared, seed),
             mirror=mirror,
+            confirm_points=confirm_points,
         )
         return replace(search_run.search(n_trials, n_seeds, max_seconds), keep=kept)
 
@@ -295,7 +302,7 @@ def _max_drop(asked: float | None, task: Task) -> float:
 
 
 def _training(steps: int | None, prepared: Prepared, seed: int) -> Training | None:
-    """How the points of the front are trained before they are confirmed; `None`: not at all."""
+    """How the confirmed points are trained; `None`: not at all."""
     if steps is None:
         return None
     check_integer("finetune_steps", steps)

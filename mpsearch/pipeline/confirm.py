@@ -1,32 +1,97 @@
-"""The front and the uniform allocations, scored on data that the search did not use: packed, on the compiled kernels.
+"""A part of the front and the uniform allocations, scored on data that the search did not use: packed, on the compiled kernels.
 
-Nothing is filtered, for that would select points on the confirm split: a point that is dominated there is marked, and whether the
-difference in quality is significant.
+Which points these are is decided on the search split, before the first of them is scored, so that the confirm split selects
+nothing. A point that is dominated there is marked, and whether the difference in quality is significant.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
+from mpsearch.allocation import Allocation
+from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.engine.engine import FLOAT
 from mpsearch.evaluation import Confirmed, Evaluation
 from mpsearch.pipeline.evaluators import ConfirmEvaluator
 from mpsearch.progress import phase
+from mpsearch.runs.noninferiority import smallest_non_inferior
 from mpsearch.runs.run import Run
 
+NEIGHBOURS = 2  # points of the front on either side of the expected pick
 
-def confirm(evaluate: ConfirmEvaluator, result: Run) -> list[Confirmed]:
-    """Score the points of the front, then the uniform allocations, each from small to large, on the confirm split."""
-    points = [(e, None) for e in result.front] + [(e, scheme) for scheme, e in result.uniform]
+
+def confirm(
+    evaluate: ConfirmEvaluator,
+    result: Run,
+    n_points: int | None = None,
+    scored: Callable[[Callable[[], list[Confirmed]]], None] = lambda compared: None,
+) -> list[Confirmed]:
+    """Score points of the front, then the uniform allocations, each from large to small, on the confirm split.
+
+    Parameters
+    ----------
+    n_points
+        See `selected`.
+    scored
+        Called after each point with a function that compares all points so far.
+
+    Returns
+    -------
+    list of Confirmed
+        Points of the front, then uniform allocations, each from small to large.
+    """
+    front, uniform = selected(result, n_points), result.uniform
+    points = [*((e, None) for e in front), *((e, scheme) for scheme, e in uniform)]
+    order = [*reversed(points[: len(front)]), *reversed(points[len(front) :])]  # as the points are tested for non-inferiority
     with phase("confirm", len(points) + 1) as advance:
         baseline = evaluate(FLOAT, "float")
         advance("float")
-        confirmed = []
-        for point, _ in points:
-            confirmed.append(evaluate(point.allocation, point.origin))
+        known: dict[Allocation, Evaluation] = {}
+
+        def compared() -> list[Confirmed]:
+            measured = list(known.values())
+            so_far = [(known[e.allocation], scheme) for e, scheme in points if e.allocation in known]
+            return [_compared(evaluate, e, scheme, baseline, measured, result) for e, scheme in so_far]
+
+        for point, _ in order:
+            known[point.allocation] = evaluate(point.allocation, point.origin)
             advance(f"{point.average_bits:.2f} bits")
-    schemes = (scheme for _, scheme in points)
-    return [_compared(evaluate, e, scheme, baseline, confirmed, result) for e, scheme in zip(confirmed, schemes, strict=True)]
+            scored(compared)
+    return compared()
+
+
+def selected(result: Run, n_points: int | None) -> tuple[Evaluation, ...]:
+    """The points of the front to confirm, cheapest first.
+
+    `n_points` of them are evenly spread over costs and ln loss: the two ends, then repeatedly the point that is farthest from all
+    that are taken (Gonzalez 1985, "Clustering to Minimize the Maximum Intercluster Distance"). The others are the smallest point
+    that is not inferior by the search split's estimate, with its neighbours, and all that are confirmed already. `None`: the
+    whole front.
+    """
+    front = result.front
+    if n_points is None or len(front) <= n_points:
+        return front
+    known = result.on("confirm")
+    taken = {i for i, e in enumerate(front) if e.allocation in known}
+    if n_points:
+        expected = front.index(smallest_non_inferior(result, result.max_drop, split="search").point)
+        taken |= set(range(max(expected - NEIGHBOURS, 0), min(expected + NEIGHBOURS + 1, len(front))))
+        columns = [[e.cost(column) for e in front] for column in result.objectives]
+        taken |= _spread(np.array([*columns, np.log(np.maximum([e.loss for e in front], LOSS_FLOOR))]).T, n_points)
+    return tuple(front[i] for i in sorted(taken))
+
+
+def _spread(points: NDArray[np.float64], n: int) -> set[int]:
+    """Indices of `n` of `points` `[n_points, n_axes]`, each axis scaled to 0…1: the first, the last, then the farthest."""
+    scaled = (points - points.min(0)) / np.maximum(np.ptp(points, axis=0), 1e-300)
+    taken = [0, len(points) - 1][:n]
+    while len(taken) < n:
+        distances = np.linalg.norm(scaled[:, None] - scaled[taken], axis=2).min(1)
+        taken.append(int(distances.argmax()))
+    return set(taken)
 
 
 def _compared(

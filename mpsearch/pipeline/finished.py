@@ -69,7 +69,7 @@ def solve(result: Result, *, budget: Mapping[str, Any] | None = None, max_drop: 
             picked = cheapest_within(evaluate.search, run.sensitivity, budgets, objective, max_drop)
         run = replace(run, evaluations=tuple(evaluate.log))
         evaluate.confirm(picked.allocation, picked.origin)  # also where a cost that is no objective was limited
-        confirmed = confirm_front(evaluate.confirm, run)
+        confirmed = confirm_front(evaluate.confirm, run, n_points=0)
         return Point(grown(result, evaluate.log, workspace, confirmed), picked)
 
 

@@ -31,10 +31,10 @@ def pick(
     max_bytes, bits, max_ms
         Limits on the size, the average bits, and the milliseconds measured on the confirm split.
     max_drop
-        Of the points within the limits, the smallest that is not inferior to the float model by more than this.
+        Of the confirmed points within the limits, the smallest that is not inferior to the float model by more than this.
     min_quality, max_quality
-        The cheapest whose quality is at least (where lower is better: at most) this, on the confirm split, or on the search split
-        where not all of the front was confirmed.
+        Of the confirmed points the cheapest whose quality is at least (where lower is better: at most) this on the confirm split;
+        where none is confirmed, of all points on the search split.
     point
         The id of an allocation (`Allocation.id`), of all that were measured.
 
@@ -59,12 +59,13 @@ def pick(
     if bits is not None:
         front = _within(front, [e.average_bits for e in front], _number("bits", bits), "bits")
     if max_ms is not None:
-        times = [confirmed[e.allocation].measured_ms if e.allocation in confirmed else None for e in front]
-        if any(ms is None for ms in times):
+        known = [(e, confirmed[e.allocation].measured_ms) for e in front if e.allocation in confirmed]
+        timed = [(e, ms) for e, ms in known if ms is not None]
+        if not timed:
             raise InputError(
-                "The front of this run was not timed, so pick.max_ms is of no use. Resume it: mpsearch search run=<folder>."
+                "No point that fits was timed, so pick.max_ms is of no use. Resume the run: mpsearch search run=<folder>."
             )
-        front = _within(front, [ms or 0.0 for ms in times], _number("max_ms", max_ms), "ms")
+        front = _within([e for e, _ in timed], [ms for _, ms in timed], _number("max_ms", max_ms), "ms")
     if sum(x is not None for x in (max_drop, min_quality, max_quality)) > 1:
         raise InputError("Give one of pick.max_drop, pick.min_quality and pick.max_quality; got more than one.")
     if max_drop is not None:
@@ -105,12 +106,13 @@ def _good_enough(result: Run, front: Sequence[Evaluation], min_quality: float | 
             f"The quality of this run is {quality.name}, and {better} is better: give pick.{asked}, not pick.{other}."
         )
     wanted = _number(asked, limit)
-    all_confirmed = all(e.allocation in confirmed for e in front)  # else the splits would be mixed
-    qualities = [(confirmed[e.allocation] if all_confirmed else e).quality for e in front]
+    known = [e for e in front if e.allocation in confirmed]
+    front = known or front  # one split, not a mixture of both
+    qualities = [(confirmed[e.allocation] if known else e).quality for e in front]
     good = [e for e, value in zip(front, qualities, strict=True) if quality.sign * (value - wanted) >= 0]
     if not good:
         best = f"the best has {quality.sign * max(quality.sign * value for value in qualities):.4f}"
-        split = "confirm" if all_confirmed else "search"
+        split = "confirm" if known else "search"
         raise InputError(
             f"No point of the front that fits has {quality.name} {'>=' if quality.sign > 0 else '<='} {wanted:g} on the {split} "
             f"split; {best}."

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,12 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import Confirmed, EvaluationLog, SensitivityTable
 from mpsearch.executors.base import Executor
 from mpsearch.metrics.base import SensitivityMetric
-from mpsearch.pipeline.confirm import confirm
+from mpsearch.pipeline.confirm import confirm, selected
 from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
 from mpsearch.pipeline.finetune import train_point
 from mpsearch.pipeline.goal import Goal
 from mpsearch.pipeline.mirror import Mirror
+from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.prepare import Model, Prepared, planned_engine
 from mpsearch.pipeline.result import Result
 from mpsearch.pipeline.resume import check_resumed
@@ -26,9 +28,12 @@ from mpsearch.pipeline.workspace import Workspace
 from mpsearch.progress import phase, quiet
 from mpsearch.quality import Quality
 from mpsearch.registry import fields_of
+from mpsearch.reporting.report import write_report
 from mpsearch.runs.run import Run, RunFolder
 from mpsearch.samplers.base import Problem, build_sampler, check_sampler
 from mpsearch.training.finetune import Training
+
+REPORT_SECONDS = 60.0  # between two reports that are written while points are confirmed
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class SearchRun:
     max_drop: float
     training: Training | None
     mirror: str | None
+    confirm_points: int | None
 
     def identity(self) -> dict[str, Any]:
         """What identifies the run: that of the prepared model, and what its trials depend on. JSON-able."""
@@ -115,10 +121,20 @@ class SearchRun:
         run = record()
         if not run.front:
             raise InputError("No trial was run, so there is no front. Give n_trials above 0.")
-        confirmed = confirm(evaluate, run)
+        drawn = time.monotonic()
+
+        def draw(compared: Callable[[], list[Confirmed]]) -> None:
+            nonlocal drawn
+            if time.monotonic() - drawn > REPORT_SECONDS:
+                so_far = record()
+                write_report(so_far, self.run.path, pick(so_far), compared())
+                drawn = time.monotonic()
+
+        confirmed = confirm(evaluate, run, self.confirm_points, draw)
         if self.training is not None:
-            with phase("finetune", len(run.front)) as advance:
-                for point in run.front:
+            points = selected(run, self.confirm_points)
+            with phase("finetune", len(points)) as advance:
+                for point in points:
                     with quiet():
                         _, trained, _ = train_point(evaluate, point.allocation, self.training, self.run.path)
                     advance(f"{point.average_bits:.2f} bits: {run.quality.label} {run.quality.text(trained.quality)}")

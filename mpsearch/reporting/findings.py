@@ -55,12 +55,12 @@ def non_inferior_sentence(run: Run, answer: NonInferior) -> str:
     size = f"{point.average_bits:.2f} bits ({point.size_bytes:,} bytes)"
     if answer.decided:
         until = f"until the upper limit of a {drop} exceeded {margin}"
-        if answer.n_tested == len(run.front) and point == run.front[0]:
+        if len(answer.tested) == answer.n_points and point == answer.tested[-1]:
             until = "and all of them passed"
         return (
             f"The smallest point that is not inferior to the float model by more than {margin} has {size}: on the confirm split "
             f"its {run.quality_name} has a {drop} of {measured}. The search split fixed the order of the points; the confirm "
-            f"split decided: {answer.n_tested} of {len(run.front)} points were tested on it, from the largest down, {until}."
+            f"split decided: {len(answer.tested)} of {answer.n_points} points were tested on it, from the largest down, {until}."
         )
     reason = f" by the {answer.n_samples:,} samples of the confirm split"
     if answer.split == "search":

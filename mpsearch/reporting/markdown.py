@@ -77,12 +77,13 @@ def _schemes(run: Run) -> list[str]:
 
 
 def _front(run: Run, confirmed: pd.DataFrame | None, picked: Evaluation) -> str:
-    """The points of the front, with what the confirm split says of them."""
+    """The confirmed points of the front (all of it, where none is), with what the confirm split says of them."""
     quality, marks = run.quality, {}
     if confirmed is not None:
         marks = {row.allocation: row for row in confirmed[confirmed.scheme == ""].itertuples()}
     rows = []
-    for e in run.front:
+    shown = [e for e in run.front if not marks or e.allocation.to_json() in marks or e.allocation == picked.allocation]
+    for e in shown:
         mark = marks.get(e.allocation.to_json())
         notes = ["picked"] if e.allocation == picked.allocation else []
         drop = ""
@@ -94,7 +95,8 @@ def _front(run: Run, confirmed: pd.DataFrame | None, picked: Evaluation) -> str:
                 notes.append(f"dominated by {int(mark.dominated_by_bytes):,} bytes{better}")
         rows.append((*_sizes(e), f"{e.loss:.4g}", quality.text(e.quality), drop, "; ".join(notes)))
     header = [*SIZES, "loss search", f"{quality.label} search", f"{quality.drop_label}, confirm (95 %)", ""]
-    return markdown_table(header, rows)
+    about = f"{len(rows)} of the {len(run.front)} points, those that were confirmed; `front.csv` has all.\n\n"
+    return (about if len(rows) < len(run.front) else "") + markdown_table(header, rows)
 
 
 def _trained(run: Run) -> list[str]:

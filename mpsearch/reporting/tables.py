@@ -143,6 +143,6 @@ def _tested(run: Run) -> dict[Allocation, str]:
     if not run.front or run.baseline() is None:
         return {}
     answer = smallest_non_inferior(run, run.max_drop)
-    tested = [e.allocation for e in reversed(run.front)][: answer.n_tested]
+    tested = [e.allocation for e in answer.tested]
     n_passed = tested.index(answer.point.allocation) + 1 if answer.decided else 0
     return {allocation: "yes" if i < n_passed else "no" for i, allocation in enumerate(tested)}

@@ -1,9 +1,10 @@
 """The smallest point of a front whose quality is not worse than the float model's by more than a margin.
 
-The search split fixes a sequence of points: the front, from the largest cost down. On the confirm split they are tested in this
-order until the upper limit of a drop's 95 % interval exceeds `max_drop`. Each is a one-sided test of inferiority at 2.5 %, and
-because a test is made only where all before it have passed, the chance of naming a point that is worse by more than `max_drop`
-is 2.5 % as well (fixed-sequence testing: Maurer, Hothorn and Lehmacher 1995; Wiens 2003, Pharmaceutical Statistics 2, 211-215).
+The search split fixes a sequence of points: those of the front that are to be confirmed, from the largest cost down. On the
+confirm split they are tested in this order until the upper limit of a drop's 95 % interval exceeds `max_drop`. Each is a
+one-sided test of inferiority at 2.5 %, and because a test is made only where all before it have passed, the chance of naming a
+point that is worse by more than `max_drop` is 2.5 % as well (fixed-sequence testing: Maurer, Hothorn and Lehmacher 1995; Wiens
+2003, Pharmaceutical Statistics 2, 211-215).
 
 Where no point passes, because the split has too few samples, the same sequence is followed by the estimated drops instead: the
 point that comes out is *undecided*.
@@ -27,8 +28,9 @@ class NonInferior:
     """What the sequence says: `point` is the evaluation on the search split, `drop` to `drop_high` those on `split`.
 
     `decided`: the drop's upper limit is at most `max_drop`. `within`: at least its estimate is; neither holds only where the
-    first point of the sequence drops by more already. `n_tested` points were tested, `n_samples` is what `split` has, and
-    `n_needed` about what it takes to decide on this point (`None`: it is decided, or no number of samples would do).
+    first point of the sequence drops by more already. `tested` are the points that were tested, in the order tested, of a
+    sequence of `n_points`; `n_samples` is what `split` has, and `n_needed` about what it takes to decide on this point (`None`:
+    it is decided, or no number of samples would do).
     """
 
     point: Evaluation
@@ -39,20 +41,24 @@ class NonInferior:
     drop_high: float
     decided: bool
     within: bool
-    n_tested: int
+    tested: tuple[Evaluation, ...]
+    n_points: int
     n_samples: int
     n_needed: int | None
 
 
-def smallest_non_inferior(result: Run, max_drop: float, points: Sequence[Evaluation] | None = None) -> NonInferior:
+def smallest_non_inferior(
+    result: Run, max_drop: float, points: Sequence[Evaluation] | None = None, split: str = "confirm"
+) -> NonInferior:
     """Of `points` (of the front, cheapest first; `None`: all of it) the last that passes; see above.
 
-    Where not all of them are confirmed, or the float model is not, the estimated drops on the search split count. Raises
-    `InputError` where there is no point, or no score of the float model.
+    Where none of them is confirmed, or the float model is not, or with `split="search"`, all points count, with the estimated
+    drops on the search split. Raises `InputError` where there is no point, or no score of the float model.
     """
     points = result.front if points is None else points
-    confirmed = result.on("confirm")
-    split = "confirm" if result.baseline("confirm") and all(e.allocation in confirmed for e in points) else "search"
+    confirmed = result.on("confirm") if split == "confirm" and result.baseline("confirm") else {}
+    known = [e for e in points if e.allocation in confirmed]
+    split, points = ("confirm", known) if known else ("search", points)
     baseline = result.baseline(split)
     if not points or baseline is None:
         raise InputError("The run has no measured point and float model yet. Resume it: mpsearch search run=<folder>.")
@@ -72,7 +78,8 @@ def smallest_non_inferior(result: Run, max_drop: float, points: Sequence[Evaluat
         drop_high=high,
         decided=n_passed > 0,
         within=n_passed > 0 or n_within > 0,
-        n_tested=min(n_passed + 1, len(points)) if split == "confirm" else 0,
+        tested=tuple(e for e, _ in sequence[: n_passed + 1]) if split == "confirm" else (),
+        n_points=len(sequence),
         n_samples=n,
         n_needed=None if n_passed else needed(result.quality, max_drop, drop, high, n),
     )

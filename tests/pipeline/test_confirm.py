@@ -15,7 +15,7 @@ from mpsearch.engine.engine import FLOAT
 from mpsearch.evaluation import EvaluationLog, SensitivityTable, Timing
 from mpsearch.intervals import paired_interval
 from mpsearch.metrics.kl import KL
-from mpsearch.pipeline.confirm import confirm
+from mpsearch.pipeline.confirm import confirm, selected
 from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
 from mpsearch.pipeline.search import search
 from mpsearch.pipeline.sensitivity import measure_sensitivity
@@ -167,3 +167,50 @@ def test_confirming_again_measures_nothing(searched):
     again = ConfirmEvaluator(evaluate.engine, EvaluationLog(evaluate.log), evaluate.budgets)
     assert confirm(again, result) == confirmed
     assert list(again.log) == list(evaluate.log)
+
+
+def front_of(engine, n=40):
+    """A run whose front has `n` points of different sizes and falling loss; no quality changes."""
+    space = engine.space
+    choices = [c for c in np.ndindex(*[len(space.scheme_names)] * len(space.names)) if space.allowed[range(len(c)), c].all()]
+    choices = {space.size_bits(np.array(c)): c for c in choices}
+    sizes = sorted(choices)[:n]
+    evaluate = SearchEvaluator(engine)
+    score = evaluate(FLOAT, "float")
+    for i, bits in enumerate(sizes):
+        allocation = space.allocation(np.array(choices[bits]))
+        evaluate.add(allocation, "sampler", i, dataclasses.replace(score, loss=float(np.exp(-(i**1.5) / 20))))
+    return Run(space, "accuracy", evaluate.log, SensitivityTable("kl", "nats", np.ones(space.allowed.shape), space))
+
+
+def test_the_confirmed_points_are_spread_over_the_front_with_the_expected_pick(tiny):
+    run = front_of(tiny.engine(tiny.net(), tiny.task()))
+    n = len(run.front)
+    assert n > 9
+    chosen = selected(run, 4)
+    indices = [run.front.index(e) for e in chosen]
+    assert indices == sorted(set(indices))
+    assert {0, 1, 2, n - 1} <= set(indices), "the ends, and the expected pick, here the smallest point, with its neighbours"
+    assert 4 <= len(indices) <= 4 + 3
+    gaps = np.diff([i for i in indices if i not in (1, 2)])
+    assert gaps.max() < n - 1, "some points between the ends"
+    assert selected(run, None) == run.front
+    assert selected(run, n) == run.front
+    assert selected(run, 0) == ()
+
+
+def test_more_points_are_confirmed_on_request_and_none_twice(tiny):
+    engine = tiny.engine(tiny.net(), tiny.task())
+    run = front_of(engine)
+    log = EvaluationLog(run.evaluations)
+    evaluate = ConfirmEvaluator(engine, log)
+    looks = []
+    first = confirm(evaluate, run, 2, lambda compared: looks.append(len(compared())))
+    assert looks == sorted(looks), "whatever is scored can be looked at"
+    assert looks[-1] == len(first)
+    before, known = len(log), {c.evaluation.allocation for c in first}
+    more = confirm(evaluate, dataclasses.replace(run, evaluations=tuple(log)), 6)
+    assert known < {c.evaluation.allocation for c in more}
+    assert len(log) - before == len({c.evaluation.allocation for c in more} - known)
+    kept = confirm(evaluate, dataclasses.replace(run, evaluations=tuple(log)), 0)
+    assert [c.evaluation for c in kept] == [c.evaluation for c in more], "what is confirmed already stays"

@@ -67,9 +67,10 @@ def test_the_point_that_is_picked(limit, expected):
 def test_accuracy_is_that_of_the_confirm_split_where_it_was_measured():
     confirmed = [dataclasses.replace(e, split="confirm", trial=None, quality=e.quality - 0.03) for e in POINTS]
     assert pick(result(*confirmed), min_quality=0.9).size_bytes == 4000
-    search = pick(result(), min_quality=0.9).size_bytes
-    assert search < 4000
-    assert pick(result(*confirmed[1:4]), min_quality=0.9).size_bytes == search, "the splits are not mixed"
+    assert pick(result(), min_quality=0.9).size_bytes < 4000
+    assert pick(result(*confirmed[2:4]), min_quality=0.6).size_bytes == 3000, "of the confirmed points"
+    with pytest.raises(InputError, match=r"on the confirm split; the best has 0.8700"):
+        pick(result(*confirmed[:2]), min_quality=0.9)
 
 
 def test_milliseconds_are_those_that_were_measured():
@@ -78,8 +79,9 @@ def test_milliseconds_are_those_that_were_measured():
     assert pick(result(*timed), max_ms=8.5, max_bytes=3000).size_bytes == 3000
     with pytest.raises(InputError, match="has at most 6 ms; the least is 7 ms"):
         pick(result(*timed), max_ms=6)
-    with pytest.raises(InputError, match="was not timed"):
-        pick(result(*timed[1:]), max_ms=8.5)
+    assert pick(result(*timed[2:3]), max_ms=8.5).size_bytes == 3000, "of the timed points"
+    with pytest.raises(InputError, match="No point that fits was timed"):
+        pick(result(), max_ms=8.5)
 
 
 def test_the_front_of_another_objective():

@@ -48,6 +48,11 @@ def result(pairs, n, kind="share", max_drop=None, confirmed=True):
     return Run(SPACE, "accuracy", rows, TABLE, {}, identity)
 
 
+def unconfirmed(run, *sizes):
+    """The run without the confirm evaluations of these sizes."""
+    return dataclasses.replace(run, evaluations=[e for e in run.evaluations if e.split == "search" or e.size_bytes not in sizes])
+
+
 def size(found):
     return found.point.size_bytes
 
@@ -58,7 +63,7 @@ def test_points_are_tested_from_the_largest_down_until_one_fails():
     highs = [-proportion_interval(b, c, 5000)[0] for b, c in [(0, 0), (10, 300), (5, 20), (4, 10), (3, 6), (2, 2)]]
     assert [high <= 0.005 for high in highs] == [True, False, False, True, True, True]
     found = smallest_non_inferior(run, 0.005)
-    assert (size(found), found.decided, found.split, found.n_tested, found.n_needed) == (4000, True, "confirm", 4, None)
+    assert (size(found), found.decided, found.split, len(found.tested), found.n_needed) == (4000, True, "confirm", 4, None)
     assert found.drop == pytest.approx(6 / 5000)
     assert found.drop_high == pytest.approx(highs[3])
     assert size(smallest_non_inferior(run, 0.0055)) == 3000, "the upper limit of 15 net losses is 0.0051"
@@ -151,3 +156,23 @@ def test_a_limit_leaves_a_shorter_sequence():
 def test_a_margin_that_is_none_is_refused(max_drop):
     with pytest.raises(InputError, match=r"pick\.max_drop is 0 or more; got"):
         pick(result([(0, 0)], 400), max_drop=max_drop)
+
+
+def test_the_sequence_consists_of_the_confirmed_points():
+    """A point that was not selected for confirmation is passed over, and cannot be the answer."""
+    run = result([(0, 0), (10, 300), (5, 20), (4, 10), (3, 6), (2, 2)], 5000)
+    found = smallest_non_inferior(unconfirmed(run, 4000, 5000), 0.005)
+    assert (size(found), found.decided, [e.size_bytes for e in found.tested]) == (6000, True, [6000, 3000])
+    assert found.n_points == 4
+    assert "2 of 4 points were tested" in non_inferior_sentence(run, found)
+    found = smallest_non_inferior(unconfirmed(run, *range(1000, 7000, 1000)), 0.005)
+    assert (found.split, found.tested, found.n_points) == ("search", (), 6)
+    assert smallest_non_inferior(run, 0.005, split="search").split == "search"
+
+
+def test_a_quality_that_was_asked_for_is_looked_up_among_the_confirmed_points():
+    run = result([(0, 0), (10, 300), (5, 20), (4, 10), (3, 6), (2, 2)], 5000)
+    assert pick(run, min_quality=0.499).size_bytes == 1000
+    assert pick(unconfirmed(run, 1000), min_quality=0.499).size_bytes == 5000
+    with pytest.raises(InputError, match="confirm split"):
+        pick(unconfirmed(run, 1000), min_quality=0.6)
