@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpsearch.graph.experts import holds_experts, split_experts
 from mpsearch.graph.fold import uses_of_tensors
 from mpsearch.graph.surgery import Undo, snapshot
 
@@ -112,12 +113,15 @@ class PaddedEncoder(nn.TransformerEncoder):
 def expose_projections(model: nn.Module) -> nn.Module:
     """Rewrite in place so that every projection is a called `nn.Linear`; returns `model`. A second call changes nothing.
 
-    Attention modules get `q_proj`, `k_proj` and `v_proj` in place of `in_proj_weight`; a `Conv1D` becomes an `nn.Linear`; fused
-    paths are switched off. Outputs stay the same up to float rounding. Weights that several such modules share stay shared.
+    Attention modules get `q_proj`, `k_proj` and `v_proj` in place of `in_proj_weight`; a `Conv1D` becomes an `nn.Linear`; experts
+    in one tensor become an `nn.Linear` each; fused paths are switched off. Outputs stay the same up to float rounding. Weights
+    that several such modules share stay shared.
     Left as they are: subclasses with a forward of their own, and weights that other modules hold too or that are computed
     (`nn.utils.parametrize`).
     """
     block_fused_paths(model)
+    for module in [module for module in model.modules() if holds_experts(module)]:
+        split_experts(module)
     uses = uses_of_tensors(model)
     n_names = Counter(module for _, module in model.named_modules(remove_duplicate=False))
     modules: list[Any] = [module for module in model.modules() if type(module) is nn.MultiheadAttention or _is_conv1d(module)]

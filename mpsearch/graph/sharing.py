@@ -17,6 +17,7 @@ from torch import nn
 from mpsearch.errors import InputError, did_you_mean
 from mpsearch.layer import LayerSpec, kind_of
 
+EXPERTS = "*.experts.**"  # one group for each block: a router sends too few calibration tokens to each of many experts
 LISTED = 3  # of a group's other layers, in its name
 
 

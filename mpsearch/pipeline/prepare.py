@@ -32,7 +32,7 @@ from mpsearch.graph.channel_scaling import FILE, Equalization
 from mpsearch.graph.fold import TOLERANCE, apply_folds, fold_batch_norms
 from mpsearch.graph.projections import expose_projections
 from mpsearch.graph.shared_copy import shared_copy
-from mpsearch.graph.sharing import check_reached, share
+from mpsearch.graph.sharing import EXPERTS, check_reached, share
 from mpsearch.graph.trace import first_samples, trace_layers
 from mpsearch.graph.unsearched import other_bits, unsearched
 from mpsearch.layer import weights_sha256
@@ -195,7 +195,7 @@ def prepare(
         equalization = made.equalize(copy, task, calibration, named)
     elif equalization is not None:
         equalization.apply(copy)
-    layers = share(trace_layers(copy, task.forward, inputs), target.shared, required=False)
+    layers = share(trace_layers(copy, task.forward, inputs), (*target.shared, EXPERTS), required=False)
     check_reached(copy, layers, target.shared, target.name)
     layers = share(layers, share_patterns)
     if activations:
