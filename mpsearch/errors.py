@@ -76,3 +76,8 @@ def check_flag(name: str, value: object) -> None:
     """Raise `InputError` where the argument `name` is neither true nor false."""
     if type(value) is not bool:
         raise InputError(f"{name} must be true or false; got {value!r}.")
+
+
+def one_line(error: object) -> str:
+    """The text of an error without line breaks, or its class where it has no text."""
+    return " ".join(str(error).split()) or type(error).__name__

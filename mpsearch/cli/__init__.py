@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mpsearch.cli.arguments import Arguments, complete, prepare
 from mpsearch.cli.build import build_object, check, plain_settings
-from mpsearch.cli.error_messages import CONF, one_line, sentence
+from mpsearch.cli.error_messages import CONF, sentence
 from mpsearch.cli.saved_config import FILE, save
-from mpsearch.errors import InputError, did_you_mean, memory_errors, run_option
+from mpsearch.errors import InputError, did_you_mean, memory_errors, one_line, run_option
 from mpsearch.files import LOCK, locked
 
 if TYPE_CHECKING:

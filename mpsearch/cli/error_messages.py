@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from mpsearch.errors import InputError, did_you_mean
+from mpsearch.errors import InputError, did_you_mean, one_line
 from mpsearch.files import file_sentence
 from mpsearch.registry import must_be_given
 
@@ -102,8 +102,3 @@ def _dotted(node: Any, prefix: str = "") -> Iterator[str]:
 def root_of(error: BaseException) -> BaseException:
     """The first error of a chain, or its first `InputError`."""
     return error if isinstance(error, InputError) or error.__cause__ is None else root_of(error.__cause__)
-
-
-def one_line(error: object) -> str:
-    """The text of an error without line breaks, or its class where it has no text."""
-    return " ".join(str(error).split()) or type(error).__name__

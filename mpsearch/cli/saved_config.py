@@ -14,8 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
-from mpsearch.cli.error_messages import one_line
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, one_line
 from mpsearch.files import read_regular, write_atomically
 
 FILE = "config.yaml"

@@ -55,7 +55,8 @@ def classification(
     divergence
         The loss, by default the one that fits outputs and targets (`mpsearch.divergence.choose`).
     per_token
-        Outputs are ``[n, tokens, columns]`` and are compared token by token; intervals take a sample as one unit.
+        Outputs are ``[n, tokens, columns]`` and are compared token by token; intervals take a sample as one unit. Without
+        labels the number of tokens is the second size of the first input: give `decoder_input_ids` before `input_ids`.
 
     Raises
     ------

@@ -1,0 +1,66 @@
+"""A folder of transformers and a text on the command line: searched, resumed, solved for another budget and exported."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.models.families import VOCABULARY, tiny
+
+transformers = pytest.importorskip("transformers")
+LAUNCH = "import sys, torch; torch.set_num_threads(1); from mpsearch.cli import main; sys.argv[0] = 'mpsearch'; main()"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`my-model` and `my.txt`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("hf")
+    tiny(transformers, "llama").save_pretrained(path / "my-model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:VOCABULARY]
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path / "my-model")
+    (path / "my.txt").write_text("\n\n".join(f"Paragraph {i} says as little as the one before it." for i in range(60)))
+    return path
+
+
+def run(folder, *words):
+    ended = subprocess.run([sys.executable, "-c", LAUNCH, *words], cwd=folder, capture_output=True, text=True, timeout=300)
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
+def test_from_a_folder_to_an_exported_allocation(folder):
+    words = ["model=hf", "model.path=./my-model", "task=text", "task.path=my.txt", "task.window=32", "budget.bits=4"]
+    small = ["scheme=[w2,w4,w8]", "quantizer=gptq", "n_trials=6", "n_seeds=3", "confirm.n_points=2", "hydra.run.dir=run"]
+    status, said = run(folder, "search", *words, *small)
+    assert status == 0, said
+    assert "perplexity" in said
+    page = (folder / "run" / "report.md").read_text()
+    assert "16 windows of 32 tokens from" in page
+    for command in (["search", "run=run", "n_trials=8"], ["solve", "run=run", "budget.bits=3"], ["export", "run=run"]):
+        status, said = run(folder, *command)
+        assert status == 0, said
+    allocation = json.loads((folder / "run" / "allocation.json").read_text())
+    assert "model.layers.0.self_attn.q_proj" in json.dumps(allocation)
+
+
+@pytest.mark.slow
+def test_mistakes_are_one_sentence(folder):
+    task = ["task=text", "task.path=my.txt"]
+    for words, sentence in [
+        (["model=hf", *task], "model.path must be given"),
+        (["model=hf", "model.path=nowhere", *task], "There is no folder nowhere"),
+        (["model=hf", "model.path=my-model", "task=text", "task.path=nowhere.txt"], "There is no text nowhere.txt"),
+        (
+            ["model=hf", "model.path=my-model", *task, "task.window=4096"],
+            "windows of 4,096 tokens left for the calibration split",
+        ),
+    ]:
+        status, said = run(folder, "search", *words)
+        assert status == 2, said
+        assert sentence in said
+        assert "Traceback" not in said
