@@ -61,8 +61,8 @@ class Divergence(ABC):
         """The mean divergence, differentiable with respect to `outputs`, in their own precision."""
 
     @abstractmethod
-    def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
-        """The differentiable sum of (B v)^T y over rows, for random signs v; B B^T is the divergence's Hessian at its minimum."""
+    def probe(self, outputs: Tensor, signs: Tensor) -> Tensor:
+        """The differentiable sum of (B v)^T y over rows, v their `signs` `[n, columns]`; B B^T is the Hessian at the minimum."""
 
     @abstractmethod
     def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -118,11 +118,11 @@ class SoftmaxKL(KLDivergence):
         log_q, log_p = (self._logits(y).log_softmax(-1) for y in (outputs, reference))
         return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
-    def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def probe(self, outputs: Tensor, signs: Tensor) -> Tensor:
         """The Hessian is diag(p) - p p^T, and B = diag(sqrt p) - p sqrt(p)^T."""
         z = self._logits(outputs)
         p = z.detach().float().softmax(-1)
-        root = p.sqrt() * _signs(p, generator)
+        root = p.sqrt() * signs
         return (z * (root - p * root.sum(-1, keepdim=True))).sum()
 
     def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -163,11 +163,11 @@ class SigmoidKL(KLDivergence):
         one, zero = (F.kl_div(F.logsigmoid(s * z), F.logsigmoid(s * z0), reduction="sum", log_target=True) for s in (1, -1))
         return (one + zero) / len(z)
 
-    def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def probe(self, outputs: Tensor, signs: Tensor) -> Tensor:
         """The Hessian is diag(p (1 - p))."""
         z = self._logits(outputs)
         p = z.detach().float().sigmoid()
-        return (z * (p * (1 - p)).sqrt() * _signs(p, generator)).sum()
+        return (z * (p * (1 - p)).sqrt() * signs).sum()
 
     def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """A coin is drawn for each output."""
@@ -206,9 +206,9 @@ class RelativeMSE(Divergence):
         """As `Divergence.distillation`."""
         return (outputs - reference).square().sum(-1).mean() / self.variance
 
-    def probe(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
+    def probe(self, outputs: Tensor, signs: Tensor) -> Tensor:
         """The Hessian is 2 / variance, times the identity."""
-        return (outputs * _signs(outputs, generator)).sum() * (2 / self.variance) ** 0.5
+        return (outputs * signs).sum() * (2 / self.variance) ** 0.5
 
     def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """Targets are drawn from the normal distribution whose log-likelihood this is; its variance is half of `variance`."""
@@ -297,10 +297,6 @@ def _variance(outputs: Sequence[Tensor]) -> float:
     mean = torch.stack([y.double().sum(0) for y in outputs]).sum(0) / n
     variance, power = (sum((y.double() - at).square().sum().item() for y in outputs) / n for at in (mean, torch.zeros_like(mean)))
     return variance if variance > 1e-12 * power else power or 1.0
-
-
-def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    return (torch.randint(0, 2, like.shape, generator=generator) * 2 - 1).to(like)
 
 
 def _kl_terms(log_p: Tensor, change: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ INPUTS_ALONE = (
 )
 
 
-def page(run: Run, picked: Evaluation, confirmed: pd.DataFrame | None) -> str:
-    """`report.md`; `confirmed` is the table of `confirm.csv`, where there is one."""
+def page(run: Run, picked: Evaluation, confirmed: pd.DataFrame | None, interacting: bool = False) -> str:
+    """`report.md`; `confirmed` is the table of `confirm.csv`, where there is one; `interacting`: interactions are drawn."""
     blocks = [
         f"# {run.identity.get('model_name', 'Model')} on {run.identity.get('task_name', 'its task')}",
         _setting(run),
@@ -37,7 +37,7 @@ def page(run: Run, picked: Evaluation, confirmed: pd.DataFrame | None) -> str:
         "![Bits of each layer](layers.png)",
         "## Layer sensitivity",
         "![Sensitivity](sensitivity.png)",
-        *(["![Interactions](interactions.png)"] if run.sensitivity.effects is not None else []),
+        *(["![Interactions](interactions.png)"] if interacting else []),
         "## The front",
         _front(run, confirmed, picked),
         *_trained(run),

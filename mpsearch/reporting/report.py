@@ -29,9 +29,9 @@ def write_report(run: Run, folder: Path, picked: Evaluation, confirmed: Sequence
         rows = confirm_table(run, confirmed)
         write_rows(folder / "confirm.csv", list(rows.columns), rows.values.tolist())
     draw_sensitivity(run.sensitivity, folder)
-    draw_interactions(run.sensitivity, picked, folder)
+    interacting = draw_interactions(run.sensitivity, picked, folder)
     draw_pareto(run, picked, folder)
     draw_layers(run, picked, folder)
     file = folder / "report.md"
-    write_atomically(file, page(run, picked, read_confirm(run, folder)))
+    write_atomically(file, page(run, picked, read_confirm(run, folder), interacting))
     return file

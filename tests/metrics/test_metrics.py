@@ -15,7 +15,7 @@ from mpsearch.engine.engine import FLOAT
 from mpsearch.errors import InputError
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.metrics.fisher import Fisher, changed
-from mpsearch.metrics.gauss_newton import GaussNewton, _by_row, _carried_over
+from mpsearch.metrics.gauss_newton import GaussNewton, _carried_over
 from mpsearch.metrics.hawq import HAWQ
 from mpsearch.metrics.kl import KL
 from mpsearch.metrics.sqnr import SQNR
@@ -88,7 +88,7 @@ def test_the_confirm_split_is_never_touched(metric, tiny):
 @pytest.fixture
 def all_carries_over(monkeypatch):
     """Effects as they are on the search data."""
-    monkeypatch.setattr("mpsearch.metrics.gauss_newton._carried_over", lambda halves, groups: 1.0)
+    monkeypatch.setattr("mpsearch.metrics.gauss_newton._carried_over", lambda splits, groups: 1.0)
 
 
 def test_a_group_of_layers_counts_all_of_them(metric, tiny, all_carries_over):
@@ -259,7 +259,7 @@ def second_order(engine, allocation):
 
 
 def test_gauss_newton_is_the_second_order_loss_of_groups_alone_and_together(tiny, monkeypatch, all_carries_over):
-    monkeypatch.setattr("mpsearch.metrics.gauss_newton.MOST_PROBES", 1500)
+    monkeypatch.setattr("mpsearch.metrics.gauss_newton.MOST_FOR_A_SAMPLE", 64)
     monkeypatch.setattr("mpsearch.metrics.gauss_newton.FEWEST_FEATURES", 10**6)
     engine = tiny.engine(tiny.net(), tiny.task(n=20, batch_size=8))
     pairs = all_pairs(engine)
@@ -290,18 +290,6 @@ def test_gauss_newton_keeps_what_few_dimensions_leave_out(trained, monkeypatch, 
     monkeypatch.setattr("mpsearch.metrics.gauss_newton.MOST_PAIRS", 5)
     assert GaussNewton().measure_joint(trained, pairs) is None
     assert list(GaussNewton().measure(trained, pairs)) == pytest.approx(values.tolist())
-
-
-def test_gauss_newton_shares_tokens_out_among_rows_and_counts_what_it_cannot_as_independent(tiny):
-    layer = tiny.engine(tiny.net(), tiny.task()).space.layers
-    linear, conv = next(x for x in layer if x.kind == "linear"), next(x for x in layer if x.kind == "conv2d")
-    product = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(0))
-    assert _by_row(product, linear, 24) == pytest.approx(product.sum(2).flatten().numpy(), rel=1e-5)
-    assert _by_row(product, linear, 6) == pytest.approx(product.sum((1, 2)).numpy(), rel=1e-5)
-    assert _by_row(product, conv, 30) == pytest.approx(product.sum(1).flatten().numpy(), rel=1e-5)
-    shared = _by_row(product, linear, 48)
-    assert np.abs(shared[:24]) == pytest.approx(product.sum(2).flatten().abs().numpy(), rel=1e-5)
-    assert not shared[24:].any()
 
 
 @pytest.mark.parametrize("made", [Fisher, GaussNewton])
@@ -335,15 +323,16 @@ def test_effects_count_as_far_as_they_carry_over_from_half_to_half(trained):
     groups = np.repeat(np.arange(6), 3)
     common, own = rng.normal(size=(2, 4000, 1)), rng.normal(size=(2, 4000, 18))
 
-    def carried(share, n=4000):
-        features = (share * common + own)[:, :n]
-        return _carried_over(np.einsum("hri,hrj->hij", features, features), groups)
+    def carried(features):
+        return _carried_over([np.einsum("hri,hrj->hij", features, features)], groups)
 
-    assert carried(1.0) > 0.99
-    assert carried(0.0) < 0.2
-    assert carried(0.3, 40) < carried(0.3, 400) < carried(0.3)
-    same = own[[0, 0]]
-    assert _carried_over(np.einsum("hri,hrj->hij", same, same), groups) == pytest.approx(1)
+    def of(share, n=4000):
+        return carried((share * common + own)[:, :n])
+
+    assert of(1.0) > 0.99
+    assert of(0.0) < 0.2
+    assert of(0.3, 40) < of(0.3, 400) < of(0.3)
+    assert carried(own[[0, 0]]) == pytest.approx(1)
     pairs = all_pairs(trained)
     values, effects = GaussNewton().measure_joint(trained, pairs)
     kept = np.square(effects).sum(0) / (2 * values)

@@ -114,6 +114,11 @@ def test_interactions_are_drawn_where_the_metric_knows_them(reported, tmp_path):
     write_report(knowing, tmp_path, pick(result))
     assert "![Interactions](interactions.png)" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "interactions.png").stat().st_size > 5_000
+    unrelated = replace(knowing.sensitivity, effects=1e-3 * effects)
+    assert interactions(unrelated, pick(result)) is None
+    write_report(replace(knowing, sensitivity=unrelated), tmp_path, pick(result))
+    assert not (tmp_path / "interactions.png").exists()
+    assert "interactions.png" not in (tmp_path / "report.md").read_text()
 
 
 def test_front_table_has_its_columns_and_two_rows_a_point(reported):

@@ -1,0 +1,101 @@
+"""How well sensitivity metrics predict the loss that is measured."""
+
+import functools
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from harness import Row, benchmark
+from networks import choice, load, quantize_all
+from scipy.stats import kendalltau
+from torch import Tensor, nn
+
+from mpsearch.engine.calibrate import calibrate
+from mpsearch.engine.engine import QuantEngine
+from mpsearch.pipeline.prepare import prepare
+from mpsearch.pipeline.sensitivity import measure_sensitivity
+from mpsearch.tasks.makers import fidelity_task
+
+SMALLEST, LARGEST = 1e-5, 0.05  # of the measured losses that count: below is rounding, above the loss is not quadratic
+WITHIN = (0.8, 1.25)
+SCHEMES = {"minilm": ("w3", "w4", "w6")}
+SPLITS = {
+    "resnet20": {"n_calibration": 500, "n_search": 1000},
+    "stories260k": {"n_calibration": 32, "n_search": 32, "n_confirm": 8, "window": 128},
+    "minilm": {"n_calibration": 100, "n_search": 100, "n_confirm": 50},
+}
+
+
+class SequenceFirst(nn.Module):
+    """Token ids `[n, tokens]` -> logits `[n, 10]`; random weights, and an encoder that takes `[tokens, n, width]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=False)
+        self.embed, self.head = nn.Embedding(100, 32), nn.Linear(32, 10)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Of the mean over the tokens."""
+        return 2 * self.head(self.encoder(self.embed(ids).transpose(0, 1)).mean(0))
+
+
+@functools.lru_cache(maxsize=1)
+def engine_of(network: str) -> QuantEngine:
+    """Its weights rounded to nearest: the quantizer does not matter here."""
+    schemes = SCHEMES.get(network, ("w2", "w3", "w4", "w6", "w8"))
+    if network != "sequence_first":
+        return load(network, schemes, "round_to_nearest", **SPLITS.get(network, {}))
+    ids = torch.randint(100, (3, 200, 16), generator=torch.Generator().manual_seed(0))
+    task = fidelity_task(calibration=ids[0], search=ids[1], confirm=ids[2], batch_size=50)
+    prepared = prepare(SequenceFirst().eval(), task, schemes=schemes, quantizer="round_to_nearest")
+    moments = calibrate(prepared.model, task, prepared.space.layers, prepared.calibration)
+    return QuantEngine(prepared.model, task, prepared.space, prepared.plan.quantizers, moments)
+
+
+@functools.lru_cache(maxsize=1)
+def losses(network: str) -> tuple[np.ndarray, float]:
+    """Measured, with processor seconds."""
+    return _timed(engine_of(network), "kl")
+
+
+@benchmark(
+    "metric_accuracy",
+    network=("digits", "resnet20", "stories260k", "minilm", "sequence_first"),
+    metric=("gauss_newton", "fisher"),
+    code=("today",),
+    quick={"network": ("sequence_first",), "metric": ("gauss_newton",)},
+)
+def accuracy(network: str, metric: str, code: str) -> Iterator[Row]:
+    """Predicted over measured loss (KL divergence on the search data) of each layer and scheme.
+
+    The median ratio, and the share of the ratios within 0.8 to 1.25, are of the pairs whose measured loss is between 1e-5 and
+    0.05; Kendall's tau is of all pairs, and the mean over schemes of the layers' within a scheme. The cost is in processor
+    seconds, against measuring the losses. `code` is a label: this script was also run with the package of an earlier commit.
+    """
+    engine = engine_of(network)
+    quantize_all(engine)
+    measured, seconds = losses(network)
+    predicted, cost = _timed(engine, metric)
+    counted = (measured >= SMALLEST) & (measured <= LARGEST)
+    ratios = predicted[counted] / measured[counted]
+    low, high = np.quantile(ratios, (0.05, 0.95))
+    yield {"what": "predicted / measured, median", "value": float(np.median(ratios)), "unit": "1", "pairs": len(ratios)}
+    yield {"what": "predicted / measured, 5 % quantile", "value": float(low), "unit": "1", "pairs": len(ratios)}
+    yield {"what": "predicted / measured, 95 % quantile", "value": float(high), "unit": "1", "pairs": len(ratios)}
+    share = float(np.mean((ratios > WITHIN[0]) & (ratios < WITHIN[1])))
+    yield {"what": "within 0.8 to 1.25", "value": 100 * share, "unit": "%", "pairs": len(ratios)}
+    within = [kendalltau(measured[:, j], predicted[:, j]).statistic for j in range(measured.shape[1])]
+    yield {"what": "tau of all values", "value": float(kendalltau(measured, predicted).statistic), "unit": "tau"}
+    yield {"what": "tau of layers within a scheme", "value": float(np.mean(within)), "unit": "tau"}
+    times = {"rival": "measured losses", "rival_value": seconds, "ratio": seconds / cost}
+    yield {"what": "cost", "value": cost, "unit": "s", **times}
+
+
+def _timed(engine: QuantEngine, metric: str) -> tuple[np.ndarray, float]:
+    """A metric's values `[n_groups, n_schemes]`, and processor seconds."""
+    start = time.process_time()
+    values = measure_sensitivity(engine, choice("metric", metric)).values
+    return values, time.process_time() - start

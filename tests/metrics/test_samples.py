@@ -1,0 +1,136 @@
+"""Gauss-Newton features need all positions that reach a sample's logits, wherever a network keeps them."""
+
+import itertools
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mpsearch.divergence import SoftmaxKL
+from mpsearch.metrics.fisher import Call
+from mpsearch.metrics.gauss_newton import GaussNewton
+from mpsearch.metrics.kl import KL
+from mpsearch.metrics.samples import Layout, layouts, probe_gradients, probe_signs
+from mpsearch.quantizers.round_to_nearest import RoundToNearest
+from mpsearch.schemes.integer import Integer
+from mpsearch.tasks.makers import classification
+
+
+class SequenceFirst(nn.Module):
+    """Tokens `[n, tokens]` -> logits `[n, 5]`, or of each token; its encoder sees `[tokens, n, width]`."""
+
+    def __init__(self, per_token=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.per_token = per_token
+        self.embed = nn.Embedding(20, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=False)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(16, 5)
+
+    def forward(self, x):
+        hidden = self.encoder(self.embed(x).transpose(0, 1))
+        return self.head(hidden.transpose(0, 1) if self.per_token else hidden.mean(0)) * 2
+
+
+class Pairs(nn.Module):
+    """Pairs `[n, 2, 8]` -> the similarities of each first with all second ones `[n, n]`, both encoded at once."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        encoded = self.two(self.one(torch.cat([x[:, 0], x[:, 1]])).relu())
+        first, second = nn.functional.normalize(encoded, dim=1).chunk(2)
+        return first @ second.T / 0.2
+
+
+def data(n=48, batch_size=16, per_token=False, pairs=False):
+    generator = torch.Generator().manual_seed(0)
+
+    def split():
+        if pairs:
+            return torch.randn(n, 2, 8, generator=generator), torch.arange(n) % batch_size
+        tokens = torch.randint(20, (n, 12), generator=generator)
+        return tokens, tokens % 5 if per_token else tokens[:, 0] % 5
+
+    return classification(calibration=split(), search=split(), confirm=split(), batch_size=batch_size, per_token=per_token)
+
+
+@pytest.mark.parametrize(
+    ("net", "options"),
+    [
+        (SequenceFirst, {}),
+        (partial(SequenceFirst, per_token=True), {"per_token": True}),
+        (Pairs, {"pairs": True, "batch_size": 8}),
+    ],
+    ids=["sequence first", "tokens", "pair similarity"],
+)
+def test_predicts_the_measured_loss_where_logits_depend_on_several_positions(tiny, net, options):
+    schemes = {f"w{bits}": Integer(bits) for bits in (3, 4, 5, 6)}
+    engine = tiny.engine(net().eval(), data(**options), schemes, quantizer=RoundToNearest())
+    pairs = list(itertools.product(engine.space.names, schemes))
+    measured, predicted = (np.array(list(metric.measure(engine, pairs))) for metric in (KL(), GaussNewton()))
+    counted = (measured > 1e-5) & (measured < 0.05)
+    ratios = (predicted / measured)[counted]
+    assert counted.sum() >= 6
+    assert np.mean((ratios > 0.8) & (ratios < 1.25)) >= 0.9
+    assert 0.9 < np.median(ratios) < 1.1
+
+
+def layout_of(make, n=6, counts=None):
+    """The layout found of `hidden`, where `make(x)`, x `[n, 4, 3]`, is (hidden, logits); the gradients are checked."""
+    x = torch.randn(n, 4, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    hidden, logits = make(x)
+    calls = [("layer", Call((), {}, hidden))]
+    signs = probe_signs(logits, 0, 0)
+    (found,), (layout,) = probe_gradients(calls, logits, SoftmaxKL(), signs, counts or [n])
+    (whole,) = torch.autograd.grad(SoftmaxKL().probe(logits, signs), hidden)
+    assert torch.allclose(found, whole, atol=1e-6)
+    return layout
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (lambda x: (h := x * 1, h.sum(1)), Layout(6)),
+        (lambda x: (h := x.transpose(0, 1) * 1, h.sum(0)), Layout(6, 1)),
+        (lambda x: (h := x.flatten(0, 1) * 1, h.unflatten(0, (6, 4)).sum(1)), Layout(6)),
+        (lambda x: (h := x.transpose(0, 1).flatten(0, 1) * 1, h.unflatten(0, (4, 6)).sum(0)), Layout(6, 0, in_turn=True)),
+        (lambda x: (h := x * 1, h.cumsum(1).flatten(0, 1)), Layout(6)),
+        (lambda x: (h := x * 1, h.cumsum(1).transpose(0, 1).flatten(0, 1)), Layout(6)),
+        (lambda x: (h := x * 1, h.sum(1).cumsum(0)), Layout(1)),
+        (lambda x: (h := x[torch.tensor([3, 1, 0, 2, 5, 4])] * 1, h[torch.tensor([2, 1, 3, 0, 5, 4])].sum(1)), Layout(1)),
+        (lambda x: (h := x.mean(0, keepdim=True) * 1, x.sum(1) + h.sum(1)), Layout(1)),
+    ],
+    ids=["first", "second axis", "joined", "in turn", "tokens", "tokens in turn", "mixed", "routed", "shared"],
+)
+def test_finds_which_positions_reach_which_sample(make, expected):
+    assert layout_of(make) == expected
+
+
+def test_the_number_of_samples_is_one_of_those_that_are_possible():
+    assert layout_of(lambda x: (h := x.transpose(0, 1) * 1, h.sum(0)), counts=[4, 6]) == Layout(6, 1)
+    assert layout_of(lambda x: (h := x * 1, h.sum(1)), counts=[5, 1]) == Layout(1)
+
+
+def test_layouts_divide_a_tensor_among_samples():
+    x = torch.arange(24).reshape(2, 6, 2)
+    for layout in layouts(x.shape, 2):
+        assert layout.by_sample(x).shape == (2, 12)
+        assert layout.by_sample(x).flatten().sort().values.equal(x.flatten())
+    assert [(layout.axis, layout.in_turn) for layout in layouts((2, 6, 3), 2)] == [(0, False), (1, False), (1, True)]
+    assert Layout(2, 1, in_turn=True).by_sample(x)[0].tolist() == [0, 1, 12, 13, 4, 5, 16, 17, 8, 9, 20, 21]
+
+
+def test_as_many_probes_as_directions_leave_out_none():
+    like = torch.empty(5, 6)
+    signs = torch.stack([probe_signs(like, 3, index) for index in range(8)])
+    assert signs.abs().eq(1).all()
+    for row in signs.unbind(1):  # [probes, columns]
+        assert torch.equal(row.T @ row, 8 * torch.eye(6))
+    assert not torch.equal(signs[0], probe_signs(like, 4, 0))
+    assert torch.equal(signs[0, 0], probe_signs(like, 3, 0)[0])
