@@ -6,23 +6,19 @@ import sys
 
 import pytest
 
-from tests.models.families import VOCABULARY, tiny
+from tests.models.families import tiny
 
 transformers = pytest.importorskip("transformers")
+byte_tokenizer = pytest.importorskip("tests.models.byte_tokenizer")
 LAUNCH = "import sys, torch; torch.set_num_threads(1); from mpsearch.cli import main; sys.argv[0] = 'mpsearch'; main()"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """`my-model` and `my.txt`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     path = tmp_path_factory.mktemp("hf")
     tiny(transformers, "llama").save_pretrained(path / "my-model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:VOCABULARY]
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path / "my-model")
+    byte_tokenizer.save_byte_tokenizer(transformers, path / "my-model")
     (path / "my.txt").write_text("\n\n".join(f"Paragraph {i} says as little as the one before it." for i in range(60)))
     return path
 

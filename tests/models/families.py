@@ -2,7 +2,7 @@
 
 import torch
 
-VOCABULARY = 256
+VOCABULARY = 260
 DENSE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,

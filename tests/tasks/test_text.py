@@ -12,21 +12,15 @@ from mpsearch.tasks.base import SPLITS
 from mpsearch.tasks.text import Text, read_texts
 
 transformers = pytest.importorskip("transformers")
+byte_tokenizer = pytest.importorskip("tests.models.byte_tokenizer")
 SIZES = {"n_calibration": 3, "n_search": 3, "n_confirm": 3, "window": 16}
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """A folder with a tokenizer of bytes, `<s>` before each text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
     folder = tmp_path_factory.mktemp("tokenizer")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({"<s>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
+    byte_tokenizer.save_byte_tokenizer(transformers, folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return folder
 
@@ -61,7 +55,7 @@ def test_each_record_is_a_text(tmp_path, tokenizer, kind):
     task = Text(path, tokenizer, **SIZES)
     of_split = ids(task)
     assert all(len(tokens) == 3 * 16 for tokens in of_split.values())
-    assert all(tokens[0] == 0 for tokens in of_split.values()), "every text begins with <s>"
+    assert all(tokens[0] == 1 for tokens in of_split.values()), "every text begins with <s>"
     assert task.batches("search")[0][1].tolist()[:15] == of_split["search"][1:16].tolist(), "targets follow their tokens"
     assert task.describe("confirm") == f"3 windows of 16 tokens from 1 of {path.name}"
 
@@ -89,7 +83,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, tokenizer):
 
     refused("There is no text .*nowhere.txt. Set task.path", tmp_path / "nowhere.txt")
     (tmp_path / "empty").mkdir()
-    refused(r"holds no file that ends in .txt, .md, .jsonl, .parquet", tmp_path / "empty")
+    refused(r"holds no file that ends in .txt, .md, .jsonl, .csv, .tsv, .parquet", tmp_path / "empty")
     short = tmp_path / "short.txt"
     short.write_text("Too short.")
     refused("windows of 16 tokens left for the calibration split", short)
@@ -97,7 +91,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, tokenizer):
     latin.write_bytes("déjà vu".encode("latin-1"))
     refused("is not UTF-8 text: byte 1 is 0xe9", latin)
     lines = written(tmp_path, "jsonl")
-    refused("Line 1 of .*data.jsonl has no text in the field 'body'; it has text, id. Set task.field", lines, field="body")
+    refused("data.jsonl has no column 'body'; it has text, id. Set task.field", lines, field="body")
     lines.write_text('{"text": "a"}\n{"text": \n')
     refused("Line 2 of .*data.jsonl is not JSON", lines)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")

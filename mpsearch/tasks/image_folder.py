@@ -1,0 +1,181 @@
+"""Classification of the user's images: a folder of a class each, or a table of files and classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpsearch.errors import InputError, one_line
+from mpsearch.tasks.base import SPLITS
+from mpsearch.tasks.classification import Classification, draw_splits
+from mpsearch.tasks.records import read_columns
+from mpsearch.tasks.text_classification import class_numbers
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BICUBIC = 3  # Pillow's number of the filter, which preprocessor_config.json gives too
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From a picture to what the model takes: `(pixels / 255 - mean) / std` of a crop from the centre.
+
+    Attributes
+    ----------
+    size
+        (height, width) of the crop.
+    short_side
+        To which the picture is scaled before; `None`: the picture is scaled to `size` without a crop.
+    mean, std
+        Of each channel; one channel makes pictures grey.
+    resample
+        Pillow's number of the filter: 2 bilinear, 3 bicubic.
+    """
+
+    size: tuple[int, int]
+    short_side: int | None
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    resample: int = BICUBIC
+
+    @classmethod
+    def read(cls, folder: Path) -> Preprocessing:
+        """That of `preprocessor_config.json` in a Hugging Face folder, `InputError` where it cannot be read."""
+        file = folder / "preprocessor_config.json"
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            size, crop = config.get("size", 224), config.get("crop_size")
+            short = size.get("shortest_edge") if isinstance(size, Mapping) else None
+            if short is not None and "crop_pct" in config and short < 384:  # ConvNeXT
+                size, crop, short = short, short, int(short / config["crop_pct"])
+            exact = _pair(crop if crop is not None and config.get("do_center_crop", True) else short or size)
+            return cls(
+                exact,
+                short,
+                tuple(map(float, config["image_mean"])) if config.get("do_normalize", True) else (0.0,) * 3,
+                tuple(map(float, config["image_std"])) if config.get("do_normalize", True) else (1.0,) * 3,
+                int(config.get("resample", BICUBIC)),
+            )
+        except Exception as error:  # a file of the user's: anything may be missing from it
+            raise InputError(
+                f"{file} does not say how images are prepared ({one_line(error)}). Set task.size, task.short_side, task.mean and "
+                "task.std instead of task.preprocessing."
+            ) from error
+
+    def __call__(self, file: Path) -> Tensor:
+        """float32 `[channels, height, width]` of an image file."""
+        from PIL import Image
+
+        try:
+            image = Image.open(file).convert("L" if len(self.mean) == 1 else "RGB")
+        except Exception as error:  # a damaged file can raise anything
+            raise InputError(f"{file} is no whole image ({one_line(error)}). Remove it, or copy it again.") from error
+        height, width = self.size
+        if self.short_side is None:
+            image = image.resize((width, height), self.resample)
+        else:
+            scale = self.short_side / min(image.size)
+            image = image.resize(tuple(max(round(side * scale), 1) for side in image.size), self.resample)
+            left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+            image = image.crop((left, top, left + width, top + height))
+        pixels = torch.from_numpy(np.array(image, np.float32)).reshape(height, width, -1).permute(2, 0, 1) / 255
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (pixels - mean) / std
+
+
+class ImageFolder(Classification):
+    """Images of several classes, dealt out to the splits in an order drawn with `seed`: accuracy.
+
+    Parameters
+    ----------
+    path
+        A folder with one folder for each class, numbered in the order of their names; or a table (`records.TABLES`) with the
+        columns `image` (a file, relative to the table) and `label` (integers from 0, or names that the model's folder numbers).
+    preprocessing
+        A Hugging Face folder with `preprocessor_config.json`; `config.json` there numbers the classes by name (`label2id`).
+        Without it the four arguments that follow count.
+    size, short_side, mean, std
+        See `Preprocessing`; `short_side` is 256 / 224 of the size by default.
+    n_calibration, n_search, n_confirm
+        Images of each split; `None`: a third.
+
+    Raises
+    ------
+    InputError
+        A file, a class or Pillow is absent, or there are too few images.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        preprocessing: str | Path | None = None,
+        size: int = 224,
+        short_side: int | None = None,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        n_calibration: int | None = None,
+        n_search: int | None = None,
+        n_confirm: int | None = None,
+        seed: int = 0,
+        batch_size: int = 32,
+        n_classes: int | None = None,
+    ) -> None:
+        try:
+            import PIL  # noqa: F401
+        except ImportError:
+            raise InputError("task=image_folder needs Pillow, which is not installed here. Run: pip install pillow") from None
+        source = Path(path).expanduser()
+        folder = Path(preprocessing).expanduser() if preprocessing is not None else None
+        files, classes = _of_folders(source, folder) if source.is_dir() else _of_table(source, folder)
+        prepare = Preprocessing.read(folder) if folder is not None else _given(size, short_side, mean, std)
+        sizes = dict(zip(SPLITS, (n_calibration, n_search, n_confirm), strict=True))
+        calibration, search, confirm = (
+            (torch.stack([prepare(files[i]) for i in index]), classes[torch.from_numpy(index)])
+            for index in draw_splits(len(files), sizes, seed, source.name).values()
+        )
+        n_classes = max(n_classes or 0, int(classes.max()) + 1)
+        origins = dict.fromkeys(SPLITS, source.name)
+        super().__init__(calibration, search, confirm, n_classes=n_classes, batch_size=batch_size, origins=origins)
+
+
+def _given(size: int, short_side: int | None, mean: Sequence[float], std: Sequence[float]) -> Preprocessing:
+    if len(mean) != len(std) or len(mean) not in (1, 3) or min(std) <= 0:
+        raise InputError(f"mean and std must have 1 or 3 numbers each, std above 0; got {list(mean)} and {list(std)}.")
+    if size < 1 or (short_side is not None and short_side < size):
+        raise InputError(f"size must be at least 1 and short_side at least size; got {size} and {short_side}.")
+    return Preprocessing((size, size), short_side or round(size * 256 / 224), tuple(mean), tuple(std))
+
+
+def _of_folders(source: Path, folder: Path | None) -> tuple[list[Path], Tensor]:
+    """The images of a folder of folders, and the class of each."""
+    names = sorted(child.name for child in source.iterdir() if child.is_dir())
+    pairs = [(file, name) for name in names for file in sorted((source / name).rglob("*")) if file.suffix.lower() in ENDINGS]
+    if not pairs:
+        raise InputError(
+            f"{source} has no images ({', '.join(ENDINGS)}) in folders of a class each. Give such a folder, or a table with the "
+            "columns image and label."
+        )
+    labels = np.array([name for _, name in pairs])
+    if folder is not None and (folder / "config.json").is_file():
+        return [file for file, _ in pairs], class_numbers(labels, folder, source)
+    return [file for file, _ in pairs], torch.tensor([names.index(name) for name in labels])
+
+
+def _of_table(source: Path, folder: Path | None) -> tuple[list[Path], Tensor]:
+    """The same of a table."""
+    table = read_columns(source, {"image": "", "label": ""})
+    files = [source.parent / str(name) for name in table["image"]]
+    if absent := [file for file in files if not file.is_file()]:
+        raise InputError(f"{len(absent):,} of {len(files):,} images of {source} are absent, as {absent[0]}.")
+    return files, class_numbers(table["label"].to_numpy(), folder or source.parent, source)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (int(size["height"]), int(size["width"])) if isinstance(size, Mapping) else (int(size), int(size))
