@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.evaluation import Evaluation
 from mpsearch.quality import Quality
-from mpsearch.reporting.charts.style import CONFIRM, FLOAT, PICK, SEARCH, UNIFORM, new_figure, place_labels, save
+from mpsearch.reporting.charts.style import CONFIRM, FLOAT, PICK, SEARCH, UNIFORM, lay_out, new_figure, place_labels, save
 from mpsearch.reporting.findings import times_differ
 from mpsearch.reporting.tables import front_table, trained_table, uniform_table
 from mpsearch.runs.run import Run
@@ -25,6 +25,8 @@ SPLITS: dict[str, dict[str, Any]] = {
     "search": {"color": SEARCH, "marker": "o", "mfc": SEARCH, "ms": 4.5},
     "confirm": {"color": CONFIRM, "marker": "D", "mfc": "white", "ms": 4.5},
 }
+
+MAX_INTERVALS = 20  # bars of a curve; with more they cover its points
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def pareto_figure(run: Run, picked: Evaluation | None = None) -> Figure:
     legends = [panel.axes.get_legend_handles_labels() for panel in panels]
     named = {text: handle for handles, texts in legends for handle, text in zip(handles, texts, strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=5, fontsize=9)
-    figure.draw_without_rendering()  # lays the panels out
+    lay_out(figure)
     for panel in panels:
         place_labels(panel.axes, panel.points(shown), shown.scheme, np.concatenate([panel.points(front), panel.points(shown)]))
     return figure
@@ -152,15 +154,14 @@ def _draw_losses(panel: Panel, run: Run, front: pd.DataFrame) -> None:
 
 
 def _draw_qualities(panel: Panel, run: Run, front: pd.DataFrame) -> None:
-    """The front on both splits with its intervals, and the float model."""
+    """The front on both splits, intervals of some of its points, and the float model."""
     quality, lines = run.quality, 1.3 if len(run.objectives) == 1 else 0.0
     for split, points in front.groupby("split", sort=False):
         value = panel.y(points)
         intervals = np.clip([value - panel.y(points, "_low"), panel.y(points, "_high") - value], 0, None)
         style = {**SPLITS[str(split)], "lw": lines, "alpha": 1.0 if split == "confirm" else 0.45}
-        panel.axes.errorbar(
-            panel.x(points), value, yerr=intervals, elinewidth=0.8, capsize=2, label=f"front, {split} split", **style
-        )
+        style |= {"elinewidth": 0.8, "capsize": 2, "errorevery": -(-len(points) // MAX_INTERVALS)}
+        panel.axes.errorbar(panel.x(points), value, yerr=intervals, label=f"front, {split} split", **style)
     for split, baseline in run.baselines.items():
         label = f"float model, {split} split: {quality.text(baseline.quality)}"
         panel.axes.axhline(quality.scale * baseline.quality, color=SPLITS[split]["color"], lw=1, ls="-.", alpha=0.8, label=label)

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
 from mpsearch.files import write_atomically
@@ -30,6 +31,13 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1) -> 
     """A figure of that many inches (at most 40), and its axes `[rows, columns]`."""
     figure = Figure(figsize=(min(width, 40), min(height, 40)), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def lay_out(figure: Figure) -> None:
+    """Place the axes, once and for all: what is drawn later neither moves them nor pays for a layout of its own."""
+    if isinstance(figure.get_layout_engine(), ConstrainedLayoutEngine):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 def heat_map(axes: Axes, values: pd.DataFrame, label: str, **image: Any) -> None:
@@ -83,8 +91,9 @@ def save(figure: Figure, folder: Path, name: str, formats: Sequence[str] = ("png
 
 
 def _image(figure: Figure, suffix: str) -> bytes:
-    image = io.BytesIO()
-    figure.savefig(image, format=suffix, dpi=130, bbox_inches="tight", pad_inches=0.1)
+    lay_out(figure)
+    image, box = io.BytesIO(), figure.get_tightbbox().padded(0.1)
+    figure.savefig(image, format=suffix, dpi=130, bbox_inches=box)
     return image.getvalue()
 
 
