@@ -17,13 +17,12 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import brentq
-from scipy.stats import norm, t
+from scipy.special import ndtri, stdtrit
 
 from mpsearch.errors import InputError
 
 CONFIDENCE = 0.95
-Z = float(norm.ppf((1 + CONFIDENCE) / 2))
+Z = float(ndtri((1 + CONFIDENCE) / 2))
 N_RESAMPLES = 200  # of a bootstrap; its standard error is then known to 5 %
 FEWEST = 16  # independent samples; with fewer, no limit is more than approximate
 
@@ -41,7 +40,7 @@ def paired_interval(values: ArrayLike, reference: ArrayLike) -> tuple[float, flo
         return proportion_interval(int((differences > 0).sum()), int((differences < 0).sum()), n)
     if n < 2:
         raise InputError("The quality has one independent sample, and no interval can be had of one. Give the split at least 2.")
-    half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1) * differences.std(ddof=1) / np.sqrt(n))
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2) * differences.std(ddof=1) / np.sqrt(n))
     return float(differences.mean()) - half, float(differences.mean()) + half
 
 
@@ -90,7 +89,7 @@ def bootstrap_values(statistic: Callable[[NDArray[np.intp]], float], clusters: A
     draws = random.integers(n, size=(N_RESAMPLES, n))
     replicates = np.array([statistic(np.concatenate([members[i] for i in draw])) for draw in draws])
     level = (1 + CONFIDENCE) / 2
-    scale = np.sqrt(N_RESAMPLES * n / (n - 1)) * t.ppf(level, n - 1) / t.ppf(level, N_RESAMPLES - 1)
+    scale = np.sqrt(N_RESAMPLES * n / (n - 1)) * stdtrit(n - 1, level) / stdtrit(N_RESAMPLES - 1, level)
     return statistic(np.arange(len(unit))) + scale * (replicates - replicates.mean())
 
 
@@ -101,6 +100,8 @@ def is_approximate(n: int) -> bool:
 
 def _tango_upper(gained: int, lost: int, n: int) -> float:
     """The largest difference that Tango's score test does not reject."""
+    from scipy.optimize import brentq  # here, as it takes half a second to import, which a worker process need not spend
+
     estimate = (gained - lost) / n
     if estimate >= 1:
         return 1.0

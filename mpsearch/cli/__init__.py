@@ -80,6 +80,8 @@ def main() -> None:
     # PyTorch's OpenMP threads would spin for milliseconds after each operation, on cores that the kernels need. Read when torch
     # is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    # OpenBLAS's would do the same between the small matrices of the surrogate; on a busy machine it takes 30 times as long.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("PYTHONSAFEPATH", "1")  # worker processes do not import from the working directory first either
     words = sys.argv[1:] or ["--help"]
     before = os.environ.get("HYDRA_FULL_ERROR")

@@ -52,6 +52,11 @@ class _Call:
 class _Recorder(TorchDispatchMode):
     """Record all operations in order; `caller` is the index of the layer call in which they run."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: PyTorch would import its compiler, more than a second, only to keep it out of `__torch_dispatch__`."""
+        return False
+
     def __init__(self, model: nn.Module, inputs: Any) -> None:
         super().__init__()
         # A weak reference keeps the address of a freed storage from being used again, and none of its bytes.

@@ -174,6 +174,11 @@ def _record(model: nn.Module, forward: Forward, inputs: Any, weights: Sequence[T
 class _Operations(TorchDispatchMode):
     """Record for each call the operations of its own code, and whether that makes a Python number of a value from `weights`."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: PyTorch would import its compiler, more than a second, only to keep it out of `__torch_dispatch__`."""
+        return False
+
     def __init__(self, weights: Sequence[Tensor], stack: Sequence[Call]) -> None:
         super().__init__()
         self._stack = stack
