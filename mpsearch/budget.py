@@ -11,9 +11,11 @@ import numpy as np
 from mpsearch.allocation import SearchSpace
 from mpsearch.costs.base import Cost, CostTable
 from mpsearch.errors import InfeasibleBudget, InputError, did_you_mean
+from mpsearch.schemes.base import QuantScheme
 
 # Costs are sums of floats; an allocation that meets its limit exactly must not fail by their last bit.
 ROUNDING = 1e-12
+WIDE = 2**20  # columns of a layer in which scales of whole channels weigh nothing
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,48 @@ class Budget:
         return f"{self.table.column} <= {self.limit:,.10g}"
 
 
+def check_limits(limits: Mapping[str, Any], costs: Mapping[str, Cost], schemes: Mapping[str, QuantScheme]) -> None:
+    """What can be said of limits before a model is loaded.
+
+    Raises
+    ------
+    InputError
+        A limit on no cost, or one that is no positive number or not in the cost's unit.
+    InfeasibleBudget
+        Fewer bits, or a smaller fraction of float32, than the smallest scheme stores in a layer so wide that its scales of a
+        channel weigh nothing.
+    """
+    least, name = min((scheme.storage_bits((1, WIDE)) / WIDE, name) for name, scheme in schemes.items())
+    bounds = {"average_bits": least, "fraction": least / 32}
+    for cost, given in limits.items():
+        if given is None:
+            continue
+        limit, column = _parsed(cost, given, costs), costs[cost].column
+        bound = bounds.get(column, 0.0)
+        if limit < 0.999 * bound:
+            raise InfeasibleBudget(
+                f"The budget {column} <= {limit:,.10g} is below the least there is, {bound:.4g} or more: every layer at {name}. "
+                "Raise the budget, or add a smaller scheme."
+            )
+
+
+def _parsed(name: str, limit: Any, costs: Mapping[str, Cost]) -> float:
+    if name not in costs:
+        raise InputError(f"There is no cost '{name}' to budget.{did_you_mean(name, costs)}")
+    parsed = costs[name].parse(limit)
+    if not np.isfinite(parsed) or parsed <= 0:
+        raise InputError(f"budget.{name} must be above 0; got {limit}.")
+    return parsed
+
+
 def read_budgets(limits: Mapping[str, Any], costs: Mapping[str, Cost], space: SearchSpace) -> tuple[Budget, ...]:
     """The budgets that were given (`None` is none), each checked against the smallest allocation there is."""
     budgets = []
     for name, limit in limits.items():
         if limit is None:
             continue
-        if name not in costs:
-            raise InputError(f"There is no cost '{name}' to budget.{did_you_mean(name, costs)}")
-        budget = Budget(costs[name].table(space), costs[name].parse(limit))
-        if not np.isfinite(budget.limit) or budget.limit <= 0:
-            raise InputError(f"budget.{name} must be above 0; got {limit}.")
+        parsed = _parsed(name, limit, costs)
+        budget = Budget(costs[name].table(space), parsed)
         smallest = np.where(space.allowed, budget.table.values, np.inf).argmin(axis=1)
         if not budget.allows(smallest):
             wanted = "scheme of narrower inputs" if budget.table.peak else "smaller scheme"

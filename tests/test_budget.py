@@ -1,15 +1,20 @@
 """Budgets: as they are written, and checked against the smallest allocation before anything is measured."""
 
+import re
+
 import numpy as np
 import pytest
 
+import mpsearch
 from mpsearch.allocation import SearchSpace
-from mpsearch.budget import Budget, feasible, read_budgets, restricted
+from mpsearch.budget import Budget, check_limits, feasible, read_budgets, restricted
 from mpsearch.costs.base import CostTable
 from mpsearch.costs.size import AverageBits, Bytes, Fraction
 from mpsearch.errors import InputError
 from mpsearch.layer import LayerSpec
+from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.integer import Integer
+from mpsearch.tasks.digits import Digits
 
 COSTS = {"bytes": Bytes(), "bits": AverageBits(), "fraction": Fraction()}
 # 1,000 channels of 1,000 weights: 250,000 bytes of codes at 2 bits, 500,000 at 4, and 2,000 of scales
@@ -74,3 +79,28 @@ def test_a_budget_on_a_peak_narrows_the_choices():
     assert left == ()
     assert feasible([Budget(peak, 5.0)], np.array([1, 0, 1]))
     assert not feasible([Budget(peak, 5.0)], np.array([0, 1, 0]))
+
+
+@pytest.mark.parametrize(
+    ("limits", "sentence"),
+    [
+        ({"fraction": 12}, "budget.fraction must be at most 1, the size in float32; got 12. For 12 % give 0.12."),
+        ({"bytes": "1 MByte"}, "'1 MByte' is not a size"),
+        ({"bytes": 0}, "budget.bytes must be above 0; got 0"),
+        ({"bits": 1}, "The budget average_bits <= 1 is below the least there is, 2 or more: every layer at w2. Raise the budget"),
+        ({"fraction": 0.05}, "The budget fraction <= 0.05 is below the least there is, 0.0625 or more: every layer at w2"),
+    ],
+)
+def test_a_limit_that_no_model_meets_is_refused_before_the_model_is_loaded(limits, sentence):
+    def model():
+        raise AssertionError("the model was loaded")
+
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        mpsearch.search(model, Digits(), schemes=["w4", "w2", "w8"], budget=limits)
+
+
+def test_a_limit_that_a_wide_layer_meets_is_not_refused_early():
+    schemes = {"w2": Integer(2), "ternary": Codebook("ternary"), "w2g64": Integer(2, group_size=64)}
+    check_limits({"bits": 1.6, "fraction": 0.05, "bytes": 1, "latency_ms": None}, COSTS, schemes)
+    with pytest.raises(InputError, match=r"1\.6 or more: every layer at ternary"):
+        check_limits({"bits": 1.59}, COSTS, schemes)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mpsearch.allocation import SearchSpace
+from mpsearch.budget import check_limits
 from mpsearch.costs.latency import Latency, read_latency
 from mpsearch.errors import InputError, check_integer
 from mpsearch.evaluation import SensitivityTable
@@ -20,7 +21,7 @@ from mpsearch.graph.channel_scaling import recorded
 from mpsearch.graph.unsearched import sentence
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.pipeline.goal import goal_of, latency_table, objective_names, resolved_costs
-from mpsearch.pipeline.prepare import Choice, EngineOptions, Model, Prepared, prepare
+from mpsearch.pipeline.prepare import Choice, EngineOptions, Model, Prepared, prepare, resolved_schemes
 from mpsearch.pipeline.result import Result
 from mpsearch.pipeline.search_run import SearchRun
 from mpsearch.pipeline.sensitivity import measured_sensitivity
@@ -146,6 +147,7 @@ def search(
         check_integer("confirm_points", confirm_points, hint=" For the whole front, give None (confirm.n_points=null).")
     objectives = objective_names(objective)
     cost_objects = resolved_costs(costs, budget, objectives)
+    check_limits(budget or {}, cost_objects, resolved_schemes(schemes))
     kept, run = _opened(folder)
     with run.locked():
         prepared = prepare(
