@@ -13,7 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from mpsearch.allocation import SearchSpace
-from mpsearch.cli.show import paths, print_summary, relative, stdout
+from mpsearch.cli.show import path_lines, paths, print_summary, relative, stdout
 from mpsearch.costs.latency import FLOAT, REST, Latency
 from mpsearch.errors import InputError
 from mpsearch.packed.agreement import check_verified
@@ -62,8 +62,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     )
     picked = result.pick()
     page = result.report()
-    paths(folder, page, "pareto.png", "front.csv")
-    print_summary(result.run, picked.evaluation, folder)
+    print_summary(result.run, picked.evaluation, folder, said=path_lines(folder, page, "pareto.png", "front.csv"))
     check_verified(result.run.on("confirm").values())
 
 
@@ -116,8 +115,8 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
     result = _loaded(settings, build, folder)
     point = finished.solve(result, budget=settings["budget"], max_drop=settings.get("max_drop"))
     page = point.result.report(point=point.id)
-    paths(folder, page, "pareto.png", "front.csv")
-    print_summary(point.result.run, point.evaluation, folder)
+    said = path_lines(folder, page, "pareto.png", "front.csv")
+    print_summary(point.result.run, point.evaluation, folder, said=said)
 
 
 def finetune(settings: Settings, build: Build, folder: Path) -> None:
@@ -132,16 +131,14 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
     quality, confirmed = run.quality, run.finetuned("confirm")[point.allocation]
     drop, low, high = training.drop
     gain, least, most = (quality.difference(-x) for x in (drop, high, low))
-    print(
+    said = [
         f"epoch {training.best_epoch} of {training.epochs} is kept: loss on search {training.loss_before:.4g} -> "
-        f"{training.loss_after:.4g}"
-    )
-    print(
+        f"{training.loss_after:.4g}",
         f"{quality.label} on confirm: {quality.text(training.quality_before)} -> {quality.text(confirmed.quality)}, a gain of "
-        f"{gain}{quality.drop_unit} ({least} to {most}, paired 95 %), in {training.seconds:.0f} s of training"
-    )
-    paths(folder, page, "pareto.png")
-    print_summary(run, point.evaluation, folder, settings["pick"]["max_drop"])
+        f"{gain}{quality.drop_unit} ({least} to {most}, paired 95 %), in {training.seconds:.0f} s of training",
+        *path_lines(folder, page, "pareto.png"),
+    ]
+    print_summary(run, point.evaluation, folder, settings["pick"]["max_drop"], said)
     check_verified([confirmed])
 
 
@@ -149,8 +146,7 @@ def report(settings: Settings, build: Build, folder: Path) -> None:
     """Draw the tables, figures and page again from what lies in the folder; nothing that the config names is built."""
     _require_search(settings, "no front to report. Its chart is sensitivity.png")
     result, picked, page = redrawn(folder, pick, lambda: load_result(folder))
-    paths(folder, page, "pareto.png", "front.csv")
-    print_summary(result.run, picked, folder)
+    print_summary(result.run, picked, folder, said=path_lines(folder, page, "pareto.png", "front.csv"))
 
 
 def export(settings: Settings, build: Build, folder: Path) -> None:

@@ -20,12 +20,13 @@ MAX_UNIFORM = 6  # uniform allocations on the screen
 
 @dataclass(frozen=True)
 class Summary:
-    """A table (`header`, `rows` of cells) under a `title`, and `lines` of text to print after it."""
+    """A table (`header`, `rows` of cells) under a `title`; `lines` of text to print after it; the commands to go on with."""
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     lines: tuple[str, ...]
+    steps: tuple[str, ...]
 
 
 def summary(run: Run, picked: Evaluation, folder: Path | None = None, max_drop: float | None = None) -> Summary:
@@ -47,12 +48,12 @@ def summary(run: Run, picked: Evaluation, folder: Path | None = None, max_drop: 
         non_inferior_sentence(run, answer),
         times_sentence(run).strip() if times_differ(run) else "",
         *(f"warning: {warning}" for warning in warnings(run)),
-        *(next_steps(run, picked, folder) if folder else []),
     ]
     title = f"{len(run.front)} points on the Pareto front"
     header = (re.sub(r",? (search|confirm)", r"\n\1", name) for name in summary_header(run))  # narrow, so that rows do not wrap
     rows = summary_rows(run, picked, MAX_UNIFORM)
-    return Summary(title, tuple(header), tuple(rows), tuple(line for line in lines if line))
+    steps = next_steps(run, picked, folder) if folder else []
+    return Summary(title, tuple(header), tuple(rows), tuple(line for line in lines if line), tuple(steps))
 
 
 def next_steps(run: Run, picked: Evaluation, folder: Path) -> list[str]:
