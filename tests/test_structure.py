@@ -1,6 +1,7 @@
 """The structure of the source: private attributes are used inside only, and files, functions and the root stay small."""
 
 import ast
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +23,6 @@ THIRD_PARTY = {
     "_C": "torch: dispatch modes are not public",
     "_len_torch_dispatch_stack": "torch: as _C",
     "_ops": "torch: the class of operators is not public",
-    "_processes": "concurrent.futures does not tell the processes of a pool",
     "_exit": "os: a public function with such a name",
 }
 
@@ -75,6 +75,17 @@ def test_functions_are_short():
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and lines_of_code(node) > MOST_FUNCTION_LINES
     }
     assert not long, long
+
+
+def test_headings_of_docstrings_stand_alone():
+    """A reflow that joins a heading and its underline with the text leaves nothing that the reference could show."""
+    joined = [
+        f"{name}: {line.strip()}"
+        for name, path in SOURCES.items()
+        for line in path.read_text().splitlines()
+        if re.search(r"(Attributes|Parameters|Returns|Yields|Raises|Notes) -{3,}|^ +-{5,} \w", line)
+    ]
+    assert joined == []
 
 
 def test_the_root_of_the_package_has_few_entries():

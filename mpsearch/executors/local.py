@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import parent_process
+from typing import Any
 
 from mpsearch.allocation import Allocation
 from mpsearch.errors import InputError, check_integer
@@ -19,6 +20,20 @@ from mpsearch.progress import quiet
 MOST_DEATHS = 3  # in a row, with nothing done between them: then it is the work that kills
 
 _scorer: Scorer
+
+
+class _Spawn(SpawnContext):
+    """Remembers the processes that it started, to kill them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[SpawnProcess] = []
+
+    def Process(self, *args: Any, **kwargs: Any) -> SpawnProcess:  # type: ignore[override]  # noqa: N802
+        """Called by the pool, which starts it at once."""
+        process = SpawnProcess(*args, **kwargs)
+        self.started.append(process)
+        return process
 
 
 class Local(Executor):
@@ -47,13 +62,13 @@ class Local(Executor):
         if self._pool is None:
             return
         self._closed = True
-        for process in list((self._pool._processes or {}).values()):
+        for process in self._context.started:
             process.kill()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _new_pool(self) -> ProcessPoolExecutor:
-        context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self.workers, context, initializer=_begin, initargs=(self._make, self.threads))
+        self._context = _Spawn()
+        return ProcessPoolExecutor(self.workers, self._context, initializer=_begin, initargs=(self._make, self.threads))
 
     def _submit(self, promised: Future[Score], allocation: Allocation) -> None:
         with self._lock:

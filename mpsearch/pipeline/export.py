@@ -87,7 +87,7 @@ def export_point(
     run: Run,
     picked: Evaluation,
     exporter: Exporter,
-    source: Source | Workspace,
+    source: Source | Callable[[], Workspace],
     run_folder: Path,
     folder: Path,
     *,
@@ -95,6 +95,8 @@ def export_point(
     limits: Mapping[str, Any],
 ) -> tuple[Path, Evaluation]:
     """Write the point to `folder`; the path of its main file, and the point that was written.
+
+    `source` opens the run's workspace; where the data are absent it is the `Source` without a task.
 
     The files are loaded and scored again before an earlier export in `folder` is replaced. Headers included (JSON descriptions
     aside) they fit `limits["max_bytes"]`, or else the run's budget of bytes; where headers make the files larger than
@@ -120,12 +122,14 @@ def export_point(
         return publish(path, folder), scores["search"]
 
 
-def _weights(source: Source | Workspace, run: Run, folder: Path, trained: Evaluation | None) -> tuple[Weights, Plan, Check]:
-    if isinstance(source, Source) and source.task is None:
+def _weights(
+    source: Source | Callable[[], Workspace], run: Run, folder: Path, trained: Evaluation | None
+) -> tuple[Weights, Plan, Check]:
+    if isinstance(source, Source):
         if trained is not None:
             raise InputError("A trained point is exported with the task's data only. Restore them.")
         return without_data(source, run, folder)
-    workspace = source.open(run, folder) if isinstance(source, Source) else source
+    workspace = source()
     engine, prepared = workspace.engine, workspace.prepared
     if trained is not None:
         engine = restored(engine, trained.allocation, trained.loss, folder / "finetuned")

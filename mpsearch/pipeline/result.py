@@ -142,9 +142,10 @@ class Result:
         """The chart and a short table, in a notebook."""
         about = summary.summary(self.run, pick(self.run))
         image = base64.b64encode(style.png(self.plot())).decode()
-        table = pd.DataFrame(about.rows, columns=list(about.header)).to_html(index=False)
+        table = pd.DataFrame(about.rows, columns=list(about.header)).to_html(index=False, border=0)
         lines = "".join(f"<p>{html.escape(line)}</p>" for line in about.lines)
-        return f'<h3>{html.escape(about.title)}</h3><img src="data:image/png;base64,{image}">{table}{lines}'
+        chart = f'<img style="max-width:100%" src="data:image/png;base64,{image}">'
+        return f"<h3>{html.escape(about.title)}</h3>{chart}{table}{lines}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -185,11 +186,14 @@ def written(
     """Write a point; the main file's path and the evaluation of what was written. See `Result.export`."""
     if result.source is None:
         raise InputError(NO_MODEL)
+
+    def opened() -> Workspace:
+        return result.workspace  # once for all exports
+
+    source = result.source if isinstance(result.source, Source) and result.source.task is None else opened
     writer: Exporter = resolve("exporter", exporter)
     target = result.folder if folder is None else Path(folder)
-    return export_point(
-        result.run, picked, writer, result.source, result.folder, target, finetuned=finetuned, limits=limits or {}
-    )
+    return export_point(result.run, picked, writer, source, result.folder, target, finetuned=finetuned, limits=limits or {})
 
 
 def load_result(

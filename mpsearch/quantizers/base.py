@@ -30,13 +30,23 @@ PART = 2**17  # weights at a time in `level_codes`: the intermediate results of 
 class InputMoments:
     """Statistics of a layer's input in the calibration data, for each group of a grouped convolution (`k` groups, else 1).
 
-    Attributes ---------- mean, second_moment float32 `[k, columns]`: the mean of the input values that each column of the
-    weight is multiplied by, and of their squares, over the output positions (padding counted as zeros). count Output
-    positions. histogram All input values, for static input ranges. hessian float32 `[k, columns, columns]`: the mean of x
-    x^T, whose diagonal is `second_moment`; for quantizers with `needs_hessian`, where the layer allows it. rotated The
-    moments of the rotated input of a Linear layer, without `hessian` and `fisher`, where they were asked for. fisher
-    float32 `[k, rows / k, rows / k]`: the mean of g g^T, g the gradient of the loss at the layer's output; for quantizers
-    with `needs_fisher`.
+    Attributes
+    ----------
+    mean, second_moment
+        float32 `[k, columns]`: the mean of the input values that each column of the weight is multiplied by, and of their
+        squares, over the output positions (padding counted as zeros).
+    count
+        Output positions.
+    histogram
+        All input values, for static input ranges.
+    hessian
+        float32 `[k, columns, columns]`: the mean of x x^T, whose diagonal is `second_moment`; for quantizers with
+        `needs_hessian`, where the layer allows it.
+    rotated
+        The moments of the rotated input of a Linear layer, without `hessian` and `fisher`, where they were asked for.
+    fisher
+        float32 `[k, rows / k, rows / k]`: the mean of g g^T, g the gradient of the loss at the layer's output; for quantizers
+        with `needs_fisher`.
     """
 
     mean: Tensor

@@ -30,10 +30,15 @@ class GPTQ(ClipSearch):
     A layer without a Hessian (an embedding, a transposed convolution, one that the calibration data do not reach) takes the clip
     search.
 
-        Parameters ---------- n_candidates, min_ratio Of the clip search. damping As a share of the mean of the Hessian's
-        diagonal, added to it. Bounds the feedback where few calibration samples or constant columns leave the Hessian singular;
-        ten times more, and a warning, where that is not enough. act_order Whether columns with the largest inputs are rounded
-        first.
+    Parameters
+    ----------
+    n_candidates, min_ratio
+        Of the clip search.
+    damping
+        As a share of the mean of the Hessian's diagonal, added to it. Bounds the feedback where few calibration samples or
+        constant columns leave the Hessian singular; ten times more, and a warning, where that is not enough.
+    act_order
+        Whether columns with the largest inputs are rounded first.
     """
 
     damping: float = 0.01

@@ -23,8 +23,11 @@ class Grid(ABC):
 
     Codes are uint8 `[rows, columns]`, scales `[rows, n_groups]`, `groups` int32 `[columns]` each column's group.
 
-        Attributes ---------- fixed bool `[rows, columns]`: weights that are stored in another tensor and are 0 in the matrix,
-        such as outliers. Their codes are not used: their values are 0 too, and they have no error. `None`: there are none.
+    Attributes
+    ----------
+    fixed
+        bool `[rows, columns]`: weights that are stored in another tensor and are 0 in the matrix, such as outliers. Their codes
+        are not used: their values are 0 too, and they have no error. `None`: there are none.
     """
 
     fixed: Tensor | None = field(default=None, kw_only=True)
