@@ -1,6 +1,9 @@
 """What all tests share: where the real models and data sets are, and networks small enough to quantize a thousand times."""
 
 import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # read when NumPy is imported; pytest has a process per core
+
 import sys
 from collections import Counter
 from pathlib import Path
@@ -141,6 +144,18 @@ def tiny():
 def trained():
     """One engine of the trained digits network for all tests that only ask it for scores."""
     return digits_engine({f"w{bits}": Integer(bits) for bits in (2, 3, 4, 8)})
+
+
+def without_figures(patch):
+    """From now on reports are written without their figures, which take as long as a small search."""
+    for name in ("pareto", "layers", "sensitivity", "interactions"):
+        patch.setattr(f"mpsearch.reporting.report.draw_{name}", lambda *args, **kwargs: None)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For tests that look at no figure; `tests/reporting` does, and the runs of the digits and of the README draw theirs."""
+    without_figures(monkeypatch)
 
 
 @pytest.fixture

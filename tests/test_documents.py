@@ -64,7 +64,7 @@ def test_every_command_of_the_readme_composes() -> None:
             assert compose(command, overrides=words) is not None
 
 
-def test_the_command_on_a_model_of_ones_own_runs(mpsearch, tmp_path: Path) -> None:
+def test_the_command_on_a_model_of_ones_own_runs(mpsearch, undrawn, tmp_path: Path) -> None:
     (words,) = [words for words in commands() if "model=custom" in words]
     (tmp_path / "my_pkg.py").write_text("import torch\n\n\ndef build_net():\n    return torch.nn.Linear(64, 3).eval()\n")
     rng = np.random.default_rng(0)

@@ -480,12 +480,12 @@ class TestRun:
     @pytest.mark.parametrize(
         "name",
         [
-            *("it's (1), a=b", "${oc.env:HOME}"),
+            "it's (1), a=${oc.env:HOME}",
             *(
                 pytest.param(name, marks=pytest.mark.slow)
                 for name in (
-                    *("~tilde", "~", "null", "a\\b", "a\\", "a\\\\'b", "${", "\\${x}", "a b  c", "'a'"),
-                    *('"a"', "'", "a,b", "[a]", "{a: b}", "$HOME", "%s", "éß漢", "-x", "a:b", "=", "\t", "?"),
+                    *("it's (1), a=b", "${oc.env:HOME}", "~tilde", "~", "null", "a\\b", "a\\", "a\\\\'b", "${", "\\${x}"),
+                    *("a b  c", "'a'", '"a"', "'", "a,b", "[a]", "{a: b}", "$HOME", "%s", "éß漢", "-x", "a:b", "=", "\t", "?"),
                 )
             ),
         ],

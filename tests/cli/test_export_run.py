@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import without_figures
 
 from mpsearch import cli
 from mpsearch.engine.weight_files import WeightFiles
@@ -39,6 +40,7 @@ def run_once(tmp_path_factory):
     np.savez("data.npz", x=inputs.numpy(), y=targets.numpy())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [*sys.path])
+        without_figures(patch)
         patch.setattr(sys, "argv", ["mpsearch", "search", *WORDS, "hydra.run.dir=run"])
         cli.main()
     os.chdir(before)

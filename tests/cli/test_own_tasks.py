@@ -40,7 +40,7 @@ MODULE = """
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
+def run(tmp_path, monkeypatch, capsys, undrawn):
     """`run(code, *words)`: exit code, stdout and stderr of `mpsearch *words` where `own.py` is the module above and `code`."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])

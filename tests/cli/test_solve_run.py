@@ -6,6 +6,7 @@ import shlex
 import sys
 
 import pytest
+from conftest import without_figures
 
 from mpsearch.cli import main
 from mpsearch.runs.run import Run
@@ -20,6 +21,7 @@ def solved(tmp_path_factory):
         monkeypatch.chdir(place)
         monkeypatch.setattr(sys, "argv", ["mpsearch", *words])
         capsys.readouterr()
+        without_figures(monkeypatch)
         main()
         return capsys.readouterr().out
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import without_figures
 from crafted import CASES, SECRET, Evil, put
 from hydra.utils import get_object
 
@@ -58,12 +59,14 @@ def run_main(*words: str) -> int:
 def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run, as a search leaves it."""
     folder = tmp_path_factory.mktemp("real") / "run"
-    assert run_main("search", *QUICK, f"hydra.run.dir={folder}") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        without_figures(patch)
+        assert run_main("search", *QUICK, f"hydra.run.dir={folder}") == 0
     return folder
 
 
 @pytest.fixture
-def evil(real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evil:
+def evil(real: Path, undrawn: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Evil:
     """A copy of it, with the files of an attacker, as the working directory."""
     folder = tmp_path / "run"
     shutil.copytree(real, folder)
@@ -103,7 +106,7 @@ def told(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.thin(6)
+@pytest.mark.thin(9)
 def test_a_crafted_folder_runs_nothing(name: str, evil: Evil, drawn: list[object], capsys: pytest.CaptureFixture[str]) -> None:
     file = evil.folder / "config.yaml"
     config = yaml.safe_load(file.read_text())

@@ -55,13 +55,11 @@ class Disk:
 
 
 @pytest.fixture
-def commands(tiny, tmp_path, monkeypatch):
-    """`commands(search, folder, disk)` runs a command on a tiny network; figures are drawn without their pixels."""
+def commands(tiny, tmp_path, monkeypatch, undrawn):
+    """`commands(search, folder, disk)` runs a command on a tiny network."""
     with initialize_config_module("mpsearch.conf", version_base="1.3"):
         settings = OmegaConf.to_container(compose("search", WORDS))
     monkeypatch.setattr("mpsearch.pipeline.evaluators.LATENCY_SECONDS", 0.001)
-    for name in ("pareto", "layers", "sensitivity", "interactions"):
-        monkeypatch.setattr(f"mpsearch.reporting.report.draw_{name}", lambda *args, **kwargs: None)
 
     def build(key, **extra):
         made = {"model": tiny.net, "task": functools.partial(tiny.task, n=12)}

@@ -71,7 +71,7 @@ def test_a_size_counts_what_a_file_stores(tiny, tmp_path):
     assert 8 * (file.stat().st_size - header) == engine.space.size_bits(engine.space.choice(allocation))
 
 
-def test_the_command_names_it_on_the_console_in_the_report_and_in_the_space(mpsearch, monkeypatch, tmp_path):
+def test_the_command_names_it_on_the_console_in_the_report_and_in_the_space(mpsearch, undrawn, monkeypatch, tmp_path):
     console = io.StringIO()
     monkeypatch.setattr("sys.stdout", console)
     code, _ = mpsearch("search", "scheme=[w4,w8]", "n_trials=2", "hydra.run.dir=run")

@@ -1,6 +1,7 @@
 """The surrogate (mpsearch/surrogate.py) on losses whose interactions are known."""
 
 import ctypes
+import functools
 import shutil
 import subprocess
 import warnings
@@ -43,6 +44,13 @@ def fitted(losses, truth, n=300, seed=1, exact=True):
     return surrogate
 
 
+@functools.cache
+def taught():
+    """(surrogate, sensitivities, loss of choices), fitted to measurements of strong interactions, for tests that only ask it."""
+    losses, truth = made_up(STRONG)
+    return fitted(losses, truth), losses, truth
+
+
 def rms(values):
     return float(np.sqrt(np.mean(np.square(values))))
 
@@ -68,8 +76,8 @@ def test_without_measurements_it_is_the_additive_model():
 
 
 def test_it_learns_interactions_that_the_additive_model_cannot_see():
-    losses, truth = made_up(STRONG)
-    additive, learned = held_out_errors(fitted(losses, truth), truth)
+    surrogate, _, truth = taught()
+    additive, learned = held_out_errors(surrogate, truth)
     assert rms(additive) > 0.1
     assert rms(learned) < 0.6 * rms(additive)
 
@@ -82,7 +90,7 @@ def test_more_measurements_teach_more():
 
 def test_the_evidence_takes_up_no_interactions_where_there_are_none():
     losses, truth = made_up()
-    plain, bound = fitted(losses, truth), fitted(losses, made_up(STRONG)[1])
+    plain, bound = fitted(losses, truth), taught()[0]
     assert plain.variances[3] < 0.1 * bound.variances[3]
     _, learned = held_out_errors(plain, truth)
     assert rms(learned) < 0.02
@@ -114,8 +122,8 @@ def test_a_group_alone_is_known_whatever_the_others_do_together():
 
 
 def test_its_error_bars_are_honest():
-    losses, truth = made_up(STRONG)
-    surrogate, choices = fitted(losses, truth), choices_of(300, 2)
+    surrogate, _, truth = taught()
+    choices = choices_of(300, 2)
     mean, deviation = surrogate.predict(choices)
     assert 0.5 < rms((mean - np.log(truth(choices))) / deviation) < 2
     known = choices_of(300, 1)
@@ -123,8 +131,7 @@ def test_its_error_bars_are_honest():
 
 
 def test_its_table_ranks_the_moves_of_one_group_better_than_the_sensitivities():
-    losses, truth = made_up(STRONG)
-    surrogate = fitted(losses, truth)
+    surrogate, losses, truth = taught()
     rows, taus = np.arange(N_GROUPS), []
     for center in choices_of(8, 3):
         moves = np.repeat(center[None], N_GROUPS, axis=0)

@@ -51,7 +51,7 @@ def test_independent_rounding_is_no_difference():
     assert not agrees(simulated, broken, reference, has_quantized_inputs=False)
 
 
-def test_the_command_keeps_all_rows_and_ends_with_a_sentence(mpsearch, monkeypatch, tmp_path):
+def test_the_command_keeps_all_rows_and_ends_with_a_sentence(mpsearch, undrawn, monkeypatch, tmp_path):
     forward = PackedLinear.forward
     monkeypatch.setattr(PackedLinear, "forward", lambda self, x: 1.1 * forward(self, x))
     code, said = mpsearch("search", "scheme=[w4,w8]", "n_trials=3", "hydra.run.dir=run")

@@ -1,8 +1,7 @@
 """What the hardware command says: the self-test can fail, and the latencies are of what runs."""
 
+import io
 import json
-import os
-import subprocess
 import sys
 import time
 
@@ -128,14 +127,16 @@ def test_rotations_and_inputs_are_timed_too(monkeypatch):
 FP8 = {"levels": "e4m3"}
 
 
-def test_the_command_and_a_search_under_its_table(tmp_path):
+def test_the_command_and_a_search_under_its_table(tmp_path, mpsearch, monkeypatch):
     """`mpsearch hardware` measures, `cost=latency_ms` reads: predictions are sums of the table, and the front is one of time."""
 
     def run(*words):
-        command, environment = [sys.executable, "-m", "mpsearch", *words], {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        said = io.StringIO()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", said)
+            code, err = mpsearch(*words)
+        assert code == 0, err
+        return said.getvalue()
 
     schemes = "scheme=[w2a8,w4a8,w8a8]"
     said = run("hardware", schemes, "seconds=0.1", "hydra.run.dir=hw")

@@ -139,12 +139,13 @@ def test_a_prediction_takes_less_than_a_second(n_groups, bits):
     for choice in np.clip(rng.normal(rng.uniform(0, top, (200, 1)), 1.0, (200, n_groups)).round(), 0, top).astype(np.intp):
         evaluate(space.allocation(choice), "sampler")
     budgets = read_budgets({"bits": 3.4, "bytes": 10**7}, COSTS, space)
-    seconds = []
     for _ in range(3):  # other processes share the caches
         start = time.process_time()
         found = prediction(sensitivity, evaluate.log, budgets)
-        seconds.append(time.process_time() - start)
-    assert min(seconds) < 1
+        seconds = time.process_time() - start
+        if seconds < 1:
+            break
+    assert seconds < 1
     assert all(budget.allows(space.choice(found)) for budget in budgets)
 
 

@@ -269,10 +269,8 @@ def test_summary_has_float_uniform_and_pick(reported):
     assert all(" to " in row[7] for row in rows[1:])
 
 
-def test_a_damaged_confirm_table_is_named(reported, tmp_path, monkeypatch):
+def test_a_damaged_confirm_table_is_named(reported, undrawn, tmp_path):
     result, _ = reported
-    for figure in ("pareto", "layers", "sensitivity"):
-        monkeypatch.setattr(f"mpsearch.reporting.report.draw_{figure}", lambda *args, **kwargs: None)
     for text in ("", "\x00\x00", "scheme,drop\n,0.1\n"):
         (tmp_path / "confirm.csv").write_text(text)
         with pytest.raises(InputError, match=r"confirm.csv is damaged: .*\. Delete it and confirm again"):
@@ -348,10 +346,10 @@ def test_the_summary_says_what_to_do_next_in_less_than_a_screen(reported):
     shown = summary(result, picked, folder)
     assert {len(row) for row in shown.rows} == {len(shown.header)}
     assert f"{picked.size_bytes:,} bytes, " in shown.lines[0]
-    assert shown.lines[-3].startswith("export a point: mpsearch export ")
-    assert shown.lines[-3].endswith(f"pick.point={picked.allocation.id}")
-    assert len(shown.rows) + 6 + len(shown.lines) <= 22, "with a title, a frame, and the paths of the page and two files: 25"
-    assert not any(line.startswith("export") for line in summary(result, picked).lines)
+    assert shown.steps[0].startswith("export a point: mpsearch export ")
+    assert shown.steps[0].endswith(f"pick.point={picked.allocation.id}")
+    assert len(shown.rows) + 6 + len(shown.lines) + len(shown.steps) <= 22, "with a title, a frame, and three paths: 25"
+    assert not summary(result, picked).steps
 
 
 def test_the_tables_are_tidy(reported):
