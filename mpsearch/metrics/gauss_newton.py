@@ -14,6 +14,9 @@ a group's own sensitivity is |e_g|^2 / 2, and the inner products are the interac
 another (CLADO, Deng et al. 2023, https://arxiv.org/abs/2307.05657, measures these pair by pair). Diagonal Fisher information
 (`fisher.py`) drops the products within a layer too. Runs on the search split, where proposals are measured; no label is used.
 
+Where a sample has one row of few logits, dz itself is found, a backward pass for each column, and a group's own sensitivity is
+the divergence of z + dz: confident predictions leave the range of the quadratic form long before the network is no longer linear.
+
 Which positions belong to which sample is measured (`samples.py`); a batch whose samples reach one another's logits is one sample.
 
 The inner products of two groups are means over few samples of values of either sign, and an allocation that exploits chance gains
@@ -22,6 +25,7 @@ on these samples alone. They are shrunk by how far they carry over from one half
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -30,25 +34,30 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.linalg import eigh
+from torch import Tensor
 
+from mpsearch.divergence import Divergence
 from mpsearch.engine.engine import QuantEngine
 from mpsearch.layer import LayerSpec
 from mpsearch.metrics.base import Pair, SensitivityMetric, layers_by_group, quantize_groups
-from mpsearch.metrics.fisher import changed, gradients_at, record_calls
+from mpsearch.metrics.fisher import Call, changed, gradients_at, record_calls
 from mpsearch.metrics.samples import Gradients, Layout, probe_gradients, probe_signs
 from mpsearch.progress import phase
 from mpsearch.tree import tensors_in
 
 FEWEST_FEATURES = 500  # that count, of all batches; a value's standard error is then 6 %
 MOST_PROBES, MOST_FOR_A_SAMPLE = 64, 16  # of a batch; more for a sample say less than more samples would
+MOST_COLUMNS = 16  # of logits whose first-order changes are found column by column, for the exact divergence
 MOST_PAIRS = 4096  # whose inner products are kept; beyond, the sensitivities alone are
 MOST_DIMENSIONS = 128  # of the features; the rest of a group's sensitivity counts as its own
 N_SPLITS = 4  # of the samples into two halves
 GRADIENT_BYTES = 2**30  # of gradients at once
 
+Columns = dict[str, dict[tuple[LayerSpec, str], list[int]]]  # module -> (its layer, scheme) -> indices of pairs
+
 
 class GaussNewton(SensitivityMetric):
-    """Half the squared first-order change of the outputs, in the metric and unit of the divergence."""
+    """The divergence of the outputs' first-order change, or its quadratic form, in the unit of the divergence."""
 
     name = "gauss_newton"
     unit = "nats"
@@ -56,8 +65,8 @@ class GaussNewton(SensitivityMetric):
     def measure(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[float]:
         """All pairs at once, then yielded one by one."""
         total = np.zeros(len(pairs))
-        for _, features in self._features(engine, pairs):
-            total += 0.5 * np.square(features).sum((0, 1))
+        for _, losses, _ in self._features(engine, pairs):
+            total += losses
         yield from np.where(np.isfinite(total), total, np.inf).tolist()
 
     def measure_joint(self, engine: QuantEngine, pairs: Sequence[Pair]) -> tuple[NDArray[np.float64], NDArray[np.float32]] | None:
@@ -65,55 +74,95 @@ class GaussNewton(SensitivityMetric):
         n = len(pairs)
         if n > MOST_PAIRS:
             return None
-        products, halves = np.zeros((n, n)), np.zeros((N_SPLITS, n, n), dtype=np.float32)
-        for batch, features in self._features(engine, pairs):
+        values, products, halves = np.zeros(n), np.zeros((n, n)), np.zeros((N_SPLITS, n, n), dtype=np.float32)
+        for batch, losses, features in self._features(engine, pairs):
+            values += losses
             products += _products(features)
             in_half = np.random.default_rng(batch).random((N_SPLITS, features.shape[1])) < 0.5
             for half, chosen in zip(halves, in_half, strict=True):
                 half += _products(features[:, chosen])
-        values = np.where(np.isfinite(products.diagonal()), 0.5 * products.diagonal(), np.inf)
-        finite, groups = np.isfinite(values), np.array([group for group, _ in pairs])
+        finite, groups = np.isfinite(values) & np.isfinite(products.diagonal()), np.array([group for group, _ in pairs])
+        values = np.where(finite, values, np.inf)
         products[~finite], products[:, ~finite] = 0.0, 0.0
         kept = np.ix_(finite, finite)
         carried = _carried_over([(half[kept], products[kept] - half[kept]) for half in halves], groups[finite])
-        sizes, directions = eigh(products, subset_by_index=(max(0, n - MOST_DIMENSIONS), n - 1))
+        scales = np.sqrt(2 * np.where(finite, values, 0.0) / np.maximum(products.diagonal(), 1e-300))
+        sizes, directions = eigh(products * np.outer(scales, scales), subset_by_index=(max(0, n - MOST_DIMENSIONS), n - 1))
         return values, (np.sqrt(np.maximum(carried * sizes, 0.0)) * directions).T.astype(np.float32)
 
-    def _features(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[tuple[int, NDArray[np.float64]]]:
-        """(batch, `[probes, samples, n_pairs]`), some probes at once; the sum of all squares is twice the loss."""
-        columns: dict[str, dict[tuple[LayerSpec, str], list[int]]] = {}  # module -> (its layer, scheme) -> columns
+    def _features(
+        self, engine: QuantEngine, pairs: Sequence[Pair]
+    ) -> Iterator[tuple[int, NDArray[np.float64], NDArray[np.float64]]]:
+        """(batch, its part of the losses `[n_pairs]`, features `[probes, samples, n_pairs]`), some probes of a batch at once."""
+        columns: Columns = {}
         layers = layers_by_group(engine)
         for column, (group, scheme) in enumerate(pairs):
             for layer in layers[group]:
                 for module in layer.readers:
                     columns.setdefault(module, {}).setdefault((layer, scheme), []).append(column)
         quantize_groups(engine, pairs)
-        batches, n_rows = engine.batches("search"), len(engine.float_logits("search"))
+        batches, n_rows, divergence = engine.batches("search"), len(engine.float_logits("search")), engine.divergence
         with phase("joint effects", len(batches)) as advance:
             for i, (inputs, _) in enumerate(batches):
                 logits, calls = record_calls(engine, list(columns), inputs)
                 counts = (next(len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), len(logits))
-                first, layouts = probe_gradients(calls, logits, engine.divergence, probe_signs(logits, i, 0), counts)
-                most = min(MOST_PROBES, MOST_FOR_A_SAMPLE * max(1, counts[0] // layouts[0].n))
-                n_probes = min(most, _n_probes(first, layouts, logits.numel() // layouts[0].n, len(batches)))
-                call_bytes = sum(call.output.numel() * call.output.element_size() for _, call in calls)
-                at_once = max(1, GRADIENT_BYTES // max(call_bytes, 1))
-                for start in range(0, n_probes, at_once):
-                    gradients = [
-                        gradients_at(calls, engine.divergence.probe(logits, probe_signs(logits, i, probe))) if probe else first
-                        for probe in range(start, min(start + at_once, n_probes))
-                    ]
-                    features = np.zeros((len(gradients), layouts[0].n, len(pairs)))
-                    for (module, call), layout, *of_probes in zip(calls, layouts, *gradients, strict=True):
-                        if of_probes[0] is None:  # the output reached no logit
-                            continue
-                        along = torch.stack([layout.by_sample(g) for g in of_probes], 1)  # [samples, probes, positions]
-                        for (layer, scheme), indices in columns[module].items():  # a change is computed once for all these probes
-                            change = layout.by_sample(changed(engine, module, layer.name, scheme, call))
-                            product = torch.bmm(along, change[:, :, None])[..., 0].T
-                            features[..., indices] += product.double().cpu().numpy()[..., None]
-                    yield i, features / math.sqrt(n_rows * n_probes)
+                first, layouts = probe_gradients(calls, logits, divergence, probe_signs(logits, i, 0), counts)
+                if layouts[0].n == len(logits) and logits.shape[1] <= MOST_COLUMNS:
+                    of_columns = (gradients_at(calls, column.sum()) for column in logits.unbind(1))
+                    changes = np.concatenate(list(_along(engine, columns, calls, layouts, of_columns, len(pairs))))
+                    yield (
+                        i,
+                        _losses(divergence, logits, changes) / n_rows,
+                        _weighted(divergence, logits, changes) / math.sqrt(n_rows),
+                    )
+                else:
+                    most = min(MOST_PROBES, MOST_FOR_A_SAMPLE * max(1, counts[0] // layouts[0].n))
+                    n_probes = min(most, _n_probes(first, layouts, logits.numel() // layouts[0].n, len(batches)))
+                    others = (
+                        gradients_at(calls, divergence.probe(logits, probe_signs(logits, i, k))) for k in range(1, n_probes)
+                    )
+                    for features in _along(engine, columns, calls, layouts, itertools.chain([first], others), len(pairs)):
+                        features /= math.sqrt(n_rows * n_probes)
+                        yield i, 0.5 * np.square(features).sum((0, 1)), features
                 advance("")
+
+
+def _along(
+    engine: QuantEngine,
+    columns: Columns,
+    calls: Sequence[tuple[str, Call]],
+    layouts: Sequence[Layout],
+    gradients: Iterator[Gradients],
+    n_pairs: int,
+) -> Iterator[NDArray[np.float64]]:
+    """g . dy of each sample and pair, `[probes, samples, n_pairs]`, for some of the probes at once."""
+    call_bytes = sum(call.output.numel() * call.output.element_size() for _, call in calls)
+    while at_once := list(itertools.islice(gradients, max(1, GRADIENT_BYTES // max(call_bytes, 1)))):
+        products = np.zeros((len(at_once), layouts[0].n, n_pairs))
+        for (module, call), layout, *of_probes in zip(calls, layouts, *at_once, strict=True):
+            if of_probes[0] is None:  # the output reached no logit
+                continue
+            along = torch.stack([layout.by_sample(g) for g in of_probes], 1)  # [samples, probes, positions]
+            for (layer, scheme), indices in columns[module].items():  # a change is computed once for all these probes
+                change = layout.by_sample(changed(engine, module, layer.name, scheme, call))
+                product = torch.bmm(along, change[:, :, None])[..., 0].T
+                products[..., indices] += product.double().cpu().numpy()[..., None]
+        yield products
+
+
+def _losses(divergence: Divergence, logits: Tensor, changes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The divergence of `logits` `[n, columns]` changed by `[columns, n, n_pairs]`, summed over the rows, `[n_pairs]`."""
+    reference = logits.detach()
+    moved = (reference + torch.from_numpy(change).to(reference).T for change in changes.transpose(2, 0, 1))
+    return np.array([divergence.rows(outputs, reference).sum().item() for outputs in moved])
+
+
+def _weighted(divergence: Divergence, logits: Tensor, changes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Features `[directions, n, n_pairs]` of changes of logits: all orthogonal probes of each row, so that nothing is random."""
+    n_probes = 2 ** (logits.shape[1] - 1).bit_length()
+    signs = (probe_signs(logits, 0, k) for k in range(n_probes))
+    rows = torch.stack([torch.autograd.grad(divergence.probe(logits, v), logits, retain_graph=True)[0] for v in signs])
+    return np.einsum("knc,cnp->knp", rows.double().cpu().numpy() / math.sqrt(n_probes), changes, optimize=True)
 
 
 def _n_probes(gradients: Gradients, layouts: Sequence[Layout], n_logits: int, n_batches: int) -> int:

@@ -91,7 +91,13 @@ def all_carries_over(monkeypatch):
     monkeypatch.setattr("mpsearch.metrics.gauss_newton._carried_over", lambda splits, groups: 1.0)
 
 
-def test_a_group_of_layers_counts_all_of_them(metric, tiny, all_carries_over):
+@pytest.fixture
+def quadratic(monkeypatch):
+    """The quadratic form also where the divergence could be had."""
+    monkeypatch.setattr("mpsearch.metrics.gauss_newton.MOST_COLUMNS", 0)
+
+
+def test_a_group_of_layers_counts_all_of_them(metric, tiny, all_carries_over, quadratic):
     """Weight error and Fisher add up; what is measured is measured with all of them quantized."""
     net, task = tiny.net(), tiny.task()
     engine = tiny.engine(net, task)
@@ -219,9 +225,9 @@ def test_hawq_finds_the_trace_of_the_hessian(tiny):
     assert value == pytest.approx(0.5 * expected / 30 * error, rel=0.5)
 
 
-def second_order(engine, allocation):
-    """dz^T (diag(p) - p p^T) dz / 2, the mean over the search split, dz the first-order change of the logits."""
-    model, total, n = engine.model, 0.0, 0
+def first_order(engine, allocation):
+    """dz^T (diag(p) - p p^T) dz / 2 and KL(z + dz), means over the search split, dz the first-order change of the logits."""
+    model, total, divergence, n = engine.model, 0.0, 0.0, 0
     names = list(allocation)
     for x, _ in engine.batches("search"):
         changes = []
@@ -254,11 +260,12 @@ def second_order(engine, allocation):
         _, dz = torch.autograd.functional.jvp(moved, torch.zeros(()), torch.ones(()))
         p = z.softmax(-1)
         total += 0.5 * ((p * dz**2).sum() - ((p * dz).sum(-1) ** 2).sum()).item()
+        divergence += engine.divergence.rows(z + dz.detach(), z).sum().item()
         n += len(x)
-    return total / n
+    return total / n, divergence / n
 
 
-def test_gauss_newton_is_the_second_order_loss_of_groups_alone_and_together(tiny, monkeypatch, all_carries_over):
+def test_gauss_newton_is_the_second_order_loss_of_groups_alone_and_together(tiny, monkeypatch, all_carries_over, quadratic):
     monkeypatch.setattr("mpsearch.metrics.gauss_newton.MOST_FOR_A_SAMPLE", 64)
     monkeypatch.setattr("mpsearch.metrics.gauss_newton.FEWEST_FEATURES", 10**6)
     engine = tiny.engine(tiny.net(), tiny.task(n=20, batch_size=8))
@@ -267,15 +274,32 @@ def test_gauss_newton_is_the_second_order_loss_of_groups_alone_and_together(tiny
     assert list(GaussNewton().measure(engine, pairs)) == pytest.approx(values.tolist())
     assert 0.5 * np.square(effects).sum(0) == pytest.approx(values, rel=1e-4)
     for group, scheme in pairs:
-        assert values[pairs.index((group, scheme))] == pytest.approx(second_order(engine, {group: scheme}), rel=0.1)
+        assert values[pairs.index((group, scheme))] == pytest.approx(first_order(engine, {group: scheme})[0], rel=1e-3)
     sums = []
     for schemes in itertools.product(("w2", "w4"), repeat=3):
         allocation = dict(zip(engine.space.names, schemes, strict=True))
         together = 0.5 * np.square(effects[:, [pairs.index(pair) for pair in allocation.items()]].sum(1)).sum()
-        sums.append([sum(values[pairs.index(pair)] for pair in allocation.items()), together, second_order(engine, allocation)])
-        assert together == pytest.approx(sums[-1][2], rel=0.05)
+        sums.append([sum(values[pairs.index(pair)] for pair in allocation.items()), together, first_order(engine, allocation)[0]])
+        assert together == pytest.approx(sums[-1][2], rel=1e-3)
     alone, _, true = np.array(sums).T
     assert np.abs(np.log(alone / true)).max() > 0.1  # so that the test above says something
+
+
+def test_of_few_logits_gauss_newton_is_the_divergence_of_the_first_order_change(tiny, monkeypatch, all_carries_over):
+    """Its features are those of the quadratic form, of each group in the size of its own sensitivity."""
+    engine = tiny.engine(tiny.net(), tiny.task(n=20, batch_size=8))
+    pairs = all_pairs(engine)
+    values, effects = GaussNewton().measure_joint(engine, pairs)
+    assert list(GaussNewton().measure(engine, pairs)) == pytest.approx(values.tolist())
+    first_orders = np.array([first_order(engine, dict([pair])) for pair in pairs])
+    assert values == pytest.approx(first_orders[:, 1], rel=1e-3)
+    assert np.abs(np.log(first_orders[:, 0] / first_orders[:, 1])).max() > 0.05  # so that the line above says something
+    assert 0.5 * np.square(effects).sum(0) == pytest.approx(values, rel=1e-4)
+    monkeypatch.setattr("mpsearch.metrics.gauss_newton.MOST_COLUMNS", 0)
+    monkeypatch.setattr("mpsearch.metrics.gauss_newton.FEWEST_FEATURES", 10**6)
+    _, quadratic_effects = GaussNewton().measure_joint(engine, pairs)
+    correlations = [e.T @ e / np.outer(*[np.linalg.norm(e, axis=0)] * 2) for e in (effects, quadratic_effects)]
+    assert correlations[0] == pytest.approx(correlations[1], abs=1e-3)
 
 
 def test_gauss_newton_keeps_what_few_dimensions_leave_out(trained, monkeypatch, all_carries_over):
