@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from torch import nn
 
@@ -39,7 +40,15 @@ class Picked:
 
 
 class Exporter(ABC):
-    """Writes files into a folder; their tensors have the size that the budget counted."""
+    """Writes files into a folder; their tensors have the size that the budget counted.
+
+    Attributes
+    ----------
+    own_folder
+        Name of a folder, inside the one that the user names, that holds nothing but the exported files; "": there is none.
+    """
+
+    own_folder: ClassVar[str] = ""
 
     @abstractmethod
     def export(self, picked: Picked, engine: Weights, folder: Path) -> Path:
@@ -53,15 +62,16 @@ class Exporter(ABC):
         """Make of the float `model`, in place, the exported one at `path`; returns it in eval mode."""
 
 
-def publish(path: Path, folder: Path) -> Path:
+def publish(path: Path, folder: Path, owned: bool = False) -> Path:
     """Move the files that were exported next to `path` into `folder`, `path` itself last; returns its new path.
 
-    Where that fails, an earlier export in `folder` is left as it was; `InputError` where the file system is the cause.
+    Other files of the folder are removed where it is `owned`. Where moving fails, an earlier export in `folder` is left as it
+    was; `InputError` where the file system is the cause.
     """
     new: list[Path] = []
     try:
         with file_errors(folder):
-            exported = (file for file in path.parent.iterdir() if not file.name.startswith("."))
+            exported = [file for file in path.parent.iterdir() if not file.name.startswith(".")]
             for file in sorted(exported, key=lambda file: file == path):
                 target = folder / file.name
                 if not target.exists():
@@ -73,6 +83,9 @@ def publish(path: Path, folder: Path) -> Path:
                 file.unlink()
         raise
     remove_unreferenced(folder)
+    if owned:
+        for name in {file.name for file in folder.iterdir() if file.is_file()} - {file.name for file in exported}:
+            (folder / name).unlink()
     return folder / path.name
 
 

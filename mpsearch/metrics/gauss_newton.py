@@ -201,7 +201,7 @@ def _carried_over(splits: Sequence[tuple[NDArray[Any], NDArray[Any]]], groups: N
     between = groups[:, None] != groups
     agreements = []
     for halves in splits:
-        sizes = [np.sqrt(np.maximum(half.diagonal(), 1e-300)) for half in halves]
+        sizes = [np.sqrt(np.maximum(half.diagonal().astype(np.float64), 1e-300)) for half in halves]
         first, second = ((half / np.outer(size, size))[between] for half, size in zip(halves, sizes, strict=True))
         agreements.append(float(first @ second / max(np.sqrt(first @ first) * np.sqrt(second @ second), 1e-300)))
     common = float(np.mean(agreements))

@@ -106,6 +106,7 @@ def export_point(
     if finetuned and "search" not in trained:
         raise InputError(f"This point was not trained. Run: mpsearch finetune {run_option(run_folder)} with the same pick.")
     weights, plan, check = _weights(source, run, run_folder, trained["search"] if finetuned else None)
+    folder = folder / exporter.own_folder
     with staging(folder) as inside:
         while True:
             scores = trained if finetuned else {s: e for s in SCORED if (e := run.on(s).get(picked.allocation)) is not None}
@@ -119,7 +120,7 @@ def export_point(
             except TooLarge as error:
                 picked = _smaller(picked, run, limits, error, finetuned)
         check(exporter, path, scores["search"])
-        return publish(path, folder), scores["search"]
+        return publish(path, folder, owned=bool(exporter.own_folder)), scores["search"]
 
 
 def _weights(

@@ -102,7 +102,7 @@ class ImageFolder(Classification):
         A Hugging Face folder with `preprocessor_config.json`; `config.json` there numbers the classes by name (`label2id`).
         Without it the four arguments that follow count.
     size, short_side, mean, std
-        See `Preprocessing`; `short_side` is 256 / 224 of the size by default.
+        See `Preprocessing`; by default `short_side` is 256 / 224 of the size, and mean and std are those of ImageNet.
     n_calibration, n_search, n_confirm
         Images of each split; `None`: a third.
 
@@ -118,8 +118,8 @@ class ImageFolder(Classification):
         preprocessing: str | Path | None = None,
         size: int = 224,
         short_side: int | None = None,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         n_calibration: int | None = None,
         n_search: int | None = None,
         n_confirm: int | None = None,
@@ -134,7 +134,11 @@ class ImageFolder(Classification):
         source = Path(path).expanduser()
         folder = Path(preprocessing).expanduser() if preprocessing is not None else None
         files, classes = _of_folders(source, folder) if source.is_dir() else _of_table(source, folder)
-        prepare = Preprocessing.read(folder) if folder is not None else _given(size, short_side, mean, std)
+        prepare = (
+            Preprocessing.read(folder)
+            if folder is not None
+            else _given(size, short_side, mean or IMAGENET_MEAN, std or IMAGENET_STD)
+        )
         sizes = dict(zip(SPLITS, (n_calibration, n_search, n_confirm), strict=True))
         calibration, search, confirm = (
             (torch.stack([prepare(files[i]) for i in index]), classes[torch.from_numpy(index)])
