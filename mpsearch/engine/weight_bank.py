@@ -65,6 +65,7 @@ class WeightBank:
         self._weights = dict(weights or {})
         self._biases = {key: dict(of_modules) for key, of_modules in (biases or {}).items()}
         self._given = frozenset(self._weights)
+        self._latest: tuple[tuple[str, bool], InputMoments | None] | None = None
         self._dense: OrderedDict[Key, list[tuple[Tensor, Tensor]]] = OrderedDict()
 
     def with_weights(self, weights: Mapping[Key, QuantizedTensor], biases: Mapping[Key, Mapping[str, Tensor]]) -> WeightBank:
@@ -117,13 +118,21 @@ class WeightBank:
         quantizer = self.quantizers[scheme]
         try:
             weight = weight_rows(self.model.get_submodule(layer.name)).float().cpu()
-            moments = self.calibration.input_moments(layer)
-            self._check_input(layer, scheme, moments)
-            if quantizer.needs_hessian:
-                moments = self.calibration.with_hessian(layer, centred=self.correction is not None)
-            return quantizer.quantize(weight, self.space.schemes[scheme], moments)
+            self._check_input(layer, scheme, self.calibration.input_moments(layer))
+            return quantizer.quantize(weight, self.space.schemes[scheme], self._moments(layer, quantizer.needs_hessian))
         except InputError as error:
             raise InputError(f"Layer '{layer.name}' in scheme '{scheme}': {error}") from error
+
+    def _moments(self, layer: LayerSpec, with_hessian: bool) -> InputMoments | None:
+        """The layer's moments, the same object from one scheme to the next: what was derived from them is not derived again."""
+        key = layer.name, with_hessian
+        if self._latest is None or self._latest[0] != key:
+            self._latest = None  # frees the memory first
+            centred = self.correction is not None
+            calibration = self.calibration
+            moments = calibration.with_hessian(layer, centred=centred) if with_hessian else calibration.input_moments(layer)
+            self._latest = key, moments
+        return self._latest[1]
 
     def _check_input(self, layer: LayerSpec, scheme: str, moments: InputMoments | None) -> None:
         input_format = self.space.schemes[scheme].input_format

@@ -10,6 +10,7 @@ from mpsearch.kernels.convolution import conv, conv_a8
 from mpsearch.kernels.feedback import round_with_feedback
 from mpsearch.kernels.formats import ConvFormat, WeightFormat
 from mpsearch.kernels.half_quadratic import half_quadratic
+from mpsearch.kernels.joint import round_jointly
 from mpsearch.kernels.packed_conv import PackedConv, pack_conv, unpack_conv
 from mpsearch.kernels.packed_weight import MOST_GROUP_COLUMNS, PackedWeight, pack_weight, unpack_weight
 from mpsearch.kernels.products import embedding, linear, linear_a8
@@ -37,6 +38,7 @@ __all__ = [
     "pack_weight",
     "quantize",
     "rotate",
+    "round_jointly",
     "round_with_feedback",
     "unpack",
     "unpack_conv",

@@ -72,6 +72,13 @@ FeedbackArguments = _struct(
     (c_int64, "columns n_groups n_matrices rows_per_matrix"),
     (c_int, "bits"),
 )
+JointArguments = _struct(
+    "JointArguments",
+    (c_void_p, "weight row_feedback column_feedback column_weights zero_points column_groups fixed scales codes n_changed"),
+    (c_int64, "rows columns n_groups n_passes n_fits"),
+    (c_int, "bits"),
+    (c_bool, "begin half_scales"),
+)
 HalfQuadraticArguments = _struct(
     "HalfQuadraticArguments",
     (c_void_p, "weight betas scales zero_points codes"),

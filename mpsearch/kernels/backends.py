@@ -22,7 +22,8 @@ compiled: Any = None  # the compiled module, if there is one
 _missing: str | None = None
 try:
     module = importlib.import_module("mpsearch.kernels._cpu")
-    if getattr(module, "arguments_bytes", int)() != arguments.TOTAL_BYTES:
+    sizes = getattr(module, "arguments_bytes", int)(), getattr(module, "joint_arguments_bytes", int)()
+    if sizes != (arguments.TOTAL_BYTES, ctypes.sizeof(arguments.JointArguments)):
         raise ImportError(f"{module.__file__} was built from other sources")
     compiled = module
 except ImportError as error:

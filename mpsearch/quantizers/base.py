@@ -7,9 +7,9 @@ A quantizer is a frozen dataclass whose fields are its settings. To add one: wri
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from mpsearch.schemes.integer import SCALE_DTYPES, Integer
 from mpsearch.schemes.rotated import Rotated
 
 CodedScheme = Integer | Codebook
+Derived = TypeVar("Derived")
 PART = 2**17  # weights at a time in `level_codes`: the intermediate results of a candidate scale stay in the cache
 
 
@@ -56,11 +57,19 @@ class InputMoments:
     hessian: Tensor | None = None
     rotated: InputMoments | None = None
     fisher: Tensor | None = None
+    _derived: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def derived(self, key: Hashable, make: Callable[[], Derived]) -> Derived:
+        """`make()`, which is called once: what the schemes of a layer share, such as a factorization of the Hessian."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
     def for_scheme(self, scheme: QuantScheme) -> InputMoments:
         """The moments of the values that the stored weight is multiplied by: for a `Rotated` scheme, of the rotated input."""
-        if not isinstance(scheme, Rotated):
-            return self
+        return self.derived("rotated", self._of_rotated_input) if isinstance(scheme, Rotated) else self
+
+    def _of_rotated_input(self) -> InputMoments:
         # Q^T E[x x^T] Q, which is symmetric.
         hessian = None if self.hessian is None else kernels.rotate(kernels.rotate(self.hessian).transpose(1, 2))
         if self.rotated is not None:

@@ -53,7 +53,9 @@ class GPTQ(ClipSearch):
     def _algorithm(self, moments: InputMoments) -> FindCodes:
         if moments.hessian is None:
             return super()._algorithm(moments)
-        return partial(self._codes_by_hessian, hessian=self._damped(moments.hessian))
+        hessian = moments.hessian
+        damped = moments.derived(("damped", self.damping), lambda: self._damped(hessian))
+        return partial(self._codes_by_hessian, hessian=damped)
 
     def _codes_by_hessian(
         self,

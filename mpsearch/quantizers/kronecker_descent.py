@@ -3,8 +3,9 @@
 With H = E[x x^T] of the layer's input and G = E[g g^T] of the gradient of the loss at its output, a change E of the weight costs
 about 1/2 tr(G E H E^T): the Fisher information of the weight, factored as by Martens and Grosse 2015 (K-FAC, equation 5). The
 error of the output alone, tr(E H E^T), treats rows independently; here the error of one row can compensate for those of others.
-With all rows but r as they are, r adds least where (e_r + b) H (e_r + b)^T is least, b = sum_(s != r) G_rs e_s / G_rr: a row is
-rounded as by coordinate descent, to w_r - b. Rows take turns, starting from the result of coordinate descent for each alone.
+The first codes come from rounding with feedback between rows as well as between columns, the two-sided form of GPTQ. Then every
+weight in turn moves to the code that is best with all others as they are, and each scale to the value that is best for its codes,
+so that the error never grows. `kernels.round_jointly` does both.
 """
 
 from __future__ import annotations
@@ -13,35 +14,40 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from mpsearch import kernels
 from mpsearch.errors import InputError
 from mpsearch.quantizers.base import CodedScheme, Codes, InputMoments
 from mpsearch.quantizers.coordinate_descent import CoordinateDescent
-from mpsearch.quantizers.gptq import damped_by
+from mpsearch.quantizers.gptq import damped_by, triangular_feedback
 from mpsearch.quantizers.grids import Integers, RoundingProblem
 from mpsearch.schemes.base import FindCodes
+from mpsearch.schemes.codebook import Codebook
 
-BLOCK = 64  # rows whose errors reach one another at once, and the others' by a matrix product
+FIRST_DAMPING = 3.0  # times `output_damping`, for the first codes: they follow G furthest, also where it is noise
 
 
 @dataclass(frozen=True)
 class KroneckerDescent(CoordinateDescent):
-    """Passes over all rows; the codes with the least error of all passes are taken.
+    """Passes over all weights, after rounding with feedback between rows and columns.
 
     Codebooks, depthwise layers and layers without a gradient take the coordinate descent.
 
     Parameters
     ----------
-    n_candidates, min_ratio, damping, act_order, n_sweeps
+    n_candidates, min_ratio, damping, n_sweeps
         Of the coordinate descent.
+    act_order
+        Whether columns with the largest inputs, and rows with the largest gradients, are rounded first.
     n_passes
-        Over all rows.
+        At most so many passes; a pass that changes nothing is the last.
     output_damping
         As a share of the mean of G's diagonal, added to it; G is known from few samples only.
     """
 
-    n_passes: int = 3
+    n_passes: int = 4
     output_damping: float = 0.1
     needs_fisher: ClassVar[bool] = True
 
@@ -56,8 +62,7 @@ class KroneckerDescent(CoordinateDescent):
     def _algorithm(self, moments: InputMoments) -> FindCodes:
         if moments.hessian is None or moments.fisher is None or moments.fisher.shape[1] == 1:
             return super()._algorithm(moments)
-        fisher = damped_by(moments.fisher.double(), self.output_damping)
-        return partial(self._codes_by_both, hessian=self._damped(moments.hessian), fisher=fisher)
+        return partial(self._codes_by_both, moments=moments)
 
     def _codes_by_both(
         self,
@@ -67,69 +72,98 @@ class KroneckerDescent(CoordinateDescent):
         importance: Tensor | None,
         fixed: Tensor | None = None,
         *,
-        hessian: Tensor,
-        fisher: Tensor,
+        moments: InputMoments,
     ) -> Codes:
-        """`codes` with float64 `hessian` `[k, columns, columns]` and `fisher` `[k, rows / k, rows / k]`, both damped."""
-        codes, scales, zero_points = self._codes_by_hessian(matrix, scheme, group_size, importance, fixed, hessian=hessian)
-        problem = RoundingProblem.for_scheme(matrix, hessian, scheme, group_size, scales, zero_points, fixed)
-        if not isinstance(problem.grid, Integers):
-            return codes, scales, zero_points
-        codes, row_scales = codes.reshape(problem.weight.shape).clone(), scales.expand(len(problem.weight), -1).clone()
-        k, per = fisher.shape[:2]
-        for i in range(k):
-            part = slice(i * per, (i + 1) * per)
-            rows = JointRows(
-                problem.weight[part],
-                hessian[i],
-                fisher[i],
-                problem.grid.of_rows(part),
-                problem.groups,
-                fit_scales=not problem.shared,
-            )
-            codes[part], row_scales[part] = rows.descend(codes[part], row_scales[part], self.n_passes)
-        return codes.reshape(matrix.shape), row_scales[: len(matrix)].contiguous(), zero_points
+        """`codes` with the Hessian and the output Fisher of `moments`."""
+        if isinstance(scheme, Codebook):
+            algorithm = super()._algorithm(moments)
+            return algorithm(matrix, scheme, group_size, importance, fixed)
+        assert moments.hessian is not None
+        _, scales, zero_points = self.codes(matrix, scheme, group_size, importance)
+        problem = RoundingProblem.for_scheme(matrix, moments.hessian, scheme, group_size, scales, zero_points, fixed)
+        scales = scales.expand(len(problem.weight), -1).clone()
+        codes = torch.empty(problem.weight.shape, dtype=torch.uint8)
+        of_inputs, of_outputs = moments.derived(("feedback", self), lambda: self._feedback(moments))
+        per = len(codes) // len(of_outputs)
+        for i, rows in enumerate(of_outputs):
+            part, columns = slice(i * per, (i + 1) * per), of_inputs[i * len(of_inputs) // len(of_outputs)]
+            codes[part], scales[part] = self._jointly(problem, part, rows, columns, scales[part])
+        return codes.reshape(matrix.shape), scales[: len(matrix)].contiguous(), zero_points
+
+    def _feedback(self, moments: InputMoments) -> tuple[list[Feedback], list[Feedback]]:
+        """Of the columns and of the rows, for each group of a convolution."""
+        assert moments.hessian is not None
+        assert moments.fisher is not None
+        hessian, fisher = self._damped(moments.hessian), moments.fisher.double()
+        damped, first = (damped_by(fisher, min(share * self.output_damping, 1.0)) for share in (1.0, FIRST_DAMPING))
+        columns = Feedback.from_matrices(hessian, hessian, self.act_order)
+        return columns, Feedback.from_matrices(damped, first, self.act_order)
+
+    def _jointly(
+        self, problem: RoundingProblem, part: slice, rows: Feedback, columns: Feedback, scales: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Codes and scales of the rows `part`, to which the feedback belongs."""
+        weight, grid, groups = problem.weight[part], problem.grid, problem.groups
+        assert isinstance(grid, Integers)
+        zeros, fixed = grid.zeros[part], None if grid.fixed is None else grid.fixed[part].contiguous()
+        ordered = [None if x is None else x[rows.order][:, columns.order].contiguous() for x in (weight, fixed)]
+        first, _, _ = kernels.round_jointly(
+            ordered[0],  # type: ignore[arg-type]
+            rows.triangular,
+            columns.triangular,
+            scales[rows.order],
+            zeros[rows.order],
+            groups[columns.order],
+            bits=grid.bits,
+            fixed=ordered[1],
+        )
+        codes = torch.empty_like(first)
+        codes[rows.order[:, None], columns.order] = first
+        codes, scales, _ = kernels.round_jointly(
+            weight,
+            rows.full,
+            columns.full,
+            scales,
+            zeros,
+            groups,
+            bits=grid.bits,
+            codes=codes,
+            fixed=fixed,
+            n_passes=self.n_passes,
+            n_fits=0 if problem.shared else self.n_passes,
+            column_weights=columns.weights,
+        )
+        return codes, scales
 
 
 @dataclass(frozen=True, eq=False)
-class JointRows:
-    """The rows of one group of a convolution (else all): `weight` float32 `[rows, columns]` on `grid`, with its H and G."""
+class Feedback:
+    """What errors do to one another by a matrix M, float32 `[n, n]`, positive definite: H of columns or G of rows.
 
-    weight: Tensor
-    hessian: Tensor
-    fisher: Tensor
-    grid: Integers
-    groups: Tensor
-    fit_scales: bool
+    Attributes
+    ----------
+    order
+        int64 `[n]`: which are rounded first.
+    triangular
+        I + A of M = (I + A)^T D (I + A), A strictly lower triangular, M in that order, and damped more for G.
+    full
+        M, each row divided by its diagonal.
+    weights
+        float32 `[n]`: the diagonal.
+    """
 
-    def descend(self, codes: Tensor, scales: Tensor, n_passes: int) -> tuple[Tensor, Tensor]:
-        """Codes `[rows, columns]` and scales `[rows, n_groups]` with the least error, of the given ones and after each pass."""
-        hessian = self.hessian.float()[None]
-        feedback = hessian / hessian.diagonal(dim1=1, dim2=2)[:, :, None]
-        coupling = (self.fisher / self.fisher.diagonal()[:, None]).float().fill_diagonal_(0.0)
-        codes, scales = codes.clone(), scales.clone()
-        errors = RoundingProblem(self.weight, hessian, self.grid, self.groups).dequantized(codes, scales) - self.weight
-        least, best = self.cost(errors), (codes.clone(), scales.clone())
-        for _ in range(n_passes):
-            for begin in range(0, len(codes), BLOCK):
-                block = slice(begin, begin + BLOCK)
-                pulls = coupling[block] @ errors
-                for i in range(len(pulls)):
-                    row = slice(begin + i, begin + i + 1)
-                    target = self.weight[row] - pulls[i : i + 1]
-                    problem = RoundingProblem(target, hessian, self.grid.of_rows(row), self.groups)
-                    if self.fit_scales:
-                        scales[row] = problem.fitted_scales(codes[row], scales[row])
-                    start = problem.dequantized(codes[row], scales[row]) - target
-                    codes[row] = problem.grid.rounded(target, feedback, scales[row], self.groups, start)
-                    error = problem.dequantized(codes[row], scales[row]) - self.weight[row]
-                    pulls.addr_(coupling[block, begin + i], (error - errors[row])[0])
-                    errors[row] = error
-            if (cost := self.cost(errors)) < least:
-                least, best = cost, (codes.clone(), scales.clone())
-        return best
+    order: Tensor
+    triangular: Tensor
+    full: Tensor
+    weights: Tensor
 
-    def cost(self, errors: Tensor) -> float:
-        """tr(G E H E^T)."""
-        e = errors.double()
-        return float((self.fisher * (e @ self.hessian @ e.T)).sum())
+    @classmethod
+    def from_matrices(cls, matrices: Tensor, first: Tensor, largest_first: bool) -> list[Feedback]:
+        """Of each matrix of float64 `[k, n, n]`; the triangular ones of `first`, shaped like it."""
+        feedback = []
+        for matrix, other in zip(matrices, first, strict=True):
+            diagonal = matrix.diagonal()
+            order = diagonal.argsort(descending=True, stable=True) if largest_first else torch.arange(len(diagonal))
+            triangular = triangular_feedback(other[order][:, order][None])[0].fill_diagonal_(1.0)
+            feedback.append(cls(order, triangular, (matrix / diagonal[:, None]).float(), diagonal.float().contiguous()))
+        return feedback

@@ -22,6 +22,7 @@ import test_conv
 import test_embedding
 import test_feedback
 import test_half_quadratic
+import test_joint
 import test_pack
 import test_products
 import test_quantize
@@ -96,7 +97,7 @@ def names(command: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
     monkeypatch.setattr(backends, "compiled", program)
     monkeypatch.setattr(backends, "address_of", program.address_of)
     monkeypatch.setattr(backends, "COMPILED", names)
-    for module in (test_conv, test_feedback, test_half_quadratic, test_products, test_quantize, test_rotation):
+    for module in (test_conv, test_feedback, test_half_quadratic, test_joint, test_products, test_quantize, test_rotation):
         monkeypatch.setattr(module, "COMPILED", names)
     yield names
     program.close()
@@ -131,6 +132,11 @@ def test_rounding_with_feedback(names: tuple[str, ...], case: tuple[int, int, in
 @pytest.mark.parametrize("case", test_half_quadratic.CASES)
 def test_half_quadratic_fitting(names: tuple[str, ...], case: tuple) -> None:
     test_half_quadratic.test_backends_equal_the_reference(case)
+
+
+@pytest.mark.parametrize("case", test_joint.CASES)
+def test_rounding_jointly(names: tuple[str, ...], case: tuple[int, int, int, int]) -> None:
+    test_joint.test_backends_equal_the_reference(*case)
 
 
 def test_rotation_by_a_hadamard_matrix(names: tuple[str, ...]) -> None:

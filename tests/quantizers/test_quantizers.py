@@ -452,9 +452,9 @@ def test_a_hessian_that_is_not_positive_definite_is_damped_more_or_refused():
     given = InputMoments(torch.zeros(1, 4), torch.ones(1, 4), hessian=hessian)
     with pytest.warns(UserWarning, match=r"not positive definite with damping=0.01; 0.1 was used"):
         GPTQ().quantize(weight, Integer(3), given)
-    given.hessian[0, 0, 0] = -2.0
+    hessian[0, 0, 0] = -2.0
     with pytest.raises(InputError, match="not positive definite even with"):
-        GPTQ().quantize(weight, Integer(3), given)
+        GPTQ().quantize(weight, Integer(3), replace(given, hessian=hessian))
 
 
 def test_moments_that_are_centred_or_pooled():

@@ -137,6 +137,28 @@ struct FeedbackArguments {
     int bits;
 };
 
+// Rounding rows jointly, in place.
+struct JointArguments {
+    const float* weight;           // [rows, columns]
+    const float* row_feedback;     // [rows, rows], ones on the diagonal
+    const float* column_feedback;  // [columns, columns], ones on the diagonal
+    const float* column_weights;   // [columns], read where scales are fitted
+    const float* zero_points;      // [rows, n_groups]
+    const int32_t* column_groups;  // [columns], in [0, n_groups); ascending where scales are fitted
+    const uint8_t* fixed;          // [rows, columns]: 1 where the error stays what it is, or null: nowhere
+    float* scales;                 // [rows, n_groups]
+    uint8_t* codes;                // [rows, columns]
+    int64_t* n_changed;            // [n_passes] codes that a pass changed
+    int64_t rows;
+    int64_t columns;
+    int64_t n_groups;
+    int64_t n_passes;
+    int64_t n_fits;  // passes, the first ones, that fit the scales
+    int bits;
+    bool begin;        // there are no codes yet, and both feedbacks are lower triangular
+    bool half_scales;  // scales are rounded to float16
+};
+
 // Half-quadratic fitting of grids, in place.
 struct HalfQuadraticArguments {
     const float* weight;  // [rows, columns]
@@ -182,7 +204,7 @@ struct ConvArguments {
     bool int8_input;
 };
 
-// Compared with the sum of Python's structs when a library is loaded.
+// Compared with the sum of Python's structs when a library is loaded; JointArguments is compared by itself.
 constexpr int64_t kArgumentsBytes = sizeof(QuantizeArguments) + sizeof(PackArguments) + sizeof(DequantizeArguments) +
                                     sizeof(WeightArguments) + sizeof(LinearArguments) + sizeof(StreamArguments) +
                                     sizeof(EmbeddingArguments) + sizeof(RotateArguments) + sizeof(FeedbackArguments) +

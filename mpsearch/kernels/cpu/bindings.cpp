@@ -118,4 +118,5 @@ NB_MODULE(_cpu, module) {
     bind_products(module);
     bind_conv(module);
     bind_feedback(module);
+    bind_joint(module);
 }

@@ -37,5 +37,6 @@ void define(nanobind::module_& module, const char* name, const char* doc) {
 void bind_products(nanobind::module_& module);  // and embeddings
 void bind_conv(nanobind::module_& module);
 void bind_feedback(nanobind::module_& module);
+void bind_joint(nanobind::module_& module);
 
 }  // namespace mpsearch

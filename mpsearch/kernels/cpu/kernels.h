@@ -49,8 +49,31 @@ struct LinearJob {
     InputFormat input;  // int8 only
 };
 
-constexpr int64_t kFeedbackRows = 32;  // of a tile of rounding with feedback
-constexpr int64_t kMostTokens = 256;   // of one LinearJob
+constexpr int64_t kFeedbackRows = 32;                   // of a tile of rounding with feedback
+constexpr int64_t kJointRows = 32, kJointColumns = 64;  // of a tile and of a block of rounding jointly
+
+// A tile of rows [row, row + n_rows) of rounding jointly: matrices of lanes, one for each row; those beyond the last are 0.
+struct JointTile {
+    const JointArguments* job;
+    int64_t row, n_rows, padded_rows;                   // padded_rows: a multiple of kJointRows
+    float* sums;                                        // [columns, padded_rows] of all rows
+    float *weight, *codes, *values, *errors, *changes;  // [columns, lanes]; values: code - zero, 0 where fixed
+    float *targets, *products;         // [columns, lanes]; products: values times the column feedback, of a group
+    float* row_feedback;               // [padded_rows, lanes]
+    float *scales, *inverses, *zeros;  // [n_groups, lanes]
+    uint32_t* fixed;                   // [columns] bit r: lane r is
+    int32_t* moved;                    // [n_moved] columns that have changes, ascending
+    int64_t n_moved;
+};
+
+// out[j] = from[j] (null: 0) + the sum over terms k of lanes[k] * factors[j, k]
+struct JointProduct {
+    const float *lanes, *factors, *from;
+    float* out;
+    const int32_t* terms;  // [n_terms]
+    int64_t factors_stride, from_stride, out_stride, n_terms;
+};
+constexpr int64_t kMostTokens = 256;  // of one LinearJob
 
 struct Kernels {
     // Groups [begin, end). False where a weight or a scale is not finite.
@@ -85,6 +108,15 @@ struct Kernels {
     // [(columns + 128) * kFeedbackRows + 128 * 128].
     void (*round_with_feedback)(const FeedbackArguments& job, int64_t begin, int64_t end, float* scratch);
 
+    // Rounding jointly: the tile's rows, their columns [begin, end), and back; a product for output columns [begin, end); the
+    // scales of a group, columns [begin, end), true where one moves; the number of codes of columns [begin, end) that change.
+    void (*joint_load)(JointTile& tile);
+    void (*joint_load_columns)(const JointTile& tile, int64_t begin, int64_t end);
+    void (*joint_store)(const JointTile& tile);
+    void (*joint_add)(const JointProduct& product, int64_t begin, int64_t end);
+    bool (*joint_fit)(JointTile& tile, int64_t group, int64_t begin, int64_t end);
+    int64_t (*joint_round)(JointTile& tile, int64_t begin, int64_t end);
+
     // Groups [begin, end).
     void (*half_quadratic)(const HalfQuadraticArguments& job, int64_t begin, int64_t end);
 
@@ -115,6 +147,12 @@ void linear(const LinearJob& job, int64_t begin, int64_t end);
 void linear_a8(const LinearJob& job, int64_t begin, int64_t end);
 void embed(const LinearJob& job, int64_t row, float* y);
 void round_with_feedback(const FeedbackArguments& job, int64_t begin, int64_t end, float* scratch);
+void joint_load(JointTile& tile);
+void joint_load_columns(const JointTile& tile, int64_t begin, int64_t end);
+void joint_store(const JointTile& tile);
+void joint_add(const JointProduct& product, int64_t begin, int64_t end);
+bool joint_fit(JointTile& tile, int64_t group, int64_t begin, int64_t end);
+int64_t joint_round(JointTile& tile, int64_t begin, int64_t end);
 void half_quadratic(const HalfQuadraticArguments& job, int64_t begin, int64_t end);
 void rotate(const RotateArguments& job, int64_t begin, int64_t end);
 extern const ConvKernels conv_float, conv_int8, conv_lanes;
