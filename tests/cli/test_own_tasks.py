@@ -304,6 +304,7 @@ REFUSED = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.thin(2)
 def test_what_cannot_be_searched_is_one_sentence_that_names_the_cause(run, tmp_path, name):
     code, message = REFUSED[name]
     (tmp_path / "case.py").write_text(code)

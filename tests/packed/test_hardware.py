@@ -127,7 +127,7 @@ def test_rotations_and_inputs_are_timed_too(monkeypatch):
 FP8 = {"levels": "e4m3"}
 
 
-def test_the_command_and_a_search_under_its_table(tmp_path, mpsearch, monkeypatch):
+def test_the_command_and_a_search_under_its_table(tmp_path, mpsearch, undrawn, monkeypatch):
     """`mpsearch hardware` measures, `cost=latency_ms` reads: predictions are sums of the table, and the front is one of time."""
 
     def run(*words):

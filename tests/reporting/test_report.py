@@ -100,7 +100,7 @@ def reported(tiny, tmp_path_factory):
     return result, folder
 
 
-def test_interactions_are_drawn_where_the_metric_knows_them(reported, tmp_path):
+def test_interactions_are_drawn_where_the_metric_knows_them(reported, tmp_path, monkeypatch):
     result, folder = reported
     assert not (folder / "interactions.png").exists()
     assert "interactions.png" not in (folder / "report.md").read_text()
@@ -111,6 +111,8 @@ def test_interactions_are_drawn_where_the_metric_knows_them(reported, tmp_path):
     drawn = interactions(knowing.sensitivity, pick(result))
     assert drawn.loc["first", "second"] == pytest.approx(-1)
     assert drawn.loc["last", "first"] == pytest.approx(0.5**0.5)
+    for other in ("pareto", "layers", "sensitivity"):
+        monkeypatch.setattr(f"mpsearch.reporting.report.draw_{other}", lambda *args, **kwargs: None)
     write_report(knowing, tmp_path, pick(result))
     assert "![Interactions](interactions.png)" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "interactions.png").stat().st_size > 5_000

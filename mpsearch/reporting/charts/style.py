@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from mpsearch.files import write_atomically
@@ -75,6 +76,7 @@ def place_labels(axes: Axes, points: NDArray[np.float64], names: Iterable[str], 
             "color": UNIFORM,
             "fontsize": LABEL_POINTS,
             "zorder": 7,
+            "path_effects": [withStroke(linewidth=2.5, foreground="white")],  # readable on lines and markers
         }
         axes.annotate(name, tuple(point), OFFSETS[best], **style)
 
