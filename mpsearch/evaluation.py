@@ -36,6 +36,10 @@ class Score:
         Duration of the evaluation.
     verified
         See `Evaluation`.
+    proposal_loss
+        See `Evaluation`.
+    losses
+        The loss of each independent sample, float32 `[n_samples]`, on the search split; empty elsewhere.
     """
 
     loss: float
@@ -48,6 +52,8 @@ class Score:
     qualities: np.ndarray = field(repr=False, compare=False)
     seconds: float = field(default=0.0, compare=False)
     verified: bool = True
+    proposal_loss: float | None = None
+    losses: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.float32), repr=False, compare=False)
 
 
 # The origin of what was trained after the search: its allocation was measured before, with the codes of the quantizer.
@@ -82,6 +88,12 @@ class Evaluation:
         Median and quartiles of the time of a forward pass, where one was timed; machine, threads and batch size.
     verified
         False where its packed outputs were compared with the simulated ones and differed (`mpsearch.packed.agreement`).
+    proposal_loss
+        The mean loss of that half of the search samples (`mpsearch.intervals.random_half`) which alone samplers are told of; the
+        other half decides what is accepted. `None`: it is the loss.
+    accepted
+        False for a proposal that has not been shown to be better than the additive solution of its costs
+        (`mpsearch.pipeline.accept`). One that has gets a second row, in which it is true.
     costs
         By column: the costs other than the size, as their tables predict them.
     """
@@ -107,6 +119,8 @@ class Evaluation:
     measured_ms_high: float | None = None
     measured_on: str = ""
     verified: bool = True
+    proposal_loss: float | None = None
+    accepted: bool = True
     costs: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -122,9 +136,14 @@ class Evaluation:
         """Whether it costs at most what the other does, by each of these columns."""
         return all(self.cost(column) <= other.cost(column) for column in columns)
 
+    @property
+    def told_loss(self) -> float:
+        """The loss that samplers learn from: `proposal_loss`, where there is one."""
+        return self.loss if self.proposal_loss is None else self.proposal_loss
+
     def objectives(self, columns: Sequence[str]) -> tuple[float, ...]:
-        """What a study minimizes: log10 of the loss (on a linear axis a front is a wall), then the costs of `columns`."""
-        return float(np.log10(max(self.loss, LOSS_FLOOR))), *(self.cost(column) for column in columns)
+        """What a study minimizes: log10 of `told_loss` (on a linear axis a front is a wall), then the costs of `columns`."""
+        return float(np.log10(max(self.told_loss, LOSS_FLOOR))), *(self.cost(column) for column in columns)
 
     def drop_from(self, baseline: Evaluation, quality: Quality) -> tuple[float, float, float]:
         """(drop, its low, its high): how much worse than the baseline this one is, with the paired 95 % interval.
@@ -176,6 +195,11 @@ class EvaluationLog(Sequence[Evaluation]):
     def on(self, split: str) -> list[Evaluation]:
         """The evaluations on a split, without those of the float model and the finetuned ones."""
         return [e for e in self._evaluations if e.split == split and e.origin not in ("float", FINETUNED)]
+
+    def accepted(self) -> list[Evaluation]:
+        """Of each allocation that is accepted on the search split, its first evaluation there."""
+        accepted = {e.allocation for e in self.on("search") if e.accepted}
+        return [e for (split, allocation), e in self._first.items() if split == "search" and allocation in accepted]
 
     def _add(self, evaluation: Evaluation) -> None:
         self._evaluations.append(evaluation)

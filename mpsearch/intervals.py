@@ -93,6 +93,41 @@ def bootstrap_values(statistic: Callable[[NDArray[np.intp]], float], clusters: A
     return statistic(np.arange(len(unit))) + scale * (replicates - replicates.mean())
 
 
+@lru_cache(maxsize=64)
+def random_half(n: int) -> NDArray[np.bool_]:
+    """bool `[n]`: half of `n` samples (one more where `n` is odd), drawn at random and the same at every call."""
+    half = np.zeros(n, dtype=bool)
+    half[np.random.default_rng(0).permutation(n)[: (n + 1) // 2]] = True
+    half.setflags(write=False)
+    return half
+
+
+def smaller_p_value(values: ArrayLike, reference: ArrayLike) -> float:
+    """One-sided p-value of Student's paired t test that `values` `[n]` have a smaller mean than `reference` `[n]`.
+
+    1 where nothing can be said: fewer than two samples, or a value that is not finite.
+    """
+    differences = np.asarray(values, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
+    n = len(differences)
+    if n < 2 or not np.isfinite(differences).all():
+        return 1.0
+    error = float(differences.std(ddof=1)) / math.sqrt(n)
+    mean = float(differences.mean())
+    if error == 0:
+        return 0.0 if mean < 0 else 1.0
+    return float(t.cdf(mean / error, n - 1))
+
+
+def holm(p_values: ArrayLike, level: float) -> NDArray[np.bool_]:
+    """bool `[n]`: the hypotheses that are rejected, so that the chance of any false rejection is at most `level` (Holm 1979)."""
+    p_values = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p_values, kind="stable")
+    passed = p_values[order] <= level / np.arange(len(order), 0, -1)
+    rejected = np.zeros(len(order), dtype=bool)
+    rejected[order[: int(np.argmin(np.append(passed, False)))]] = True
+    return rejected
+
+
 def is_approximate(n: int) -> bool:
     """Whether an interval of `n` independent samples is too rough to rely on its coverage."""
     return n < FEWEST

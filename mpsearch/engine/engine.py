@@ -168,8 +168,10 @@ class QuantEngine:
             self.float_logits(split)
             with self.applied(allocation):
                 score = self.scorer.score(self.outputs(allocation, split) if allocation else None, split)
-            # Ten thousand trials' samples would fill the memory, and only confirmation compares sample by sample.
-            self._scores[key] = replace(score, qualities=score.qualities[:0], seconds=time.perf_counter() - start)
+            # Of the samples of ten thousand trials, only what is compared is kept: losses of the search split.
+            losses = score.losses if split == "search" else score.losses[:0]
+            seconds = time.perf_counter() - start
+            self._scores[key] = replace(score, qualities=score.qualities[:0], losses=losses, seconds=seconds)
         return self._scores[key]
 
     def score_of(self, model: nn.Module | None, split: str) -> Score:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mpsearch.divergence import CHUNK, Divergence
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score
-from mpsearch.intervals import bootstrap_values, cluster_values, paired_interval
+from mpsearch.intervals import bootstrap_values, cluster_values, paired_interval, random_half
 from mpsearch.quality import Quality
 from mpsearch.tasks.base import Task
 from mpsearch.tree import map_tensors
@@ -77,8 +77,9 @@ class Scorer:
         else:
             qualities = self._qualities(outputs, targets, split)[0]
             low, high = paired_interval(qualities, baseline)
+        losses = self._losses(outputs, reference, split, n_samples)
         return Score(
-            loss=self.divergence.mean(outputs, reference),
+            loss=_mean(losses),
             cross_entropy=task.cross_entropy(outputs, targets).double().mean().item(),
             quality=quality.score(qualities.mean()),
             quality_low=quality.score(baseline.mean() + low),
@@ -86,7 +87,20 @@ class Scorer:
             noise=_noise(outputs, reference),
             n_samples=n_samples,
             qualities=qualities.astype(np.float32),
+            proposal_loss=_mean(losses[random_half(len(losses))]) if split == "search" else None,
+            losses=losses.astype(np.float32),
         )
+
+    def _losses(self, outputs: Tensor, reference: Tensor, split: str, n_samples: int) -> NDArray[np.float64]:
+        """The loss of each independent sample `[n]`: the mean of its rows of outputs, or each row by itself."""
+        losses: NDArray[np.float64] = self.divergence.rows(outputs, reference).cpu().numpy()
+        clusters = self.task.clusters(split)
+        n = n_samples if clusters is None else len(clusters)
+        if len(losses) % n == 0:
+            losses = losses.reshape(n, -1).mean(1)
+            if clusters is not None:
+                losses = cluster_values(losses, clusters.numpy())
+        return losses
 
     def _qualities(self, outputs: Tensor, targets: Tensor, split: str) -> tuple[NDArray[np.float64], int]:
         """(values whose mean is the quality, one for each independent sample or bootstrap resample; number of samples)."""
@@ -105,6 +119,12 @@ class Scorer:
                 )
             values = cluster_values(values, clusters.numpy())
         return values, len(values)
+
+
+def _mean(losses: NDArray[np.float64]) -> float:
+    """Infinite where it is not a number."""
+    loss = float(losses.mean())
+    return loss if loss == loss else float("inf")
 
 
 def load_batches(task: Task, split: str, device: str) -> list[tuple[Any, Tensor]]:

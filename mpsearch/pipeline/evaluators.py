@@ -86,6 +86,8 @@ class _Evaluator:
             measured_ms_high=timing and timing.high,
             measured_on=timing.where if timing else "",
             verified=score.verified,
+            proposal_loss=score.proposal_loss,
+            accepted=origin != "sampler" or self.split != "search",
             costs={} if choice is None else {table.column: table.cost_of(choice) for table in self.costs},
         )
         self.log.append(evaluation)
@@ -126,6 +128,7 @@ class SearchEvaluator(_Evaluator):
             executor.start(engine)
         self.executor = executor
         self._running: dict[Future[Score], list[Pending]] = {}
+        self._losses: dict[Allocation, np.ndarray] = {}
 
     def __call__(self, allocation: Allocation, origin: str, trial: int | None = None) -> Evaluation:
         """The allocation's evaluation."""
@@ -159,6 +162,17 @@ class SearchEvaluator(_Evaluator):
             self._collect(timeout=0)
         return pending
 
+    def losses(self, allocation: Allocation) -> np.ndarray:
+        """The loss of each sample, float32 `[n]`; an allocation that this process did not score is scored again."""
+        if allocation not in self._losses:
+            self._losses[allocation] = self.executor.submit(allocation).result().losses
+        return self._losses[allocation]
+
+    def accept(self, evaluation: Evaluation) -> None:
+        """Record that a proposal is accepted, unless that is recorded already."""
+        if all(e.allocation != evaluation.allocation for e in self.log.accepted()):
+            self.log.append(replace(evaluation, trial=None, seconds=0.0, accepted=True))
+
     def result(self, pending: Pending) -> Evaluation:
         """Wait for what was submitted; whatever else is done by then is logged too."""
         while pending.evaluation is None:
@@ -167,8 +181,10 @@ class SearchEvaluator(_Evaluator):
 
     def _collect(self, timeout: float | None = None) -> None:
         for future in wait(self._running, timeout, return_when=FIRST_COMPLETED).done:
+            score = future.result()
             for pending in self._running.pop(future):
-                pending.evaluation = self.add(pending.allocation, pending.origin, pending.trial, future.result())
+                self._losses[pending.allocation] = score.losses
+                pending.evaluation = self.add(pending.allocation, pending.origin, pending.trial, score)
 
 
 class ConfirmEvaluator(_Evaluator):

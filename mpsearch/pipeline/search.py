@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from mpsearch.engine.engine import FLOAT
 from mpsearch.evaluation import Evaluation, EvaluationLog
+from mpsearch.pipeline.accept import accept
 from mpsearch.pipeline.evaluators import Pending, SearchEvaluator
 from mpsearch.pipeline.seeds import Seeds, uniform_allocations
 from mpsearch.progress import phase
@@ -24,7 +25,9 @@ def search(
     in_flight: int = 1,
     finished: Callable[[Evaluation], None] = lambda evaluation: None,
 ) -> EvaluationLog:
-    """Evaluate the float model and the uniform allocations, then `n_trials` proposals; returns the log of all evaluations.
+    """Evaluate the float model and the uniform allocations, then `n_trials` proposals, and accept those that are better.
+
+    Returns the log of all evaluations. What is accepted, `mpsearch.pipeline.accept` says.
 
     Parameters
     ----------
@@ -59,6 +62,7 @@ def search(
             pending.add(evaluate.submit(allocation, seeds.origin(allocation), trial))
         pending.tell(leave=0)
     evaluate.all(uniform_allocations(space), "uniform")  # also those that no trial reached
+    accept(evaluate, sampler.problem)
     return evaluate.log
 
 

@@ -2,7 +2,7 @@
 
 The sensitivities make it a knapsack, which takes milliseconds; everything else that was measured says where their sum is wrong,
 so that the surrogate is solved too, which takes less than a second. Predictions are not to be trusted near a limit, so both
-solutions are measured on the search split like any other, and the best ever measured within the budgets is the answer.
+solutions are measured on the search split like any other, and the best accepted one within the budgets is the answer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from mpsearch.errors import InfeasibleBudget, InputError
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.optimize import knapsack
 from mpsearch.optimize.surrogate import Surrogate
+from mpsearch.pipeline.accept import compare
+from mpsearch.pipeline.additive import solution, solved
 from mpsearch.pipeline.evaluators import SearchEvaluator
 
 FEWEST = 8  # evaluations that a surrogate is fitted to
@@ -26,16 +28,6 @@ N_STARTS = 5  # measured allocations that are solved from
 MOST_SOLVED, FEW_STATES = 6, 5_000  # knapsacks from each, and the states of their dynamic programme
 MOST_MOVES, MOST_PAIRED, MOST_PREDICTED = 20, 150, 500  # steps of the descent; moves that are paired, and pairs predicted
 MOST_STEPS = 12  # of a bisection, each measured: the cost is known to 1 / 4096 of its range
-
-
-def solution(space: SearchSpace, losses: np.ndarray, budgets: Sequence[Budget]) -> Allocation:
-    """The allocation of least additive loss within all `budgets`.
-
-    Exact for one budget. For several, the solution for each budget alone is repaired to keep the others; the best is returned.
-    A budget on a peak excludes choices, so that it stays exact together with others.
-    """
-    space, budgets = restricted(space, budgets)
-    return space.allocation(_solved(np.where(space.allowed, losses, np.inf), budgets, knapsack.MAX_STATES))
 
 
 def prediction(sensitivity: SensitivityTable, measured: Sequence[Evaluation], budgets: Sequence[Budget]) -> Allocation:
@@ -46,12 +38,12 @@ def prediction(sensitivity: SensitivityTable, measured: Sequence[Evaluation], bu
     predicted loss.
     """
     additive = solution(sensitivity.space, sensitivity.losses(), budgets)
-    known = {e.allocation: e for e in measured if np.isfinite(e.loss) and e.loss > 0}
+    known = {e.allocation: e for e in measured if np.isfinite(e.told_loss) and e.told_loss > 0}
     if len(known) < FEWEST:
         return additive
     space, others = restricted(sensitivity.space, budgets)
     choices = np.stack([space.choice(allocation) for allocation in known])
-    log_losses = np.log(np.maximum([e.loss for e in known.values()], LOSS_FLOOR))
+    log_losses = np.log(np.maximum([e.told_loss for e in known.values()], LOSS_FLOOR))
     sizes = space.storage_bits[np.arange(choices.shape[1]), choices].sum(1)
     # Allocations that the budgets forbid inform the surrogate too: its table is that of the whole space.
     surrogate = Surrogate(sensitivity.losses(), sensitivity.exact, sensitivity.effects)
@@ -62,7 +54,7 @@ def prediction(sensitivity: SensitivityTable, measured: Sequence[Evaluation], bu
     for choice in list(solutions.values()):
         for _ in range(MOST_SOLVED):
             table = np.where(space.allowed, surrogate.table(choice), np.inf)
-            choice = _solved(table, others, FEW_STATES)
+            choice = solved(table, others, FEW_STATES)
             if choice.tobytes() in solutions:
                 break
             solutions[choice.tobytes()] = choice
@@ -77,13 +69,16 @@ def best_within(
     budgets: Sequence[Budget],
     objectives: Sequence[str] = ("size_bytes",),
 ) -> Evaluation:
-    """Measure the additive solution for `budgets` and the predicted one; of all measured within them, that of lowest loss.
+    """Measure the additive solution for `budgets` and the predicted one; of the accepted within them, that of lowest loss.
 
-    No other one within them dominates it: of equal losses the cheapest by `objectives`, the columns of costs, counts.
+    The prediction is accepted where it is shown to be better (`mpsearch.pipeline.accept`). No other accepted one within the
+    budgets dominates the answer: of equal losses the cheapest by `objectives`, the columns of costs, counts.
     """
     space = sensitivity.space
-    evaluate(solution(space, sensitivity.losses(), budgets), "knapsack")
-    evaluate(prediction(sensitivity, evaluate.log.on("search"), budgets), "knapsack")
+    additive = solution(space, sensitivity.losses(), budgets)
+    evaluate(additive, "knapsack")
+    predicted = evaluate(prediction(sensitivity, evaluate.log.on("search"), budgets), "sampler")
+    compare(evaluate, [(predicted, additive)])
     return min(_within(evaluate, space, budgets), key=lambda e: (e.loss, [e.cost(column) for column in objectives]))
 
 
@@ -143,15 +138,6 @@ def cheapest_within(
     return cheapest() or best
 
 
-def _solved(losses: np.ndarray, budgets: Sequence[Budget], max_states: int) -> np.ndarray:
-    if not budgets:
-        return losses.argmin(axis=1)
-    tables, capacities = [budget.table.values for budget in budgets], [budget.capacity for budget in budgets]
-    alone = (knapsack.solve(losses, t, capacity, max_states) for t, capacity in zip(tables, capacities, strict=True))
-    repaired = [knapsack.repair(choice, losses, tables, capacities) for choice in alone]
-    return min(repaired, key=lambda choice: knapsack.total(losses, choice))
-
-
 def _starts(choices: np.ndarray, log_losses: np.ndarray, budgets: Sequence[Budget]) -> np.ndarray:
     """The best of `choices` [n, n_groups] within the budgets."""
     within = np.array([feasible(budgets, choice) for choice in choices])
@@ -195,4 +181,4 @@ def _descended(choice: np.ndarray, surrogate: Surrogate, space: SearchSpace, bud
 
 
 def _within(evaluate: SearchEvaluator, space: SearchSpace, budgets: Sequence[Budget]) -> list[Evaluation]:
-    return [e for e in evaluate.log.on("search") if feasible(budgets, space.choice(e.allocation))]
+    return [e for e in evaluate.log.accepted() if feasible(budgets, space.choice(e.allocation))]

@@ -89,6 +89,8 @@ class EvaluationReader:
             packed=row.boolean("packed"),
             **_timing(row),
             verified=row.boolean("verified"),
+            proposal_loss=row.number("proposal_loss", infinite=True) if row.cells["proposal_loss"] else None,
+            accepted=row.boolean("accepted"),
             costs=self._costs(row, origin),
         )
 

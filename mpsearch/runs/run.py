@@ -221,8 +221,13 @@ class Run:
 
     @cached_property
     def front(self) -> tuple[Evaluation, ...]:
-        """The non-dominated feasible evaluations on the search split (costs, loss), cheapest by the first objective first."""
-        measured = [e for e in self.on("search").values() if e.feasible and np.isfinite(e.loss)]
+        """Of the accepted feasible evaluations on the search split the non-dominated ones (costs, loss), cheapest first.
+
+        Accepted are the uniform allocations, additive solutions, and the proposals that have been shown to be better than the
+        additive solution of their costs (`mpsearch.pipeline.accept`).
+        """
+        accepted = {e.allocation for e in self.evaluations if e.split == "search" and e.accepted}
+        measured = [e for a, e in self.on("search").items() if a in accepted and e.feasible and np.isfinite(e.loss)]
         points = [[*(e.cost(column) for column in self.objectives), e.loss] for e in measured]
         keep = non_dominated(np.array(points).reshape(-1, 1 + len(self.objectives)))
         front = (e for e, kept in zip(measured, keep, strict=True) if kept)

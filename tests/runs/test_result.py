@@ -249,8 +249,8 @@ def test_a_wrong_value_is_named_with_its_line_and_column(run, line, column, text
 @pytest.mark.parametrize(
     ("before", "after", "sentence"),
     [
-        (",300,", ",", "line 2: got 21 values for 22 columns"),
-        (",300,", ",1,2,", "line 2: got 23 values for 22 columns"),
+        (",300,", ",", "line 2: got 23 values for 24 columns"),
+        (",300,", ",1,2,", "line 2: got 25 values for 24 columns"),
         ("trial,origin", "origin,trial", "line 1: expected the columns trial,origin,allocation"),
         ("trial,origin", "\ufefftrial,origin", "line 1: expected the columns"),
         (",knapsack,", ',"knapsack,', "line 5: unexpected end of data"),

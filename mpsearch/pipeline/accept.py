@@ -1,0 +1,95 @@
+"""Which proposals of a search are better than the additive solution, shown on samples that took no part in proposing them.
+
+A search measures many allocations on few samples, and the best of them is partly the luckiest: on other data such a front is no
+better than the additive solution, which needs no trial. So samplers are told the loss of one half of the search samples
+(`Evaluation.proposal_loss`). When all trials are done, each proposal that is not dominated on that half is compared with the
+additive solution of the same costs on the other half, sample by sample, by a one-sided paired t test. Those that are better
+after Holm's correction for the number of tests are accepted, and the front consists of accepted evaluations alone: a point of it
+is the additive solution, a uniform allocation, or better than the former. The chance that any point of a run is accepted although
+it is not better on such data is at most `LEVEL`. What holds on the search data holds elsewhere only if they are like it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from mpsearch.allocation import Allocation
+from mpsearch.budget import Budget
+from mpsearch.evaluation import Evaluation
+from mpsearch.intervals import holm, random_half, smaller_p_value
+from mpsearch.optimize.pareto import non_dominated
+from mpsearch.pipeline.additive import solution
+from mpsearch.pipeline.evaluators import SearchEvaluator
+from mpsearch.samplers.base import Problem
+
+LEVEL = 0.05
+MOST_TESTED = 20  # proposals: each needs an evaluation of its reference, and shares the level with the others
+
+
+def accept(evaluate: SearchEvaluator, problem: Problem) -> None:
+    """Measure the references of the proposals on the front of the proposal half, and record those that are accepted.
+
+    It depends on the trials alone, and not on what an interrupted run has measured after them.
+    """
+    columns = [table.column for table in problem.objectives]
+    trials = evaluate.log.trials()
+    seeds = [e for e in trials if e.accepted]
+    # A uniform allocation that is on the front by luck has the additive solution of its size next to it.
+    for reference in evaluate.all((_reference(problem, e) for e in seeds if e.origin == "uniform"), "knapsack"):
+        evaluate.accept(reference)
+    pairs = []
+    for proposal in _front(trials, columns):
+        if proposal not in seeds:
+            reference = _reference(problem, proposal)
+            if reference == proposal.allocation:
+                evaluate.accept(proposal)
+            else:
+                pairs.append((proposal, reference))
+    pairs.sort(key=lambda pair: _gain(pair[0], seeds, columns), reverse=True)
+    compare(evaluate, pairs[:MOST_TESTED])
+
+
+def compare(evaluate: SearchEvaluator, pairs: Sequence[tuple[Evaluation, Allocation]]) -> None:
+    """Measure the references and record them as accepted, and the proposals that are better than theirs by Holm's test."""
+    references = evaluate.all((reference for _, reference in pairs), "knapsack")
+    for reference in references:
+        evaluate.accept(reference)
+    promising = [(p, r) for (p, _), r in zip(pairs, references, strict=True) if p.told_loss < r.told_loss]
+    for (proposal, _), is_better in zip(promising, holm([_p_value(evaluate, *pair) for pair in promising], LEVEL), strict=True):
+        if is_better:
+            evaluate.accept(proposal)
+
+
+def _p_value(evaluate: SearchEvaluator, proposal: Evaluation, reference: Evaluation) -> float:
+    """That the proposal is not better, on the half that no sampler was told of; a score without samples has no noise."""
+    ours, theirs = (evaluate.losses(e.allocation) for e in (proposal, reference))
+    if not len(ours):
+        return float(not proposal.loss < reference.loss)
+    fresh = ~random_half(len(ours))
+    return smaller_p_value(ours[fresh], theirs[fresh])
+
+
+def _reference(problem: Problem, proposal: Evaluation) -> Allocation:
+    """The additive solution that costs at most what the proposal does, by every objective."""
+    choice = problem.space.choice(proposal.allocation)
+    budgets = [Budget(table, table.cost_of(choice)) for table in problem.objectives]
+    return solution(problem.full_space, problem.sensitivity.losses(), [*problem.all_budgets, *budgets])
+
+
+def _front(evaluations: Iterable[Evaluation], columns: Sequence[str]) -> list[Evaluation]:
+    """Of the feasible evaluations the non-dominated ones by the loss that samplers are told, one for each allocation."""
+    first: dict[Allocation, Evaluation] = {}
+    for e in evaluations:
+        if e.feasible and np.isfinite(e.told_loss):
+            first.setdefault(e.allocation, e)
+    measured = list(first.values())
+    points = np.array([[*(e.cost(column) for column in columns), e.told_loss] for e in measured])
+    return [e for e, kept in zip(measured, non_dominated(points.reshape(-1, 1 + len(columns))), strict=True) if kept]
+
+
+def _gain(proposal: Evaluation, seeds: Sequence[Evaluation], columns: Sequence[str]) -> float:
+    """By how much, relatively, it is below the best of the seeds that cost at least as much; infinite without one."""
+    dearer = [e.told_loss for e in seeds if proposal.costs_at_most(e, columns)]
+    return min(dearer, default=np.inf) / proposal.told_loss if proposal.told_loss else np.inf
