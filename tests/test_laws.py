@@ -118,6 +118,7 @@ def test_size_has_one_definition(tiny, seed):
 class SCORE:  # what a stored size does not depend on
     loss = cross_entropy = quality = quality_low = quality_high = 0.0
     n_samples, verified = 0, True
+    proposal_loss, losses = None, np.empty(0)
 
 
 @pytest.mark.parametrize("seed", some_seeds(5))

@@ -48,7 +48,7 @@ commands
 
 examples
   mpsearch search
-  mpsearch search model=resnet20 task=cifar10 task.data_dir=data/cifar10 n_trials=200 budget.bytes=120kB
+  mpsearch search model=resnet20 task=cifar10 task.data_dir=data/cifar10 budget.bytes=120kB
   mpsearch search --multirun budget.bits=2.5,3,4 sampler=tpe,nsga2
   mpsearch search run=reports/<interrupted run>
   mpsearch export run=reports/<run> pick.max_bytes=120kB

@@ -91,5 +91,5 @@ def _front(evaluations: Iterable[Evaluation], columns: Sequence[str]) -> list[Ev
 
 def _gain(proposal: Evaluation, seeds: Sequence[Evaluation], columns: Sequence[str]) -> float:
     """By how much, relatively, it is below the best of the seeds that cost at least as much; infinite without one."""
-    dearer = [e.told_loss for e in seeds if proposal.costs_at_most(e, columns)]
-    return min(dearer, default=np.inf) / proposal.told_loss if proposal.told_loss else np.inf
+    at_least = [e.told_loss for e in seeds if proposal.costs_at_most(e, columns)]
+    return min(at_least, default=np.inf) / proposal.told_loss if proposal.told_loss else np.inf

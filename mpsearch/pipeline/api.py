@@ -52,7 +52,7 @@ def search(
     pin: Sequence[str] = (),
     share: Sequence[str] = (),
     max_drop: float | None = None,
-    n_trials: int = 200,
+    n_trials: int = 100,
     n_seeds: int = 20,
     max_seconds: float | None = None,
     in_flight: int = 4,
@@ -70,9 +70,10 @@ def search(
 ) -> Result:
     """Find how many bits each layer of a model should get.
 
-    The sensitivity of each layer is measured, allocations are proposed within the budget and evaluated on the search split, and
-    points of the Pareto front and the uniform allocations are scored once more on the confirm split, packed. An interrupted run
-    is resumed by the same call with the same `folder`.
+    The sensitivity of each layer is measured, and allocations are proposed within the budget and evaluated on the search split.
+    The Pareto front consists of the uniform allocations, the solutions of the additive problem, and the proposals that fresh
+    samples show to be better than those (`mpsearch.pipeline.accept`). Points of it and the uniform allocations are scored once
+    more on the confirm split, packed. An interrupted run is resumed by the same call with the same `folder`.
 
     Parameters
     ----------

@@ -64,7 +64,7 @@ class Front(Proposer):
         return best[0] if len(best) else self.smallest()
 
     def _additive(self) -> Choice:
-        """intp `[n, n_groups]`: additive solutions along the front, which count as known; none where a mixture of costs varies."""
+        """intp `[n, n_groups]`: additive solutions along the front, which count as known; none where the cost is a mixture."""
         if self._solutions is None:
             n = N_ADDITIVE if len(self.costs) == 1 else 0
             solutions = [self.feasible.repair(choice) for choice in (knapsack.front(self.losses, self.size, n) if n else [])]

@@ -158,7 +158,7 @@ def test_search_help_names_what_there_is_to_choose(tmp_path: Path) -> None:
     ended = shell("search", "--help", cwd=tmp_path)
     assert ended.returncode == 0
     assert "quantizer: adaround, clip_search, coordinate_descent, entropy, gptq, hqq, kronecker_descent," in ended.stdout
-    assert "n_trials: 200" in ended.stdout
+    assert "n_trials: 100" in ended.stdout
     assert not (tmp_path / "reports").exists()
 
 

@@ -25,7 +25,7 @@ N_GROUPS, BITS = 8, (2, 3, 4, 6)
 class Network:
     """Sample i loses sum_g w_ig a_g(x_g), w_ig drawn with mean 1; `gain` of it is saved where the first two groups agree."""
 
-    def __init__(self, seed, n_samples=40, gain=0.0):
+    def __init__(self, seed, n_samples=24, gain=0.0):
         rng = np.random.default_rng(seed)
         layers = [LayerSpec(f"g{i}", "linear", (8, 8), 64, f"g{i}", (f"g{i}",)) for i in range(N_GROUPS)]
         schemes = {f"w{b}": Integer(b) for b in BITS}

@@ -104,7 +104,7 @@ def test_significant_is_only_what_is_more_than_chance(tiny):
 
         measure, evaluate = SearchEvaluator(engine), ConfirmEvaluator(engine)
         evaluate.run_packed = spoilt
-        rows = [measure(small, "sampler", trial=0), measure(large, "uniform", trial=1)]
+        rows = [measure(small, "knapsack", trial=0), measure(large, "uniform", trial=1)]
         table = measure_sensitivity(engine, KL())
         confirmed = confirm(evaluate, Run(space, "accuracy", rows, table))
         by_allocation = {c.evaluation.allocation: c for c in confirmed if c.scheme is None}
@@ -151,7 +151,7 @@ def test_dominance_by_another_cost_and_by_a_quality_where_lower_is_better(tiny, 
 
     measure, evaluate = SearchEvaluator(engine, costs=[milliseconds]), ConfirmEvaluator(engine, costs=[milliseconds])
     evaluate.run_packed = lambda allocation: (score(allocation, on_confirm), Timing(1.0, 1.0, 1.0, "here"))
-    rows = [dataclasses.replace(measure(a, "sampler", trial=i), loss=on_search[a]) for i, a in enumerate((slow, quick))]
+    rows = [dataclasses.replace(measure(a, "uniform", trial=i), loss=on_search[a]) for i, a in enumerate((slow, quick))]
     table = SensitivityTable("kl", "nats", np.ones((3, 3)), engine.space)
     identity = {"quality_kind": "error"}
     result = Run(engine.space, "error", rows, table, {}, identity, ["milliseconds"], ["milliseconds"])

@@ -229,7 +229,7 @@ def test_a_front_without_any_uniform_rival(tiny, tmp_path):
     table = measure_sensitivity(engine, KL())
     evaluate = SearchEvaluator(engine)
     evaluate(Allocation(), "float")
-    evaluate(Allocation({"first": "w4", "second": "w2", "last": "w8"}), "sampler", trial=0)
+    evaluate(Allocation({"first": "w4", "second": "w2", "last": "w8"}), "knapsack", trial=0)
     result = Run(engine.space, "accuracy", evaluate.log, table)
     confirmed = confirm(ConfirmEvaluator(engine, evaluate.log), result)
     result = replace(result, evaluations=evaluate.log)
@@ -310,7 +310,8 @@ def test_the_counts_of_the_page_are_those_of_the_tables(reported):
     page = (folder / "report.md").read_text()
     rows = pd.read_csv(folder / "evaluations.csv").to_dict("records")
     tried = {e["allocation"]: e for e in rows if e["split"] == "search" and e["origin"] != "float"}
-    within = [e for e in tried.values() if e["feasible"]]
+    accepted = {e["allocation"] for e in rows if e["split"] == "search" and e["accepted"]}
+    within = [e for e in tried.values() if e["feasible"] and e["allocation"] in accepted]
     front = [
         e
         for e in within
