@@ -37,8 +37,8 @@ def accept(evaluate: SearchEvaluator, problem: Problem) -> None:
     trials = evaluate.log.trials()
     seeds = [e for e in trials if e.accepted]
     # A uniform allocation that is on the front by luck has the additive solution of its size next to it.
-    for reference in evaluate.all((_reference(problem, e) for e in seeds if e.origin == "uniform"), "knapsack"):
-        evaluate.accept(reference)
+    for additive in evaluate.all((_reference(problem, e) for e in seeds if e.origin == "uniform"), "knapsack"):
+        evaluate.accept(additive)
     pairs = []
     for proposal in _front(trials, columns):
         if proposal not in seeds:
