@@ -38,28 +38,31 @@ def accept(evaluate: SearchEvaluator, problem: Problem) -> None:
     seeds = [e for e in trials if e.accepted]
     # A uniform allocation that is on the front by luck has the additive solution of its size next to it.
     for additive in evaluate.all((_reference(problem, e) for e in seeds if e.origin == "uniform"), "knapsack"):
-        evaluate.accept(additive)
+        evaluate.accept(additive, "knapsack")
     pairs = []
     for proposal in _front(trials, columns):
         if proposal not in seeds:
             reference = _reference(problem, proposal)
             if reference == proposal.allocation:
-                evaluate.accept(proposal)
+                evaluate.accept(proposal, "knapsack")
             else:
                 pairs.append((proposal, reference))
-    pairs.sort(key=lambda pair: _gain(pair[0], seeds, columns), reverse=True)
-    compare(evaluate, pairs[:MOST_TESTED])
+    pairs.sort(key=lambda pair: pair[0].cost(columns[0]))
+    # Spread over the front: where the network is damaged least, relative gains are largest and matter least.
+    parts = np.array_split(np.arange(len(pairs)), min(MOST_TESTED, max(len(pairs), 1)))
+    best = [max(part, key=lambda i: _gain(pairs[i][0], seeds, columns)) for part in parts if len(part)]
+    compare(evaluate, [pairs[i] for i in best])
 
 
 def compare(evaluate: SearchEvaluator, pairs: Sequence[tuple[Evaluation, Allocation]]) -> None:
     """Measure the references and record them as accepted, and the proposals that are better than theirs by Holm's test."""
     references = evaluate.all((reference for _, reference in pairs), "knapsack")
     for reference in references:
-        evaluate.accept(reference)
+        evaluate.accept(reference, "knapsack")
     promising = [(p, r) for (p, _), r in zip(pairs, references, strict=True) if p.told_loss < r.told_loss]
     for (proposal, _), is_better in zip(promising, holm([_p_value(evaluate, *pair) for pair in promising], LEVEL), strict=True):
         if is_better:
-            evaluate.accept(proposal)
+            evaluate.accept(proposal, "sampler")
 
 
 def _p_value(evaluate: SearchEvaluator, proposal: Evaluation, reference: Evaluation) -> float:

@@ -168,10 +168,10 @@ class SearchEvaluator(_Evaluator):
             self._losses[allocation] = self.executor.submit(allocation).result().losses
         return self._losses[allocation]
 
-    def accept(self, evaluation: Evaluation) -> None:
-        """Record that a proposal is accepted, unless that is recorded already."""
+    def accept(self, evaluation: Evaluation, origin: str) -> None:
+        """Record that a proposal is accepted, unless that is recorded already; `origin`: "knapsack" of an additive solution."""
         if all(e.allocation != evaluation.allocation for e in self.log.accepted()):
-            self.log.append(replace(evaluation, trial=None, seconds=0.0, accepted=True))
+            self.log.append(replace(evaluation, trial=None, origin=origin, seconds=0.0, accepted=True))
 
     def result(self, pending: Pending) -> Evaluation:
         """Wait for what was submitted; whatever else is done by then is logged too."""

@@ -29,7 +29,7 @@ def findings(run: Run, picked: Evaluation, confirmed: pd.DataFrame | None) -> li
         sentences.append(f"**{warning}**")
     if run.baseline() is not None:
         sentences.append(non_inferior_sentence(run, smallest_non_inferior(run, run.max_drop)))
-    sentences += uniform_sentences(run)
+    sentences += [*accepted_sentences(run), *uniform_sentences(run)]
     volume = run_hypervolume(run)
     if volume is not None:
         sentences.append(
@@ -94,6 +94,25 @@ def uniform_sentences(run: Run) -> list[str]:
                 f"{_score(quality, e)}."
             )
     return sentences
+
+
+def accepted_sentences(run: Run) -> list[str]:
+    """How many points of the front are proposals that were shown to be better than the additive solution, and up to which size."""
+    proposals = [e for e in run.evaluations if e.split == "search" and e.origin == "sampler"]
+    front = {e.allocation for e in run.front}
+    better = [e for e in proposals if e.accepted and e.allocation in front]
+    if not proposals:
+        return []
+    if not better:
+        return [
+            "No proposal was shown to be better than the additive solution of its size, the allocation of least summed "
+            "sensitivity: the front consists of such solutions and uniform allocations."
+        ]
+    return [
+        f"{len(better)} of {len(front)} points of the front, of at most {max(e.average_bits for e in better):.2f} bits, are "
+        "proposals that fresh samples of the search split show to be better than the additive solution of their size, the "
+        "allocation of least summed sensitivity; the others are such solutions and uniform allocations."
+    ]
 
 
 def run_hypervolume(run: Run) -> float | None:

@@ -36,8 +36,6 @@ POOL = 2e9  # multiplications that may be spent on predicting a pool of candidat
 MIN_CANDIDATES, MAX_CANDIDATES = 96, 400
 CENTERS = 6  # points of the front that moves start from
 TARGETS = 3  # sizes that the knapsack is solved for
-N_ADDITIVE = 60  # additive solutions that a proposal must improve on
-TINY = 1e-8  # variance of a ln loss that is certain
 MAX_STATES = 5_000  # of its dynamic programme: a proposal need not be the exact optimum of a model
 
 Steps = tuple[Choice, Choice]
@@ -48,28 +46,21 @@ class Front(Proposer):
 
     many_costs = True
     _variances: tuple[int, Floats] | None = None
-    _solutions: Choice | None = None
 
     def choose(self, history: History, rng: np.random.Generator) -> Choice:
         """The candidate of largest expected hypervolume improvement."""
         surrogate = self._fitted(history)
-        usable = (history.measured | history.running) & self.feasible.contains(history.choices)
-        known = np.concatenate([history.choices[usable], self._additive()])
-        front = _Staircase(known, self.sizes(known), surrogate.predict(known)[0], self._largest())
+        log_losses = history.log_losses.copy()
+        if history.running.any():
+            log_losses[history.running] = surrogate.predict(history.choices[history.running])[0]
+        usable = np.isfinite(log_losses) & self.feasible.contains(history.choices)
+        front = _Staircase(history.choices[usable], history.sizes[usable], log_losses[usable], self._largest())
         n = int(np.clip(POOL / (self.losses.size * max(1, min(len(history.sizes), MAX_FITTED))), MIN_CANDIDATES, MAX_CANDIDATES))
         steps = neighbours(self.size, self.space.allowed)
         best = self._best(self._candidates(front, surrogate, steps, n, rng), front, surrogate, 4)
         moves = [self._moves(center, surrogate.table(center), steps, n // (2 * len(best)), rng) for center in best]
         best = self._best(np.concatenate([best, *moves]), front, surrogate, 1)
         return best[0] if len(best) else self.smallest()
-
-    def _additive(self) -> Choice:
-        """intp `[n, n_groups]`: additive solutions along the front, which count as known; none where the cost is a mixture."""
-        if self._solutions is None:
-            n = N_ADDITIVE if len(self.costs) == 1 else 0
-            solutions = [self.feasible.repair(choice) for choice in (knapsack.front(self.losses, self.size, n) if n else [])]
-            self._solutions = np.array(solutions, dtype=np.intp).reshape(-1, len(self.losses))
-        return self._solutions
 
     def _fitted(self, history: History) -> Surrogate:
         """The surrogate of the measured trials; its variances are chosen again at the numbers of trials of `_schedule`."""
@@ -96,9 +87,7 @@ class Front(Proposer):
         pool = pool[[row.tobytes() not in self.asked for row in pool]]
         if not len(pool):
             return pool
-        means, deviations = surrogate.predict(pool)
-        deviations = np.sqrt(np.maximum(np.square(deviations) - surrogate.variances[0], TINY))  # the noise is no hope of a gain
-        gain = front.expected_gain(self.sizes(pool), means, deviations)
+        gain = front.expected_gain(self.sizes(pool), *surrogate.predict(pool))
         return pool[np.argsort(-gain, kind="stable")[:n]]
 
     def _candidates(self, front: _Staircase, surrogate: Surrogate, steps: Steps, n: int, rng: np.random.Generator) -> Choice:
