@@ -179,7 +179,7 @@ def front_of(engine, n=40):
     score = evaluate(FLOAT, "float")
     for i, bits in enumerate(sizes):
         allocation = space.allocation(np.array(choices[bits]))
-        evaluate.add(allocation, "sampler", i, dataclasses.replace(score, loss=float(np.exp(-(i**1.5) / 20))))
+        evaluate.add(allocation, "knapsack", i, dataclasses.replace(score, loss=float(np.exp(-(i**1.5) / 20))))
     return Run(space, "accuracy", evaluate.log, SensitivityTable("kl", "nats", np.ones(space.allowed.shape), space))
 
 
