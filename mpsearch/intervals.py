@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtri, stdtrit
+from scipy.special import ndtri, stdtr, stdtrit
 
 from mpsearch.errors import InputError
 
@@ -115,7 +115,7 @@ def smaller_p_value(values: ArrayLike, reference: ArrayLike) -> float:
     mean = float(differences.mean())
     if error == 0:
         return 0.0 if mean < 0 else 1.0
-    return float(t.cdf(mean / error, n - 1))
+    return float(stdtr(n - 1, mean / error))
 
 
 def holm(p_values: ArrayLike, level: float) -> NDArray[np.bool_]:

@@ -97,7 +97,7 @@ def uniform_sentences(run: Run) -> list[str]:
 
 
 def accepted_sentences(run: Run) -> list[str]:
-    """How many points of the front are proposals that were shown to be better than the additive solution, and up to which size."""
+    """How many points of the front are proposals shown to be better than the additive solution, and up to which size."""
     proposals = [e for e in run.evaluations if e.split == "search" and e.origin == "sampler"]
     front = {e.allocation for e in run.front}
     better = [e for e in proposals if e.accepted and e.allocation in front]
