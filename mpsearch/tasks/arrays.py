@@ -10,17 +10,19 @@ import torch
 
 from mpsearch.errors import InputError, did_you_mean
 from mpsearch.tasks.base import SPLITS
-from mpsearch.tasks.classification import Classification, draw_splits, scale_images
+from mpsearch.tasks.classification import Classification, scale_images
+from mpsearch.tasks.sources import draw_by_source, named_files, read_once
 
 LAYOUTS = ("channels_first", "channels_last")
 
 
 class Arrays(Classification):
-    """The three splits drawn disjointly, with `seed`, from one `.npz`.
+    """The three splits drawn disjointly, with `seed`, from one `.npz`, or each from the file that is named for it.
 
-    In the file: `x` float or uint8, [n, features], [n, channels, *space] or, with layout "channels_last",
+    `calibration_data`, `search_data` and `confirm_data` are files for these splits, `None`: `path`; a file may serve several.
+    In a file: `x` float or uint8, [n, features], [n, channels, *space] or, with layout "channels_last",
     [n, *space, channels]; `y` integers [n]. uint8 is divided by 255, then (x - mean) / std is taken for each channel where
-    these are given. A size of `None` is a third of the data. Raises `InputError` for files and sizes that are not so.
+    these are given. A size of `None` is an equal share of the file. Raises `InputError` for files and sizes that are not so.
     """
 
     def __init__(
@@ -35,25 +37,33 @@ class Arrays(Classification):
         std: Sequence[float] | None = None,
         layout: str = "channels_first",
         n_classes: int | None = None,
+        calibration_data: str | Path | None = None,
+        search_data: str | Path | None = None,
+        confirm_data: str | Path | None = None,
     ) -> None:
         if layout not in LAYOUTS:
             raise InputError(f"There is no layout '{layout}'." + did_you_mean(layout, LAYOUTS))
-        path = Path(path).expanduser()
-        x, y = read_npz(path)
-        if not (x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating)) or x.ndim < 2:
-            raise InputError(f"x in {path} is {x.dtype} {list(x.shape)}; it must be a float type or uint8, with samples first.")
-        if len(x) != len(y):
-            raise InputError(f"{path} has {len(x):,} samples in x and {len(y):,} labels in y. They must be as many.")
-        if layout == "channels_last":
-            x = np.moveaxis(x, -1, 1)
+        sources = named_files((calibration_data, search_data, confirm_data), Path(path).expanduser())
+        data = read_once(sources, lambda file: _read(file, layout))
         sizes = dict(zip(SPLITS, (n_calibration, n_search, n_confirm), strict=True))
-        drawn = draw_splits(len(x), sizes, seed, str(path))
-        labels = torch.from_numpy(y.astype(np.int64))
+        drawn = draw_by_source(sources, {file: len(y) for file, (_, y) in data.items()}, sizes, seed)
+        pairs = {split: (data[sources[split]], index) for split, index in drawn.items()}
         calibration, search, confirm = (
-            (scale_images(x[index], mean, std), labels[torch.from_numpy(index)]) for index in drawn.values()
+            (scale_images(x[index], mean, std), torch.from_numpy(y[index].astype(np.int64)))
+            for (x, y), index in (pairs[split] for split in SPLITS)
         )
-        origins = {split: path.name for split in SPLITS}
+        origins = {split: file.name for split, file in sources.items()}
         super().__init__(calibration, search, confirm, n_classes=n_classes, batch_size=batch_size, origins=origins)
+
+
+def _read(path: Path, layout: str) -> tuple[np.ndarray, np.ndarray]:
+    """x with channels first, and y."""
+    x, y = read_npz(path)
+    if not (x.dtype == np.uint8 or np.issubdtype(x.dtype, np.floating)) or x.ndim < 2:
+        raise InputError(f"x in {path} is {x.dtype} {list(x.shape)}; it must be a float type or uint8, with samples first.")
+    if len(x) != len(y):
+        raise InputError(f"{path} has {len(x):,} samples in x and {len(y):,} labels in y. They must be as many.")
+    return (np.moveaxis(x, -1, 1) if layout == "channels_last" else x), y
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:

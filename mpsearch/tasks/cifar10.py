@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mpsearch.errors import InputError
 from mpsearch.tasks.arrays import read_npz
-from mpsearch.tasks.base import Batch
-from mpsearch.tasks.classification import Classification, draw_splits, scale_images
+from mpsearch.tasks.base import SPLITS, Batch
+from mpsearch.tasks.classification import Classification, scale_images
+from mpsearch.tasks.sources import draw_by_source, named_file, read_once
 
 # Of ImageNet, not of CIFAR-10: the published ResNet checkpoints (models/resnet.py) were trained with these.
 MEAN = (0.485, 0.456, 0.406)
@@ -33,7 +34,11 @@ class Cifar10(Classification):
     `data_dir` holds `train_*.npz` and `test_*.npz` (x uint8 [n, 32, 32, 3], y uint8 [n]) or `data_batch_1` … `data_batch_5` and
     `test_batch`, also in a folder `cifar-10-batches-py` in it. Calibration and search images are drawn with `seed` from the
     training images; the confirm split is the first `n_confirm` test images, all of them where that is `None`. A network has
-    usually been trained on the former, so that its accuracy on the search split flatters it: read that of the confirm split.
+    usually been trained on the former, so that its accuracy on the search split flatters it, and its losses there are too small.
+
+    `calibration_data`, `search_data` and `confirm_data` name files for these splits, `.npz` or Python batches, by their paths or
+    by their names in the folder: `search_data=test_0000_4999.npz` searches on images that the network was not trained on. The
+    others then take other files; where there is none left, they share it, without an image in two splits.
     """
 
     def __init__(
@@ -44,27 +49,34 @@ class Cifar10(Classification):
         n_confirm: int | None = None,
         seed: int = 0,
         batch_size: int = 100,
+        calibration_data: str | Path | None = None,
+        search_data: str | Path | None = None,
+        confirm_data: str | Path | None = None,
     ) -> None:
         data_dir = Path(data_dir).expanduser()
         train_paths, test_paths = find_files(data_dir)
-        train_x, train_y = _read_all(train_paths)
-        drawn = draw_splits(
-            len(train_x), {"calibration": n_calibration, "search": n_search}, seed, f"The training part of {data_dir}"
+        given = dict(zip(SPLITS, (calibration_data, search_data, confirm_data), strict=True))
+        named = {split: named_file(split, path, train_paths[0].parent) for split, path in given.items()}
+        parts = {"calibration": train_paths, "search": train_paths, "confirm": test_paths}
+        sources = {
+            split: _left_of(parts[split], [file for file in named.values() if file is not None]) if file is None else (file,)
+            for split, file in named.items()
+        }
+        origins = {split: f"CIFAR-10 {'test' if split == 'confirm' else 'train'}" for split in SPLITS}
+        origins |= {split: file.name for split, file in named.items() if file is not None}
+        data = read_once(sources, _read_all)
+        sizes = {"calibration": n_calibration, "search": n_search, "confirm": n_confirm}
+        drawn = draw_by_source(sources, {paths: len(y) for paths, (_, y) in data.items()}, sizes, seed, first="confirm")
+        calibration, search, confirm = (
+            _prepare(x[drawn[split]], y[drawn[split]]) for split, (x, y) in ((split, data[sources[split]]) for split in SPLITS)
         )
-        calibration, search = (_prepare(train_x[index], train_y[index]) for index in drawn.values())
-        self._train_paths, self._trained_on = train_paths, np.setdiff1d(np.arange(len(train_x)), drawn["search"])
-        test_x, test_y = _read_all(test_paths)
-        n_test = len(test_x) if n_confirm is None else n_confirm
-        if not 1 <= n_test <= len(test_x):
-            raise InputError(
-                f"n_confirm is {n_test:,}; the test part of {data_dir} has {len(test_x):,} images. Give 1 to that, or null."
-            )
-        confirm = _prepare(test_x[:n_test], test_y[:n_test])
-        origins = {"calibration": "CIFAR-10 train", "search": "CIFAR-10 train", "confirm": "CIFAR-10 test"}
+        self._train_paths = sources["calibration"]
+        tested = [drawn[split] for split in ("search", "confirm") if sources[split] == self._train_paths]
+        self._trained_on = np.setdiff1d(np.arange(len(data[self._train_paths][1])), np.concatenate([*tested, []]))
         super().__init__(calibration, search, confirm, n_classes=10, batch_size=batch_size, origins=origins)
 
     def training(self, epoch: int, batch_size: int, seed: int) -> Iterator[Batch]:
-        """All training images but those of the search split: padded by 4 pixels, cropped at random, and every other one mirrored.
+        """The images of the calibration split's files that are in no other split: padded, cropped at random, or mirrored too.
 
         Read anew for each epoch: a search does not need them, and they take a quarter of a gigabyte.
         """
@@ -74,6 +86,12 @@ class Cifar10(Classification):
         for start in range(0, len(order), batch_size):
             index = order[start : start + batch_size]
             yield _prepare(_augmented(x[index], random), y[index])
+
+
+def _left_of(paths: Sequence[Path], named: Sequence[Path]) -> tuple[Path, ...]:
+    """The files that are named for no split, or the last, which then is shared."""
+    every = tuple(path.resolve() for path in paths)
+    return tuple(path for path in every if path not in named) or every[-1:]
 
 
 def find_files(data_dir: Path) -> tuple[list[Path], list[Path]]:

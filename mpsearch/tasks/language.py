@@ -6,7 +6,7 @@ The tokens of a text depend on one another, adjacent windows too: the independen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from mpsearch.errors import InputError
 from mpsearch.intervals import FEWEST
 from mpsearch.tasks.arrays import read_arrays
 from mpsearch.tasks.base import SPLITS, Batch, StoredTask, in_batches
+from mpsearch.tasks.sources import named_files, read_once
 
 # Of a token's cross-entropy; a broken model's is infinite or NaN, and this is what a float64's exp still holds.
 MOST_NATS = 700.0
@@ -30,7 +31,8 @@ class Language(StoredTask):
     """Windows of token ids int64 [n, window] and the ids that follow each, int64 [n * window].
 
     `texts` are token ids, one array a text, shuffled with `seed` and dealt out until each split has its windows; the confirm
-    split takes all that are left where `n_confirm` is `None`. Raises `InputError` where the texts are too few.
+    split takes all that are left where `n_confirm` is `None`. `named` are the texts of splits that have their own; splits with
+    the same object share it. Raises `InputError` where the texts are too few.
     """
 
     quality_name = "perplexity"
@@ -46,20 +48,24 @@ class Language(StoredTask):
         seed: int = 0,
         batch_size: int = 16,
         source: str = "the texts",
+        named: Mapping[str, Sequence[np.ndarray]] | None = None,
     ) -> None:
         if window < 2:
             raise InputError(f"window is {window}; it must be at least 2 tokens.")
-        order = np.random.default_rng(seed).permutation(len(texts))
-        lengths = np.array([len(texts[i]) for i in order])
         self.window, self._source = window, source
         self._n_texts: dict[str, int] = {}
         self._clusters: dict[str, Tensor] = {}
         batches: dict[str, list[Batch]] = {}
-        start = 0
+        left_texts: dict[int, list[np.ndarray]] = {}  # of each list of texts, shuffled
         for split, n in zip(SPLITS, (n_calibration, n_search, n_confirm), strict=True):
             if n is not None and n < 1:
                 raise InputError(f"n_{split} is {n}; every split needs at least 1 window.")
-            ends = lengths[start:].cumsum()
+            own = (named or {}).get(split, texts)
+            if id(own) not in left_texts:
+                left_texts[id(own)] = [own[i] for i in np.random.default_rng(seed).permutation(len(own))]
+            remaining = left_texts[id(own)]
+            lengths = np.array([len(text) for text in remaining], dtype=np.int64)
+            ends = lengths.cumsum()
             left = max(int(ends[-1]) - 1, 0) // window if len(ends) else 0
             n = left if n is None else n
             if n > left or left == 0:
@@ -68,14 +74,14 @@ class Language(StoredTask):
                     "for. Ask for fewer or shorter ones."
                 )
             taken = int(np.searchsorted(ends, n * window + 1)) + 1
-            ids = np.concatenate([texts[i] for i in order[start : start + taken]])[: n * window + 1].astype(np.int64)
+            ids = np.concatenate(remaining[:taken])[: n * window + 1].astype(np.int64)
             x, y = (torch.from_numpy(part).view(n, window) for part in (ids[:-1], ids[1:]))
             batches[split] = [(inputs, targets.flatten()) for inputs, targets in in_batches(batch_size, x, y)]
             self._n_texts[split] = taken
-            texts_of_tokens = np.repeat(np.arange(taken), lengths[start : start + taken])[1 : n * window + 1]
+            texts_of_tokens = np.repeat(np.arange(taken), lengths[:taken])[1 : n * window + 1]
             blocks = np.arange(n * window) * min(N_BLOCKS, n * window) // (n * window)
             self._clusters[split] = torch.from_numpy(texts_of_tokens if len(np.unique(texts_of_tokens)) > 1 else blocks)
-            start += taken
+            del remaining[:taken]
         super().__init__(batches)
 
     def training(self, epoch: int, batch_size: int, seed: int) -> Iterator[Batch]:
@@ -107,7 +113,10 @@ class Language(StoredTask):
 
 
 class Stories(Language):
-    """TinyStories, as tokens of the `stories260k` model: `tokens_dev.npz` (`tokens` integers [n]) in `data_dir`."""
+    """TinyStories, as tokens of the `stories260k` model: `tokens_dev.npz` (`tokens` integers [n]) in `data_dir`.
+
+    `calibration_data`, `search_data` and `confirm_data` name other such files for these splits; a file may serve several.
+    """
 
     BEGIN = 1  # the token that begins each text
 
@@ -120,12 +129,29 @@ class Stories(Language):
         window: int = 256,
         seed: int = 0,
         batch_size: int = 16,
+        calibration_data: str | Path | None = None,
+        search_data: str | Path | None = None,
+        confirm_data: str | Path | None = None,
     ) -> None:
         path = Path(data_dir).expanduser() / "tokens_dev.npz"
+        files = named_files((calibration_data, search_data, confirm_data), path)
+        stories = read_once(files, self._stories)
+        super().__init__(
+            [],
+            n_calibration,
+            n_search,
+            n_confirm,
+            window=window,
+            seed=seed,
+            batch_size=batch_size,
+            source=f"the stories in {' and '.join(file.name for file in stories)}",
+            named={split: stories[file] for split, file in files.items()},
+        )
+
+    @classmethod
+    def _stories(cls, path: Path) -> list[np.ndarray]:
         tokens = read_tokens(path)
-        stories = np.split(tokens, np.flatnonzero(tokens == self.BEGIN)[1:])
-        sizes = (n_calibration, n_search, n_confirm)
-        super().__init__(stories, *sizes, window=window, seed=seed, batch_size=batch_size, source=f"the stories in {path.name}")
+        return np.split(tokens, np.flatnonzero(tokens == cls.BEGIN)[1:])
 
 
 def read_tokens(path: Path) -> np.ndarray:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mpsearch.errors import InputError
 from mpsearch.tasks.arrays import read_arrays
 from mpsearch.tasks.base import SPLITS, Batch, StoredTask, check_batch_size, in_batches
-from mpsearch.tasks.classification import draw_splits
+from mpsearch.tasks.sources import draw_by_source, named_file, read_once
 
 TEMPERATURE = 0.05
 LARGEST_SCORE = 5.0
@@ -30,7 +30,8 @@ class STSBenchmark(StoredTask):
     `data_dir` holds `sts_train.npz` and `sts_dev.npz` (`a`, `b` integers [n, length]; `gold` float [n]). Calibration and
     search pairs are drawn with `seed` from the former, the confirm split is the latter's first `n_confirm`, all where it is
     `None`. Within a split pairs are ordered by length, so that little is filled up. Every batch is full, for a row of logits has
-    one for each of its batch: sizes are multiples of `batch_size`. Raises `InputError` for sizes and files that are not so.
+    one for each of its batch: sizes are multiples of `batch_size`. `calibration_data`, `search_data` and `confirm_data` name
+    other such files for these splits; a file may serve several. Raises `InputError` for sizes and files that are not so.
     """
 
     quality_name = "spearman"
@@ -45,15 +46,22 @@ class STSBenchmark(StoredTask):
         n_confirm: int | None = None,
         seed: int = 0,
         batch_size: int = 50,
+        calibration_data: str | Path | None = None,
+        search_data: str | Path | None = None,
+        confirm_data: str | Path | None = None,
     ) -> None:
         check_batch_size(batch_size)
         folder = Path(data_dir).expanduser()
-        train, dev = _read(folder / "sts_train.npz"), _read(folder / "sts_dev.npz")
-        drawn = draw_splits(len(train[2]), {"calibration": n_calibration, "search": n_search}, seed, "The training part")
-        n_dev = len(dev[2]) // batch_size * batch_size if n_confirm is None else n_confirm
-        if not 1 <= n_dev <= len(dev[2]):
-            raise InputError(f"n_confirm is {n_dev:,}; sts_dev.npz has {len(dev[2]):,} pairs. Give 1 to that, or null.")
-        parts = [*([array[index] for array in train] for index in drawn.values()), [array[:n_dev] for array in dev]]
+        given = zip(SPLITS, (calibration_data, search_data, confirm_data), ("train", "train", "dev"), strict=True)
+        files = {split: named_file(split, name, folder) or (folder / f"sts_{part}.npz").resolve() for split, name, part in given}
+        data = read_once(files, _read)
+        lengths = {file: len(gold) for file, (_, _, gold) in data.items()}
+        sizes = {"calibration": n_calibration, "search": n_search, "confirm": n_confirm}
+        if n_confirm is None:
+            left = lengths[files["confirm"]] - sum(size or 0 for split, size in sizes.items() if files[split] == files["confirm"])
+            sizes["confirm"] = left // batch_size * batch_size
+        drawn = draw_by_source(files, lengths, sizes, seed, first="confirm")
+        parts = [[array[drawn[split]] for array in data[files[split]]] for split in SPLITS]
         batches: dict[str, list[Batch]] = {}
         for split, (a, b, gold) in zip(SPLITS, parts, strict=True):
             if len(gold) % batch_size:
@@ -61,7 +69,7 @@ class STSBenchmark(StoredTask):
             order = np.argsort((a != 0).sum(1) + (b != 0).sum(1), kind="stable")
             x, y, scores = (torch.from_numpy(array[order]) for array in (a.astype(np.int64), b.astype(np.int64), gold))
             batches[split] = in_batches(batch_size, (x, y), scores)
-        super().__init__(batches, {split: f"STS-B {'dev' if split == 'confirm' else 'train'}" for split in SPLITS})
+        super().__init__(batches, {split: file.stem.replace("sts_", "STS-B ") for split, file in files.items()})
 
     def forward(self, model: nn.Module, inputs: tuple[Tensor, Tensor]) -> Tensor:
         """Similarities of each first sentence with all second ones over the temperature, [n, n]."""

