@@ -55,16 +55,28 @@ MPSEARCH_INLINE Lanes operator*(const Lanes& a, const Lanes& b) {
 }
 MPSEARCH_INLINE Lanes all(float value) {
     Lanes result;
+#pragma GCC unroll 8
     for (int i = 0; i < kVectors; ++i) result.part[i] = value - Vector{};
     return result;
 }
-MPSEARCH_INLINE Lanes load_lanes(const float* from) {
-    Lanes result;
+MPSEARCH_INLINE Vector load_vector(const float* from) {
+    Vector result;
     memcpy(&result, from, sizeof(result));
     return result;
 }
-MPSEARCH_INLINE void store_lanes(const Lanes& value, float* to) {
+MPSEARCH_INLINE void store_vector(Vector value, float* to) {
     memcpy(to, &value, sizeof(value));
+}
+// Vector by vector: the address of all of them would keep them in memory.
+MPSEARCH_INLINE Lanes load_lanes(const float* from) {
+    Lanes result;
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) result.part[i] = load_vector(from + i * kWidth);
+    return result;
+}
+MPSEARCH_INLINE void store_lanes(const Lanes& value, float* to) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kVectors; ++i) store_vector(value.part[i], to + i * kWidth);
 }
 
 // rint(clamp(value, 0, top)): 2^23 + x has no bits left for a fraction.
@@ -100,24 +112,27 @@ MPSEARCH_INLINE void add_terms(
     const JointProduct& p, int64_t j, const float* from, int64_t stride, int64_t begin, int64_t end) {
     Vector sum[n][kVectors];
 #pragma GCC unroll 8
-    for (int m = 0; m < n; ++m) {
-        const Lanes first = from ? load_lanes(from + (j + m) * stride) : all(0);
+    for (int m = 0; m < n; ++m)
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) sum[m][v] = first.part[v];
-    }
+        for (int v = 0; v < kVectors; ++v)
+            sum[m][v] = from ? load_vector(from + (j + m) * stride + v * kWidth) : Vector{};
     const float* factors = p.factors + j * p.factors_stride;
     for (int64_t i = begin; i < end; ++i) {
         const int64_t k = p.terms[i];
-        const Lanes lanes = load_lanes(p.lanes + k * kRows);
+        Vector lanes[kVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) lanes[v] = load_vector(p.lanes + k * kRows + v * kWidth);
 #pragma GCC unroll 8
         for (int m = 0; m < n; ++m) {
             const Vector factor = factors[m * p.factors_stride + k] - Vector{};
 #pragma GCC unroll 8
-            for (int v = 0; v < kVectors; ++v) sum[m][v] = sum[m][v] + lanes.part[v] * factor;
+            for (int v = 0; v < kVectors; ++v) sum[m][v] = sum[m][v] + lanes[v] * factor;
         }
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < n; ++m) memcpy(p.out + (j + m) * p.out_stride, sum[m], sizeof(sum[m]));
+    for (int m = 0; m < n; ++m)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) store_vector(sum[m][v], p.out + (j + m) * p.out_stride + v * kWidth);
 }
 
 void joint_add(const JointProduct& p, int64_t begin, int64_t end) {
