@@ -34,7 +34,8 @@ def tensors_sha256(tensors: Mapping[str, Tensor], about: str = "") -> str:
 def _update(digest: Any, name: str, tensor: Tensor) -> None:
     value = tensor.detach().cpu().contiguous()
     digest.update(f"{name} {tuple(value.shape)} {value.dtype} ".encode())
-    digest.update(value.reshape(-1).view(torch.uint8).numpy())
+    if value.numel():  # an empty one may have strides that no view as bytes has
+        digest.update(value.reshape(-1).view(torch.uint8).numpy())
 
 
 def tensor_file(tensors: Mapping[str, Tensor], kind: str, about: Mapping[str, Any]) -> bytes:

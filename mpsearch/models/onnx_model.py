@@ -1,0 +1,98 @@
+"""Networks given as ONNX files, converted to modules by the package onnx2torch."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mpsearch.errors import InputError, one_line
+
+INSTALL = "pip install 'mpsearch[onnx]', and pip install --no-deps onnx2torch"  # which asks for torchvision
+
+
+def onnx_model(path: str | Path) -> nn.Module:
+    """The network of an ONNX file as a module, in eval mode; it takes the graph's inputs in their order.
+
+    Attributes `input_names` and `output_names` of the module are those of the graph.
+
+    Parameters
+    ----------
+    path
+        A file with float32 weights inside.
+
+    Raises
+    ------
+    InputError
+        The file is absent or damaged, an operator has no converter (it is named), or the packages are not installed.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise InputError(f"There is no ONNX file {file}. Set model.path.")
+    try:
+        import onnx
+
+        with _torchvision():
+            from onnx2torch import convert
+    except ImportError as error:
+        raise InputError(f"model=onnx needs onnx and onnx2torch ({one_line(error)}): {INSTALL}.") from None
+    try:
+        graph = onnx.load(str(file))
+        onnx.checker.check_model(graph)
+    except Exception as error:  # a damaged file can raise anything
+        raise InputError(f"{file} cannot be read as an ONNX network: {one_line(error)}") from error
+    _constants_to_initializers(graph.graph)
+    try:
+        model: Any = convert(graph)
+    except NotImplementedError as error:
+        raise InputError(
+            f"{file} cannot be converted by onnx2torch: {one_line(error)} Give the network as a PyTorch module (model=custom)."
+        ) from error
+    except Exception as error:
+        raise InputError(f"{file} cannot be converted by onnx2torch: {type(error).__name__}: {one_line(error)}") from error
+    weights = {tensor.name for tensor in graph.graph.initializer}
+    model.input_names = [value.name for value in graph.graph.input if value.name not in weights]
+    model.output_names = [value.name for value in graph.graph.output]
+    module: nn.Module = model.eval()
+    return module
+
+
+def _constants_to_initializers(graph: Any) -> None:
+    """Weights that exporters wrote as nodes (Paddle, Keras), where onnx2torch does not look for them, become initializers."""
+    tensors: dict[str, Any] = {}
+    for node in list(graph.node):
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            tensor = node.attribute[0].t
+        elif node.op_type == "Identity" and node.input[0] in tensors:
+            tensor = tensors[node.input[0]]
+        else:
+            continue
+        stored = graph.initializer.add()
+        stored.CopyFrom(tensor)
+        stored.name = node.output[0]
+        tensors[stored.name] = stored
+        graph.node.remove(node)
+
+
+@contextmanager
+def _torchvision() -> Iterator[None]:
+    """onnx2torch imports torchvision for two operators of detectors; where it is absent, an empty package stands in."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        package, operators = types.ModuleType("torchvision"), types.ModuleType("torchvision.ops")
+        operators.roi_align = None  # type: ignore[attr-defined]
+        package.ops = operators  # type: ignore[attr-defined]
+        sys.modules |= {"torchvision": package, "torchvision.ops": operators}
+        try:
+            yield
+        finally:
+            for name in ("torchvision", "torchvision.ops"):
+                del sys.modules[name]
+    else:
+        yield
