@@ -58,6 +58,8 @@ class Score:
 
 # The origin of what was trained after the search: its allocation was measured before, with the codes of the quantizer.
 FINETUNED = "finetuned"
+REFINED = "refined"  # layers quantized once more, jointly (`mpsearch.refiners`)
+LATER = (FINETUNED, REFINED)
 
 
 class Timing(NamedTuple):
@@ -78,8 +80,8 @@ class Evaluation:
     trial
         Number of the study's trial; `None` outside of the study.
     origin
-        Who proposed it: float (the baseline: an empty allocation), uniform, knapsack, sampler, or finetuned: trained after the
-        search, with `seconds` of the training on the search split.
+        Who proposed it: float (the baseline: an empty allocation), uniform, knapsack, sampler, user (`mpsearch.confirm`); or what
+        was done with it after the search, refined or finetuned, with the `seconds` of that on the search split.
     split
         "search" or "confirm".
     packed
@@ -178,7 +180,7 @@ class EvaluationLog(Sequence[Evaluation]):
         self._add(evaluation)
 
     def find(self, split: str, allocation: Allocation) -> Evaluation | None:
-        """The first evaluation of an allocation on a split, with the codes of the quantizer (not finetuned ones)."""
+        """The first evaluation of an allocation on a split, with the codes of the quantizer (not refined or finetuned ones)."""
         return self._first.get((split, allocation))
 
     def trial(self, number: int) -> Evaluation | None:
@@ -193,8 +195,8 @@ class EvaluationLog(Sequence[Evaluation]):
         return trials
 
     def on(self, split: str) -> list[Evaluation]:
-        """The evaluations on a split, without those of the float model and the finetuned ones."""
-        return [e for e in self._evaluations if e.split == split and e.origin not in ("float", FINETUNED)]
+        """The evaluations on a split, without those of the float model, and the refined and finetuned ones."""
+        return [e for e in self._evaluations if e.split == split and e.origin not in ("float", *LATER)]
 
     def accepted(self) -> list[Evaluation]:
         """Of each allocation that is accepted on the search split, its first evaluation there."""
@@ -203,7 +205,7 @@ class EvaluationLog(Sequence[Evaluation]):
 
     def _add(self, evaluation: Evaluation) -> None:
         self._evaluations.append(evaluation)
-        if evaluation.origin != FINETUNED:
+        if evaluation.origin not in LATER:
             self._first.setdefault((evaluation.split, evaluation.allocation), evaluation)
         if evaluation.trial is not None:
             self._trials[evaluation.trial] = evaluation

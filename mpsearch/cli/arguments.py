@@ -73,6 +73,8 @@ def prepare(command: str, words: list[str]) -> Arguments:
             overrides += [f"+quantizer@quantizer_of.{scheme.strip()}={name.strip()}" for scheme, name in pairs]
         elif key == "executor" and names_run:
             overrides.append(f"+executor={value}")  # a choice in the place of what was saved
+        elif word == "refiner=null":
+            overrides.append("~refiner")  # Hydra takes no null for a choice that has a default
         elif match := re.fullmatch(r"quantizer_of\.([^.]+)", key):
             overrides.append(f"+quantizer@quantizer_of.{match[1]}={value}")
         else:
@@ -101,7 +103,7 @@ def _of_saved(command: str, words: list[str], run: Path, keys: list[str], overri
         return Arguments([*folder, *overrides, *flags], run, config, own_code=own_code)
     if "n_trials" not in config:
         raise InputError(f"'{run}' is no run of mpsearch search, so there is nothing to resume.")
-    if missing := sorted(primary(command) - config.keys() - {"executor"}):
+    if missing := sorted(primary(command) - config.keys() - {"executor", "refiner"}):
         raise InputError(f"'{run / FILE}' was saved by another version of mpsearch: it lacks {', '.join(missing)}.")
     for key in keys:
         if key not in ("run", "trust", *RESUMABLE) and not key.startswith(("hydra", "executor.")):

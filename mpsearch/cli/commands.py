@@ -51,6 +51,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         metric=build("metric"),
         sampler=build("sampler"),
         executor=build("executor"),
+        refiner=build("refiner") if settings.get("refiner") else None,
         costs={name: build(f"cost.{name}") for name in settings["cost"]},
         pin=settings["pin"] or (),
         share=settings["share"] or (),
@@ -188,6 +189,7 @@ def _loaded(settings: Settings, build: Build, folder: Path, with_data: bool = Tr
         schemes={name: build(f"scheme.{name}") for name in settings["scheme"]},
         quantizers=quantizers,
         costs={name: build(f"cost.{name}") for name in settings["cost"]},
+        refiner=build("refiner") if settings.get("refiner") else None,
         device=settings["device"],
         seed=settings["seed"],
     )

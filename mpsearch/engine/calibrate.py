@@ -99,6 +99,20 @@ class Calibration:
             warnings.warn(f"Layer '{layer.name}' is quantized without a Hessian: none is known of its input.", stacklevel=3)
         return InputMoments.pooled(pooled) if pooled else None
 
+    def output_fisher(self, layer: LayerSpec) -> Tensor | None:
+        """E[g g^T] of the gradient at the output of the layer's first module, as `output_fishers` returns it; `None` for none."""
+        name = layer.modules[0]
+        if not self.with_fishers or fisher_bytes(self.model.get_submodule(name)) > self.hessian_max_bytes:
+            return None
+        if name not in self._fishers:
+            self._hessians, self._fishers = {}, {}  # frees the memory first
+            layers = [la for la in self.layers[list(self.layers).index(layer) :] if la is layer or len(la.modules) == 1]
+            sizes = itertools.accumulate(fisher_bytes(self.model.get_submodule(la.name)) for la in layers)
+            names = [la.modules[0] for la, size in zip(layers, sizes, strict=True) if size <= self.hessian_max_bytes]
+            with self.own_inputs():
+                self._fishers = dict(output_fishers(self.model, self.task, names, self.batches, self.divergence))
+        return self._fishers.get(name)
+
     def mean_shifts(self, names: Sequence[str], quantize: Callable[[str, Product], Tensor]) -> dict[str, Tensor]:
         """Module name -> E[q(x)] - E[x] of what meets the columns of its weight, float64 `[groups, columns]` on the CPU.
 

@@ -78,11 +78,11 @@ class PrefixCache:
 
     @torch.no_grad()
     def forward(self, split: str, i: int, inputs: Any, allocation: Allocation) -> Tensor:
-        """The outputs of the split's batch `i`, while `allocation` is swapped into the model."""
-        if self._runs is None:
-            self._runs = self._prepare(inputs)
-        if self._current is None or self._current[0] != split or self._current[1] is not allocation:
-            self._begin(split, allocation, self._runs)
+        """The outputs of the split's batch `i`, while `allocation` is swapped into the model.
+
+        Where something raises to end the pass early, what was computed until then is kept all the same.
+        """
+        self._start(split, inputs, allocation)
         if not self._runs:
             return self.task.forward(self.model, inputs)
         if (split, i) not in self._paths:  # nothing is kept of it yet
@@ -100,12 +100,30 @@ class PrefixCache:
                 handlers |= _replay(run[: known + 1], self._kept[keys[known]].tensor)
             if known < len(run) - 1:
                 handlers |= _catch(run[-1], self._work(run[0], run[-1]), caught, keys[-1])
-        with intercepted(handlers):
-            logits = self.task.forward(self.model, inputs)
-        for key, output in caught.items():
-            if output.is_intact:
-                self._keep(key, output)
-        return logits
+        try:
+            with intercepted(handlers):
+                return self.task.forward(self.model, inputs)
+        finally:
+            for key, output in caught.items():
+                if output.is_intact:
+                    self._keep(key, output)
+
+    @torch.no_grad()
+    def begin(self, split: str, i: int, inputs: Any, allocation: Allocation) -> None:
+        """Find out now what `forward` finds out: for this the model runs on a few samples, and once on the batch."""
+        self._start(split, inputs, allocation)
+        if self._runs and (split, i) not in self._paths:
+            _, self._paths[split, i] = follow(self.model, self.task.forward, inputs, self.space.groups, self._order)
+
+    def clear(self) -> None:
+        """Forget all outputs, as where the model's weights have changed."""
+        self._kept, self._prefixes, self._current, self.n_bytes = {}, {}, None, 0
+
+    def _start(self, split: str, inputs: Any, allocation: Allocation) -> None:
+        if self._runs is None:
+            self._runs = self._prepare(inputs)
+        if self._current is None or self._current[0] != split or self._current[1] is not allocation:
+            self._begin(split, allocation, self._runs)
 
     def _prepare(self, inputs: Any) -> list[list[Call]]:
         """Find the runs, and the work of each group, on a few samples, or on the batch if the model takes no fewer."""

@@ -27,12 +27,19 @@ WEIGHT, BIASES = "mpsearch-weight", "mpsearch-biases"
 
 
 class WeightFiles:
-    """The files in `folder`; `identity` (JSON-able) is all that their contents depend on."""
+    """The files in `folder`; `identity` (JSON-able) is all that their contents depend on.
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        self.folder = folder
+    Weights in a float format are rounded again in less time than a file takes, and have none; with `keeps_floats` they have.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, keeps_floats: bool = False) -> None:
+        self.folder, self.keeps_floats = folder, keeps_floats
         self.identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self._writes, self._warned = True, False
+
+    def derived(self, folder: Path, about: Mapping[str, Any]) -> WeightFiles:
+        """The files of other weights, made of the same model and data, that depend on `about` too: all of them, in `folder`."""
+        return WeightFiles(folder, {"identity": self.identity, **about}, keeps_floats=True)
 
     def read(self, layer: str, name: str, scheme: QuantScheme, shape: tuple[int, ...]) -> QuantizedTensor | None:
         """The layer's weight of `shape` in the scheme called `name`; `None` where no intact file has it."""
@@ -40,11 +47,8 @@ class WeightFiles:
         return None if tensors is None else QuantizedTensor(scheme, shape, tensors)
 
     def write(self, layer: str, name: str, weight: QuantizedTensor) -> None:
-        """Keep the weight, except in a float format, where rounding takes less time than a file.
-
-        Where the folder cannot be written there is one warning.
-        """
-        if weight.scheme.weight_bits < 16:
+        """Keep the weight; where the folder cannot be written there is one warning."""
+        if self.keeps_floats or weight.scheme.weight_bits < 16:
             self._write(WEIGHT, layer, name, weight.tensors)
 
     def read_biases(self, layer: str, name: str) -> dict[str, Tensor] | None:

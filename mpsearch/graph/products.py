@@ -103,6 +103,39 @@ class Product:
                 grouped = columns.reshape(n, self.groups, channels // self.groups * offsets, positions)
                 yield grouped.permute(1, 0, 3, 2).reshape(self.groups, n * positions, -1)
 
+    def patches_at(self, positions: Tensor) -> Tensor:
+        """The rows that the weight is multiplied by at some output positions, which are counted over batch and space.
+
+        Parameters
+        ----------
+        positions
+            int64 `[n]`, from 0 to `count` - 1, on the input's device.
+
+        Returns
+        -------
+        Tensor
+            float32 `[groups, n, columns]`; `ValueError` for a transposed convolution.
+        """
+        if self.transposed:
+            raise ValueError("A transposed convolution does not multiply its weight by patches.")
+        if not self.kernel:
+            return self.input.reshape(-1, self.input.shape[-1])[positions].float()[None]
+        x = F.pad(self.input, [end for pair in reversed(self.padding) for end in pair])
+        n, *places = torch.unravel_index(positions, (len(self.output), *self.output.shape[2:]))
+        n_dims = len(self.kernel)
+        axes: list[Tensor] = []
+        for axis, (place, k, s, d) in enumerate(zip(places, self.kernel, self.stride, self.dilation, strict=True)):
+            offsets = torch.arange(k, device=x.device).reshape(-1, *[1] * (n_dims - 1 - axis)) * d
+            axes.append(place.reshape(-1, *[1] * n_dims) * s + offsets)
+        windows = x.movedim(1, -1)[(n.reshape(-1, *[1] * n_dims), *axes)]  # [n, *kernel, channels]
+        return windows.movedim(-1, 1).reshape(len(positions), self.groups, -1).transpose(0, 1).float()
+
+    def rows_at(self, x: Tensor, positions: Tensor) -> Tensor:
+        """What a tensor shaped like the output holds at some output positions (see `patches_at`): float32 `[n, rows]`."""
+        if not self.kernel:
+            return x.reshape(-1, x.shape[-1])[positions].float()
+        return x.movedim(1, -1)[torch.unravel_index(positions, (len(x), *x.shape[2:]))].float()
+
     def column_means(self, x: Tensor) -> Tensor:
         """The mean of the values that each column of the weight is multiplied by, over batch and output positions.
 

@@ -58,6 +58,7 @@ def search(
     in_flight: int = 4,
     confirm_points: int | None = 12,
     finetune_steps: int | None = None,
+    refiner: Choice | None = "error_propagation",
     fold_batch_norms: bool = True,
     bias_correction: bool = True,
     bank_max_bytes: str | float = "2GB",
@@ -118,6 +119,9 @@ def search(
         allocations. `None`: the whole front.
     finetune_steps : int, optional
         Train each of these points for so many steps, and confirm the trained ones too.
+    refiner : str or Refiner, optional
+        Quantizes the layers of the points to confirm once more, jointly: each towards the float model's outputs, in the presence
+        of the errors of those before it. The refined weights are kept where the loss on the search split becomes lower.
     fold_batch_norms, bias_correction : bool
         Fold batch norms into the layers before them; correct biases for the mean error of the outputs.
     bank_max_bytes, prefix_max_bytes : str or float
@@ -184,6 +188,7 @@ def search(
             training=_training(finetune_steps, prepared, seed),
             mirror=mirror,
             confirm_points=confirm_points,
+            refiner=None if refiner is None else resolve("refiner", refiner),
         )
         return replace(search_run.search(n_trials, n_seeds, max_seconds), keep=kept)
 

@@ -16,6 +16,7 @@ from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.engine.engine import FLOAT
 from mpsearch.evaluation import Confirmed, Evaluation
 from mpsearch.pipeline.evaluators import ConfirmEvaluator
+from mpsearch.pipeline.refine import RefiningEvaluator
 from mpsearch.progress import phase
 from mpsearch.runs.noninferiority import smallest_non_inferior
 from mpsearch.runs.run import Run
@@ -24,7 +25,7 @@ NEIGHBOURS = 2  # points of the front on either side of the expected pick
 
 
 def confirm(
-    evaluate: ConfirmEvaluator,
+    evaluate: ConfirmEvaluator | RefiningEvaluator,
     result: Run,
     n_points: int | None = None,
     scored: Callable[[Callable[[], list[Confirmed]]], None] = lambda compared: None,
@@ -43,7 +44,7 @@ def confirm(
     list of Confirmed
         Points of the front, then uniform allocations, each from small to large.
     """
-    front, uniform = selected(result, n_points), result.uniform
+    front, uniform = selected(result, n_points), result.unrefined.uniform
     points = [*((e, None) for e in front), *((e, scheme) for scheme, e in uniform)]
     order = [*reversed(points[: len(front)]), *reversed(points[len(front) :])]  # as the points are tested for non-inferiority
     with phase("confirm", len(points) + 1) as advance:
@@ -71,6 +72,7 @@ def selected(result: Run, n_points: int | None) -> tuple[Evaluation, ...]:
     that is not inferior by the search split's estimate, with its neighbours, and all that are confirmed already. `None`: the
     whole front.
     """
+    result = result.unrefined  # else what was refined already would decide what is refined next
     front = result.front
     if n_points is None or len(front) <= n_points:
         return front
@@ -95,7 +97,7 @@ def _spread(points: NDArray[np.float64], n: int) -> set[int]:
 
 
 def _compared(
-    evaluate: ConfirmEvaluator,
+    evaluate: ConfirmEvaluator | RefiningEvaluator,
     point: Evaluation,
     scheme: str | None,
     baseline: Evaluation,

@@ -246,16 +246,3 @@ class ConfirmEvaluator(_Evaluator):
             inputs = first_samples(batch, self.latency_batch_size)
             timing = model_latency({"": model}, engine.task.forward, inputs, LATENCY_SECONDS)[""]
         return score, timing
-
-
-@dataclass(frozen=True)
-class Evaluators:
-    """What measures more of a finished run, on either split, with one log."""
-
-    search: SearchEvaluator
-    confirm: ConfirmEvaluator
-
-    @property
-    def log(self) -> EvaluationLog:
-        """All evaluations of the run."""
-        return self.confirm.log

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mpsearch.allocation import SearchSpace
+from mpsearch.allocation import Allocation, SearchSpace
+from mpsearch.engine.engine import QuantEngine
 from mpsearch.engine.weight_files import WeightFiles
 from mpsearch.errors import InputError, run_option
 from mpsearch.evaluation import Evaluation
@@ -20,6 +21,7 @@ from mpsearch.layer import weight_rows, weights_sha256
 from mpsearch.packed.model import Weights
 from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.prepare import IDENTITY, Plan, built_model, check_weights, planned_model
+from mpsearch.pipeline.refine import kept_engine, refined_files
 from mpsearch.pipeline.verify import TooLarge, check_loss, check_size, staging
 from mpsearch.pipeline.workspace import Source, Workspace, recorded_plan
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
@@ -32,6 +34,7 @@ from mpsearch.training.finetune import restored
 logger = logging.getLogger("mpsearch")
 
 Check = Callable[[Exporter, Path, Evaluation], None]
+WeightsOf = Callable[[Allocation], Weights]
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,9 @@ class BankedWeights:
     bias_correction: bool
 
     def quantized(self, layer: str, scheme: str) -> QuantizedTensor:
-        """From the bank; in a float format, which it does not keep, rounded. `InputError` where the bank has none intact."""
+        """From the files; in a float format, where they keep none, rounded. `InputError` where the bank has none intact."""
         target, weight = self.space.schemes[scheme], weight_rows(self.model.get_submodule(layer))
-        if isinstance(target, Float):
+        if isinstance(target, Float) and not self.bank.keeps_floats:
             return RoundToNearest().quantize(weight.float().cpu(), target)
         banked = self.bank.read(layer, scheme, target, tuple(weight.shape))
         if banked is None:
@@ -69,8 +72,8 @@ class BankedWeights:
         return f"{self.bank.folder} has no intact entry for {what}, and the task's data are absent. Restore one of them."
 
 
-def without_data(source: Source, run: Run, folder: Path) -> tuple[BankedWeights, Plan, Check]:
-    """The weights of the run's bank; `InputError` where the model, or how it was equalized, is not what the run recorded."""
+def without_data(source: Source, run: Run, folder: Path) -> tuple[WeightsOf, Plan, Check]:
+    """The weights in the run's folder; `InputError` where the model, or how it was equalized, is not what the run recorded."""
     plan = recorded_plan(run, folder, dict.fromkeys(run.space.schemes, RoundToNearest()))
     original = built_model(source.model, source.seed)
     check_weights(weights_sha256(original), plan)
@@ -80,7 +83,13 @@ def without_data(source: Source, run: Run, folder: Path) -> tuple[BankedWeights,
 
     bank = WeightFiles(folder / "bank", {key: run.identity.get(key) for key in IDENTITY})
     model = planned_model(shared_copy(original), plan)
-    return BankedWeights(model, run.space, bank, run.identity["bias_correction"]), plan, check
+
+    def weights_of(allocation: Allocation) -> BankedWeights:
+        is_refined = allocation in run.refined("search")
+        files = refined_files(bank, run.identity["refiner"], allocation, folder) if is_refined else bank
+        return BankedWeights(model, run.space, files, run.identity["bias_correction"])
+
+    return weights_of, plan, check
 
 
 def export_point(
@@ -105,11 +114,12 @@ def export_point(
     trained = {split: e for split in SCORED if (e := run.finetuned(split).get(picked.allocation)) is not None}
     if finetuned and "search" not in trained:
         raise InputError(f"This point was not trained. Run: mpsearch finetune {run_option(run_folder)} with the same pick.")
-    weights, plan, check = _weights(source, run, run_folder, trained["search"] if finetuned else None)
+    weights_of, plan, check = _opened(source, run, run_folder, trained["search"] if finetuned else None)
     folder = folder / exporter.own_folder
     with staging(folder) as inside:
         while True:
             scores = trained if finetuned else {s: e for s in SCORED if (e := run.on(s).get(picked.allocation)) is not None}
+            weights = weights_of(picked.allocation)
             point = Picked(
                 scores["search"], scores, run.baselines, run.quality_name, plan.model_sha256, plan.folds, plan.equalization
             )
@@ -123,22 +133,26 @@ def export_point(
         return publish(path, folder, owned=bool(exporter.own_folder)), scores["search"]
 
 
-def _weights(
+def _opened(
     source: Source | Callable[[], Workspace], run: Run, folder: Path, trained: Evaluation | None
-) -> tuple[Weights, Plan, Check]:
+) -> tuple[WeightsOf, Plan, Check]:
     if isinstance(source, Source):
         if trained is not None:
             raise InputError("A trained point is exported with the task's data only. Restore them.")
         return without_data(source, run, folder)
     workspace = source()
     engine, prepared = workspace.engine, workspace.prepared
-    if trained is not None:
-        engine = restored(engine, trained.allocation, trained.loss, folder / "finetuned")
+
+    def weights_of(allocation: Allocation) -> QuantEngine:
+        kept = engine
+        if workspace.refiner is not None and allocation in run.refined("search"):
+            kept = kept_engine(engine, workspace.refiner, allocation, folder)
+        return kept if trained is None else restored(kept, allocation, trained.loss, folder / "finetuned")
 
     def check(exporter: Exporter, path: Path, evaluation: Evaluation) -> None:
         check_loss(prepared, engine, exporter, path, evaluation)
 
-    return engine, prepared.plan, check
+    return weights_of, prepared.plan, check
 
 
 def _smaller(picked: Evaluation, run: Run, limits: Mapping[str, Any], error: TooLarge, finetuned: bool) -> Evaluation:

@@ -17,6 +17,7 @@ from mpsearch.errors import InputError, run_option
 from mpsearch.pipeline.confirm import confirm as confirm_front
 from mpsearch.pipeline.finetune import summarized, train_point
 from mpsearch.pipeline.goal import resolved_costs
+from mpsearch.pipeline.refine import start_of_training
 from mpsearch.pipeline.result import Point, Result, grown
 from mpsearch.pipeline.solve import best_within, cheapest_within, solution
 from mpsearch.pipeline.workspace import reopened
@@ -68,13 +69,14 @@ def solve(result: Result, *, budget: Mapping[str, Any] | None = None, max_drop: 
             objective = next((t for t in tables if t.column == run.objectives[0]), None) or Bytes().table(run.space)
             picked = cheapest_within(evaluate.search, run.sensitivity, budgets, objective, max_drop)
         run = replace(run, evaluations=tuple(evaluate.log))
-        evaluate.confirm(picked.allocation, picked.origin)  # also where a cost that is no objective was limited
-        confirmed = confirm_front(evaluate.confirm, run, n_points=0)
-        return Point(grown(result, evaluate.log, workspace, confirmed), picked)
+        evaluate.refined(picked.allocation, picked.origin)  # also where a cost that is no objective was limited
+        confirmed = confirm_front(evaluate.refined, run, n_points=0)
+        new = grown(result, evaluate.log, workspace, confirmed)
+        return Point(new, new.run.on("search")[picked.allocation])
 
 
 def confirm(result: Result, allocations: Sequence[Mapping[str, str]]) -> pd.DataFrame:
-    """Score allocations on the confirm split, packed, and record the evaluations with the run.
+    """Score allocations on the confirm split, packed, as the quantizer stores them, and record the evaluations with the run.
 
     Parameters
     ----------
@@ -136,11 +138,10 @@ def finetune(
     source, allocation = point.result, point.allocation
     workspace = source.workspace
     with reopened(workspace, source.run, source.costs) as evaluate:
-        trained, _, after = train_point(evaluate.confirm, allocation, training, source.folder)
+        before = start_of_training(evaluate.refined, allocation)
+        trained, _, after = train_point(before, allocation, training, source.folder)
         new = grown(source, evaluate.log, workspace, source.confirmed)
-        summary = summarized(
-            trained, epochs, new.run.quality, evaluate.confirm.qualities(allocation), after.qualities(allocation)
-        )
+        summary = summarized(trained, epochs, new.run.quality, before.qualities(allocation), after.qualities(allocation))
     return Point(new, new.run.finetuned("search")[allocation], summary)
 
 

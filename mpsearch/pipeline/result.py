@@ -23,6 +23,7 @@ from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.prepare import Choice, EngineOptions, Model
 from mpsearch.pipeline.workspace import Source, Workspace, recorded_costs
 from mpsearch.quantizers.base import Quantizer
+from mpsearch.refiners.base import Refiner
 from mpsearch.registry import resolve
 from mpsearch.reporting import report, summary, tables
 from mpsearch.reporting.charts import pareto, style
@@ -204,6 +205,7 @@ def load_result(
     schemes: Mapping[str, QuantScheme] | None = None,
     quantizers: Mapping[str, Quantizer] | None = None,
     costs: Mapping[str, Cost] | None = None,
+    refiner: Refiner | None = None,
     device: str = "cpu",
     seed: int = 0,
 ) -> Result:
@@ -216,8 +218,8 @@ def load_result(
     model, task
         Those of the run, to measure more and to export; without a task a point is exported from the run's own weights and its
         loss is not measured again.
-    schemes, quantizers, costs
-        Objects by name, where some are not mpsearch's own.
+    schemes, quantizers, costs, refiner
+        Objects (by name), where some are not mpsearch's own.
     device, seed
         Where evaluations run; the seed of a model that is given as a function.
 
@@ -228,7 +230,7 @@ def load_result(
     """
     folder = Path(folder)
     run = Run.load(folder, schemes)
-    source = None if model is None else Source(model, task, quantizers, EngineOptions(device=device), seed)
+    source = None if model is None else Source(model, task, quantizers, EngineOptions(device=device), seed, refiner)
     return Result(run, folder, source, recorded_costs(run, folder, costs))
 
 

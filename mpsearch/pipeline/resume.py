@@ -18,7 +18,7 @@ from mpsearch import __version__
 from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.engine.engine import FLOAT, QuantEngine
 from mpsearch.errors import InputError
-from mpsearch.evaluation import FINETUNED, Evaluation
+from mpsearch.evaluation import LATER, Evaluation
 from mpsearch.files import read_regular, write_atomically
 from mpsearch.files.strict_json import JsonObject, parse
 from mpsearch.packed.agreement import ERROR_ROUNDING, OUTPUT_ROUNDING, losses_agree
@@ -82,7 +82,7 @@ def check_resumed(engine: QuantEngine, run: RunFolder, known: Sequence[Evaluatio
 def _check_trial(engine: QuantEngine, known: Sequence[Evaluation], changes: str) -> None:
     """Score the first recorded allocation that has a finite loss again."""
     finite = [
-        e for e in known if e.split == "search" and e.allocation and e.origin != FINETUNED and LOSS_FLOOR < e.loss < math.inf
+        e for e in known if e.split == "search" and e.allocation and e.origin not in LATER and LOSS_FLOOR < e.loss < math.inf
     ]
     if not finite:
         return

@@ -20,6 +20,7 @@ from mpsearch.pipeline.goal import Goal
 from mpsearch.pipeline.mirror import Mirror
 from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.prepare import Model, Prepared, planned_engine
+from mpsearch.pipeline.refine import RefiningEvaluator, start_of_training
 from mpsearch.pipeline.result import Result
 from mpsearch.pipeline.resume import check_resumed
 from mpsearch.pipeline.search import search
@@ -27,6 +28,7 @@ from mpsearch.pipeline.sensitivity import measured_sensitivity
 from mpsearch.pipeline.workspace import Workspace
 from mpsearch.progress import phase, quiet
 from mpsearch.quality import Quality
+from mpsearch.refiners.base import Refiner
 from mpsearch.registry import fields_of
 from mpsearch.reporting.report import write_report
 from mpsearch.runs.run import Run, RunFolder
@@ -53,6 +55,7 @@ class SearchRun:
     training: Training | None
     mirror: str | None
     confirm_points: int | None
+    refiner: Refiner | None
 
     def identity(self) -> dict[str, Any]:
         """What identifies the run: that of the prepared model, and what its trials depend on. JSON-able."""
@@ -66,6 +69,7 @@ class SearchRun:
             "max_drop": self.max_drop,
             "costs": [table.column for table in self.goal.other_costs],
             "cost_settings": {name: fields_of(cost) for name, cost in self.goal.costs.items()},
+            **({} if self.refiner is None else {"refiner": fields_of(self.refiner)}),
         }
 
     def search(self, n_trials: int, n_seeds: int, max_seconds: float | None) -> Result:
@@ -94,8 +98,11 @@ class SearchRun:
                     in_flight=self.in_flight,
                     finished=mirror or (lambda evaluation: None),
                 )
-            run, confirmed = self._confirmed(ConfirmEvaluator(*shared, goal.batch_size), sensitivity, identity)
-        return Result(run, self.run.path, Workspace(prepared, engine, self.run.path), goal.costs, confirmed)
+            evaluate = ConfirmEvaluator(*shared, goal.batch_size)
+            refined = evaluate if self.refiner is None else RefiningEvaluator(evaluate, self.refiner, self.run.path)
+            run, confirmed = self._confirmed(refined, log, sensitivity, identity)
+        workspace = Workspace(prepared, engine, self.run.path, self.refiner)
+        return Result(run, self.run.path, workspace, goal.costs, confirmed)
 
     def _known(self, identity: dict[str, Any], quality: Quality) -> tuple[Any, list[Any]]:
         """What an interrupted run has measured; a new folder is marked as this run's."""
@@ -112,11 +119,15 @@ class SearchRun:
         return Mirror(self.mirror, name, self.prepared.space, objectives) if self.mirror else None
 
     def _confirmed(
-        self, evaluate: ConfirmEvaluator, sensitivity: SensitivityTable, identity: dict[str, Any]
+        self,
+        evaluate: ConfirmEvaluator | RefiningEvaluator,
+        log: EvaluationLog,
+        sensitivity: SensitivityTable,
+        identity: dict[str, Any],
     ) -> tuple[Run, list[Confirmed]]:
         def record() -> Run:
             columns = identity["budgets"], identity, identity["objectives"], identity["costs"]
-            return Run(self.prepared.space, identity["quality_name"], tuple(evaluate.log), sensitivity, *columns)
+            return Run(self.prepared.space, identity["quality_name"], tuple(log), sensitivity, *columns)
 
         run = record()
         if not run.front:
@@ -136,6 +147,7 @@ class SearchRun:
             with phase("finetune", len(points)) as advance:
                 for point in points:
                     with quiet():
-                        _, trained, _ = train_point(evaluate, point.allocation, self.training, self.run.path)
+                        start = start_of_training(evaluate, point.allocation)
+                        _, trained, _ = train_point(start, point.allocation, self.training, self.run.path)
                     advance(f"{point.average_bits:.2f} bits: {run.quality.label} {run.quality.text(trained.quality)}")
         return record(), confirmed

@@ -14,10 +14,12 @@ from mpsearch.engine.engine import QuantEngine
 from mpsearch.errors import InputError
 from mpsearch.evaluation import EvaluationLog
 from mpsearch.graph.channel_scaling import FILE, recorded
-from mpsearch.pipeline.evaluators import ConfirmEvaluator, Evaluators, SearchEvaluator
+from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
 from mpsearch.pipeline.prepare import EngineOptions, Model, Plan, Prepared, prepare_planned
+from mpsearch.pipeline.refine import Evaluators, RefiningEvaluator
 from mpsearch.pipeline.resume import check_resumed
 from mpsearch.quantizers.base import Quantizer
+from mpsearch.refiners.base import Refiner
 from mpsearch.registry import recorded as recorded_choice
 from mpsearch.runs.run import Run, RunFolder
 from mpsearch.tasks.base import Task
@@ -25,11 +27,12 @@ from mpsearch.tasks.base import Task
 
 @dataclass(frozen=True)
 class Workspace:
-    """A prepared model, its engine, and the folder of the run."""
+    """A prepared model, its engine, the folder of the run, and how its points are refined."""
 
     prepared: Prepared
     engine: QuantEngine
     folder: Path
+    refiner: Refiner | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Source:
     quantizers: Mapping[str, Quantizer] | None = None
     options: EngineOptions | None = None
     seed: int = 0
+    refiner: Refiner | None = None
 
     def open(self, run: Run, folder: Path) -> Workspace:
         """Prepare the model as the run recorded it; `InputError` where model or data are not those of the run."""
@@ -51,7 +55,8 @@ class Source:
         about = {"seed": self.seed, "name": record["model_name"]}
         prepared = prepare_planned(self.model, self.task, plan, options, record["not_searched"], **about)
         RunFolder(folder).identify(prepared.identity)
-        return Workspace(prepared, prepared.engine(folder), folder)
+        refiner = recorded_refiner(run, self.refiner)
+        return Workspace(prepared, prepared.engine(folder), folder, refiner)
 
 
 def recorded_plan(run: Run, folder: Path, quantizers: Mapping[str, Quantizer] | None) -> Plan:
@@ -64,6 +69,12 @@ def recorded_plan(run: Run, folder: Path, quantizers: Mapping[str, Quantizer] | 
     if quantizers is None:
         quantizers = {scheme: recorded_choice("quantizer", about) for scheme, about in record["quantizers"].items()}
     return Plan(record["model_sha256"], folds, equalization, about, run.space, {s: quantizers[s] for s in run.space.schemes})
+
+
+def recorded_refiner(run: Run, refiner: Refiner | None = None) -> Refiner | None:
+    """How points of a finished run are refined; a `refiner` is needed where that is not mpsearch's own."""
+    about = run.identity.get("refiner")
+    return None if about is None else refiner or recorded_choice("refiner", about)
 
 
 def recorded_costs(run: Run, folder: Path, costs: Mapping[str, Cost] | None = None) -> dict[str, Cost]:
@@ -91,4 +102,6 @@ def reopened(workspace: Workspace, run: Run, costs: Mapping[str, Cost]) -> Itera
         tables = [cost.table(run.space) for cost in costs.values() if cost.column in run.costs]
         budgets = read_budgets(run.budgets, costs, run.space)
         parts = workspace.engine, log, budgets, tables
-        yield Evaluators(SearchEvaluator(*parts), ConfirmEvaluator(*parts, batch_size))
+        confirm = ConfirmEvaluator(*parts, batch_size)
+        refined = confirm if workspace.refiner is None else RefiningEvaluator(confirm, workspace.refiner, workspace.folder)
+        yield Evaluators(SearchEvaluator(*parts), confirm, refined)

@@ -11,11 +11,11 @@ import numpy as np
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.errors import InputError
-from mpsearch.evaluation import FINETUNED, Evaluation
+from mpsearch.evaluation import FINETUNED, REFINED, Evaluation
 from mpsearch.files.csv_rows import CRC, Row
 from mpsearch.quality import Quality
 
-ORIGINS = ("float", "uniform", "knapsack", "sampler", FINETUNED)
+ORIGINS = ("float", "uniform", "knapsack", "sampler", "user", REFINED, FINETUNED)
 SCORED = ("search", "confirm")
 ROUNDING = 1e-6  # of the mean of float32 shares
 

@@ -12,7 +12,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.divergence import SoftmaxKL
 from mpsearch.errors import InputError, run_option
-from mpsearch.evaluation import FINETUNED, Evaluation, SensitivityTable
+from mpsearch.evaluation import FINETUNED, LATER, REFINED, Evaluation, SensitivityTable
 from mpsearch.files import locked, read_regular, write_atomically
 from mpsearch.files.csv_rows import Row, append_row, drop_incomplete_row, read_rows
 from mpsearch.optimize.pareto import non_dominated
@@ -208,12 +208,37 @@ class Run:
         return {split: baseline for split in SCORED if (baseline := self.baseline(split)) is not None}
 
     def on(self, split: str) -> dict[Allocation, Evaluation]:
-        """Allocation -> its (first) evaluation on the split, the float model's and the finetuned ones left out."""
+        """Allocation -> its evaluation on the split with the weights that an export has: refined where they are kept.
+
+        Otherwise it is the first one. The float model's and the finetuned ones are left out.
+        """
         first: dict[Allocation, Evaluation] = {}
         for evaluation in self.evaluations:
-            if evaluation.split == split and evaluation.origin not in ("float", FINETUNED):
+            if evaluation.split == split and evaluation.origin not in ("float", *LATER):
                 first.setdefault(evaluation.allocation, evaluation)
-        return first
+        kept = self.refined("search").keys() if split != "search" else ()
+        refined = self.refined(split)
+        # Where refined weights are kept, no evaluation of others stands for them.
+        return {a: e for a, e in first.items() if a not in kept or a in refined} | refined
+
+    def refined(self, split: str) -> dict[Allocation, Evaluation]:
+        """Allocation -> its evaluation on the split with refined weights, where these are kept.
+
+        They are kept where their loss on the search split is lower than that of the quantizer's weights.
+        """
+        measured = [e for e in self.evaluations if e.origin == REFINED]
+        before: dict[Allocation, float] = {}
+        if measured:
+            for e in self.evaluations:
+                if e.split == "search" and e.origin not in LATER:
+                    before.setdefault(e.allocation, e.loss)
+        kept = {e.allocation for e in measured if e.split == "search" and e.loss < before.get(e.allocation, np.inf)}
+        return {e.allocation: e for e in measured if e.split == split and e.allocation in kept}
+
+    @cached_property
+    def unrefined(self) -> Run:
+        """The run as it was before anything was refined."""
+        return replace(self, evaluations=tuple(e for e in self.evaluations if e.origin != REFINED))
 
     def finetuned(self, split: str) -> dict[Allocation, Evaluation]:
         """Allocation -> its latest evaluation on the split after training."""

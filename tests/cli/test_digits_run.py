@@ -6,8 +6,11 @@ import pandas as pd
 
 
 def test_the_default_run_shows_a_trade_off(mpsearch, tmp_path):
-    """On the confirm split the smallest uniform allocation loses 3 points or more; what is picked beats all uniform ones."""
-    assert mpsearch("search", "n_trials=24", "hydra.run.dir=run")[0] == 0
+    """On the confirm split the smallest uniform allocation loses 3 points or more; what is picked beats all uniform ones.
+
+    Not so after refinement, which regains most of that loss.
+    """
+    assert mpsearch("search", "n_trials=24", "refiner=null", "hydra.run.dir=run")[0] == 0
     assert mpsearch("export", "run=run")[0] == 0
     evaluations, uniform = (pd.read_csv(tmp_path / "run" / f"{name}.csv") for name in ("evaluations", "uniform"))
     confirmed = uniform[uniform.split == "confirm"].sort_values("size_bytes")

@@ -28,7 +28,7 @@ from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.digits import Digits
 
 WORDS = ["scheme=[w2,w4,w8]", "quantizer=round_to_nearest", "metric=weight_mse", "n_trials=20", "budget.bytes=4500"]
-WORDS += ["task=arrays", "task.path=data.npz", "n_seeds=8"]
+WORDS += ["task=arrays", "task.path=data.npz", "n_seeds=8", "refiner=null"]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_an_export_is_scored_again_and_a_damaged_bank_is_quantized_again(run, mp
     # Wrong weights under a right digest: the loss tells, and the earlier export stays.
     result = Run.load(run)
     wrong = object.__new__(WeightFiles)
-    wrong.__dict__.update(folder=run / "bank", identity=_identity(file), _writes=True, _warned=False)
+    wrong.__dict__.update(folder=run / "bank", identity=_identity(file), keeps_floats=False, _writes=True, _warned=False)
     right = wrong.read(layer, scheme, result.space.schemes[scheme], ())
     wrong.write(layer, scheme, replace(right, tensors={**right.tensors, "codes": ~right.tensors["codes"]}))
     code, said = mpsearch(*words)

@@ -31,6 +31,7 @@ REGISTRIES = {
         "tasks",
         "schemes",
         "quantizers",
+        "refiners",
         "equalizers",
         "metrics",
         "costs",

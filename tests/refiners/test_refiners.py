@@ -1,0 +1,256 @@
+"""The contract of the refiners, kept by every one; and what each makes of a network."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mpsearch.allocation import Allocation
+from mpsearch.engine.weight_files import WeightFiles
+from mpsearch.errors import InputError
+from mpsearch.graph.products import observe_products
+from mpsearch.quantizers.clip_search import ClipSearch
+from mpsearch.quantizers.kronecker_descent import KroneckerDescent
+from mpsearch.refiners.base import Refiner
+from mpsearch.refiners.distillation import Distillation
+from mpsearch.refiners.error_propagation import ErrorPropagation
+from mpsearch.refiners.paired import Rows
+from mpsearch.refiners.targets import Regression, Sums, held_out
+from mpsearch.registry import names, resolve
+from mpsearch.schemes.codebook import Codebook
+from mpsearch.schemes.floating import Float
+from mpsearch.schemes.input import IntegerInput
+from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.outliers import Outliers
+from mpsearch.schemes.rotated import Rotated
+from mpsearch.tasks.makers import fidelity_task
+
+STATIC = IntegerInput(8, "static", symmetric=False)
+SCHEMES = {
+    "w3": Integer(3),
+    "w3g4": Integer(3, 4, symmetric=False),
+    "tensor": Integer(4, "tensor"),
+    "nf4": Codebook("nf4", 8),
+    "outliers": Outliers(Integer(3)),
+    "dynamic": Integer(4, input=IntegerInput(8)),
+    "static": Integer(4, input=STATIC),
+    "fp16": Float("float16"),
+}
+LINEAR = {"rotated": Rotated(Integer(3)), "rotated_static": Rotated(Integer(4, input=STATIC))}
+
+
+class Residual(nn.Module):
+    """Tokens [n, 5] -> logits [n, 6]: a tied embedding, two layers with one input, a sum in place, and a layer called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(6, 16), nn.Linear(16, 6, bias=False)
+        self.head.weight = self.embed.weight
+        self.gate, self.up, self.down = nn.Linear(16, 24), nn.Linear(16, 24, bias=False), nn.Linear(24, 16)
+        self.twice = nn.Linear(16, 16)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        x += self.down(torch.sigmoid(self.gate(x)) * self.up(x))
+        return self.head(self.twice(torch.tanh(self.twice(x))).mean(1))
+
+
+@pytest.fixture(params=names("refiner"))
+def refiner(request):
+    found = resolve("refiner", request.param)
+    assert isinstance(found, Refiner)
+    return found
+
+
+def residual_engine(tiny, schemes, quantizer=None):
+    torch.manual_seed(0)
+    tokens = [torch.randint(6, (n, 5)) for n in (40, 40, 40)]
+    return tiny.engine(
+        Residual().eval(),
+        fidelity_task(calibration=tokens[0], search=tokens[1], confirm=tokens[2], batch_size=16),
+        schemes,
+        quantizer=quantizer,
+    )
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, *LINEAR])
+def test_every_kind_of_scheme_keeps_its_bytes_and_the_engine_stays_as_it_was(refiner, scheme, tiny):
+    if scheme in LINEAR:
+        engine = residual_engine(tiny, LINEAR | {"w3": Integer(3)}, KroneckerDescent(n_passes=1))
+    else:
+        engine = tiny.engine(tiny.net(), tiny.task(), SCHEMES, quantizer=KroneckerDescent(n_passes=1))
+    allocation = engine.space.uniform(scheme)
+    before, banked = (
+        tiny.state(engine.model),
+        {la.name: engine.quantized(la.name, scheme) for la in engine.space.layers if allocation[la.group] == scheme},
+    )
+    loss = engine.score(allocation).loss
+    refined = refiner.start(engine)(allocation)
+    tiny.assert_same_state(engine.model, before)
+    for layer in engine.space.layers:
+        name = allocation[layer.group]
+        weight = refined.quantized(layer.name, name)
+        assert weight.scheme == engine.space.schemes[name]
+        weight.scheme.check(weight.tensors, weight.shape)
+        assert 8 * weight.nbytes == weight.scheme.storage_bits(layer.shape)
+        biases = refined.biases(layer.name, name)
+        assert all(getattr(engine.model.get_submodule(module), "bias", None) is not None for module in biases)
+        if layer.name in banked:
+            assert engine.quantized(layer.name, name) is banked[layer.name]
+    assert engine.score(allocation).loss == loss
+    assert refined.score(allocation).loss < 10 * loss + 1e-6
+    again = refiner.start(engine)(allocation)
+    for layer in engine.space.layers:
+        one, two = (e.quantized(layer.name, allocation[layer.group]).tensors for e in (refined, again))
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_the_loss_on_data_that_nothing_has_seen_falls(refiner, trained):
+    refinement = refiner.start(trained)
+    for scheme in ("w2", "w3"):
+        allocation = trained.space.uniform(scheme)
+        assert refinement(allocation).score(allocation, "confirm").loss < 0.7 * trained.score(allocation, "confirm").loss
+
+
+def test_an_interrupted_refinement_is_resumed(refiner, trained, tmp_path, monkeypatch):
+    allocation = trained.space.uniform("w2")
+
+    def files():
+        return WeightFiles(tmp_path, {}).derived(tmp_path / "refined", {"of": "w2"})
+
+    whole = refiner.start(trained)(allocation)
+    calls = []
+    quantize = ClipSearch.quantize
+
+    def counted(self, *args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return quantize(self, *args)
+
+    monkeypatch.setattr(ClipSearch, "quantize", counted)
+    with pytest.raises(KeyboardInterrupt):
+        refiner.start(trained)(allocation, files())
+    resumed = refiner.start(trained)(allocation, files())
+    n_layers = len(trained.space.layers)
+    assert len(calls) == 4 + n_layers - 3, "three layers were written, the fourth was not"
+    read = refiner.start(trained)(allocation, files())
+    assert len(calls) == 4 + n_layers - 3
+    for layer in trained.space.layers:
+        one, two, three = (e.quantized(layer.name, "w2").tensors for e in (whole, resumed, read))
+        assert all(torch.equal(one[key], two[key]) and torch.equal(one[key], three[key]) for key in one)
+        biases = [e.biases(layer.name, "w2") for e in (whole, read)]
+        assert all(torch.equal(biases[0][module], biases[1][module]) for module in biases[0])
+
+
+def test_layers_without_a_product_of_their_own_keep_the_weight_of_the_bank(tiny):
+    engine = residual_engine(tiny, {"w2": Integer(2)})
+    allocation = engine.space.uniform("w2")
+    refined = ErrorPropagation().start(engine)(allocation)
+    same = {
+        layer.name: torch.equal(refined.quantized(layer.name, "w2").dequantize(), engine.quantized(layer.name, "w2").dequantize())
+        for layer in engine.space.layers
+    }
+    assert same["embed"], "two modules own it"
+    assert same["twice"], "it has two products"
+    assert not same["down"]
+
+
+def test_static_ranges_are_those_of_the_quantized_inputs(tiny):
+    engine = tiny.engine(tiny.net(), tiny.task(), {"w2a8": Integer(2, input=IntegerInput(8, "static"))})
+    allocation = engine.space.uniform("w2a8")
+    refined = ErrorPropagation().start(engine)(allocation)
+    largest: list[float] = []
+    with refined.applied(allocation) as model, torch.no_grad():
+        hook = model.last.register_forward_pre_hook(lambda module, args: largest.append(args[0].abs().max().item()), prepend=True)
+        for inputs, _ in refined.batches("calibration"):
+            model(inputs)
+        hook.remove()
+    scale = refined.quantized("last", "w2a8").tensors["input_scale"].item()
+    assert scale == pytest.approx(max(largest) / 127, rel=1e-5)
+    assert scale != engine.quantized("last", "w2a8").tensors["input_scale"].item()
+
+
+def test_errors_of_a_residual_connection_are_made_up_for(tiny):
+    """The added tensor is off by what the copy's layer before it does; the last layer's target holds the difference."""
+    engine = residual_engine(tiny, {"w2": Integer(2), "w8": Integer(8)})
+    allocation = Allocation({**engine.space.uniform("w8"), "embed": "w2"})
+    losses = [
+        ErrorPropagation(residuals=residuals).start(engine)(allocation).score(allocation, "confirm").loss
+        for residuals in (True, False)
+    ]
+    assert losses[0] < 0.9 * losses[1]
+
+
+def random_sums(n, seed, shift=0.0, scale=0.3):
+    """Sums of `n` positions, 5 columns, 3 rows: quantized inputs are mixtures of the float ones and noise."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, n, 5, generator=generator) + 1
+    q = x + scale * torch.randn(1, n, 5, generator=generator) + shift * x.roll(1, 2)
+    residual = torch.randn(n, 3, generator=generator)
+    sums = Sums()
+    sums.add(Rows(x, residual, (n, 3)), Rows(q, residual - 0.1 * q[0, :, :3], (n, 3)))
+    return sums, x[0].double(), q[0].double()
+
+
+def test_the_regression_is_least_squares():
+    weight = torch.randn(1, 3, 5, dtype=torch.float64)
+    sums, x, q = random_sums(200, 0)
+    wanted = x @ weight[0].T + 0.1 * q[:, :3]
+    change = Regression.from_sums(sums, weight, centred=False).change(1e-12)
+    assert torch.allclose((weight + change)[0].T, torch.linalg.lstsq(q, wanted).solution, atol=1e-5)
+    centred = Regression.from_sums(sums, weight, centred=True).change(1e-12)
+    solution = torch.linalg.lstsq(q - q.mean(0), wanted - wanted.mean(0)).solution
+    assert torch.allclose((weight + centred)[0].T, solution, atol=1e-5)
+
+
+def test_held_out_samples_choose_no_step_where_there_is_nothing_to_learn():
+    weight = torch.randn(1, 3, 5, dtype=torch.float64)
+    good = [Regression.from_sums(random_sums(500, seed, shift=0.5)[0], weight, centred=True) for seed in (0, 1)]
+    damping, step = held_out(good, (0.01, 1.0), None)
+    assert (damping, step > 0.9) == (0.01, True)
+    opposed = [
+        good[0],
+        Regression(*(getattr(good[1], name) for name in ("mean", "float_mean", "residual_mean", "hessian")), -good[0].pull),
+    ]
+    assert held_out(opposed, (0.01, 1.0), None)[1] == 0
+    assert held_out(good[:1], (0.01, 1.0), None)[1] == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "groups": 2}, {"padding": "same"}])
+def test_patches_at_positions_are_those_of_all_positions(options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3, **options))
+    seen = []
+    with observe_products(model, ["0"], lambda name, product, output: seen.append(product)):
+        output = model(torch.randn(3, 4, 7, 6))
+    (product,) = seen
+    positions = torch.tensor([0, 5, product.count - 1, 5])
+    whole = torch.cat(list(product.patches()), 1)
+    assert torch.equal(product.patches_at(positions), whole[:, positions])
+    rows = output.movedim(1, -1).reshape(-1, 6)
+    assert torch.equal(product.rows_at(output, positions), rows[positions])
+    assert torch.allclose(
+        F.conv2d(product.input, model[0].weight, None, model[0].stride, model[0].padding, model[0].dilation, model[0].groups)
+        .movedim(1, -1)
+        .reshape(-1, 6)[positions],
+        torch.einsum(
+            "gnc,grc->ngr", product.patches_at(positions), model[0].weight.reshape(product.groups, 6 // product.groups, -1)
+        ).reshape(-1, 6),
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: ErrorPropagation(step=1.5), "step must be from 0 to 1"),
+        (lambda: ErrorPropagation(damping=0.0), "damping must be a number above 0"),
+        (lambda: ErrorPropagation(n_positions=1), "n_positions must be 2 or more"),
+        (lambda: Distillation(learning_rate=-1.0), "learning_rate must be a number above 0"),
+        (lambda: Distillation(n_steps=0), "n_steps"),
+    ],
+)
+def test_settings_are_checked(make, says):
+    with pytest.raises(InputError, match=says):
+        make()
