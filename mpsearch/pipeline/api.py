@@ -145,6 +145,11 @@ def search(
     ------
     InputError
         A model, task, option or folder that cannot be searched; the message says what to change.
+
+    Notes
+    -----
+    Set `OPENBLAS_NUM_THREADS=1` in the environment before NumPy is imported, as the command does: the matrices of the surrogate
+    are small, and on a busy machine OpenBLAS's threads wait for one another many times as long as they compute.
     """
     options = EngineOptions(bias_correction, bank_max_bytes, prefix_max_bytes, device)
     check_integer("in_flight", in_flight)
