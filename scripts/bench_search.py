@@ -11,7 +11,7 @@ from harness import Row, benchmark, ratio_row
 from networks import choice
 from rivals import RIVALS
 from scipy.stats import t
-from search_problems import Synthetic, sensitivity, truth
+from search_problems import Synthetic, folder, sensitivity, truth
 from search_problems import problem as problem_of
 
 from mpsearch.allocation import Allocation
@@ -24,7 +24,7 @@ from mpsearch.pipeline.additive import solution
 from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.pipeline.search import search
 from mpsearch.pipeline.solve import best_within, prediction
-from mpsearch.runs.run import Run
+from mpsearch.runs.run import Run, RunFolder
 from mpsearch.samplers.base import Problem, build_sampler
 from mpsearch.samplers.front import Front
 from mpsearch.samplers.optuna_sampler import distributions
@@ -69,10 +69,13 @@ def searched(name: str, sampler: str, seed: int, total: int) -> tuple[int, Evalu
     table = sensitivity(name, entry.metric or "gauss_newton")
     n_before = int(engine.space.allowed.sum()) if entry.metric == "kl" else 0
     make = RIVALS.get(entry.sampler) or choice("sampler", entry.sampler)
-    made = build_sampler(make, Problem(table, seed=seed))
+    made, run = build_sampler(make, Problem(table, seed=seed)), RunFolder(folder(f"{name}-{sampler}-{seed}-{total}"))
+    known = [] if isinstance(engine, Synthetic) else run.read_evaluations(engine.space, engine.quality)
+    record = [] if isinstance(engine, Synthetic) else [run.recorder(engine.space, engine.quality.name, ())]
     start = time.perf_counter()
-    log = search(SearchEvaluator(engine), made, n_trials=total - n_before, n_seeds=entry.n_seeds, in_flight=4)
-    return n_before, log, time.perf_counter() - start - sum(e.seconds for e in log)
+    evaluate = SearchEvaluator(engine, EvaluationLog(known, *record))
+    log = search(evaluate, made, n_trials=total - n_before, n_seeds=entry.n_seeds, in_flight=4)
+    return n_before, log, time.perf_counter() - start - sum(e.seconds for e in log[len(known) :])
 
 
 def front_of(name: str, log: EvaluationLog) -> tuple[Evaluation, ...]:

@@ -3,17 +3,19 @@
 import functools
 import gzip
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import REPORTS
+from harness import PARTIAL, REPORTS, git_commit
 from networks import choice, load, quantize_all
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.engine.engine import QuantEngine
 from mpsearch.evaluation import Score, SensitivityTable
 from mpsearch.layer import LayerGroup, LayerSpec
-from mpsearch.pipeline.sensitivity import measure_sensitivity
+from mpsearch.pipeline.sensitivity import measured_sensitivity
+from mpsearch.runs.run import RunFolder
 from mpsearch.schemes.integer import Integer
 
 SPLITS: dict[str, dict[str, Any]] = {"stories260k": {"n_confirm": 192}}  # where a task's default takes long
@@ -77,7 +79,17 @@ def problem(name: str) -> QuantEngine | Synthetic:
 def sensitivity(name: str, metric: str) -> SensitivityTable:
     """Of a problem, by a metric of the registry; of a synthetic one always its own."""
     engine = problem(name)
-    return engine.sensitivity() if isinstance(engine, Synthetic) else measure_sensitivity(engine, choice("metric", metric))
+    if isinstance(engine, Synthetic):
+        return engine.sensitivity()
+    run, made = RunFolder(folder(f"{name}-{metric}")), choice("metric", metric)
+    return measured_sensitivity(engine, made, run, run.read_sensitivity(engine.space, made.name))
+
+
+def folder(name: str) -> Path:
+    """Where this commit keeps what an interrupted benchmark of searches has measured."""
+    path = PARTIAL / f"search-{git_commit()}" / name
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def truth() -> tuple[np.ndarray, np.ndarray]:
