@@ -9,7 +9,8 @@ Naujoks 2006; the cost is known, so it is a sum of expected improvements over th
 - exchanges, which raise one group and lower another;
 - mixtures of two adjacent points of the front;
 
-and, in a second round, the moves from the best of these.
+and, in a second round, the moves from the best of these. Every eighth trial is proposed by Optuna's TPE, which knows nothing of
+sensitivities and so depends on no assumption about them.
 
 HAWQ-V3, ModelOpt and AIMET stop at the additive allocation. EvoPress (Sieberling et al. 2024,
 https://arxiv.org/abs/2410.14649) and AMQ evaluate proposals and iterate, with ten thousand evaluations; the prior of
@@ -19,6 +20,7 @@ sensitivities and Gauss-Newton features needs about fifty.
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +33,10 @@ from mpsearch.optimize.surrogate import MAX_FITTED, Surrogate
 from mpsearch.samplers.base import Choice, Floats
 from mpsearch.samplers.proposer import History, Proposer
 
+if TYPE_CHECKING:
+    from mpsearch.samplers.optuna_sampler import TPEProposals
+
+TPE_EVERY = 8  # trials
 GROWTH = 1.4  # the variances are chosen again when there are so many times the evaluations
 POOL = 2e9  # multiplications that may be spent on predicting a pool of candidates
 MIN_CANDIDATES, MAX_CANDIDATES = 96, 400
@@ -46,9 +52,13 @@ class Front(Proposer):
 
     many_costs = True
     _variances: tuple[int, Floats] | None = None
+    _tpe: TPEProposals | None = None
 
     def choose(self, history: History, rng: np.random.Generator) -> Choice:
-        """The candidate of largest expected hypervolume improvement."""
+        """The candidate of largest expected hypervolume improvement; every `TPE_EVERY`-th trial is what Optuna's TPE proposes."""
+        done = np.flatnonzero(history.measured[: int(np.argmax(np.append(history.running, True)))])
+        if len(history.sizes) % TPE_EVERY == 0 and len(done):
+            return self._from_tpe(history.choices[done], history.log_losses[done], int(rng.integers(2**31)))
         surrogate = self._fitted(history)
         log_losses = history.log_losses.copy()
         if history.running.any():
@@ -61,6 +71,18 @@ class Front(Proposer):
         moves = [self._moves(center, surrogate.table(center), steps, n // (2 * len(best)), rng) for center in best]
         best = self._best(np.concatenate([best, *moves]), front, surrogate, 1)
         return best[0] if len(best) else self.smallest()
+
+    def _from_tpe(self, choices: Choice, log_losses: Floats, seed: int) -> Choice:
+        """What TPE proposes after trials of `choices` `[n, n_groups]` with `log_losses` `[n]`."""
+        if self._tpe is None:
+            from mpsearch.samplers.optuna_sampler import TPEProposals  # Optuna is imported where it is used
+
+            self._tpe = TPEProposals(self.space.names, self.space.choices)
+        even = self.even[np.arange(len(self.even)), choices].sum(1)  # whichever mixture is weighed now
+        params = [dict(self.space.allocation(choice)) for choice in choices]
+        proposed = self._tpe.propose(params, np.stack([log_losses, even], axis=1).tolist(), seed)
+        index = {name: i for i, name in enumerate(self.space.scheme_names)}
+        return np.array([index[proposed[name]] for name in self.space.names], dtype=np.intp)
 
     def _fitted(self, history: History) -> Surrogate:
         """The surrogate of the measured trials; its variances are chosen again at the numbers of trials of `_schedule`."""

@@ -7,6 +7,7 @@ never leave its first generation. Here the repaired allocation is what Optuna st
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -80,6 +81,26 @@ class OptunaSampler(Sampler):
         """Optuna's parameters of scheme indices."""
         space = self.problem.space
         return {name: space.scheme_names[i] for name, i in zip(space.names, choice, strict=True)}
+
+
+class TPEProposals:
+    """Proposals of Optuna's TPE from any history of trials, without hidden state: for samplers that resume from recorded trials.
+
+    `groups` and `choices` are those of a search space.
+    """
+
+    def __init__(self, groups: Sequence[str], choices: Sequence[Sequence[str]]) -> None:
+        self._distributions = distributions(groups, choices)
+        self._trials: list[FrozenTrial] = []
+
+    def propose(self, params: Sequence[dict[str, Any]], values: Sequence[Sequence[float]], seed: int) -> dict[str, Any]:
+        """Parameters that TPE proposes after trials with `params` and `values`, which begin with those of the call before."""
+        for known, measured in list(zip(params, values, strict=True))[len(self._trials) :]:
+            self._trials.append(optuna.create_trial(params=known, distributions=self._distributions, values=list(measured)))
+        sampler = _seeded(functools.partial(optuna.samplers.TPESampler, multivariate=True, n_startup_trials=0), seed)
+        study = optuna.create_study(directions=["minimize"] * len(values[0]), sampler=sampler)
+        study.add_trials(self._trials)
+        return study.ask(self._distributions).params
 
 
 class _Repaired(BaseSampler):

@@ -21,6 +21,8 @@ from mpsearch.optimize.pareto import hypervolume
 from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.pipeline.search import search
 from mpsearch.samplers.base import Problem, build_sampler, check_sampler
+from mpsearch.samplers.front import TPE_EVERY
+from mpsearch.samplers.optuna_sampler import TPEProposals
 from mpsearch.samplers.proposer import History
 from mpsearch.schemes.integer import Integer
 
@@ -225,3 +227,20 @@ def test_a_broken_network_counts_as_the_worst_that_was_measured(problem):
     sampler.choose = lambda history, rng: seen.append(history) or sampler.smallest()
     sampler.ask()
     assert np.exp(seen[0].log_losses[:4]) == pytest.approx([0.5, 40.0, 40.0, 0.01])
+
+
+def test_every_eighth_trial_is_proposed_by_optuna(problem, monkeypatch):
+    """And without hidden state: a new object says the same of the same trials."""
+    calls, propose = [], TPEProposals.propose
+
+    def spy(self, params, values, seed):
+        proposed = propose(self, params, values, seed)
+        calls.append((len(params), proposed))
+        assert propose(TPEProposals(problem[0].space.names, problem[0].space.choices), params, values, seed) == proposed
+        return proposed
+
+    monkeypatch.setattr(TPEProposals, "propose", spy)
+    asked = trials(run(problem, "front"))
+    n_seeds = sum(e.origin != "sampler" for e in asked)
+    assert [n for n, _ in calls] == [n for n in range(TPE_EVERY, 40, TPE_EVERY) if n >= n_seeds]
+    assert [dict(asked[n].allocation) for n, _ in calls] == [proposed for _, proposed in calls]
