@@ -20,11 +20,11 @@ from mpsearch.tasks.makers import classification
 
 SMALLEST, LARGEST = 1e-5, 0.05  # of the measured losses that count: below is rounding, above the loss is not quadratic
 WITHIN = (0.8, 1.25)
-SCHEMES = {"minilm": ("w3", "w4", "w6")}
+SCHEMES = {"minilm": ("w3", "w4")}
 SPLITS = {
     "resnet20": {"n_calibration": 500, "n_search": 500},
-    "stories260k": {"n_calibration": 32, "n_search": 32, "n_confirm": 8, "window": 128},
-    "minilm": {"n_calibration": 100, "n_search": 80, "n_confirm": 50, "batch_size": 10},
+    "stories260k": {"n_calibration": 32, "n_search": 32, "n_confirm": 8, "window": 64},
+    "minilm": {"n_calibration": 100, "n_search": 50, "n_confirm": 50, "batch_size": 10},
 }
 
 

@@ -1,7 +1,7 @@
 """Which file the samples of a split come from, and which of them: the files that the user names, and shares of one file.
 
-A task with files takes `calibration_data`, `search_data` and `confirm_data`: a file for that split, `None` for the task's own.
-Splits from one file share it and no sample is in two of them.
+A task with files takes `calibration_data`, `search_data` and `confirm_data`: a file (of texts also a folder) for that split,
+`None` for the task's own. Splits from one file share it and no sample is in two of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def named_file(split: str, given: str | Path | None, folder: Path) -> Path | Non
     if given is None:
         return None
     paths = [Path(given).expanduser(), folder / given]
-    path = next((path for path in paths if path.is_file()), None)
+    path = next((path for path in paths if path.exists()), None)
     if path is None:
         looked = " and ".join(map(str, dict.fromkeys(paths)))
         raise InputError(f"There is no data file for the {split} split: looked for {looked}. Set task.{split}_data to a file.")

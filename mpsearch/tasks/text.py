@@ -14,6 +14,7 @@ from mpsearch.errors import InputError
 from mpsearch.tasks.base import Task
 from mpsearch.tasks.language import Language
 from mpsearch.tasks.records import TABLES, decoded, load_tokenizer, read_columns
+from mpsearch.tasks.sources import named_files, read_once
 
 SUFFIXES = (".txt", ".md", *TABLES)
 PARAGRAPH = re.compile(r"\n[ \t]*\n")
@@ -39,6 +40,8 @@ class Text(Language):
         Windows that run at a time.
     field
         The field of a record that holds its text.
+    calibration_data, search_data, confirm_data
+        Another file or folder for this split; it may serve several.
 
     Raises
     ------
@@ -57,17 +60,31 @@ class Text(Language):
         seed: int = 0,
         batch_size: int = 4,
         field: str = "text",
+        calibration_data: str | Path | None = None,
+        search_data: str | Path | None = None,
+        confirm_data: str | Path | None = None,
     ) -> None:
         source = Path(path).expanduser()
-        texts = list(read_texts(source, field))
         encode = partial(load_tokenizer(tokenizer, "task=text"), verbose=False)
-        if len(texts) == 1:
-            ids = _joined([encode(part, add_special_tokens=False)["input_ids"] for part in _paragraphs(texts[0])], window)
-        else:
-            ids = [np.array(encode(text)["input_ids"], dtype=np.int64) for text in texts]
-        sizes = (n_calibration, n_search, n_confirm)
+
+        def read(path: Path) -> list[np.ndarray]:
+            texts = list(read_texts(path, field))
+            if len(texts) == 1:
+                return _joined([encode(part, add_special_tokens=False)["input_ids"] for part in _paragraphs(texts[0])], window)
+            return [ids for ids in (np.array(encode(text)["input_ids"], dtype=np.int64) for text in texts) if len(ids)]
+
+        files = named_files((calibration_data, search_data, confirm_data), source)
+        texts = read_once(files, read)
         super().__init__(
-            [text for text in ids if len(text)], *sizes, window=window, seed=seed, batch_size=batch_size, source=source.name
+            [],
+            n_calibration,
+            n_search,
+            n_confirm,
+            window=window,
+            seed=seed,
+            batch_size=batch_size,
+            source=" and ".join(file.name for file in texts),
+            named={split: texts[file] for split, file in files.items()},
         )
 
     def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:

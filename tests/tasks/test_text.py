@@ -100,3 +100,15 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, tokenizer):
     refused("There is no folder", path, tmp_path / "nowhere")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     refused("has no tokenizer that transformers can load: .* set task.tokenizer to the folder that has it", path, tmp_path)
+
+
+def test_each_split_is_dealt_out_of_the_file_that_is_named_for_it(tmp_path, tokenizer):
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name} {text}"}) for text in texts()))
+    task = Text(tmp_path / "train.jsonl", tokenizer, **SIZES, search_data="val.jsonl", confirm_data=tmp_path / "val.jsonl")
+    decode = transformers.AutoTokenizer.from_pretrained(tokenizer).decode
+    first = {split: decode(tokens[1:5].tolist()) for split, tokens in ids(task).items()}
+    assert first == {"calibration": "trai", "search": "val ", "confirm": "val "}
+    assert ids(task)["search"].tolist() != ids(task)["confirm"].tolist()
+    with pytest.raises(InputError, match="no data file for the search split"):
+        Text(tmp_path / "train.jsonl", tokenizer, **SIZES, search_data="none.jsonl")
