@@ -18,7 +18,7 @@ from mpsearch.pipeline.sensitivity import measured_sensitivity
 from mpsearch.runs.run import RunFolder
 from mpsearch.schemes.integer import Integer
 
-SPLITS: dict[str, dict[str, Any]] = {"stories260k": {"n_confirm": 192}}  # where a task's default takes long
+SPLITS: dict[str, dict[str, Any]] = {"stories260k": {"n_confirm": 96}}  # where a task's default takes long
 TRUTH = REPORTS / "bench_search" / "digits.csv.gz"
 WIDTHS = (2, 3, 4, 6, 8)  # the default schemes
 

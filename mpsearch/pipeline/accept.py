@@ -5,8 +5,12 @@ better than the additive solution, which needs no trial. So samplers are told th
 (`Evaluation.proposal_loss`). When all trials are done, each proposal that is not dominated on that half is compared with the
 additive solution of the same costs on the other half, sample by sample, by a one-sided paired t test. Those that are better
 after Holm's correction for the number of tests are accepted, and the front consists of accepted evaluations alone: a point of it
-is the additive solution, a uniform allocation, or better than the former. The chance that any point of a run is accepted although
-it is not better on such data is at most `LEVEL`. What holds on the search data holds elsewhere only if they are like it.
+is the additive solution, a uniform allocation, or better than the former.
+
+The chance that anything is accepted that is not better on such data is about `LEVEL`: as far as Student's t holds for mean losses
+of skewed samples. The sensitivities, of which reference and proposals are made, have seen both halves. A run that is resumed with
+more trials looks once more, and what was accepted before stays. What holds on the search data holds elsewhere only if they are
+like it: of samples that the network was trained on that is not sure.
 """
 
 from __future__ import annotations
