@@ -103,19 +103,23 @@ def random_half(n: int) -> NDArray[np.bool_]:
 
 
 def smaller_p_value(values: ArrayLike, reference: ArrayLike) -> float:
-    """One-sided p-value of Student's paired t test that `values` `[n]` have a smaller mean than `reference` `[n]`.
+    """One-sided p-value of a paired t test that `values` `[n]` have a smaller mean than `reference` `[n]`.
 
-    1 where nothing can be said: fewer than two samples, or a value that is not finite.
+    Where few of the differences are large and positive, most means are below the true one, and Student's test is wrong too often:
+    at a level of 0.0025 in 2 to 7 % of cases for 100 log-normal values. The statistic is therefore corrected for such a skewness
+    (Johnson 1978, Journal of the American Statistical Association 73, 536-544), which makes that 0.5 to 1 %; one for the other
+    sign, which would favour `values`, is not made. 1 where nothing can be said: of fewer than two samples, or of infinite values.
     """
     differences = np.asarray(values, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
     n = len(differences)
     if n < 2 or not np.isfinite(differences).all():
         return 1.0
-    error = float(differences.std(ddof=1)) / math.sqrt(n)
-    mean = float(differences.mean())
-    if error == 0:
+    variance, mean = float(differences.var(ddof=1)), float(differences.mean())
+    if variance == 0:
         return 0.0 if mean < 0 else 1.0
-    return float(stdtr(n - 1, mean / error))
+    skew = max(float(((differences - mean) ** 3).mean()), 0.0)
+    corrected = mean + skew / (6 * n * variance) + skew * mean**2 / (3 * variance**2)
+    return float(stdtr(n - 1, corrected * math.sqrt(n / variance)))
 
 
 def holm(p_values: ArrayLike, level: float) -> NDArray[np.bool_]:

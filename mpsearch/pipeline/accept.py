@@ -3,14 +3,14 @@
 A search measures many allocations on few samples, and the best of them is partly the luckiest: on other data such a front is no
 better than the additive solution, which needs no trial. So samplers are told the loss of one half of the search samples
 (`Evaluation.proposal_loss`). When all trials are done, each proposal that is not dominated on that half is compared with the
-additive solution of the same costs on the other half, sample by sample, by a one-sided paired t test. Those that are better
-after Holm's correction for the number of tests are accepted, and the front consists of accepted evaluations alone: a point of it
-is the additive solution, a uniform allocation, or better than the former.
+additive solution of the same costs on the other half, sample by sample, by a one-sided paired test (`smaller_p_value`). Those
+that are better after Holm's correction for the number of tests are accepted, and the front consists of accepted evaluations
+alone: a point of it is the additive solution, a uniform allocation, or better than the former.
 
-The chance that anything is accepted that is not better on such data is about `LEVEL`: as far as Student's t holds for mean losses
-of skewed samples. The sensitivities, of which reference and proposals are made, have seen both halves. A run that is resumed with
-more trials looks once more, and what was accepted before stays. What holds on the search data holds elsewhere only if they are
-like it: of samples that the network was trained on that is not sure.
+The chance that anything is accepted that is not better on such data is about `LEVEL`, more for very skewed samples. The
+sensitivities, of which reference and proposals are made, have seen both halves. A run that is resumed with more trials looks
+once more, and what was accepted before stays. What holds on the search data holds elsewhere only if they are like it: of
+samples that the network was trained on that is not sure.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mpsearch.pipeline.additive import solution
 from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.samplers.base import Problem
 
-LEVEL = 0.05
+LEVEL = 0.02
 MOST_TESTED = 20  # proposals: each needs an evaluation of its reference, and shares the level with the others
 
 
