@@ -251,7 +251,7 @@ class Run:
         Accepted are the uniform allocations, additive solutions, and the proposals that have been shown to be better than the
         additive solution of their costs (`mpsearch.pipeline.accept`).
         """
-        accepted = {e.allocation for e in self.evaluations if e.split == "search" and e.accepted}
+        accepted = {e.allocation for e in self.evaluations if e.split == "search" and e.accepted and e.origin not in LATER}
         measured = [e for a, e in self.on("search").items() if a in accepted and e.feasible and np.isfinite(e.loss)]
         points = [[*(e.cost(column) for column in self.objectives), e.loss] for e in measured]
         keep = non_dominated(np.array(points).reshape(-1, 1 + len(self.objectives)))
