@@ -69,3 +69,17 @@ def test_a_worker_shows_nothing(written):
     with progress.quiet(), progress.phase("search", 1) as advance:
         advance("note")
     assert written.getvalue() == ""
+
+
+def test_the_time_left_follows_the_work_of_each_step(written, monkeypatch):
+    clock = iter([0.0, 61.0, 61.0, 61.0, 70.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.phase("quantize", 3, work=[6.0, 2.0, 4.0]) as advance:
+        advance()
+    assert written.getvalue().splitlines()[0] == "quantize: 1/3 in 61.0 s, 61 s left"
+
+
+def test_a_sentence_is_said_once(written):
+    for _ in range(2):
+        progress.say_once("A sentence of test_progress.")
+    assert written.getvalue() == "A sentence of test_progress.\n"

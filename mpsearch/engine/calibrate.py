@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mpsearch import kernels
 from mpsearch.divergence import Divergence
+from mpsearch.engine.fisher_blocks import fisher_blocks, say_if_in_blocks
 from mpsearch.errors import InputError, check_memory
 from mpsearch.graph.products import Product, observe_products
 from mpsearch.graph.surgery import cloned_inputs, hooked
@@ -150,8 +151,8 @@ class Calibration:
         names = [name for each in wanted for name in self._readers(each)]
         self._hessians = dict.fromkeys(names) | hessians(self.model, self.task, names, self.batches)
         if self.with_fishers:
-            fits = [la for la in wanted if fisher_bytes(self.model.get_submodule(la.name)) <= self.hessian_max_bytes]
-            names = [name for each in fits for name in self._readers(each)]
+            for each in wanted:
+                say_if_in_blocks(each.name, each.shape[0] // getattr(self.model.get_submodule(each.name), "groups", 1))
             with self.own_inputs():
                 self._fishers = output_fishers(self.model, self.task, names, self.batches, self.divergence)
 
@@ -238,6 +239,7 @@ def output_fishers(
 ) -> dict[str, Tensor]:
     """Module name -> E[g g^T] of the gradient g at its output, float32 `[groups, rows, rows]` on the CPU, rows of a group.
 
+    Of a group of more than `fisher_blocks.MOST_ROWS` rows the blocks on the diagonal alone, `[groups * blocks, rows, rows]`.
     The mean over output positions, for the modules of which a product is seen and reaches the loss: the divergence's
     `drawn_loss`, by one backward pass per batch. In addition to the result, a batch's outputs and gradients are in memory.
     """
@@ -258,7 +260,8 @@ def output_fishers(
             for (name, product, _), gradient in zip(seen, gradients, strict=True):
                 if gradient is not None:
                     rows = gradient.reshape(product.output.shape).movedim(1 if product.kernel else -1, -1)
-                    grouped = rows.reshape(-1, product.groups, product.rows // product.groups).transpose(0, 1)
+                    n_blocks = product.groups * fisher_blocks(product.rows // product.groups)
+                    grouped = rows.reshape(-1, n_blocks, product.rows // n_blocks).transpose(0, 1)
                     sums.add(name, grouped.transpose(1, 2) @ grouped, grouped.shape[1])
             seen.clear()
             advance("")
@@ -274,7 +277,8 @@ def hessian_bytes(module: Any) -> int:
 def fisher_bytes(module: Any) -> int:
     """The bytes of the matrices that `output_fishers` returns for a module."""
     groups = getattr(module, "groups", 1)
-    return 4 * groups * (rows_shape(module)[0] // groups) ** 2
+    rows = rows_shape(module)[0] // groups
+    return 4 * groups * rows**2 // fisher_blocks(rows)
 
 
 class _Sums:

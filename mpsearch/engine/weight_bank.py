@@ -123,6 +123,14 @@ class WeightBank:
         except InputError as error:
             raise InputError(f"Layer '{layer.name}' in scheme '{scheme}': {error}") from error
 
+    def work(self, layer: str, scheme: str) -> float:
+        """About how many multiplications `quantized` takes; 0 where the weight is known."""
+        if (layer, scheme) in self._weights:
+            return 0.0
+        module: Any = self.model.get_submodule(layer)
+        rows, k = len(weight_rows(module)), getattr(module, "groups", 1)
+        return self.quantizers[scheme].work(rows // k, self._layers[layer].numel // rows, k)
+
     def _moments(self, layer: LayerSpec, with_hessian: bool) -> InputMoments | None:
         """The layer's moments, the same object from one scheme to the next: what was derived from them is not derived again."""
         key = layer.name, with_hessian

@@ -86,13 +86,20 @@ class MeasuredMetric(SensitivityMetric):
 
 
 def quantize_groups(engine: QuantEngine, pairs: Sequence[Pair]) -> None:
-    """Quantize the layers of all (group, scheme) in a phase of its own, for metrics that then use all of them per batch."""
+    """Quantize the layers of all (group, scheme) in a phase of its own, for metrics that then use all of them per batch.
+
+    All schemes of a layer follow one another, so that they share what they can. The time left is estimated from the work that
+    quantizers expect.
+    """
     layers = layers_by_group(engine)
-    with phase("quantize", len(pairs)) as advance:
-        for group, scheme in pairs:
-            for layer in layers[group]:
-                engine.quantized(layer.name, scheme)
-            advance(f"{group} at {scheme}")
+    steps = list(
+        dict.fromkeys((layer, scheme) for name in dict(pairs) for layer in layers[name] for g, scheme in pairs if g == name)
+    )
+    work = [engine.bank.work(layer.name, scheme) for layer, scheme in steps]
+    with phase("quantize", len(steps), work=work) as advance:
+        for layer, scheme in steps:
+            engine.quantized(layer.name, scheme)
+            advance(f"{layer.name} at {scheme}")
 
 
 def layers_by_group(engine: QuantEngine) -> dict[str, tuple[LayerSpec, ...]]:

@@ -119,6 +119,10 @@ class Quantizer(ABC):
     needs_hessian: ClassVar[bool] = False
     needs_fisher: ClassVar[bool] = False
 
+    def work(self, rows: int, columns: int, k: int = 1) -> float:
+        """About how many multiplications a layer of k groups `[rows, columns]` takes, for estimates of the time left."""
+        return 100.0 * k * rows * columns
+
     @abstractmethod
     def codes(self, matrix: Tensor, scheme: Any, group_size: int, importance: Tensor | None) -> Codes:
         """Codes, scales and zero points of a matrix.

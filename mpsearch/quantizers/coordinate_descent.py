@@ -35,6 +35,10 @@ class CoordinateDescent(GPTQ):
         super().__post_init__()
         check_integer("n_sweeps", self.n_sweeps, hint=" For none, use quantizer=gptq.")
 
+    def work(self, rows: int, columns: int, k: int = 1) -> float:
+        """In addition, the sweeps and the fits of the scales."""
+        return super().work(rows, columns, k) + 3.0 * self.n_sweeps * k * rows * columns**2
+
     def _solve(self, problem: RoundingProblem, scales: Tensor) -> tuple[Tensor, Tensor]:
         """The codes and scales with the least error of all sweeps, for each row by itself."""
         codes, scales = super()._solve(problem, scales)

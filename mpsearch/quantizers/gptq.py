@@ -50,6 +50,10 @@ class GPTQ(ClipSearch):
         if not 0 < self.damping <= 1:
             raise InputError(f"damping, a share of the Hessian's diagonal, must be above 0 and at most 1; got {self.damping}.")
 
+    def work(self, rows: int, columns: int, k: int = 1) -> float:
+        """In addition, rounding with feedback, and factoring the Hessian."""
+        return super().work(rows, columns, k) + k * columns**2 * (rows + columns)
+
     def _algorithm(self, moments: InputMoments) -> FindCodes:
         if moments.hessian is None:
             return super()._algorithm(moments)

@@ -21,7 +21,7 @@ from mpsearch import kernels
 from mpsearch.errors import InputError
 from mpsearch.quantizers.base import CodedScheme, Codes, InputMoments
 from mpsearch.quantizers.coordinate_descent import CoordinateDescent
-from mpsearch.quantizers.gptq import damped_by, triangular_feedback
+from mpsearch.quantizers.gptq import GPTQ, damped_by, triangular_feedback
 from mpsearch.quantizers.grids import Integers, RoundingProblem
 from mpsearch.schemes.base import FindCodes
 from mpsearch.schemes.codebook import Codebook
@@ -58,6 +58,10 @@ class KroneckerDescent(CoordinateDescent):
                 f"n_passes must be 1 or more and output_damping above 0; got {self.n_passes} and {self.output_damping:g}. For no "
                 "pass, use quantizer=coordinate_descent."
             )
+
+    def work(self, rows: int, columns: int, k: int = 1) -> float:
+        """Passes over rows and columns in place of sweeps over columns."""
+        return GPTQ.work(self, rows, columns, k) + self.n_passes * k * rows * columns * (rows + 2.0 * columns)
 
     def _algorithm(self, moments: InputMoments) -> FindCodes:
         if moments.hessian is None or moments.fisher is None or moments.fisher.shape[1] == 1:

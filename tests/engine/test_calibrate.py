@@ -7,12 +7,14 @@ from torch import nn
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.divergence import SoftmaxKL
+from mpsearch.engine import fisher_blocks
 from mpsearch.engine.calibrate import calibrate, fisher_bytes, hessian_bytes, hessians, output_fishers
 from mpsearch.engine.engine import QuantEngine
 from mpsearch.engine.scoring import load_batches
 from mpsearch.errors import InputError
 from mpsearch.graph.trace import trace_layers
 from mpsearch.layer import weight_rows
+from mpsearch.quantizers.base import InputMoments
 from mpsearch.quantizers.clip_search import ClipSearch
 from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.quantizers.gptq import GPTQ
@@ -402,6 +404,27 @@ def test_the_fisher_information_of_outputs_is_that_of_their_gradients(conv, monk
         rows = rows.reshape(len(rows), k, -1).transpose(0, 1)
         assert torch.allclose(found[name], rows.transpose(1, 2) @ rows / rows.shape[1], atol=1e-7)
         assert fisher_bytes(model.get_submodule(name)) == found[name].nbytes
+
+
+def test_an_output_fisher_of_many_rows_is_its_blocks(monkeypatch, capsys):
+    task, _ = task_of((6,))
+    model = nn.Sequential(nn.Linear(6, 12)).eval()
+    batches = load_batches(task, "calibration", "cpu")
+    whole = output_fishers(model, task, ["0"], batches, SoftmaxKL())["0"]
+    monkeypatch.setattr(fisher_blocks, "MOST_ROWS", 11)
+    monkeypatch.setattr(fisher_blocks, "BLOCK_ROWS", 5)
+    blocks = output_fishers(model, task, ["0"], batches, SoftmaxKL())["0"]
+    assert fisher_bytes(model[0]) == blocks.nbytes
+    for i, block in enumerate(blocks):
+        assert torch.allclose(block, whole[0, 4 * i : 4 * i + 4, 4 * i : 4 * i + 4], atol=1e-7)
+    given = InputMoments(torch.zeros(1, 6), torch.ones(1, 6), hessian=torch.eye(6)[None], fisher=blocks)
+    quantized = KroneckerDescent().quantize(model[0].weight.detach(), Integer(3), given)
+    assert len(blocks) == 3
+    assert (quantized.dequantize() - model[0].weight).abs().max() < 0.2
+    for _ in range(2):
+        fisher_blocks.say_if_in_blocks("head", 49152)
+    assert capsys.readouterr().err.count("The output Fisher of layer 'head' would take 9.7 GB: ") == 1
+    assert fisher_blocks.fisher_blocks(13) == 13  # a prime number
 
 
 def test_a_model_without_gradients_is_quantized_without(tiny):
