@@ -25,6 +25,7 @@ from mpsearch.pipeline.result import Result, load_result, redrawn, written
 from mpsearch.reporting.charts.latency import draw_latency
 from mpsearch.reporting.charts.sensitivity import draw_sensitivity
 from mpsearch.runs.run import RunFolder
+from mpsearch.runtimes.base import Runtime
 
 Settings = Mapping[str, Any]
 Build = Callable[..., Any]
@@ -157,12 +158,19 @@ def export(settings: Settings, build: Build, folder: Path) -> None:
     absent = _absent_data(settings)
     result = _loaded(settings, build, folder, with_data=absent is None)
     picked = pick(result.run, **limits)
-    path, point = written(result, picked, build("exporter"), finetuned=settings["finetuned"], limits=limits)
+    path, point = written(result, picked, _exporter(settings, build), finetuned=settings["finetuned"], limits=limits)
     if absent is not None:
         print(f"{absent} does not exist: the digests of what was written were checked, its loss was not measured again")
     result, _, _ = redrawn(folder, lambda run: pick(run, point=point.allocation.id), lambda: result)
     print_summary(result.run, point, None, limits.get("max_drop"))
     print(relative(path))
+
+
+def _exporter(settings: Settings, build: Build) -> Any:
+    """The exporter that was asked for, or the one whose files the run's runtime opens."""
+    if settings.get("exporter"):
+        return build("exporter")
+    return build("runtime").exporter if settings.get("runtime") else Runtime.exporter
 
 
 def _prepared(settings: Settings, build: Build) -> dict[str, Any]:

@@ -25,11 +25,14 @@ class Runtime(ABC):
         A phrase for what it runs.
     shared
         Patterns (`mpsearch.graph.sharing`) of layers that it runs as one.
+    exporter
+        The exporter whose files it opens.
     """
 
     name: ClassVar[str]
     what: ClassVar[str]
     shared: ClassVar[tuple[str, ...]] = ()
+    exporter: ClassVar[str] = "native"
 
     @abstractmethod
     def runs(self, layer: LayerSpec, scheme: QuantScheme) -> bool:

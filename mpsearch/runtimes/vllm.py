@@ -30,6 +30,7 @@ class VLLM(Runtime):
         "Linear layers at 4 or 8 bits, symmetric, per row or in whole groups of 32, 64 or 128, at 8 bits with 8-bit inputs, "
         "in E4M3 with per-row or per-tensor float32 scales, also with E4M3 inputs, or in MXFP4"
     )
+    exporter = "compressed_tensors"
     shared = ("*.q_proj|*.k_proj|*.v_proj", "*.gate_proj|*.up_proj", "*.experts.**")
 
     def runs(self, layer: LayerSpec, scheme: QuantScheme) -> bool:

@@ -45,6 +45,21 @@ def test_from_a_folder_to_an_exported_allocation(folder):
 
 
 @pytest.mark.slow
+def test_a_run_for_vllm_ends_in_a_folder_that_transformers_opens(folder):
+    pytest.importorskip("compressed_tensors")
+    words = ["model=hf", "model.path=./my-model", "task=text", "task.path=my.txt", "task.window=32", "runtime=vllm"]
+    small = ["scheme=[w4,w8,fp16]", "quantizer=gptq", "n_trials=6", "n_seeds=3", "confirm.n_points=2", "hydra.run.dir=vllm"]
+    for command in (["search", *words, *small], ["export", "run=vllm", "pick.bits=12"]):
+        status, said = run(folder, *command)
+        assert status == 0, said
+    assert "vllm/compressed_tensors/config.json" in said
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "vllm" / "compressed_tensors")
+    assert "quantization_config" in model.config.to_dict()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "vllm" / "compressed_tensors")
+    assert model(**tokenizer("Paragraph", return_tensors="pt")).logits.isfinite().all()
+
+
+@pytest.mark.slow
 def test_mistakes_are_one_sentence(folder):
     task = ["task=text", "task.path=my.txt"]
     for words, sentence in [
