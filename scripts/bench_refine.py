@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,30 +84,14 @@ def ratio_interval(losses: np.ndarray, rival: np.ndarray) -> tuple[float, float]
     return float(low), float(high)
 
 
-@benchmark(
-    "refine",
-    network=tuple(SPLITS),
-    bits=(2.25, 2.5, 3.0, 4.0),
-    quick={"network": ("digits",), "bits": (2.5,)},
-    chart={"x": "bits", "y": "kl_ratio", "line": "method", "panel": "network", "log": ""},
-)
-def refine(network: str, bits: float) -> Iterator[Row]:
-    """Refiners on one allocation of `bits` per weight, the exact additive solution of diagonal Fisher sensitivities.
-
-    `kl` is measured on the confirm split, on which nothing is chosen, of the same allocation and bytes throughout; `kl_ratio` and
-    its 95 % interval (a bootstrap of the samples) compare it with the allocation as `kronecker_descent` quantizes it, `ratio` is
-    its inverse, `over_gptq` compares it with GPTQ as its authors run it: layer after layer, on the inputs that quantized layers
-    make (Frantar et al. 2023). `GPTAQ` (Li et al. 2025) regresses on them; `full step` and `half step` (QEP: Arai and Ichikawa
-    2025) do with the default quantizer; `held out` chooses damping and step for each layer on samples that neither was fitted to;
-    `residuals` makes up for the errors that a residual connection brings, too, which is the default, `error_propagation`;
-    `distillation` then trains codes, scales and biases by the KL of the outputs and takes the result with the lowest loss on the
-    search split. Processor seconds are those of the refinement, quantizing again included.
-    """
+def compared(network: str, bits: float, methods: Sequence[str]) -> Iterator[Row]:
+    """A row for each method, on one allocation of `bits` per weight: the exact additive solution of the sensitivities."""
     engine, losses = network_of(network)
     space = engine.space
     allocation = space.allocation(solve(losses, space.storage_bits, bits * space.numel))
     measured: dict[str, tuple[np.ndarray, float]] = {}
-    for name, method in METHODS.items():
+    for name in methods:
+        method = METHODS[name]
         base = engine if method.quantizer == "kronecker_descent" else with_quantizer(engine, method.quantizer)
         start = time.process_time()
         refined = base if method.refiner is None else method.refiner.start(base)(allocation)
@@ -120,3 +104,44 @@ def refine(network: str, bits: float) -> Iterator[Row]:
         row = {"case": name, "method": name, "value": kl, "unit": "nats", "rival": RIVALS[0], "rival_value": other}
         row |= {"ratio": other / kl, "kl": kl, "kl_ratio": kl / other, "low": low, "high": high}
         yield {"what": "KL", **row, "over_gptq": kl / float(gptq.mean()), "cpu_seconds": seconds}
+
+
+CHART = {"x": "bits", "y": "kl_ratio", "line": "method", "panel": "network", "log": ""}
+
+
+@benchmark(
+    "refine",
+    network=tuple(SPLITS),
+    bits=(2.25, 2.5, 3.0, 4.0),
+    quick={"network": ("digits",), "bits": (2.5,)},
+    chart=CHART,
+)
+def refine(network: str, bits: float) -> Iterator[Row]:
+    """The default refiner on the exact additive solution of diagonal Fisher sensitivities at `bits` per weight.
+
+    `kl` is measured on the confirm split, on which nothing is chosen, of the same allocation and bytes throughout; `kl_ratio` and
+    its 95 % interval (a bootstrap of the samples) compare it with the allocation as `kronecker_descent` quantizes it, `ratio` is
+    its inverse, `over_gptq` compares it with GPTQ as its authors run it: layer after layer, on the inputs that quantized layers
+    make (Frantar et al. 2023). Processor seconds are those of the refinement, quantizing again included. A search keeps refined
+    weights only where their loss on the search split is lower; here they count in any case.
+    """
+    yield from compared(network, bits, (*RIVALS, "held out, residuals"))
+
+
+@benchmark(
+    "refine_methods",
+    network=("digits", "resnet20", "stories260k"),
+    bits=(2.5,),
+    quick={"network": ("digits",)},
+    chart=CHART | {"x": "network", "panel": "what"},
+)
+def refine_methods(network: str, bits: float) -> Iterator[Row]:
+    """Refiners on the same allocations; see bench_refine for the columns.
+
+    `GPTAQ` (Li et al. 2025) regresses on the quantized inputs; `full step` and `half step` (QEP: Arai and Ichikawa 2025) do so
+    with the default quantizer; `held out` chooses damping and step for each layer on samples that neither was fitted to;
+    `residuals` makes up for the errors that a residual connection brings, too, which is the default, `error_propagation`;
+    `distillation` then trains codes, scales and biases by the KL of the outputs, and takes the result with the lowest loss on the
+    search split.
+    """
+    yield from compared(network, bits, tuple(METHODS))

@@ -20,7 +20,7 @@ import harness  # noqa: E402
 REGISTRY = bench.registered()
 NEED_DATA = ("rotation_stories260k", "rotation_minilm", "bit_operations", "coverage_texts")
 SLOW = ("equalizers", "executors", "finetune", "formats", "matmul", "matmul_calls", "prefix", "quantizers", "resnet20_metrics")
-SLOW += ("metric_accuracy", "search", "search_samplers", "solve")
+SLOW += ("metric_accuracy", "refine_methods", "search", "search_samplers", "solve")
 MARKED = [
     pytest.param(name, marks=[pytest.mark.data] * (name in NEED_DATA) + [pytest.mark.slow] * (name in SLOW + NEED_DATA))
     for name in REGISTRY
