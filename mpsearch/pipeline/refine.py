@@ -18,6 +18,7 @@ from mpsearch.engine.engine import QuantEngine
 from mpsearch.engine.weight_files import WeightFiles
 from mpsearch.evaluation import REFINED, Evaluation, EvaluationLog
 from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
+from mpsearch.progress import quiet
 from mpsearch.refiners.base import Refinement, Refiner
 from mpsearch.registry import fields_of
 
@@ -77,7 +78,8 @@ class RefiningEvaluator:
                 self._refinement = self.refiner.start(self.evaluate.engine)
             files = self.evaluate.engine.bank.files
             about = self.refiner, allocation, self.folder
-            engine = self._refinement(allocation, None if files is None else refined_files(files, *about))
+            with quiet():  # a step of the phase in which points are confirmed
+                engine = self._refinement(allocation, None if files is None else refined_files(files, *about))
             parts = self.evaluate.budgets, self.evaluate.costs, self.evaluate.latency_batch_size
             log = EvaluationLog(record=self.evaluate.log.append)  # an empty one: that of the run has the unrefined evaluations
             self._last = allocation, ConfirmEvaluator(engine, log, *parts)

@@ -113,7 +113,7 @@ def my_pkg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "def nothing(): return 'nothing'\n"
         "def bug(): raise RuntimeError('a bug')\n"
         "def no_file(): raise FileNotFoundError('no such weights')\n"
-        "def picky(n=1):\n    if n < 0: raise InputError(f'n is 0 or more; {n} came.')\n    return n\n"
+        "def picky(n=1):\n    if n < 0: raise InputError(f'n must be 0 or more; got {n}.')\n    return n\n"
     )
     monkeypatch.delitem(sys.modules, "my_pkg", raising=False)
     return path
@@ -265,7 +265,7 @@ def test_a_mistake_in_a_process_of_a_launcher_is_told(launcher: str, tmp_path: P
         [sys.executable, *words, "n_trials=3", "n_seeds=0"], capture_output=True, text=True, cwd=tmp_path, env=environment
     )
     assert ended.returncode == 2
-    assert "mpsearch: seed must be a whole number, 0 or more; '-1' came." in ended.stderr
+    assert "mpsearch: seed must be an integer of at least 0; got -1." in ended.stderr
     (folder,) = (tmp_path / "reports").iterdir()
     assert (folder / "0" / "report.md").exists()
     assert not (folder / "1").exists()
@@ -335,7 +335,7 @@ class TestBuild:
             ),
             (["model._target_=my_pkg.nothing", "+model.x=3"], "model has no argument 'x'."),
             (["model._target_=my_pkg.no_file"], "model (my_pkg.no_file) cannot be built: no such weights"),
-            (["model._target_=my_pkg.picky", "+model.n=-1"], "mpsearch: n is 0 or more; -1 came."),
+            (["model._target_=my_pkg.picky", "+model.n=-1"], "mpsearch: n must be 0 or more; got -1."),
             (["~model"], "model must be given"),
         ],
     )
