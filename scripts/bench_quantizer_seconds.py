@@ -23,7 +23,7 @@ Matrices = tuple[Tensor, Tensor, Tensor]  # weight, Hessian, output Fisher
 @functools.cache
 def smollm2() -> dict[str, Matrices]:
     """The layers of `LAYERS` with the matrices of the calibration data."""
-    calibration = load("smollm2", ("w3",), "round_to_nearest").bank.calibration
+    calibration = load("smollm2", ("w3",), "round_to_nearest", n_calibration=4).bank.calibration
     names = {end: la.name for la in calibration.layers for end in LAYERS.values() if BLOCK in la.name and la.name.endswith(end)}
     model, task, batches = calibration.model, calibration.task, calibration.batches
     inputs = hessians(model, task, list(names.values()), batches)
@@ -71,7 +71,7 @@ def multiply_seconds(rows: int, columns: int, n_passes: int) -> float:
     "quantizer_seconds",
     size=(*LAYERS, "4096x4096"),
     scheme=("w3", "w3g64"),
-    threads=(2,),
+    threads=(1, 2),
     n=(3,),
     quick={"size": ("64x96",), "scheme": ("w3",), "threads": (1,), "n": (1,)},
 )
