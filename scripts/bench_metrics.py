@@ -1,12 +1,13 @@
 """How well sensitivity metrics predict the loss that is measured."""
 
 import functools
+import importlib.util
 import time
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from harness import Row, benchmark
+from harness import Row, UnavailableError, benchmark
 from networks import choice, load, quantize_all
 from scipy.stats import kendalltau
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ SMALLEST, LARGEST = 1e-5, 0.05  # of the measured losses that count: below is ro
 WITHIN = (0.8, 1.25)
 SCHEMES = {"minilm": ("w3", "w4")}
 SPLITS = {
-    "resnet20": {"n_calibration": 500, "n_search": 500},
+    "resnet20": {"n_calibration": 500, "n_search": 1000},
     "stories260k": {"n_calibration": 32, "n_search": 32, "n_confirm": 8, "window": 64},
     "minilm": {"n_calibration": 100, "n_search": 50, "n_confirm": 50, "batch_size": 10},
 }
@@ -83,16 +84,19 @@ def losses(network: str) -> tuple[np.ndarray, float]:
     "metric_accuracy",
     network=("digits", "resnet20", "stories260k", "minilm", "sequence_first"),
     metric=("gauss_newton", "fisher"),
-    code=("today",),
-    quick={"network": ("digits",), "metric": ("gauss_newton",)},
+    code=("today", "before"),
+    quick={"network": ("digits",), "metric": ("gauss_newton",), "code": ("today",)},
 )
 def accuracy(network: str, metric: str, code: str) -> Iterator[Row]:
     """Predicted over measured loss (KL divergence on the search data) of each layer and scheme.
 
     The median ratio, and the share of the ratios within 0.8 to 1.25, are of the pairs whose measured loss is between 1e-5 and
     0.05; Kendall's tau is of all pairs, and the mean over schemes of the layers' within a scheme. The cost is in processor
-    seconds, against measuring the losses. `code` is a label: this script was also run with the package of an earlier commit.
+    seconds, against measuring the losses. "before" is the package of ac21e31, where features were squared position by position;
+    it is measured where that commit's `mpsearch` is the one that is imported.
     """
+    if (code == "today") == (importlib.util.find_spec("mpsearch.metrics.samples") is None):
+        raise UnavailableError(f"the package is not that of {code}")
     engine = engine_of(network)
     quantize_all(engine)
     measured, seconds = losses(network)
