@@ -545,9 +545,11 @@ class TestRun:
             "max_quality": None,
             "point": None,
         }
-        assert door.last.settings["exporter"]["_target_"].startswith("mpsearch.exporters.")
+        assert "exporter" not in door.last.settings, "the run's runtime says"
         assert (door.last.settings["device"], door.last.settings["seed"]) == ("cuda", 3)
         assert saved(run) == before
+        assert door("export", "run=reports/a", "exporter=packed").code == 0
+        assert door.last.settings["exporter"] == {"_target_": "mpsearch.exporters.packed.Packed"}
         assert "Did you mean 'pick.max_bytes'" in door("export", "run=reports/a", "max_bytes=1").err
         assert [path.name for path in (tmp_path / "reports").iterdir()] == ["a"]
 
