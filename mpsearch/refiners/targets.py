@@ -77,11 +77,18 @@ class Regression:
         return cls(mean, float_mean, residual_mean, hessian, weight @ (cross - hessian) + residual_cross)
 
     def change(self, damping: float) -> Tensor:
-        """V - W, float64 `[k, rows / k, columns]`; d is `damping` times the mean of H's diagonal (1 where that is 0)."""
+        """V - W, float64 `[k, rows / k, columns]`; d is `damping` times the mean of H's diagonal (1 where that is 0).
+
+        Where H, of few positions, is not positive definite with d, ten times d is tried; V is W where even 1e6 times it is not.
+        """
         diagonal = self.hessian.diagonal(dim1=1, dim2=2)
         mean = diagonal.mean(1, keepdim=True)
-        damped = self.hessian + torch.diag_embed((damping * torch.where(mean > 0, mean, 1.0)).expand_as(diagonal))
-        return torch.cholesky_solve(self.pull.transpose(1, 2), torch.linalg.cholesky(damped)).transpose(1, 2)
+        d = torch.diag_embed((damping * torch.where(mean > 0, mean, 1.0)).expand_as(diagonal))
+        for power in range(7):
+            factor, info = torch.linalg.cholesky_ex(self.hessian + 10.0**power * d)
+            if not info.any():
+                return torch.cholesky_solve(self.pull.transpose(1, 2), factor).transpose(1, 2)
+        return torch.zeros_like(self.pull)
 
 
 def held_out(

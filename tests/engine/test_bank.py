@@ -135,7 +135,7 @@ def test_a_run_that_goes_on_and_its_export_quantize_nothing(mpsearch, monkeypatc
         assert mpsearch(*words)[0] == 0
         return len(called)
 
-    first = ["scheme=[w2,w8]", "quantizer=coordinate_descent", "n_seeds=3", "hydra.run.dir=run"]
+    first = ["scheme=[w2,w8]", "quantizer=coordinate_descent", "refiner=null", "n_seeds=3", "hydra.run.dir=run"]
     assert quantized("search", *first, "n_trials=6") == 20
     assert quantized("search", "run=run", "n_trials=9") == 0
     assert quantized("solve", "run=run", "budget.bits=5") == 0

@@ -254,3 +254,15 @@ def test_patches_at_positions_are_those_of_all_positions(options):
 def test_settings_are_checked(make, says):
     with pytest.raises(InputError, match=says):
         make()
+
+
+def test_a_hessian_of_few_positions_is_damped_more():
+    """Centred sums of few positions have eigenvalues below 0 by rounding."""
+    basis = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    values = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, -0.05], dtype=torch.float64)
+    hessian, zeros = (basis * values @ basis.T)[None], torch.zeros(1, 6, dtype=torch.float64)
+    pull = torch.ones(1, 2, 6, dtype=torch.float64)
+    regression = Regression(zeros, zeros, zeros[:, :2], hessian, pull)
+    damped = hessian + 0.1 * hessian.diagonal(dim1=1, dim2=2).mean() * torch.eye(6, dtype=torch.float64)
+    assert torch.allclose(regression.change(0.01), pull @ torch.linalg.inv(damped))
+    assert not Regression(zeros, zeros, zeros[:, :2], torch.full_like(hessian, torch.nan), pull).change(0.01).any()
