@@ -20,6 +20,13 @@ def check_range(name: str, value: int, least: int, most: int | None = None) -> N
         raise InputError(f"{name} must be {least} {'or more' if most is None else f'to {most}'}; got {value}.")
 
 
+def check_column_groups(column_groups: Tensor, n_groups: int) -> None:
+    """Raise `InputError` unless every column belongs to one of the groups."""
+    first, last = (int(column_groups.min()), int(column_groups.max())) if len(column_groups) else (0, -1)
+    if first < 0 or last >= n_groups:
+        raise InputError(f"column_groups must be 0 to {n_groups - 1} for {n_groups} groups; got {first} to {last}.")
+
+
 def check_tensor(
     name: str,
     tensor: Tensor | None,

@@ -9,7 +9,7 @@ from mpsearch.errors import InputError
 from mpsearch.kernels import reference_feedback
 from mpsearch.kernels.arguments import FeedbackArguments, addresses
 from mpsearch.kernels.backends import backend_of, run
-from mpsearch.kernels.checks import check_range, checked
+from mpsearch.kernels.checks import check_column_groups, check_range, checked
 
 
 def round_with_feedback(
@@ -65,9 +65,7 @@ def round_with_feedback(
     fixed = checked("fixed", fixed, torch.bool, (rows, columns), device)
     if n_matrices == 0 or rows % n_matrices:
         raise InputError(f"feedback must be [k, {columns}, {columns}] with {rows} rows a multiple of k; got k={n_matrices}.")
-    first, last = (int(column_groups.min()), int(column_groups.max())) if columns else (0, -1)
-    if first < 0 or last >= n_groups:
-        raise InputError(f"column_groups must be 0 to {n_groups - 1} for {n_groups} groups; got {first} to {last}.")
+    check_column_groups(column_groups, n_groups)
     inputs = weight, feedback, scales, zero_points, column_groups, bits, errors, fixed
     backend = backend_of(weight, on_cuda=False)
     return reference_feedback.round_with_feedback(*inputs) if backend == "reference" else _compiled(backend, *inputs)

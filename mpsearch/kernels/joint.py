@@ -9,7 +9,7 @@ from mpsearch.errors import InputError
 from mpsearch.kernels import reference_joint
 from mpsearch.kernels.arguments import JointArguments, addresses
 from mpsearch.kernels.backends import backend_of, run
-from mpsearch.kernels.checks import SCALE_DTYPES, check_range, checked
+from mpsearch.kernels.checks import SCALE_DTYPES, check_column_groups, check_range, checked
 
 
 def round_jointly(
@@ -73,9 +73,7 @@ def round_jointly(
     codes = checked("codes", codes, torch.uint8, (rows, columns), device)
     fixed = checked("fixed", fixed, torch.bool, (rows, columns), device)
     column_weights = checked("column_weights", column_weights, torch.float32, (columns,), device)
-    first, last = (int(column_groups.min()), int(column_groups.max())) if columns else (0, -1)
-    if first < 0 or last >= n_groups:
-        raise InputError(f"column_groups must be 0 to {n_groups - 1} for {n_groups} groups; got {first} to {last}.")
+    check_column_groups(column_groups, n_groups)
     if codes is None and (n_passes > 1 or n_fits):
         raise InputError(f"Without codes there is one pass and no fit; got n_passes={n_passes}, n_fits={n_fits}. Give codes.")
     if n_fits and (column_weights is None or bool((column_groups.diff() < 0).any())):

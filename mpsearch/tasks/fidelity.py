@@ -61,16 +61,7 @@ class Fidelity(FidelityTask):
         for split, index in draw_splits(n, sizes, seed, source.name).items():
             parts = (index[begin : begin + batch_size] for begin in range(0, len(index), batch_size))
             splits[split] = [_inputs({name: array[part] for name, array in arrays.items()}, positional) for part in parts]
-        super().__init__(
-            splits,
-            labelled=False,
-            metric=None,
-            quality_name=None,
-            quality_kind=None,
-            batch_size=batch_size,
-            divergence=loss,
-            per_token=False,
-        )
+        super().__init__(splits, labelled=False, divergence=loss)
 
     def forward(self, model: nn.Module, inputs: Any) -> Tensor:
         """The outputs `[n, columns]`."""

@@ -95,7 +95,7 @@ class Language(StoredTask):
 
     def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Logits [windows * window, vocabulary]."""
-        return model(inputs).flatten(0, 1)
+        return super().forward(model, inputs).flatten(0, 1)
 
     def quality(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each token in nats, float32 [windows * window]; NaN and what is larger count `MOST_NATS`."""

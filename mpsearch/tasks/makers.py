@@ -123,12 +123,12 @@ class DataTask(StoredTask):
         splits: Mapping[str, Any],
         *,
         labelled: bool,
-        metric: Metric | None,
-        quality_name: str | None,
-        quality_kind: str | None,
-        batch_size: int,
-        divergence: str | Divergence | None,
-        per_token: bool,
+        metric: Metric | None = None,
+        quality_name: str | None = None,
+        quality_kind: str | None = None,
+        batch_size: int = 250,
+        divergence: str | Divergence | None = None,
+        per_token: bool = False,
     ) -> None:
         self._metric, self.divergence, self.per_token = metric, divergence, per_token
         pairs = {split: read_batches(data, split, batch_size, labelled) for split, data in splits.items()}

@@ -8,10 +8,8 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor, nn
 
 from mpsearch.errors import InputError
-from mpsearch.tasks.base import Task
 from mpsearch.tasks.language import Language
 from mpsearch.tasks.records import TABLES, decoded, load_tokenizer, read_columns
 from mpsearch.tasks.sources import named_files, read_once
@@ -86,11 +84,6 @@ class Text(Language):
             source=" and ".join(file.name for file in texts),
             named={split: texts[file] for split, file in files.items()},
         )
-
-    def forward(self, model: nn.Module, inputs: Tensor) -> Tensor:
-        """Logits `[windows * window, vocabulary]`."""
-        logits = Task.forward(self, model, inputs)
-        return logits.flatten(0, 1)
 
 
 def read_texts(path: Path, field: str = "text") -> Iterator[str]:

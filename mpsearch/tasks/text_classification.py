@@ -66,16 +66,7 @@ class TextClassification(DataTask):
             ]
             for split, index in draw_splits(len(table), sizes, seed, source.name).items()
         }
-        super().__init__(
-            splits,
-            labelled=True,
-            metric=None,
-            quality_name=None,
-            quality_kind=None,
-            batch_size=batch_size,
-            divergence="softmax_kl",
-            per_token=False,
-        )
+        super().__init__(splits, labelled=True, divergence="softmax_kl")
 
 
 def class_numbers(labels: np.ndarray, folder: Path, source: Path) -> Tensor:
