@@ -50,6 +50,9 @@ class Exporter(ABC):
 
     own_folder: ClassVar[str] = ""
 
+    def check(self, model: nn.Module) -> None:  # noqa: B027
+        """Raise `InputError` for a float model that cannot be written, before a search whose runtime names this exporter."""
+
     @abstractmethod
     def export(self, picked: Picked, engine: Weights, folder: Path) -> Path:
         """Write the files and return the path of the one that names all others, which is written last.

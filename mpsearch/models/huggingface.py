@@ -52,7 +52,9 @@ def huggingface(path: str | Path, head: str | None = None) -> nn.Module:
         if not folder.is_file():
             raise InputError(f"There is no GGUF file {folder}.")
         loader = getattr(transformers, HEADS[head or "causal_lm"])
-        return _loaded(loader, folder.parent, gguf_file=folder.name, **options)
+        model: Any = _loaded(loader, folder.parent, gguf_file=folder.name, **options)
+        model.name_or_path = str(folder)  # the file, which an exporter reads again, and not the folder that it is in
+        return model
     check_folder(folder)
     if not list(folder.glob("*.safetensors")):
         pickles = sorted(file.name for file in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))

@@ -9,7 +9,6 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +185,7 @@ def prepare(
     quantizers = {scheme: resolve("quantizer", choice) for scheme, choice in by_scheme.items()}
     target = resolve("runtime", runtime if runtime is not None else "mpsearch")
     original, copy, sha256 = _float_model(model, task, options.device, seed)
+    resolve("exporter", target.exporter).check(copy)
     calibration, logits = _connect(copy, task, options.device)
     inputs = calibration[0][0]
     _expose_projections(copy, task, inputs, logits)
@@ -265,18 +265,12 @@ def resolved_schemes(schemes: Mapping[str, Choice] | Sequence[str]) -> dict[str,
     return {name: resolve("scheme", scheme, f"scheme.{name}") for name, scheme in schemes.items()}
 
 
-@contextmanager
-def _seeded(seed: int) -> Any:
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
-        torch.manual_seed(seed)
-        yield
-
-
 def built_model(model: Model, seed: int) -> Any:
     """The model itself, or what the function returns, from the seed's random numbers."""
     if isinstance(model, nn.Module) or not callable(model):
         return model
-    with _seeded(seed):
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
+        torch.manual_seed(seed)
         return model()
 
 

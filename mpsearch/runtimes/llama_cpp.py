@@ -25,6 +25,7 @@ class LlamaCpp(Runtime):
         "Linear layers and embeddings at 4, 5 or 8 bits, symmetric, with a float16 scale per 32 weights, or in MXFP4, in rows "
         "of whole groups"
     )
+    exporter = "gguf"
     shared = tuple(f"*.experts.**.{name}" for name in ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"))
 
     def runs(self, layer: LayerSpec, scheme: QuantScheme) -> bool:
