@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mpsearch.exporters.allocation_file import load_allocation
     from mpsearch.layer import LayerSpec
     from mpsearch.pipeline.api import hardware, search, sensitivity
-    from mpsearch.pipeline.finished import confirm, finetune, report, solve
+    from mpsearch.pipeline.finished import confirm, finetune, report, solve, verify
     from mpsearch.pipeline.result import Point, Result, load_result
     from mpsearch.tasks.base import Task
     from mpsearch.tasks.makers import classification, fidelity_task
@@ -26,7 +26,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     **dict.fromkeys(("hardware", "search", "sensitivity"), "pipeline.api"),
-    **dict.fromkeys(("confirm", "finetune", "report", "solve"), "pipeline.finished"),
+    **dict.fromkeys(("confirm", "finetune", "report", "solve", "verify"), "pipeline.finished"),
     **dict.fromkeys(("classification", "fidelity_task"), "tasks.makers"),
     **dict.fromkeys(("Result", "Point", "load_result"), "pipeline.result"),
     **dict.fromkeys(("Allocation", "SearchSpace"), "allocation"),
@@ -59,6 +59,7 @@ __all__ = [
     "search",
     "sensitivity",
     "solve",
+    "verify",
 ]
 
 

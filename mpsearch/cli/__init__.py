@@ -38,6 +38,7 @@ COMMANDS = {
     "finetune": "train a point of a finished run as it is stored (quantization-aware), and score it again",
     "report": "draw the tables, figures and page of a run again",
     "export": "write a point of a run's front to a file for another runtime",
+    "verify": "open an exported point in its runtime, and measure it there",
 }
 SAVING = ("search", "sensitivity", "hardware")  # make a run, whose config is saved
 USAGE = f"""\

@@ -19,7 +19,16 @@ from mpsearch.errors import InputError
 from mpsearch.registry import must_be_given
 
 # What may differ from the saved config when a run is resumed; anything else would change what its trials mean.
-RESUMABLE = ("n_trials", "max_seconds", "device", "executor", "study.mirror", "confirm.n_points", "confirm.finetune_steps")
+RESUMABLE = (
+    "n_trials",
+    "max_seconds",
+    "device",
+    "executor",
+    "study.mirror",
+    "confirm.n_points",
+    "confirm.finetune_steps",
+    "confirm.verify",
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ def prepare(command: str, words: list[str]) -> Arguments:
         else:
             overrides.append(word)
     is_sweep = any(word == "-m" or (len(word) > 3 and "--multirun".startswith(word)) for word in words)
-    if is_sweep and (run or command in ("solve", "finetune", "report", "export")):
+    if is_sweep and (run or command in ("solve", "finetune", "report", "export", "verify")):
         raise InputError("run= names one run, and --multirun starts many. Leave one of them out.")
     if run is None:
         return Arguments([*overrides, *flags], own_code=True)  # Hydra's parser knows no flag among the overrides

@@ -21,9 +21,11 @@ from mpsearch.packed.hardware import facts, self_test
 from mpsearch.pipeline import api, finished
 from mpsearch.pipeline.goal import objective_names
 from mpsearch.pipeline.pick import pick
-from mpsearch.pipeline.result import Result, load_result, redrawn, written
+from mpsearch.pipeline.result import Result, load_result, redrawn, verified, written
+from mpsearch.registry import resolve
 from mpsearch.reporting.charts.latency import draw_latency
 from mpsearch.reporting.charts.sensitivity import draw_sensitivity
+from mpsearch.reporting.verified import verified_sentence
 from mpsearch.runs.run import RunFolder
 from mpsearch.runtimes.base import Runtime
 
@@ -60,11 +62,13 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         mirror=settings["study"]["mirror"],
         confirm_points=settings["confirm"]["n_points"],
         finetune_steps=settings["confirm"]["finetune_steps"],
+        verify=settings["confirm"]["verify"],
         folder=RunFolder(folder, is_held=True),
     )
     picked = result.pick()
     page = result.report()
-    print_summary(result.run, picked.evaluation, folder, said=path_lines(folder, page, "pareto.png", "front.csv"))
+    said = [verified_sentence(result.run, result.verified[-1])] if settings["confirm"]["verify"] else []
+    print_summary(result.run, picked.evaluation, folder, said=[*said, *path_lines(folder, page, "pareto.png", "front.csv")])
     check_verified(result.run.on("confirm").values())
 
 
@@ -164,6 +168,20 @@ def export(settings: Settings, build: Build, folder: Path) -> None:
     result, _, _ = redrawn(folder, lambda run: pick(run, point=point.allocation.id), lambda: result)
     print_summary(result.run, point, None, limits.get("max_drop"))
     print(relative(path))
+
+
+def verify(settings: Settings, build: Build, folder: Path) -> None:
+    """Export the picked point, open the file in its runtime, and measure it there on the confirm split."""
+    _require_search(settings, "no point to verify")
+    limits = settings["pick"]
+    exporter = _exporter(settings, build)
+    resolve("exporter", exporter).check_installed()
+    result = _loaded(settings, build, folder)
+    picked = pick(result.run, **limits)
+    measured = verified(result, picked, exporter, settings["finetuned"], limits)
+    result, _, page = redrawn(folder, lambda run: pick(run, point=measured.point), lambda: result)
+    print(verified_sentence(result.run, measured))
+    paths(folder, page, "verified.csv")
 
 
 def _exporter(settings: Settings, build: Build) -> Any:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from mpsearch.evaluation import Evaluation
 from mpsearch.files import file_errors
 from mpsearch.graph.channel_scaling import Equalization
+from mpsearch.layer import kind_of, weight_rows
 from mpsearch.packed.model import Weights
 
 # Also the one name that tensors had before they were named by their content.
@@ -46,9 +47,15 @@ class Exporter(ABC):
     ----------
     own_folder
         Name of a folder, inside the one that the user names, that holds nothing but the exported files; "": there is none.
+    runtime
+        The runtime that opens the files, as the report names it; "": mpsearch.
     """
 
     own_folder: ClassVar[str] = ""
+    runtime: ClassVar[str] = ""
+
+    def check_installed(self) -> None:  # noqa: B027  (ours need nothing)
+        """Raise `InputError`, with the pip command, where a package is missing that `export` or `open` needs."""
 
     def check(self, model: nn.Module) -> None:  # noqa: B027
         """Raise `InputError` for a float model that cannot be written, before a search whose runtime names this exporter."""
@@ -63,6 +70,43 @@ class Exporter(ABC):
     @abstractmethod
     def load(self, path: Path, model: nn.Module) -> nn.Module:
         """Make of the float `model`, in place, the exported one at `path`; returns it in eval mode."""
+
+    def files(self, path: Path) -> list[Path]:
+        """All files of the export at `path`: those of `own_folder`, or `path` alone where there is none."""
+        return sorted(file for file in path.parent.rglob("*") if file.is_file()) if self.own_folder else [path]
+
+    def open(self, path: Path, model: nn.Module) -> nn.Module:
+        """The model at `path` as its runtime runs it.
+
+        Parameters
+        ----------
+        path
+            What `export` returned.
+        model
+            The float model as it was built; may be changed.
+
+        Returns
+        -------
+        nn.Module
+            Its forward takes and returns what that of `model` does. By default that of `load`, for files that PyTorch runs.
+
+        Raises
+        ------
+        InputError
+            The runtime is not installed (with the pip command), or it cannot run the file.
+        """
+        return self.load(path, model)
+
+    def decode(self, path: Path, model: nn.Module) -> dict[str, Tensor]:
+        """The weights at `path` as the runtime's own reader decodes them; parameters as those of `open`.
+
+        Returns
+        -------
+        dict of str to Tensor
+            Layer name -> float32, output channels first. By default the weights of the modules that `open` returns.
+        """
+        modules = self.open(path, model).named_modules()
+        return {name: weight_rows(module).float() for name, module in modules if kind_of(module) is not None}
 
 
 def publish(path: Path, folder: Path, owned: bool = False) -> Path:

@@ -23,7 +23,7 @@ from mpsearch.errors import InputError
 from mpsearch.exporters.base import Exporter, Picked
 from mpsearch.files import file_errors, write_atomically
 from mpsearch.graph.experts import SplitExperts
-from mpsearch.layer import LayerSpec
+from mpsearch.layer import LayerSpec, kind_of
 from mpsearch.models.huggingface import check_folder, huggingface
 from mpsearch.packed.model import Weights
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
@@ -43,6 +43,11 @@ class CompressedTensors(Exporter):
     """Writes `config.json`, `model.safetensors` (above 5 GB: shards and an index) and the tokenizer to `compressed_tensors/`."""
 
     own_folder = "compressed_tensors"
+    runtime = "transformers"
+
+    def check_installed(self) -> None:
+        """See `Exporter.check_installed`."""
+        _import_package()
 
     def export(self, picked: Picked, engine: Weights, folder: Path) -> Path:
         """The path of `config.json`."""
@@ -81,6 +86,12 @@ class CompressedTensors(Exporter):
     def load(self, path: Path, model: nn.Module) -> nn.Module:
         """The folder as transformers loads it, by the package compressed-tensors; `model` is not used."""
         return huggingface(path.parent)
+
+    def decode(self, path: Path, model: nn.Module) -> dict[str, Tensor]:
+        """Layer name -> float32 weight `[out, in]`, as compressed-tensors decompresses it; `model` is not used."""
+        loaded: Any = huggingface(path.parent)
+        loaded.hf_quantizer.compressor.decompress_model(loaded)
+        return {name: module.weight.detach().float() for name, module in loaded.named_modules() if kind_of(module) is not None}
 
 
 def _source(model: nn.Module) -> Path:

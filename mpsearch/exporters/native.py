@@ -81,6 +81,21 @@ class Native(Exporter):
         """See `ExportedAllocation.apply`."""
         return load_allocation(path).apply(model)
 
+    def files(self, path: Path) -> list[Path]:
+        """The JSON and the files that it names."""
+        about = load_allocation(path).data
+        return [path, *(path.with_name(about[key]["file"]) for key in ("tensors", "equalization") if about[key])]
+
+    def open(self, path: Path, model: nn.Module) -> nn.Module:
+        """See `ExportedAllocation.pack`: on the compiled kernels."""
+        return load_allocation(path).pack(model)
+
+    def decode(self, path: Path, model: nn.Module) -> dict[str, Tensor]:
+        """Layer name -> float32 weight, output channels first; `model` is not used."""
+        allocation = load_allocation(path)
+        layers = zip(allocation.stored, allocation.layers(), strict=True)
+        return {stored.name: layer.weight.dequantize() for stored, layer in layers}
+
 
 def _lines(allocation: Mapping[str, Any]) -> str:
     """JSON with a line for each key and for each layer: an indented one would take a third more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from mpsearch.exporters.base import Exporter, Picked
 from mpsearch.packed import model as packed
@@ -21,3 +21,8 @@ class Packed(Exporter):
     def load(self, path: Path, model: nn.Module) -> nn.Module:
         """See `mpsearch.packed.model.load`."""
         return packed.load(path, model)
+
+    def decode(self, path: Path, model: nn.Module) -> dict[str, Tensor]:
+        """Layer name -> float32 weight, output channels first."""
+        modules = packed.packed_modules(packed.load(path, model)).values()
+        return {module.owners[0]: module.quantized().dequantize() for module in modules}

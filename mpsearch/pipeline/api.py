@@ -15,19 +15,21 @@ from typing import Any
 from mpsearch.allocation import SearchSpace
 from mpsearch.budget import check_limits
 from mpsearch.costs.latency import Latency, read_latency
-from mpsearch.errors import InputError, check_integer
+from mpsearch.errors import InputError, check_flag, check_integer
 from mpsearch.evaluation import SensitivityTable
 from mpsearch.graph.channel_scaling import recorded
 from mpsearch.graph.unsearched import sentence
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.pipeline.goal import goal_of, latency_table, objective_names, resolved_costs
+from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.prepare import Choice, EngineOptions, Model, Prepared, prepare, resolved_schemes
-from mpsearch.pipeline.result import Result
+from mpsearch.pipeline.result import Result, verified
 from mpsearch.pipeline.search_run import SearchRun
 from mpsearch.pipeline.sensitivity import measured_sensitivity
 from mpsearch.quality import Quality
 from mpsearch.registry import resolve
 from mpsearch.runs.run import RunFolder
+from mpsearch.runtimes.base import Runtime
 from mpsearch.tasks.base import Task
 from mpsearch.training.finetune import Training, check_trainable
 
@@ -57,6 +59,7 @@ def search(
     max_seconds: float | None = None,
     in_flight: int = 4,
     confirm_points: int | None = 12,
+    verify: bool = False,
     finetune_steps: int | None = None,
     refiner: Choice | None = "error_propagation",
     fold_batch_norms: bool = True,
@@ -117,6 +120,8 @@ def search(
     confirm_points : int, optional
         Points of the front to confirm, evenly spread, in addition to the expected pick with its neighbours and the uniform
         allocations. `None`: the whole front.
+    verify : bool
+        Export the picked point at the end, open it in the runtime, and measure it there: see `mpsearch.verify`.
     finetune_steps : int, optional
         Train each of these points for so many steps, and confirm the trained ones too.
     refiner : str or Refiner, optional
@@ -156,6 +161,10 @@ def search(
     if confirm_points is not None:
         check_integer("confirm_points", confirm_points, hint=" For the whole front, give None (confirm.n_points=null).")
     objectives = objective_names(objective)
+    check_flag("verify", verify)
+    target: Runtime = resolve("runtime", runtime)
+    if verify:
+        resolve("exporter", target.exporter).check_installed()
     cost_objects = resolved_costs(costs, budget, objectives)
     check_limits(budget or {}, cost_objects, resolved_schemes(schemes))
     kept, run = _opened(folder)
@@ -166,7 +175,7 @@ def search(
             schemes=schemes,
             quantizer=quantizer,
             quantizer_of=quantizer_of,
-            runtime=runtime,
+            runtime=target,
             equalizer=equalizer,
             equalization=recorded(run.path),
             pin=pin,
@@ -194,8 +203,12 @@ def search(
             mirror=mirror,
             confirm_points=confirm_points,
             refiner=None if refiner is None else resolve("refiner", refiner),
+            exporter=target.exporter,
         )
-        return replace(search_run.search(n_trials, n_seeds, max_seconds), keep=kept)
+        result = replace(search_run.search(n_trials, n_seeds, max_seconds), keep=kept)
+        if verify:
+            verified(result, pick(result.run), is_held=True)
+        return result
 
 
 def sensitivity(

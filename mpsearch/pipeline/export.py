@@ -19,10 +19,10 @@ from mpsearch.exporters.base import Exporter, Picked, publish
 from mpsearch.graph.shared_copy import shared_copy
 from mpsearch.layer import weight_rows, weights_sha256
 from mpsearch.packed.model import Weights
+from mpsearch.pipeline.check_export import TooLarge, check_loss, check_size, staging
 from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.prepare import IDENTITY, Plan, built_model, check_weights, planned_model
 from mpsearch.pipeline.refine import kept_engine, refined_files
-from mpsearch.pipeline.verify import TooLarge, check_loss, check_size, staging
 from mpsearch.pipeline.workspace import Source, Workspace, recorded_plan
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.runs.evaluation_rows import SCORED
@@ -141,18 +141,24 @@ def _opened(
             raise InputError("A trained point is exported with the task's data only. Restore them.")
         return without_data(source, run, folder)
     workspace = source()
-    engine, prepared = workspace.engine, workspace.prepared
 
     def weights_of(allocation: Allocation) -> QuantEngine:
-        kept = engine
-        if workspace.refiner is not None and allocation in run.refined("search"):
-            kept = kept_engine(engine, workspace.refiner, allocation, folder)
-        return kept if trained is None else restored(kept, allocation, trained.loss, folder / "finetuned")
+        return exported_weights(workspace, run, folder, allocation, trained)
 
     def check(exporter: Exporter, path: Path, evaluation: Evaluation) -> None:
-        check_loss(prepared, engine, exporter, path, evaluation)
+        check_loss(workspace.prepared, workspace.engine, exporter, path, evaluation)
 
-    return weights_of, prepared.plan, check
+    return weights_of, workspace.prepared.plan, check
+
+
+def exported_weights(
+    workspace: Workspace, run: Run, folder: Path, allocation: Allocation, trained: Evaluation | None = None
+) -> QuantEngine:
+    """An engine with the weights that an export of the allocation has; `trained` is its evaluation after training."""
+    kept = workspace.engine
+    if workspace.refiner is not None and allocation in run.refined("search"):
+        kept = kept_engine(kept, workspace.refiner, allocation, folder)
+    return kept if trained is None else restored(kept, allocation, trained.loss, folder / "finetuned")
 
 
 def _smaller(picked: Evaluation, run: Run, limits: Mapping[str, Any], error: TooLarge, finetuned: bool) -> Evaluation:

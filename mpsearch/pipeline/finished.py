@@ -17,11 +17,14 @@ from mpsearch.errors import InputError, run_option
 from mpsearch.pipeline.confirm import confirm as confirm_front
 from mpsearch.pipeline.finetune import summarized, train_point
 from mpsearch.pipeline.goal import resolved_costs
+from mpsearch.pipeline.pick import pick
+from mpsearch.pipeline.prepare import Choice
 from mpsearch.pipeline.refine import start_of_training
-from mpsearch.pipeline.result import Point, Result, grown
+from mpsearch.pipeline.result import Point, Result, grown, verified
 from mpsearch.pipeline.solve import best_within, cheapest_within, solution
 from mpsearch.pipeline.workspace import reopened
 from mpsearch.reporting.tables import evaluations_table
+from mpsearch.runs.verified import Verified
 from mpsearch.training.finetune import Training
 
 
@@ -143,6 +146,32 @@ def finetune(
         new = grown(source, evaluate.log, workspace, source.confirmed)
         summary = summarized(trained, epochs, new.run.quality, before.qualities(allocation), after.qualities(allocation))
     return Point(new, new.run.finetuned("search")[allocation], summary)
+
+
+def verify(result: Result | Point, *, exporter: Choice | None = None, **limits: Any) -> Verified:
+    """Export a point, open the written file in its runtime, and measure it there on the confirm split.
+
+    Parameters
+    ----------
+    result : Result or Point
+        A point, or a result of which `limits` pick one, as `Result.pick` does; with the model and the task.
+    exporter : str or Exporter, optional
+        By default the one whose files the run's runtime opens.
+
+    Returns
+    -------
+    Verified
+        Loss and quality in the runtime, bytes of the files, and milliseconds compared with the float model in PyTorch and with
+        our packed model. It is a row of `verified.csv`, and the report shows it.
+
+    Raises
+    ------
+    InputError
+        The runtime is not installed, the point cannot be exported, or the runtime does not run the file.
+    """
+    if isinstance(result, Point):
+        return result.verify(exporter)
+    return verified(result, pick(result.run, **limits), exporter, limits=limits)
 
 
 def report(result: Result, **limits: Any) -> Path:

@@ -14,20 +14,23 @@ import pandas as pd
 
 from mpsearch.allocation import Allocation
 from mpsearch.costs.base import Cost
+from mpsearch.costs.latency import LatencyMs
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Confirmed, Evaluation
 from mpsearch.exporters.base import Exporter
-from mpsearch.pipeline.export import export_point
+from mpsearch.pipeline.export import export_point, exported_weights
 from mpsearch.pipeline.finetune import TrainingSummary
 from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.prepare import Choice, EngineOptions, Model
+from mpsearch.pipeline.verify import verify_file
 from mpsearch.pipeline.workspace import Source, Workspace, recorded_costs
 from mpsearch.quantizers.base import Quantizer
 from mpsearch.refiners.base import Refiner
 from mpsearch.registry import resolve
 from mpsearch.reporting import report, summary, tables
 from mpsearch.reporting.charts import pareto, style
-from mpsearch.runs.run import Run
+from mpsearch.runs.run import Run, RunFolder
+from mpsearch.runs.verified import Verified, append_verified, read_verified
 from mpsearch.schemes.base import QuantScheme
 from mpsearch.tasks.base import Task
 
@@ -130,6 +133,11 @@ class Result:
         """
         return written(self, pick(self.run, **limits), exporter, folder, finetuned, limits)[0]
 
+    @property
+    def verified(self) -> tuple[Verified, ...]:
+        """What `mpsearch.verify` has measured of exported files, in their order."""
+        return read_verified(self.folder, self.run.quality)
+
     @cached_property
     def workspace(self) -> Workspace:
         """The model and the data of the run; `InputError` where the result was loaded without them."""
@@ -175,6 +183,10 @@ class Point:
         """Write this point; see `Result.export`."""
         return written(self.result, self.evaluation, exporter, folder, self.training is not None)[0]
 
+    def verify(self, exporter: Choice | None = None) -> Verified:
+        """Export this point, open it in its runtime, and measure it there; see `mpsearch.verify`."""
+        return verified(self.result, self.evaluation, exporter, self.training is not None)
+
 
 def written(
     result: Result,
@@ -195,6 +207,36 @@ def written(
     writer: Exporter = resolve("exporter", exporter)
     target = result.folder if folder is None else Path(folder)
     return export_point(result.run, picked, writer, source, result.folder, target, finetuned=finetuned, limits=limits or {})
+
+
+def verified(
+    result: Result,
+    picked: Evaluation,
+    exporter: Choice | None = None,
+    finetuned: bool = False,
+    limits: Mapping[str, Any] | None = None,
+    is_held: bool = False,
+) -> Verified:
+    """Write a point, open it in its runtime, and record what it scores there; `is_held`: the caller has the folder's lock."""
+    run, workspace = result.run, result.workspace
+    writer: Exporter = resolve("exporter", exporter or run.exporter)
+    writer.check_installed()
+    path, point = written(result, picked, writer, None, finetuned, limits)
+    trained = run.finetuned("search")[point.allocation] if finetuned else None
+    latency = result.costs.get(LatencyMs.name)
+    measured = verify_file(
+        path,
+        writer,
+        point,
+        workspace,
+        exported_weights(workspace, run, result.folder, point.allocation, trained),
+        trained=finetuned,
+        batch_size=latency.batch_size if isinstance(latency, LatencyMs) else 1,
+    )
+    folder = RunFolder(result.folder, is_held=is_held)
+    with folder.locked():
+        append_verified(folder, measured, run.quality_name)
+    return measured
 
 
 def load_result(

@@ -32,6 +32,7 @@ from mpsearch.refiners.base import Refiner
 from mpsearch.registry import fields_of
 from mpsearch.reporting.report import write_report
 from mpsearch.runs.run import Run, RunFolder
+from mpsearch.runtimes.base import Runtime
 from mpsearch.samplers.base import Problem, build_sampler, check_sampler
 from mpsearch.training.finetune import Training
 
@@ -56,6 +57,7 @@ class SearchRun:
     mirror: str | None
     confirm_points: int | None
     refiner: Refiner | None
+    exporter: str
 
     def identity(self) -> dict[str, Any]:
         """What identifies the run: that of the prepared model, and what its trials depend on. JSON-able."""
@@ -70,6 +72,7 @@ class SearchRun:
             "costs": [table.column for table in self.goal.other_costs],
             "cost_settings": {name: fields_of(cost) for name, cost in self.goal.costs.items()},
             **({} if self.refiner is None else {"refiner": fields_of(self.refiner)}),
+            **({} if self.exporter == Runtime.exporter else {"exporter": self.exporter}),
         }
 
     def search(self, n_trials: int, n_seeds: int, max_seconds: float | None) -> Result:

@@ -1,71 +1,97 @@
-"""What an export must pass before it takes its place in the run's folder: it is loaded and scored again, and fits the budget."""
+"""Open what was exported in its runtime, and measure it on the confirm split: loss, quality, bytes, milliseconds, tokens."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mpsearch.costs.size import Bytes, parse_bytes
-from mpsearch.engine.engine import QuantEngine
-from mpsearch.errors import InputError
+import torch
+from torch import Tensor, nn
+
 from mpsearch.evaluation import Evaluation
 from mpsearch.exporters.base import Exporter
 from mpsearch.graph.shared_copy import shared_copy
-from mpsearch.packed.agreement import CODE_SHARE, LOGIT_DISTANCE, losses_agree
-from mpsearch.pipeline.prepare import Prepared
-from mpsearch.runs.run import Run, RunFolder
+from mpsearch.graph.trace import first_samples
+from mpsearch.packed.hardware import model_latency
+from mpsearch.packed.model import Weights, packed
+from mpsearch.pipeline.check_export import tensor_bytes
+from mpsearch.pipeline.workspace import Workspace
+from mpsearch.runs.verified import Verified
+from mpsearch.tasks.base import Task
+from mpsearch.tasks.language import Language
+
+LATENCY_SECONDS = 2.0
+N_TOKENS = 32  # generated greedily
 
 
-def check_loss(prepared: Prepared, engine: QuantEngine, exporter: Exporter, path: Path, recorded: Evaluation) -> None:
-    """Load what was written at `path` into the float model and score it on the search split.
+def verify_file(
+    path: Path,
+    exporter: Exporter,
+    point: Evaluation,
+    workspace: Workspace,
+    weights: Weights,
+    *,
+    trained: bool = False,
+    batch_size: int = 1,
+    seconds: float = LATENCY_SECONDS,
+) -> Verified:
+    """Measure the file at `path`, to which `exporter` wrote the point.
 
-    Raises
-    ------
-    InputError
-        Its loss is not the recorded one.
+    Parameters
+    ----------
+    weights
+        What was written, to run it packed.
+    trained
+        Whether these were trained.
+    batch_size
+        Samples of a timed forward pass.
+    seconds
+        About how long to time.
     """
-    model = exporter.load(path, shared_copy(prepared.original).to(engine.device))
-    loss = engine.score_of(model, "search").loss
-    quantizes_inputs = any(engine.space.schemes[name].input_format for name in recorded.allocation.values())
-    share = CODE_SHARE if quantizes_inputs else 0.0
-    if loss != recorded.loss and not losses_agree(loss, recorded.loss, distance=LOGIT_DISTANCE, share=share):
-        raise InputError(
-            f"What was written has a loss of {loss:.6g} on the search split, but the run recorded {recorded.loss:.6g} for this "
-            "point, so nothing was exported. Delete the run's folder bank/ and export again; if that does not help, the model, "
-            "its data or this version of mpsearch differ from those of the search."
-        )
+    engine, prepared = workspace.engine, workspace.prepared
+    task, original = engine.task, prepared.original
+    engine.float_logits("confirm")
+    opened = exporter.open(path, shared_copy(original).to(engine.device))
+    with torch.no_grad(), packed(weights, point.allocation) as own:
+        score, packed_score = engine.score_of(opened, "confirm"), engine.score_of(own, "confirm")
+        inputs = first_samples(engine.batches("confirm")[0][0], batch_size)
+        models = {"runtime": opened, "float": shared_copy(original).to(engine.device), "packed": own}
+        timings = model_latency(models, task.forward, inputs, seconds)
+        tokens = [greedy_tokens(model, task, inputs) for model in (opened, own)] if isinstance(task, Language) else [[], []]
+    timing = timings["runtime"]
+    return Verified(
+        exporter=type(exporter).__module__.rpartition(".")[2],
+        runtime=exporter.runtime or "mpsearch",
+        point=point.allocation.id,
+        trained=trained,
+        file_bytes=tensor_bytes(exporter.files(path)),
+        loss=score.loss,
+        packed_loss=packed_score.loss,
+        quality=score.quality,
+        quality_low=score.quality_low,
+        quality_high=score.quality_high,
+        n_samples=score.n_samples,
+        ms=timing.median,
+        ms_low=timing.low,
+        ms_high=timing.high,
+        float_ms=timings["float"].median,
+        packed_ms=timings["packed"].median,
+        measured_on=timing.where,
+        n_tokens=len(tokens[0]),
+        same_tokens=next((i for i, (a, b) in enumerate(zip(*tokens, strict=True)) if a != b), len(tokens[0])),
+    )
 
 
-class TooLarge(InputError):  # noqa: N818  (a limit that was asked for, not a fault)
-    """The written files exceed a limit in bytes."""
+def greedy_tokens(model: nn.Module, task: Task, inputs: Any, n: int = N_TOKENS) -> list[int]:
+    """The `n` most likely tokens after the beginning of the first window, of inputs int64 `[windows, window]`.
 
-
-def check_size(path: Path, point: Evaluation, limits: Mapping[str, Any], result: Run) -> None:
-    """`TooLarge` where the files with tensors next to `path` together exceed pick.max_bytes, or else budget.bytes.
-
-    Their headers count; JSON files do not, which describe them.
+    A window that is not filled yet ends in zeros, which a causal model does not see; so every runtime gets the shape that it was
+    exported with. A window of at most `n` tokens gives half as many.
     """
-    files = (file for file in path.parent.iterdir() if not file.name.startswith(".") and file.suffix != ".json")
-    written = sum(file.stat().st_size for file in files)
-    name, limit = "pick.max_bytes", limits.get("max_bytes")
-    if limit is None:
-        name, limit = f"budget.{Bytes.name}", result.budgets.get(Bytes.name)
-    if limit is not None and written > parse_bytes(limit):
-        raise TooLarge(
-            f"The point of {point.size_bytes:,} bytes takes {written:,} in files, headers included: above "
-            f"{name}={parse_bytes(limit):.0f}."
-        )
-
-
-@contextmanager
-def staging(folder: Path) -> Iterator[Path]:
-    """A folder inside `folder` for files that are not to be seen yet; removed afterwards, with all in it."""
-    inside = folder / ".export"
-    with RunFolder(inside).locked():
-        try:
-            yield inside
-        finally:
-            shutil.rmtree(inside, ignore_errors=True)
+    window: Tensor = inputs[:1].clone()
+    length = window.shape[1]
+    n = min(n, length // 2)
+    window[:, length - n :] = 0
+    for i in range(length - n, length):
+        window[0, i] = task.forward(model, window)[i - 1].argmax()
+    return window[0, length - n :].tolist()

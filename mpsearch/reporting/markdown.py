@@ -13,7 +13,9 @@ from mpsearch.intervals import FEWEST, is_approximate, proportion_interval
 from mpsearch.packed.layers import kernel_for
 from mpsearch.reporting.findings import drop_text, findings, splits_sentence, times_sentence
 from mpsearch.reporting.summary import SIZES, summary_header, summary_rows
+from mpsearch.reporting.verified import verified_rows
 from mpsearch.runs.run import Run
+from mpsearch.runs.verified import Verified
 
 INPUTS_ALONE = (
     "Inputs are rounded just before a layer's product; its output, and all operations between layers (activations, pooling, "
@@ -21,8 +23,18 @@ INPUTS_ALONE = (
 )
 
 
-def page(run: Run, picked: Evaluation, confirmed: pd.DataFrame | None, interacting: bool = False) -> str:
-    """`report.md`; `confirmed` is the table of `confirm.csv`, where there is one; `interacting`: interactions are drawn."""
+def page(
+    run: Run,
+    picked: Evaluation,
+    confirmed: pd.DataFrame | None,
+    interacting: bool = False,
+    verified: Sequence[Verified] = (),
+) -> str:
+    """`report.md`.
+
+    `confirmed` is the table of `confirm.csv`, where there is one; `interacting`: interactions are drawn; `verified`: what
+    exported files measure in their runtimes.
+    """
     blocks = [
         f"# {run.identity.get('model_name', 'Model')} on {run.identity.get('task_name', 'its task')}",
         _setting(run),
@@ -41,6 +53,7 @@ def page(run: Run, picked: Evaluation, confirmed: pd.DataFrame | None, interacti
         "## The front",
         _front(run, confirmed, picked),
         *_trained(run),
+        *_verified(run, verified),
         "Tables: `front.csv`, `uniform.csv`, `confirm.csv`, `evaluations.csv`, `sensitivity.csv`; the space: `space.json`; "
         "the settings: `config.yaml`.",
     ]
@@ -118,6 +131,18 @@ def _trained(run: Run) -> list[str]:
         "chosen on the search split."
     )
     return ["## After training", about, markdown_table(header, rows)]
+
+
+def _verified(run: Run, verified: Sequence[Verified]) -> list[str]:
+    """The section on exported files in their runtimes; empty where none was verified."""
+    if not verified:
+        return []
+    about = (
+        "Files that `mpsearch verify` exported, opened and scored on the confirm split by their runtime; next to it the loss of "
+        "our packed model. Milliseconds are medians of interleaved forward passes "
+        f"({'; '.join(dict.fromkeys(v.measured_on for v in verified))}). Table: `verified.csv`."
+    )
+    return ["## In the runtime", about, markdown_table(*verified_rows(run, verified))]
 
 
 def _sizes(e: Evaluation) -> tuple[str, str, str]:

@@ -15,6 +15,7 @@ from mpsearch.reporting.charts.sensitivity import draw_sensitivity
 from mpsearch.reporting.markdown import page
 from mpsearch.reporting.tables import confirm_table, front_table, read_confirm, uniform_table
 from mpsearch.runs.run import Run
+from mpsearch.runs.verified import read_verified
 
 
 def write_report(run: Run, folder: Path, picked: Evaluation, confirmed: Sequence[Confirmed] | None = None) -> Path:
@@ -33,5 +34,5 @@ def write_report(run: Run, folder: Path, picked: Evaluation, confirmed: Sequence
     draw_pareto(run, picked, folder)
     draw_layers(run, picked, folder)
     file = folder / "report.md"
-    write_atomically(file, page(run, picked, read_confirm(run, folder), interacting))
+    write_atomically(file, page(run, picked, read_confirm(run, folder), interacting, read_verified(folder, run.quality)))
     return file

@@ -198,6 +198,11 @@ class Run:
         """The largest drop of the quality that counts as none."""
         return self.identity.get("max_drop", self.quality.max_drop)
 
+    @property
+    def exporter(self) -> str:
+        """The exporter whose files the run's runtime opens."""
+        return str(self.identity.get("exporter", "native"))
+
     def baseline(self, split: str = "search") -> Evaluation | None:
         """The float model's evaluation."""
         return next((e for e in self.evaluations if e.origin == "float" and e.split == split), None)

@@ -104,6 +104,7 @@ def _check(root: JsonObject) -> None:
         "divergence": lambda key: [root.object(key).text(name) for name in ("name", "label", "unit")],
         "model_name": root.text,
         "task_name": root.text,
+        "exporter": root.text,
         "objectives": root.texts,
         "costs": root.texts,
         "cost_settings": lambda key: [root.object(key).object(name).text("class") for name in root.object(key).data],

@@ -468,7 +468,8 @@ class TestRun:
         for word in ("seed=4", "model=resnet20", "equalizer=awq", "quantizer_of.w2=clip_search", "+x=1"):
             ended = door("search", "run=reports/a", word)
             assert ended.code == 2
-            may = "n_trials, max_seconds, device, executor, study.mirror, confirm.n_points, confirm.finetune_steps can."
+            may = "n_trials, max_seconds, device, executor, study.mirror, confirm.n_points, confirm.finetune_steps, "
+            may += "confirm.verify can."
             assert f"'{word.partition('=')[0].lstrip('+')}' cannot change when a run is resumed; {may}" in ended.err
         assert "--multirun" in door("search", "run=reports/a", "--multirun").err
         assert "n_trials must be" in door("search", "run=reports/a", "n_trials=x").err
@@ -557,7 +558,7 @@ class TestRun:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("mpsearch ", "search sensitivity hardware solve finetune report export"),
+        ("mpsearch ", "search sensitivity hardware solve finetune report export verify"),
         ("mpsearch s", "search sensitivity solve"),
         ("mpsearch search bud", "budget."),
         ("mpsearch search budget.by", "budget.bytes="),

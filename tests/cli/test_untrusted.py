@@ -21,6 +21,7 @@ from mpsearch.cli.saved_config import packaged, require_trust, saved
 COMMANDS = {
     "report": (),
     "export": (),
+    "verify": (),
     "solve": ("budget.bits=5",),
     "finetune": ("epochs=1", "batches=1"),
     "search": ("n_trials=5",),
