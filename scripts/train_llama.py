@@ -21,7 +21,7 @@ import torch
 
 from mpsearch.files import write_atomically
 
-VOCABULARY, WINDOW, BATCH, STEPS = 4096, 256, 32, 3000
+VOCABULARY, WINDOW, BATCH, STEPS = 4096, 256, 32, 1500
 HELD_OUT = 50  # one file in so many
 LEARNING_RATE, WARM_UP = 3e-3, 100
 SPECIAL = ["<unk>", "<s>", "</s>"]

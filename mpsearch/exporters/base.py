@@ -49,10 +49,13 @@ class Exporter(ABC):
         Name of a folder, inside the one that the user names, that holds nothing but the exported files; "": there is none.
     runtime
         The runtime that opens the files, as the report names it; "": mpsearch.
+    holds_weights
+        Whether the files hold the weights of the point; if not, they cannot be loaded and scored.
     """
 
     own_folder: ClassVar[str] = ""
     runtime: ClassVar[str] = ""
+    holds_weights: ClassVar[bool] = True
 
     def check_installed(self) -> None:  # noqa: B027  (ours need nothing)
         """Raise `InputError`, with the pip command, where a package is missing that `export` or `open` needs."""

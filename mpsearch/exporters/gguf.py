@@ -20,7 +20,7 @@ from mpsearch.exporters.base import Exporter, Picked
 from mpsearch.exporters.gguf_architecture import Architecture, import_gguf
 from mpsearch.exporters.gguf_blocks import Stored, check_blocks, ordered_blocks
 from mpsearch.exporters.gguf_source import Source, dequantized, float32, read_gguf, source_of
-from mpsearch.exporters.llama_cpp_model import LlamaCppModel
+from mpsearch.exporters.llama_cpp_model import LlamaCppModel, import_llama_cpp
 from mpsearch.files import file_errors
 from mpsearch.graph.projections import expose_projections
 from mpsearch.layer import kind_of, set_values
@@ -33,6 +33,11 @@ class GGUF(Exporter):
     """Writes `model.gguf`."""
 
     runtime = "llama.cpp"
+
+    def check_installed(self) -> None:
+        """Raise `InputError` where gguf, which writes the file, or llama-cpp-python, which opens it, is missing."""
+        import_gguf()
+        import_llama_cpp()
 
     def check(self, model: nn.Module) -> None:
         """Raise `InputError` for a model that no GGUF file can hold, whatever its allocation."""

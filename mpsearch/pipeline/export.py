@@ -129,7 +129,8 @@ def export_point(
                 break
             except TooLarge as error:
                 picked = _smaller(picked, run, limits, error, finetuned)
-        check(exporter, path, scores["search"])
+        if exporter.holds_weights:
+            check(exporter, path, scores["search"])
         return publish(path, folder, owned=bool(exporter.own_folder)), scores["search"]
 
 

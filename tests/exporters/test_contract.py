@@ -64,8 +64,16 @@ def language_model(tmp_path):
     return huggingface(source(tmp_path, "llama")), task("llama")
 
 
+def rows_of_256(tmp_path):
+    from mpsearch.models.huggingface import huggingface
+    from tests.exporters import test_gguf
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    return huggingface(test_gguf.saved(tmp_path, test_gguf.model_of("llama", **sizes))), test_gguf.task()
+
+
 # Exporter -> a function that returns the float model and its task.
-NETWORKS: dict[str, Callable[..., Any]] = {"compressed_tensors": language_model}
+NETWORKS: dict[str, Callable[..., Any]] = {"compressed_tensors": language_model, "gguf": rows_of_256}
 # Exporters that do not write all yet that the profile of their runtime names.
 INCOMPLETE = {"compressed_tensors"}
 
@@ -77,7 +85,12 @@ def runtimes(exporter):
 
 
 def cases():
-    return [(exporter, runtime) for exporter in names("exporter") for runtime in runtimes(exporter)]
+    return [
+        (exporter, runtime)
+        for exporter in names("exporter")
+        if resolve("exporter", exporter).holds_weights
+        for runtime in runtimes(exporter)
+    ]
 
 
 @functools.cache

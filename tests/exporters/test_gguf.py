@@ -34,12 +34,12 @@ CONFIGS = {  # in addition to those of `FAMILIES`
 NAMES = ("llama", "llama_tied", "llama_scaled", "llama_biased", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
 
 
-def model_of(name):
+def model_of(name, **changes):
     """A tiny model with random weights, biases included."""
-    family, changes = CONFIGS.get(name, (name, {}))
+    family, more = CONFIGS.get(name, (name, {}))
     model, config, arguments, _ = FAMILIES[family]
     torch.manual_seed(0)
-    built = getattr(transformers, model)(getattr(transformers, config)(**{**arguments, **changes})).eval()
+    built = getattr(transformers, model)(getattr(transformers, config)(**{**arguments, **more, **changes})).eval()
     for parameter in built.parameters():
         if parameter.dim() == 1:
             parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
