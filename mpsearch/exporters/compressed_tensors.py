@@ -1,46 +1,43 @@
-"""A folder in the format compressed-tensors, which vLLM, SGLang and transformers load.
+"""Folders of Hugging Face models in the format of compressed-tensors, which vLLM, SGLang and transformers open.
 
-It is the Hugging Face folder of the model, with `quantization_config` in `config.json`, and with codes and scales in
-place of the quantized layers' weights: `pack-quantized` for weights alone, `int-quantized` where inputs are 8-bit integers with
-per-token scales, `mixed-precision` where both occur. Each group of the configuration lists its layers by name. The packing is
-that of the package compressed-tensors. Zero points are left out: transformers 5.24 with compressed-tensors 0.20 expects another
-shape of them than the package packs, so that no reader here could check them.
+Layers in a float scheme keep their names in the files; a quantized one gets the tensors of its format
+(`compressed_tensors_forms`), and each scheme a group in `quantization_config`. Everything that the source folder holds otherwise
+(embeddings, norms, tokenizer) is written in the dtype that it has there, where that keeps its values. Experts are written one by
+one, under the names of the checkpoint.
+
+Tied embeddings that are searched are written twice, and `tie_word_embeddings` becomes false: formats of packed codes have no tie.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from mpsearch.errors import InputError
+from mpsearch.errors import InputError, one_line
 from mpsearch.exporters.base import Exporter, Picked
-from mpsearch.files import file_errors, write_atomically
-from mpsearch.graph.experts import SplitExperts
-from mpsearch.layer import LayerSpec, kind_of
-from mpsearch.models.huggingface import check_folder, huggingface
+from mpsearch.exporters.compressed_tensors_forms import FP8, INT8, NVFP4_FORMAT, PACKED, form_of, has_form, stored, tensor_scales
+from mpsearch.exporters.hf_checkpoint import Checkpoint, Recipe, read_shards, recipes, write_shards
+from mpsearch.files import write_atomically
+from mpsearch.graph.projections import expose_projections
+from mpsearch.layer import LayerSpec
+from mpsearch.models.huggingface import huggingface
 from mpsearch.packed.model import Weights
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
 from mpsearch.schemes.floating import Float
-from mpsearch.schemes.input import IntegerInput
-from mpsearch.schemes.integer import Integer
 
-COPIED = (
-    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "preprocessor_config.json"),
-)
-SHARD = "5GB"  # largest file of tensors
-PACKED, INT8 = "pack-quantized", "int-quantized"
+logger = logging.getLogger("mpsearch")
+EXPERTS = ".experts."
+ALL_EXPERTS = r"re:.*\.experts\.\d+\..*"
 
 
 class CompressedTensors(Exporter):
-    """Writes `config.json`, `model.safetensors` (above 5 GB: shards and an index) and the tokenizer to `compressed_tensors/`."""
+    """Writes `config.json`, `model.safetensors` (above 2 GB: shards and an index) and the tokenizer to `compressed_tensors/`."""
 
     own_folder = "compressed_tensors"
     runtime = "transformers"
@@ -49,143 +46,257 @@ class CompressedTensors(Exporter):
         """See `Exporter.check_installed`."""
         _import_package()
 
+    def check(self, model: nn.Module) -> None:
+        """See `Exporter.check`."""
+        Checkpoint(model, "exporter=compressed_tensors")
+
     def export(self, picked: Picked, engine: Weights, folder: Path) -> Path:
         """The path of `config.json`."""
-        source = _source(engine.model)
+        checkpoint = Checkpoint(engine.model, "exporter=compressed_tensors")
         _import_package()
-        chosen = [(layer, picked.evaluation.allocation[group.name]) for group in engine.space.groups for layer in group.layers]
-        quantized = {layer.name: name for layer, name in chosen if not isinstance(engine.space.schemes[name], Float)}
-        for layer, name in chosen:
-            if layer.name in quantized:
-                _check(layer, name, engine.space.schemes[name])
-        tensors = dict(engine.model.state_dict())
-        dtypes = _stored_dtypes(source)
-        tensors = {name: _as_stored(tensor, dtypes.get(name)) for name, tensor in tensors.items() if name in dtypes}
-        for layer, name in chosen:
-            weight = engine.quantized(layer.name, name)
-            for module, bias in engine.biases(layer.name, name).items():
-                tensors[f"{module}.bias"] = bias
-            if layer.name in quantized:
-                del tensors[f"{layer.name}.weight"]
-                tensors.update({f"{layer.name}.{key}": value for key, value in _stored(weight).items()})
-            else:
-                tensors[f"{layer.name}.weight"] = weight.tensors["values"] if "values" in weight.tensors else weight.dequantize()
-        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        config["quantization_config"] = _configuration(quantized, engine.space.schemes, engine.model)
-        with file_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            from huggingface_hub import save_torch_state_dict
-
-            save_torch_state_dict(tensors, folder, max_shard_size=SHARD, metadata={"format": "pt"})
-            for name in COPIED:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, folder / name)
+        file = _File(checkpoint, engine, picked)
+        write_shards(file.tensors(), folder)
+        checkpoint.copy_others(folder)
+        config = checkpoint.config()
+        config["quantization_config"] = file.configuration()
+        if file.unties:
+            config["tie_word_embeddings"] = False
         write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
         return folder / "config.json"
 
-    def load(self, path: Path, model: nn.Module) -> nn.Module:
-        """The folder as transformers loads it, by the package compressed-tensors; `model` is not used."""
-        return huggingface(path.parent)
-
     def decode(self, path: Path, model: nn.Module) -> dict[str, Tensor]:
-        """Layer name -> float32 weight `[out, in]`, as compressed-tensors decompresses it; `model` is not used."""
-        loaded: Any = huggingface(path.parent)
-        loaded.hf_quantizer.compressor.decompress_model(loaded)
-        return {name: module.weight.detach().float() for name, module in loaded.named_modules() if kind_of(module) is not None}
+        """Layer -> float32 weight, by the package's own decompressor (`CompressedTensorsDequantizer`)."""
+        dense, quantized = _decompressed(path.parent), _targets(json.loads(path.read_text(encoding="utf-8")))
+        rows: dict[str, list[tuple[int, Tensor]]] = {}
+        for name, recipe in recipes(expose_projections(model)).items():
+            if name in dense and not recipe.is_stack and recipe.parts[0].name.endswith(".weight"):
+                part, layer = recipe.parts[0], name.removesuffix(".weight")
+                value = dense[name].t() if recipe.is_transposed and layer not in quantized else dense[name]
+                rows.setdefault(part.name.removesuffix(".weight"), []).append((part.rows.start, value.float()))
+        return {name: torch.cat([v for _, v in sorted(parts, key=lambda part: part[0])]) for name, parts in rows.items()}
+
+    def load(self, path: Path, model: nn.Module) -> nn.Module:
+        """The folder in transformers; see `open`."""
+        return self.open(path, model)
+
+    def open(self, path: Path, model: nn.Module) -> nn.Module:
+        """The folder as transformers loads it, by the package compressed-tensors.
+
+        What transformers cannot load in float32 though the package decompresses it and vLLM reads it (see `_is_loadable`) is
+        decompressed by the package and given to transformers as float weights; then too the package quantizes the inputs.
+        """
+        config = json.loads(path.read_text(encoding="utf-8"))
+        conv1d, embeddings = set(), set()
+        for name, recipe in recipes(expose_projections(model)).items():
+            conv1d |= {name} if recipe.is_transposed and not recipe.is_stack else set()
+            owner = model.get_submodule(recipe.parts[0].name.rpartition(".")[0])
+            embeddings |= {name} if isinstance(owner, nn.Embedding) else set()
+        if _is_loadable(config["quantization_config"]["config_groups"], conv1d | embeddings):
+            return huggingface(path.parent)
+        return _from_decompressed(path.parent, model, config, conv1d)
 
 
-def _source(model: nn.Module) -> Path:
-    """The folder that the model was loaded from; `InputError` where it is no whole model of transformers."""
-    source = Path(str(getattr(model, "name_or_path", "")))
-    if not source.parts or not hasattr(model, "config"):
-        raise InputError(
-            "exporter=compressed_tensors writes models of Hugging Face transformers; got a "
-            f"{type(model).__name__}. Search with model=hf model.path=FOLDER, or use exporter=native."
-        )
-    check_folder(source)
-    for name, module in model.named_modules():
-        if isinstance(module, SplitExperts) or (isinstance(module, nn.Linear) and hasattr(module, "nf")):
-            raise InputError(
-                f"'{name}' is stored in another layout than a Linear layer (experts in one tensor, or a Conv1D), which "
-                "exporter=compressed_tensors does not write yet. Use exporter=native."
+class _File:
+    """What is written of a point: its tensors and its configuration."""
+
+    def __init__(self, checkpoint: Checkpoint, engine: Weights, picked: Picked) -> None:
+        self.checkpoint, self.engine = checkpoint, engine
+        self.schemes: Mapping[str, QuantScheme] = engine.space.schemes
+        allocation = picked.evaluation.allocation
+        self.chosen = {la.name: (la, allocation[group.name]) for group in engine.space.groups for la in group.layers}
+        self.quantized = {
+            name: scheme for name, (_, scheme) in self.chosen.items() if not isinstance(self.schemes[scheme], Float)
+        }
+        self.owner = {f"{module}.weight": la for la, _ in self.chosen.values() for module in la.modules}
+        self.unties = [la for name in self.quantized if len((la := self.chosen[name][0]).modules) > 1]
+        for name, recipe in checkpoint.recipes.items():
+            _check(
+                name, recipe, [(self.owner[part.name], self.scheme(part.name)) for part in recipe.parts if self.scheme(part.name)]
             )
-    return source
+        for layer in self.unties:
+            logger.warning(
+                "The tied weight of %s is quantized: it is written twice, %s bytes more than the search counted. vLLM "
+                "0.33 reads packed embeddings; transformers 5.24 does not.",
+                " and ".join(layer.modules),
+                f"{engine.quantized(layer.name, self.quantized[layer.name]).nbytes:,}",
+            )
+        nvfp4 = {name for name, scheme in self.quantized.items() if self.format(scheme) == NVFP4_FORMAT}
+        weights = {name: engine.quantized(name, self.quantized[name]) for name in nvfp4}
+        self.tensor_scales = tensor_scales(weights, [layer for layer, _ in self.chosen.values()])
 
+    def scheme(self, state: str) -> tuple[str, QuantScheme] | None:
+        """The quantized scheme of a tensor of the state."""
+        layer = self.owner.get(state)
+        name = self.quantized.get(layer.name) if layer is not None else None
+        return None if name is None else (name, self.schemes[name])
 
-def _check(layer: LayerSpec, name: str, scheme: QuantScheme) -> None:
-    """Raise `InputError` for a layer that the format cannot hold."""
-    is_packed = isinstance(scheme, Integer) and scheme.symmetric and scheme.input is None and scheme.bits >= 2
-    is_packed = is_packed and getattr(scheme, "group_size", "tensor") != "tensor"
-    if layer.kind != "linear" or len(layer.modules) > 1 or not (is_packed or _is_int8(scheme)):
-        raise InputError(
-            f"Layer '{layer.name}' ({layer.kind}{', tied' if len(layer.modules) > 1 else ''}) in scheme '{name}' "
-            f"({scheme.describe()}) has no form in compressed-tensors; expected Linear layers in symmetric integers of 2 to 8 "
-            "bits, per row or group, without quantized inputs, or in 8 bits with 8-bit inputs and per-token scales. Search with "
-            "runtime=vllm."
+    def format(self, scheme: str) -> str | None:
+        """The format of a scheme."""
+        form = form_of(self.schemes[scheme])
+        return None if form is None else form.format
+
+    def tensors(self) -> Iterator[dict[str, Tensor]]:
+        """The tensors of one module of the files after another."""
+        state, biases = self.engine.model.state_dict(), {}
+        for layer, scheme in self.chosen.values():
+            for module, bias in self.engine.biases(layer.name, scheme).items():
+                biases[f"{module}.bias"] = bias
+        copies = {module for layer in self.unties for module in layer.modules}
+        for name, recipe in self.checkpoint.recipes.items():
+            first = recipe.parts[0]
+            if self.scheme(first.name) is not None:
+                weight = self.weight(first.name)
+                scale = self.tensor_scales.get(self.owner[first.name].name, 1.0)
+                module = name.removesuffix(".weight")
+                yield {f"{module}.{key}": value.clone() for key, value in stored(weight, first.rows, scale).items()}
+            elif name in self.checkpoint.dtypes or name.rpartition(".")[0] in copies:
+                values = [biases[p.name] if p.name in biases else self.dense(p.name, state) for p in recipe.parts]
+                value = recipe(values)
+                is_chosen = any(part.name in self.owner or part.name in biases for part in recipe.parts)
+                yield {name: value if is_chosen else self.checkpoint.as_stored(name, value)}
+
+    def weight(self, state: str) -> QuantizedTensor:
+        """The weight of a searched layer."""
+        layer = self.owner[state].name
+        return self.engine.quantized(layer, self.chosen[layer][1])
+
+    def dense(self, state: str, values: Mapping[str, Tensor]) -> Tensor:
+        """A tensor that is not quantized, in the float format of its scheme."""
+        if state not in self.owner:
+            return values[state]
+        weight = self.weight(state)
+        return weight.tensors["values"] if "values" in weight.tensors else weight.dequantize()
+
+    def configuration(self) -> dict[str, Any]:
+        """`quantization_config`: a group for each scheme that occurs, and the Linear layers without one."""
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+
+        targets: dict[str, list[str]] = {}
+        linear, ignored = {id(m) for m in self.engine.model.modules() if isinstance(m, nn.Linear)}, []
+        for name, recipe in self.checkpoint.recipes.items():
+            state = recipe.parts[0].name
+            module, scheme = name.removesuffix(".weight"), self.scheme(state)
+            if scheme is not None:
+                targets.setdefault(scheme[0], []).append(module)
+            elif state.endswith(".weight") and not recipe.is_stack:
+                owner = self.engine.model.get_submodule(state.removesuffix(".weight"))
+                ignored += [module] if id(owner) in linear else []
+        groups = {}
+        for name, modules in sorted(_with_experts(targets, ignored).items()):
+            form = form_of(self.schemes[name])
+            assert form is not None
+            inputs = None if form.inputs is None else QuantizationArgs(**form.inputs)
+            weights = QuantizationArgs(**form.weights)
+            groups[name] = QuantizationScheme(targets=modules, weights=weights, input_activations=inputs, format=form.format)
+        formats = {group.format for group in groups.values()}
+        config = QuantizationConfig(
+            config_groups=groups,
+            quantization_status="compressed",
+            format=formats.pop() if len(formats) == 1 else "mixed-precision",
+            ignore=ignored,
         )
+        written: dict[str, Any] = json.loads(config.model_dump_json())
+        return written
 
 
-def _is_int8(scheme: QuantScheme) -> bool:
-    if not isinstance(scheme, Integer) or not isinstance(scheme.input, IntegerInput):
-        return False
-    x = scheme.input
-    weight = scheme.bits == 8 and scheme.symmetric and scheme.group_size == "channel"
-    return weight and x.bits == 8 and x.symmetric and x.scale == "token"
+def _check(name: str, recipe: Recipe, used: list[tuple[LayerSpec, Any]]) -> None:
+    """Raise `InputError` for a tensor of the files that the format cannot hold in the schemes of its layers."""
+    for layer, (scheme_name, scheme) in used:
+        form = form_of(scheme)
+        why = ""
+        if recipe.is_stack:
+            why = f"the experts of '{name}' are one tensor in the checkpoint, which compressed-tensors does not quantize"
+        elif recipe.is_transposed and form is not None and not form.format.endswith("pack-quantized"):
+            why = "of a Conv1D vLLM takes packed codes only"
+        elif EXPERTS in name and form is not None and form.inputs is not None:
+            why = "transformers runs experts with float inputs"
+        elif not has_form(layer, scheme):
+            why = (
+                "expected Linear layers in 2 to 8 bits per row or in whole groups, FP8, MXFP4 or NVFP4, or an embedding in 2, 4 "
+            )
+            why += "or 8 bits, symmetric"
+        if why:
+            raise InputError(
+                f"Layer '{layer.name}' ({layer.kind}) in scheme '{scheme_name}' ({scheme.describe()}) has no form in "
+                f"compressed-tensors: {why}. Search with runtime=vllm, or pin the layer to another scheme."
+            )
 
 
-def _stored(weight: QuantizedTensor) -> dict[str, Tensor]:
-    """The tensors of a layer, by the names that they have after the layer's own."""
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
-    scheme: Any = weight.scheme
-    codes, scales, _, _ = scheme.unpacked(weight.tensors, weight.shape)
-    middle = 2 ** (scheme.bits - 1)
-    signed = (codes.to(torch.int16) - middle).to(torch.int8)
-    tensors = {"weight_scale": scales.contiguous()}
-    if scheme.input is not None:
-        return {**tensors, "weight": signed}
-    return {**tensors, "weight_packed": pack_to_int32(signed, scheme.bits), "weight_shape": torch.tensor(weight.shape)}
-
-
-def _configuration(quantized: Mapping[str, str], schemes: Mapping[str, QuantScheme], model: nn.Module) -> dict[str, Any]:
-    """`quantization_config`: a group for each scheme that occurs, and the Linear layers without one."""
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
-
-    groups = {}
-    for name in sorted(set(quantized.values())):
-        scheme: Any = schemes[name]
-        size = None if scheme.group_size == "channel" else scheme.group_size
-        strategy = "channel" if size is None else "group"
-        weights = QuantizationArgs(num_bits=scheme.bits, symmetric=True, strategy=strategy, group_size=size)
-        inputs = QuantizationArgs(num_bits=8, symmetric=True, strategy="token", dynamic=True) if scheme.input else None
-        targets = [layer for layer, chosen in quantized.items() if chosen == name]
-        form = INT8 if scheme.input else PACKED
-        groups[name] = QuantizationScheme(targets=targets, weights=weights, input_activations=inputs, format=form)
-    formats = {group.format for group in groups.values()}
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    config = QuantizationConfig(
-        config_groups=groups,
-        quantization_status="compressed",
-        format=formats.pop() if len(formats) == 1 else "mixed-precision",
-        ignore=[name for name in linear if name not in quantized],
-    )
-    written: dict[str, Any] = json.loads(config.model_dump_json())
-    return written
+def _with_experts(targets: Mapping[str, list[str]], ignored: list[str]) -> dict[str, list[str]]:
+    """`targets` with a pattern for the experts where all are in one scheme: transformers takes their scheme from a pattern."""
+    with_experts = [name for name, modules in targets.items() if any(EXPERTS in module for module in modules)]
+    if not with_experts:
+        return dict(targets)
+    if len(with_experts) > 1 or any(EXPERTS in module for module in ignored):
+        logger.warning(
+            "Blocks of experts are in different schemes. vLLM reads such files; transformers reads one scheme for all."
+        )
+        return dict(targets)
+    (name,) = with_experts
+    others = [module for module in targets[name] if EXPERTS not in module]
+    return {**targets, name: [*others, ALL_EXPERTS]}
 
 
-def _stored_dtypes(source: Path) -> dict[str, torch.dtype]:
-    """The dtype of each tensor that the folder's files hold."""
-    dtypes = {}
-    for file in sorted(source.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            dtypes.update({name: tensors.get_tensor(name).dtype for name in tensors.keys()})  # noqa: SIM118
-    return dtypes
+def _is_loadable(groups: Mapping[str, Any], odd: set[str]) -> bool:
+    """Whether transformers loads the groups of a configuration as they are; `odd` are weights of other modules than Linear ones.
+
+    It allocates zero points as they are before packing (`PackedQuantizationCompressor.compress` of a tensor without data),
+    so that packed ones do not fit; takes one scheme for all experts, skips a `Conv1D`, and fails at an embedding. MX and NVFP4
+    are decompressed to bfloat16, which a model in float32 cannot multiply by.
+    """
+    experts = [group for group in groups.values() if any(EXPERTS in t or t == ALL_EXPERTS for t in group["targets"])]
+    packs = all(group["weights"]["symmetric"] or group["format"] != PACKED for group in groups.values())
+    plain = not any(f"{target}.weight" in odd for group in groups.values() for target in group["targets"])
+    wide = all(group["format"] in (PACKED, INT8, FP8) for group in groups.values())
+    return packs and plain and wide and (not experts or ALL_EXPERTS in experts[0]["targets"])
 
 
-def _as_stored(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """The tensor in the dtype that it was stored in, where that loses nothing."""
-    narrow = tensor if dtype is None else tensor.to(dtype)
-    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+def _targets(config: Mapping[str, Any]) -> set[str]:
+    return {target for group in config["quantization_config"]["config_groups"].values() for target in group["targets"]}
+
+
+def _decompressed(folder: Path) -> dict[str, Tensor]:
+    """Tensor of the files -> float32, by the package."""
+    _import_package()
+    from compressed_tensors.entrypoints.convert.converters import CompressedTensorsDequantizer
+
+    reader = CompressedTensorsDequantizer(folder, dtype=torch.float32)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name, group in config["quantization_config"]["config_groups"].items():
+        reader.quant_config.config_groups[name].format = group["format"]  # not the one that it infers
+    dense: dict[str, Tensor] = {}
+    for tensors in read_shards(folder):
+        # It computes in the dtype of the scales, which are products of float16 otherwise.
+        wide = {name: t.float() if t.dtype == torch.float16 and name.endswith("_scale") else t for name, t in tensors.items()}
+        dense |= reader.process(wide)
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in dense.items()}
+
+
+def _from_decompressed(folder: Path, model: nn.Module, config: Mapping[str, Any], conv1d: set[str]) -> nn.Module:
+    """The model of transformers with decompressed weights, whose inputs the package quantizes."""
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from transformers import AutoConfig
+
+    tensors = _decompressed(folder)
+    for name in conv1d & {f"{target}.weight" for target in _targets(config)}:
+        tensors[name] = tensors[name].t().contiguous()
+    about = AutoConfig.from_pretrained(folder)
+    del about.quantization_config
+    kind: Any = type(model)
+    try:
+        opened = kind.from_pretrained(None, config=about, state_dict=tensors, dtype=torch.float32)
+    except Exception as error:
+        raise InputError(f"transformers cannot load {folder}: {one_line(error)}") from error
+    groups = {name: g for name, g in config["quantization_config"]["config_groups"].items() if g["input_activations"]}
+    if groups:
+        inputs = {**config["quantization_config"], "config_groups": {n: {**g, "weights": None} for n, g in groups.items()}}
+        apply_quantization_config(opened, QuantizationConfig.model_validate({**inputs, "quantization_status": "frozen"}))
+        for name, value in tensors.items():
+            if name.endswith(("input_scale", "input_global_scale")):
+                opened.get_parameter(name).data.copy_(value)
+    opened.config.use_cache = False
+    module: nn.Module = opened.eval()
+    return module
 
 
 def _import_package() -> None:

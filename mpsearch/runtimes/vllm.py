@@ -1,13 +1,17 @@
-"""vLLM, by way of compressed-tensors.
+"""vLLM, by way of compressed-tensors, as of vLLM 0.33 (vllm/model_executor/layers/quantization/compressed_tensors).
 
-Weights alone, 4 or 8 bits: `CompressedTensorsWNA16` (`WNA16_SUPPORTED_BITS`), per-row scales or one per 32, 64 or 128 weights of
-a row (`MARLIN_SUPPORTED_GROUP_SIZES`); releases that name more widths exist, but which kernels run them is not known. Inputs of 8
-bits: `CompressedTensorsW8A8Int8`, symmetric 8-bit weights with per-row or per-tensor scales. Floats, weights alone:
-`CompressedTensorsW8A16Fp8`, E4M3 with per-row or per-tensor float32 scales, and `CompressedTensorsW4A16Mxfp4`; with inputs in
-E4M3, per-token scales or a static one: `CompressedTensorsW8A8Fp8`. NVFP4 (`CompressedTensorsW4A16Fp4`) is left out: layers that
-it fuses must have one scale of the tensor, and layers do not share that here. It runs q, k and v as one matrix, gate and up as
-another, and the experts of a block in one kernel: fused layers in different schemes do not load (vllm-project/vllm issues 7086
-and 41457, intel/auto-round issue 2174).
+Weights alone, 2 to 8 bits: `CompressedTensorsWNA16` with per-row scales or one per 32, 64 or 128 weights of a row
+(`MARLIN_SUPPORTED_GROUP_SIZES`; 4 and 8 bits run on Marlin, the other widths on Humming), with zero points or without. Inputs of
+4 or 8 bits with per-token scales: `CompressedTensorsWNA8Int` and `WNA4Int`, the same weights; `CompressedTensorsW8A8Int8`,
+symmetric 8-bit weights with per-row or per-tensor scales, also with a static scale of the input. Floats, weights alone:
+`CompressedTensorsW8A16Fp8`, E4M3 with per-row or per-tensor float32 scales, `CompressedTensorsW4A4Mxfp4`, and NVFP4
+(`CompressedTensorsW4A4Fp4`); with inputs: `CompressedTensorsW8A8Fp8` in E4M3, per-token scales or a static one,
+`CompressedTensorsW8A8Mxfp8`, and NVFP4. On GPUs that multiply MXFP4 vLLM rounds the inputs of MXFP4 layers too. Embeddings:
+`CompressedTensorsEmbeddingWNA16Int`, symmetric, as words hold whole codes.
+
+It runs q, k and v as one matrix, gate and up as another, and the experts of a block in one kernel: fused layers in different
+schemes do not load (vllm-project/vllm issues 7086 and 41457, intel/auto-round issue 2174). Experts with quantized inputs are left
+out: no reader on a CPU runs them.
 """
 
 from __future__ import annotations
@@ -21,32 +25,60 @@ from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.level_input import LevelInput
 
+E4M3_INPUTS = (None, LevelInput("e4m3", "token"), LevelInput("e4m3", "static"))
+MXFP8 = Codebook("e4m3", 32, "e8m0", LevelInput("e4m3", "mx"))
+NVFP4 = (Codebook("e2m1", 16, "e4m3"), Codebook("e2m1", 16, "e4m3", LevelInput("e2m1", "nv")))
+
 
 class VLLM(Runtime):
     """vLLM on a GPU."""
 
     name = "vllm"
     what = (
-        "Linear layers at 4 or 8 bits, symmetric, per row or in whole groups of 32, 64 or 128, at 8 bits with 8-bit inputs, "
-        "in E4M3 with per-row or per-tensor float32 scales, also with E4M3 inputs, or in MXFP4"
+        "Linear layers at 2 to 8 bits per row or in whole groups of 32, 64 or 128, also with 4- or 8-bit inputs, in E4M3 with "
+        "per-row or per-tensor float32 scales, also with E4M3 inputs, in MXFP4, MXFP8 or NVFP4; embeddings at 2, 4 or 8 bits"
     )
     exporter = "compressed_tensors"
     shared = ("*.q_proj|*.k_proj|*.v_proj", "*.gate_proj|*.up_proj", "*.experts.**")
 
     def runs(self, layer: LayerSpec, scheme: QuantScheme) -> bool:
-        """Linear layers: 4 or 8 bits per row or in whole groups of 32, 64 or 128; 8 bits with 8-bit inputs; FP8; MXFP4."""
+        """Linear layers: 2 to 8 bits per row or in whole groups, FP8, MXFP4, MXFP8, NVFP4; embeddings: 2, 4 or 8 bits."""
         if isinstance(scheme, Float):
             return True
-        if isinstance(scheme, Codebook) and layer.kind == "linear":
-            fp8 = (scheme.levels, scheme.scale) == ("e4m3", "float32") and scheme.group_size in ("channel", "tensor")
-            fp8 = fp8 and scheme.input in (None, LevelInput("e4m3", "token"), LevelInput("e4m3", "static"))
-            return fp8 or (scheme == MXFP4 and whole_groups(layer, 32))
-        if not isinstance(scheme, Integer) or layer.kind != "linear":
+        if ".experts." in layer.name and scheme.input_format is not None:
             return False
-        if scheme.input is not None:
-            weight = scheme.bits == 8 and scheme.symmetric and scheme.group_size in ("channel", "tensor")
-            x = scheme.input
-            return weight and isinstance(x, IntegerInput) and x.bits == 8 and x.symmetric and x.scale != "tensor"
-        if scheme.group_size == "channel":
-            return scheme.bits in (4, 8) and scheme.symmetric
-        return scheme.bits in (4, 8) and scheme.group_size in (32, 64, 128) and whole_groups(layer, int(scheme.group_size))
+        if layer.kind == "embedding":
+            return _looks_up(layer, scheme)
+        if layer.kind != "linear":
+            return False
+        if isinstance(scheme, Codebook):
+            fp8 = (scheme.levels, scheme.scale) == ("e4m3", "float32") and scheme.group_size in ("channel", "tensor")
+            blocks = scheme in (MXFP4, MXFP8, *NVFP4) and whole_groups(layer, int(scheme.group_size))
+            return (fp8 and scheme.input in E4M3_INPUTS) or blocks
+        return isinstance(scheme, Integer) and _multiplies(layer, scheme)
+
+
+def _multiplies(layer: LayerSpec, scheme: Integer) -> bool:
+    x = scheme.input
+    if x is not None and not (isinstance(x, IntegerInput) and x.symmetric):
+        return False
+    if (
+        isinstance(x, IntegerInput)
+        and x.bits == 8
+        and scheme.bits == 8
+        and scheme.symmetric
+        and isinstance(scheme.group_size, str)
+    ):
+        return x.scale != "tensor"
+    if isinstance(x, IntegerInput) and (x.scale != "token" or x.bits not in (4, 8)):
+        return False
+    fits = scheme.group_size == "channel" or (scheme.group_size in (32, 64, 128) and whole_groups(layer, int(scheme.group_size)))
+    return scheme.bits >= 2 and fits
+
+
+def _looks_up(layer: LayerSpec, scheme: QuantScheme) -> bool:
+    if not isinstance(scheme, Integer) or not scheme.symmetric or scheme.input is not None or scheme.bits not in (2, 4, 8):
+        return False
+    columns = layer.shape[1]
+    fits = scheme.group_size == "channel" or (scheme.group_size in (32, 64, 128) and columns % int(scheme.group_size) == 0)
+    return fits and columns * scheme.bits % 32 == 0

@@ -1,8 +1,9 @@
 """Codebooks: a weight is one of a table's values times a scale. NF4, FP8, FP4, FP6, MX, NVFP4, ternary.
 
 The tables are `levels.LEVELS`. A group's scale is stored as float16 or float32, as E8M0 (a power of two in a byte; MX v1.0,
-section 5.4), or as E4M3 with one float32 scale of the whole tensor, its largest magnitude over 6 x 448 (NVFP4, as in
-`NVFP4QTensor` of NVIDIA's ModelOpt). Codes are packed densely, three-valued ones five to a byte (3^5 = 243 of 256).
+section 5.4), or as E4M3 with one float32 scale of the whole tensor (NVFP4, as in `NVFP4QTensor` of NVIDIA's ModelOpt): its
+largest magnitude over 6 x 448, rounded up to a power of two, so that layers which a runtime fuses can be given one tensor scale
+without rounding their blocks' scales again. Codes are packed densely, three-valued ones five to a byte (3^5 = 243 of 256).
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ class Codebook(DenseScheme):
         if self.scale == "e4m3":
             largest = matrix.abs().amax() if matrix.numel() else torch.zeros(())
             tensor_scale = largest / (self.table.largest * LEVELS["e4m3"].largest)
-            tensor_scale = torch.where(tensor_scale >= SMALLEST_NORMAL, tensor_scale, 1.0)
+            tensor_scale = torch.where(tensor_scale >= SMALLEST_NORMAL, _next_power_of_two(tensor_scale), 1.0)
             matrix, tensor_scale = matrix / tensor_scale, tensor_scale.reshape(1)
         codes, scales, _ = find_codes(matrix, self, group_size, importance)
         return self.stored(codes, scales, tensor_scale, self._input_params(histogram), tuple(weight.shape))
@@ -147,6 +148,12 @@ class Codebook(DenseScheme):
 
 
 MXFP4 = Codebook("e2m1", 32, "e8m0")
+
+
+def _next_power_of_two(x: Tensor) -> Tensor:
+    """The least power of two that is not below x (float32, positive)."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).int())
 
 
 def _pack_trits(codes: Tensor) -> Tensor:

@@ -57,10 +57,12 @@ SCHEMES = {
     "fp32": Float("float32"),
 }
 FLOATS = {"fp16", "fp32"}
+VLLM_LINEAR = {"w3", "w4", "w4g32", "w4g32f", "w4g64", "w4a8", "w8a4", "w8a8", "w8a8s"}
+VLLM_LINEAR |= {"fp8", "fp8a8", "fp8a8s", "mxfp4", "nvfp4"}
 RUNS = {  # a Linear layer of 192 columns, a convolution, an embedding
     "mpsearch": (set(SCHEMES), set(SCHEMES), set(SCHEMES)),
     "torchao": ({"w3", "w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8a8"} | FLOATS, FLOATS, FLOATS),
-    "vllm": ({"w4", "w4g32", "w4g32f", "w4g64", "w8a8", "w8a8s", "fp8", "fp8a8", "fp8a8s", "mxfp4"} | FLOATS, FLOATS, FLOATS),
+    "vllm": (VLLM_LINEAR | FLOATS, FLOATS, {"w4", "w4g32", "w4g32f"} | FLOATS),
     "llama_cpp": ({"w4g32", "mxfp4"} | FLOATS, FLOATS, {"w4g32", "mxfp4"} | FLOATS),
     "onnxruntime": ({"w4g32", "w4g32f", "w4g64", "w8a8s", "fp32"}, {"w8a8s", "fp32"}, {"fp32"}),
 }
@@ -93,10 +95,10 @@ def test_rows_of_broken_groups_are_not_known_to_run(name):
 def test_the_space_is_pruned_and_read_back():
     space = SearchSpace.build([LINEAR, CONV], SCHEMES, ["fc:>=8"], 8, VLLM())
     assert dict(zip(space.names, space.choices, strict=True)) == {
-        "fc": ("w8a8", "w8a8s", "fp8", "fp8a8", "fp8a8s", "fp16", "fp32"),
+        "fc": ("w8a8", "w8a8s", "w8a4", "fp8", "fp8a8", "fp8a8s", "fp16", "fp32"),
         "conv": ("fp16", "fp32"),
     }
-    assert list(space.schemes) == ["w8a8", "w8a8s", "fp8", "fp8a8", "fp8a8s", "fp16", "fp32"]
+    assert list(space.schemes) == ["w8a8", "w8a8s", "w8a4", "fp8", "fp8a8", "fp8a8s", "fp16", "fp32"]
     assert read_space(json.loads(json.dumps(space.to_dict()))) == space
     assert read_space(json.loads(json.dumps(space.to_dict())), SCHEMES) == space
 

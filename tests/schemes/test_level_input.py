@@ -87,11 +87,14 @@ def test_mx_is_what_the_standard_says(levels):
 
 
 def test_nvfp4_is_that_of_a_weight():
-    """Whose tensor scale is its own largest magnitude over 6 x 448: here of all that calibration saw."""
+    """With the same tensor scale; an input's is the largest magnitude in the calibration data over 6 x 448."""
     x = awkward((6, 40))[3:]
     nv = LevelInput("e2m1", "nv")
+    weight = RoundToNearest().quantize(x, Codebook("e2m1", 16, "e4m3"))
+    same = {"input_scale": weight.tensors["tensor_scale"]}
+    assert torch.equal(nv.fake_quantize(x, 1, same), weight.dequantize())
     tensors = nv.stored(Histogram.from_values(x))
-    assert torch.equal(nv.fake_quantize(x, 1, tensors), RoundToNearest().quantize(x, Codebook("e2m1", 16, "e4m3")).dequantize())
+    assert tensors["input_scale"] == pytest.approx(x.abs().max().item() / (6 * 448))
     beyond = nv.fake_quantize(1e6 * x, 1, tensors).abs().max()
     assert beyond == pytest.approx(x.abs().max().item(), rel=1e-5), "what lies beyond saturates"
 
