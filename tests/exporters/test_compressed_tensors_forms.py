@@ -92,6 +92,7 @@ def check(path, source, engine, allocation, rel=1e-3):
     return json.loads(path.read_text())
 
 
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("name", SCHEMES)
 def test_every_form(tmp_path, engine_of, name):
     engine, source = engine_of("llama")
@@ -132,6 +133,7 @@ def test_transformers_opens_every_format_in_bfloat16(tmp_path, engine_of):
     assert (logits - expected).std() < 0.1 * expected.std()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("family", "names"),
     [("mixtral", ["w4"]), ("qwen2_moe", ["w3"]), ("qwen2_moe", ["w2", "w5g32u", "mxfp4", "nvfp4"]), ("mixtral", ["fp8"])],
