@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mpsearch.errors import InputError, one_line
 from mpsearch.exporters.base import Exporter, Picked
 from mpsearch.exporters.compressed_tensors_forms import FP8, INT8, NVFP4_FORMAT, PACKED, form_of, has_form, stored, tensor_scales
-from mpsearch.exporters.hf_checkpoint import Checkpoint, Recipe, read_shards, recipes, write_shards
+from mpsearch.exporters.hf_checkpoint import Checkpoint, Recipe, read_shards, recipes, source_of, write_shards
 from mpsearch.files import write_atomically
 from mpsearch.graph.projections import expose_projections
 from mpsearch.layer import LayerSpec
@@ -48,7 +48,7 @@ class CompressedTensors(Exporter):
 
     def check(self, model: nn.Module) -> None:
         """See `Exporter.check`."""
-        Checkpoint(model, "exporter=compressed_tensors")
+        source_of(model, "exporter=compressed_tensors")
 
     def export(self, picked: Picked, engine: Weights, folder: Path) -> Path:
         """The path of `config.json`."""

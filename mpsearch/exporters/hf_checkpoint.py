@@ -74,13 +74,7 @@ class Checkpoint:
     """
 
     def __init__(self, model: nn.Module, what: str) -> None:
-        self.source = Path(str(getattr(model, "name_or_path", "")))
-        if not self.source.parts or not hasattr(model, "config"):
-            raise InputError(
-                f"{what} writes models of Hugging Face transformers; got a {type(model).__name__}. Search with model=hf "
-                "model.path=FOLDER, or use exporter=native."
-            )
-        check_folder(self.source)
+        self.source = source_of(model, what)
         self.dtypes = dict(_dtypes(self.source))
         self.recipes = recipes(model)
         if missing := [name for name in self.dtypes if name not in self.recipes]:
@@ -105,6 +99,18 @@ class Checkpoint:
         """`config.json`."""
         config: dict[str, Any] = json.loads((self.source / "config.json").read_text(encoding="utf-8"))
         return config
+
+
+def source_of(model: nn.Module, what: str) -> Path:
+    """The folder that a model was loaded from; `InputError`, which names `what` writes it, where it is none of transformers."""
+    source = Path(str(getattr(model, "name_or_path", "")))
+    if not source.parts or not hasattr(model, "config"):
+        raise InputError(
+            f"{what} writes models of Hugging Face transformers; got a {type(model).__name__}. Search with model=hf "
+            "model.path=FOLDER, or use exporter=native."
+        )
+    check_folder(source)
+    return source
 
 
 def recipes(model: Any) -> dict[str, Recipe]:
