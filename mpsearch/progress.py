@@ -6,18 +6,89 @@ Long phases write a line now and then in addition, so that a log file shows that
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mpsearch.errors import InputError
+from mpsearch.files import read_regular, write_atomically
+
+FILE = "progress.json"  # of a run's folder
+RECORD_EVERY_SECONDS = 2.0
 LOG_EVERY_SECONDS = 60.0  # where stderr is no terminal
 
 console = Console(stderr=True)
 _quiet = False
 _bar: Progress | None = None
+
+
+@dataclass
+class Phase:
+    """A phase of a run as `progress.json` records it: `done` of `total` steps after `seconds`, `left` more to be expected."""
+
+    what: str
+    total: int
+    done: int = 0
+    seconds: float = 0.0
+    left: float | None = None
+    note: str = ""
+    finished: bool = False
+
+
+class _Record:
+    """Writes the phases of a run to a file, at most every `RECORD_EVERY_SECONDS` and at the end of each."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.phases, self.written = file, read_phases(file.parent), 0.0
+        for each in self.phases:  # of a process that was killed
+            each.finished, each.left = True, None
+
+    def write(self) -> None:
+        """Replace the file; a run does not end because its progress cannot be written."""
+        self.written = time.monotonic()
+        with suppress(InputError):
+            write_atomically(self.file, json.dumps([asdict(each) for each in self.phases]))
+
+
+_record: _Record | None = None
+
+
+@contextmanager
+def recorded(folder: Path) -> Iterator[None]:
+    """Write the phases inside the block to `progress.json` in the folder, after those of an interrupted run."""
+    global _record
+    before, _record = _record, _Record(folder / FILE)
+    try:
+        yield
+    finally:
+        _record = before
+
+
+def read_phases(folder: Path) -> list[Phase]:
+    """The phases in the folder's `progress.json`; none where there is no such file, or one that was not written by `recorded`."""
+    file = folder / FILE
+    if not file.exists():
+        return []
+    try:
+        return [_phase(entry) for entry in json.loads(read_regular(file))]
+    except (ValueError, TypeError, KeyError, InputError):
+        return []
+
+
+def _phase(entry: Any) -> Phase:
+    numbers = [entry[name] for name in ("total", "done", "seconds")]
+    if set(entry) != {f.name for f in fields(Phase)} or not all(type(x) in (int, float) for x in numbers):
+        raise ValueError
+    if not all(isinstance(entry[name], str) for name in ("what", "note")) or type(entry["left"]) not in (int, float, type(None)):
+        raise ValueError
+    return Phase(**entry)
 
 
 @contextmanager
@@ -47,10 +118,23 @@ def phase(what: str, total: int, done: int = 0, work: Sequence[float] | None = N
 
     `work`: how long each step will take compared with the others, by which the time left is estimated; `None`: all alike.
     """
-    sizes = _sizes(total - done, work)
     if _quiet:
         yield _silent
-    elif console.is_terminal:
+        return
+    with _shown(what, total, done, work) as show, _noted(what, total, done, work) as note_step:
+
+        def advance(note: str = "") -> None:
+            show(note)
+            note_step(note)
+
+        yield advance
+
+
+@contextmanager
+def _shown(what: str, total: int, done: int, work: Sequence[float] | None) -> Iterator[Callable[[str], None]]:
+    """The phase on stderr."""
+    sizes = _sizes(total - done, work)
+    if console.is_terminal:
         with _display() as bar:
             task = bar.add_task(what, total=total, completed=done, note="")
 
@@ -62,6 +146,30 @@ def phase(what: str, total: int, done: int = 0, work: Sequence[float] | None = N
         log = _Log(what, total, done, sizes)
         yield log.advance
         log.write()
+
+
+@contextmanager
+def _noted(what: str, total: int, done: int, work: Sequence[float] | None) -> Iterator[Callable[[str], None]]:
+    """The phase in `progress.json`, where a run is recorded."""
+    if _record is None:
+        yield _silent
+        return
+    record, start, sizes, size_done = _record, time.monotonic(), _sizes(total - done, work), 0.0
+    entry = Phase(what, total, done)
+    record.phases.append(entry)
+    record.write()
+
+    def advance(note: str = "") -> None:
+        nonlocal size_done
+        entry.done, entry.note, size_done = entry.done + 1, note, size_done + next(sizes, 1.0)
+        entry.seconds = time.monotonic() - start
+        entry.left = entry.seconds / size_done * max(total - done - size_done, 0.0)
+        if time.monotonic() - record.written >= RECORD_EVERY_SECONDS:
+            record.write()
+
+    yield advance
+    entry.seconds, entry.left, entry.finished = time.monotonic() - start, None, True
+    record.write()
 
 
 @contextmanager

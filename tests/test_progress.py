@@ -83,3 +83,30 @@ def test_a_sentence_is_said_once(written):
     for _ in range(2):
         progress.say_once("A sentence of test_progress.")
     assert written.getvalue() == "A sentence of test_progress.\n"
+
+
+def test_phases_are_recorded_for_the_page_and_for_watchers(written, tmp_path):
+    with progress.recorded(tmp_path):
+        with progress.phase("calibrate", 2) as advance:
+            advance()
+            advance("done")
+        with progress.phase("search", 10, done=4) as advance:
+            assert not progress.read_phases(tmp_path)[-1].finished
+            advance("3 bits")
+            with progress.quiet(), progress.phase("worker", 1):
+                pass
+    first, second = progress.read_phases(tmp_path)
+    assert (first.what, first.done, first.total, first.finished, first.note) == ("calibrate", 2, 2, True, "done")
+    assert (second.what, second.done, second.total, second.finished) == ("search", 5, 10, True)
+    with progress.recorded(tmp_path), progress.phase("search", 10, done=5):
+        pass
+    assert [each.what for each in progress.read_phases(tmp_path)] == ["calibrate", "search", "search"]
+    with progress.phase("export", 1):
+        pass
+    assert len(progress.read_phases(tmp_path)) == 3, "outside of a run nothing is recorded"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"what": 3}]', '[{"what": "a", "total": "x", "done": 0}]', "[null]"])
+def test_a_damaged_record_of_progress_is_none(tmp_path, text):
+    (tmp_path / progress.FILE).write_text(text)
+    assert progress.read_phases(tmp_path) == []

@@ -68,7 +68,8 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     picked = result.pick()
     page = result.report()
     said = [verified_sentence(result.run, result.verified[-1])] if settings["confirm"]["verify"] else []
-    print_summary(result.run, picked.evaluation, folder, said=[*said, *path_lines(folder, page, "pareto.png", "front.csv")])
+    said += path_lines(folder, folder / "index.html", page.name, "front.csv")
+    print_summary(result.run, picked.evaluation, folder, said=said)
     check_verified(result.run.on("confirm").values())
 
 
@@ -121,7 +122,7 @@ def solve(settings: Settings, build: Build, folder: Path) -> None:
     result = _loaded(settings, build, folder)
     point = finished.solve(result, budget=settings["budget"], max_drop=settings.get("max_drop"))
     page = point.result.report(point=point.id)
-    said = path_lines(folder, page, "pareto.png", "front.csv")
+    said = path_lines(folder, folder / "index.html", page.name, "front.csv")
     print_summary(point.result.run, point.evaluation, folder, said=said)
 
 
@@ -142,7 +143,7 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
         f"{training.loss_after:.4g}",
         f"{quality.label} on confirm: {quality.text(training.quality_before)} -> {quality.text(confirmed.quality)}, a gain of "
         f"{gain}{quality.drop_unit} ({least} to {most}, paired 95 %), in {training.seconds:.0f} s of training",
-        *path_lines(folder, page, "pareto.png"),
+        *path_lines(folder, folder / "index.html", page.name),
     ]
     print_summary(run, point.evaluation, folder, settings["pick"]["max_drop"], said)
     check_verified([confirmed])
@@ -152,7 +153,7 @@ def report(settings: Settings, build: Build, folder: Path) -> None:
     """Draw the tables, figures and page again from what lies in the folder; nothing that the config names is built."""
     _require_search(settings, "no front to report. Its chart is sensitivity.png")
     result, picked, page = redrawn(folder, pick, lambda: load_result(folder))
-    print_summary(result.run, picked, folder, said=path_lines(folder, page, "pareto.png", "front.csv"))
+    print_summary(result.run, picked, folder, said=path_lines(folder, folder / "index.html", page.name, "front.csv"))
 
 
 def export(settings: Settings, build: Build, folder: Path) -> None:

@@ -12,11 +12,11 @@
    refined weights are kept where their loss on the search split is lower. The points are tested from the largest down; the
    default pick is the last one whose quality is non-inferior to the float model's within `max_drop`.
 
-A run folder holds `report.md` and its figures, and the tables that they are drawn from: `evaluations.csv` (everything that
-was measured), `front.csv` and `uniform.csv` (two rows a point: search and confirm), `confirm.csv`, `sensitivity.csv`,
-`effects.npy` (interactions between groups); `space.json`, `config.yaml` and `environment.json` describe what was searched.
-What is read back has a checksum. `bank/` keeps every layer as it was quantized, `refined/` those of refined points; both may be
-deleted at any time.
+A run folder holds the page `index.html`, `report.md` and its figures, and the tables that they are drawn from: `evaluations.csv`
+(everything that was measured), `front.csv` and `uniform.csv` (two rows a point: search and confirm), `confirm.csv`,
+`sensitivity.csv`, `effects.npy` (interactions between groups), `progress.json` (phases and their seconds); `space.json`,
+`config.yaml` and `environment.json` describe what was searched. What is read back has a checksum. `bank/` keeps every layer as it
+was quantized, `refined/` those of refined points; both may be deleted at any time.
 
 While a search runs, scores are simulated: dequantized weights, float32 arithmetic, inputs rounded where the scheme says so
 (`packed` is `False` in the tables). Confirmed scores are of the packed model (`packed` is `True`) and agree with the simulated

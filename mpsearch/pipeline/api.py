@@ -26,6 +26,7 @@ from mpsearch.pipeline.prepare import Choice, EngineOptions, Model, Prepared, pr
 from mpsearch.pipeline.result import Result, verified
 from mpsearch.pipeline.search_run import SearchRun
 from mpsearch.pipeline.sensitivity import measured_sensitivity
+from mpsearch.progress import recorded as recorded_phases
 from mpsearch.quality import Quality
 from mpsearch.registry import resolve
 from mpsearch.runs.run import RunFolder
@@ -168,7 +169,7 @@ def search(
     cost_objects = resolved_costs(costs, budget, objectives)
     check_limits(budget or {}, cost_objects, resolved_schemes(schemes))
     kept, run = _opened(folder)
-    with run.locked():
+    with run.locked(), recorded_phases(run.path):
         prepared = prepare(
             model,
             task,

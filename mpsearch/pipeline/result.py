@@ -104,7 +104,7 @@ class Result:
         return pareto.pareto_figure(self.run, pick(self.run))
 
     def report(self, **limits: Any) -> Path:
-        """Write tables, figures and the page `report.md` to the run's folder; `limits` pick the point that the page shows."""
+        """Write tables, figures, `index.html` and `report.md` to the run's folder; `limits` pick the point that they show."""
         return report.write_report(self.run, self.folder, pick(self.run, **limits), self.confirmed)
 
     def export(

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mpsearch.errors import InputError
-from mpsearch.evaluation import Confirmed, EvaluationLog, SensitivityTable
+from mpsearch.evaluation import Confirmed, Evaluation, EvaluationLog
 from mpsearch.executors.base import Executor
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.pipeline.confirm import confirm, selected
 from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
 from mpsearch.pipeline.finetune import train_point
 from mpsearch.pipeline.goal import Goal
+from mpsearch.pipeline.live import LiveReport
 from mpsearch.pipeline.mirror import Mirror
-from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.prepare import Model, Prepared, planned_engine
 from mpsearch.pipeline.refine import RefiningEvaluator, start_of_training
 from mpsearch.pipeline.result import Result
@@ -30,13 +29,10 @@ from mpsearch.progress import phase, quiet
 from mpsearch.quality import Quality
 from mpsearch.refiners.base import Refiner
 from mpsearch.registry import fields_of
-from mpsearch.reporting.report import write_report
 from mpsearch.runs.run import Run, RunFolder
 from mpsearch.runtimes.base import Runtime
 from mpsearch.samplers.base import Problem, build_sampler, check_sampler
 from mpsearch.training.finetune import Training
-
-REPORT_SECONDS = 60.0  # between two reports that are written while points are confirmed
 
 
 @dataclass(frozen=True)
@@ -91,6 +87,18 @@ class SearchRun:
             log = EvaluationLog(known, self.run.recorder(space, quality.name, identity["costs"]))
             shared = engine, log, goal.budgets, goal.other_costs
             mirror = self._mirror(identity["objectives"])
+
+            def record() -> Run:
+                columns = identity["budgets"], identity, identity["objectives"], identity["costs"]
+                return Run(space, quality.name, tuple(log), sensitivity, *columns)
+
+            live = LiveReport(record, self.run.path)
+
+            def finished(evaluation: Evaluation) -> None:
+                if mirror is not None:
+                    mirror(evaluation)
+                live.searched(evaluation)
+
             with mirror or contextlib.nullcontext():
                 search(
                     SearchEvaluator(*shared, self.executor),
@@ -99,11 +107,11 @@ class SearchRun:
                     n_seeds=n_seeds,
                     max_seconds=max_seconds,
                     in_flight=self.in_flight,
-                    finished=mirror or (lambda evaluation: None),
+                    finished=finished,
                 )
             evaluate = ConfirmEvaluator(*shared, goal.batch_size)
             refined = evaluate if self.refiner is None else RefiningEvaluator(evaluate, self.refiner, self.run.path)
-            run, confirmed = self._confirmed(refined, log, sensitivity, identity)
+            run, confirmed = self._confirmed(refined, record, live)
         workspace = Workspace(prepared, engine, self.run.path, self.refiner)
         return Result(run, self.run.path, workspace, goal.costs, confirmed)
 
@@ -122,29 +130,12 @@ class SearchRun:
         return Mirror(self.mirror, name, self.prepared.space, objectives) if self.mirror else None
 
     def _confirmed(
-        self,
-        evaluate: ConfirmEvaluator | RefiningEvaluator,
-        log: EvaluationLog,
-        sensitivity: SensitivityTable,
-        identity: dict[str, Any],
+        self, evaluate: ConfirmEvaluator | RefiningEvaluator, record: Callable[[], Run], live: LiveReport
     ) -> tuple[Run, list[Confirmed]]:
-        def record() -> Run:
-            columns = identity["budgets"], identity, identity["objectives"], identity["costs"]
-            return Run(self.prepared.space, identity["quality_name"], tuple(log), sensitivity, *columns)
-
         run = record()
         if not run.front:
             raise InputError("No trial was run, so there is no front. Give n_trials above 0.")
-        drawn = time.monotonic()
-
-        def draw(compared: Callable[[], list[Confirmed]]) -> None:
-            nonlocal drawn
-            if time.monotonic() - drawn > REPORT_SECONDS:
-                so_far = record()
-                write_report(so_far, self.run.path, pick(so_far), compared())
-                drawn = time.monotonic()
-
-        confirmed = confirm(evaluate, run, self.confirm_points, draw)
+        confirmed = confirm(evaluate, run, self.confirm_points, live.confirmed)
         if self.training is not None:
             points = selected(run, self.confirm_points)
             with phase("finetune", len(points)) as advance:

@@ -10,12 +10,14 @@ import numpy as np
 import pandas as pd
 
 from mpsearch.evaluation import Evaluation
-from mpsearch.intervals import Z
+from mpsearch.graph.unsearched import sentence as unsearched_sentence
+from mpsearch.intervals import FEWEST, Z, is_approximate
 from mpsearch.optimize.pareto import hypervolume
 from mpsearch.quality import Quality
 from mpsearch.runs.noninferiority import NonInferior, smallest_non_inferior
 from mpsearch.runs.run import Run
 
+MUCH_FLOAT = 0.05  # of the parameters: more that stay float is worth a warning
 UNITS = {"size_bytes": "bytes", "latency_ms": "milliseconds (predicted)"}
 
 
@@ -90,8 +92,8 @@ def uniform_sentences(run: Run) -> list[str]:
             best = min(better, key=lambda x: x.loss)
             sentences.append(
                 f"On the {split} split uniform {scheme} is dominated: at no more {_unit(run)} a point of the front has a loss of "
-                f"{best.loss:.3g} instead of {e.loss:.3g}, and {quality.name} {_score(quality, best)} instead of "
-                f"{_score(quality, e)}."
+                f"{best.loss:.3g} instead of {e.loss:.3g}, and {quality.name} {score_text(quality, best)} instead of "
+                f"{score_text(quality, e)}."
             )
     return sentences
 
@@ -122,6 +124,19 @@ def run_hypervolume(run: Run) -> float | None:
         return None
     bits, losses = (np.array(values) for values in zip(*((e.average_bits, e.loss) for e in front), strict=True))
     return hypervolume(bits, losses, uniform[-1][1].average_bits, uniform[0][1].loss)
+
+
+def budget_positions(run: Run, objective: str) -> Mapping[str, float]:
+    """Name -> position on the axis of an objective, of the budgets on it; in bytes also those on size in other units."""
+    space, positions = run.space, {}
+    in_bytes = {"bytes": 1.0, "bits": space.numel / 8, "fraction": space.size_bits() / 8}
+    for name, limit in run.budgets.items():
+        if objective == "size_bytes" and name in in_bytes:
+            rest = space.other_bits / 8 if name == "bits" else 0.0
+            positions[f"budget.{name} = {limit:,.10g}"] = limit * in_bytes[name] + rest
+        elif name == objective:
+            positions[f"budget.{name} = {limit:,.10g}"] = limit
+    return positions
 
 
 def times_differ(run: Run) -> bool:
@@ -170,8 +185,8 @@ def overfit_warning(run: Run) -> str | None:
     if not significant:
         return None
     return (
-        f"The float model does much better on the search split ({run.quality_name} {_score(quality, search)}, "
-        f"{search.n_samples:,} samples) than on the confirm split ({_score(quality, confirm)}, {confirm.n_samples:,} samples)"
+        f"The float model does much better on the search split ({run.quality_name} {score_text(quality, search)}, "
+        f"{search.n_samples:,} samples) than on the confirm split ({score_text(quality, confirm)}, {confirm.n_samples:,} samples)"
         f"{interval}: it was probably trained on the search data. Losses on such data are too low, 5 to 13 times on the "
         "networks that this was measured on, and a front that is searched there may not hold elsewhere. Search on data that "
         "the model was not trained on."
@@ -183,6 +198,24 @@ def warnings(run: Run) -> list[str]:
     overfit, overlap = overfit_warning(run), run.identity.get("overlap")
     shared = [splits_sentence(overlap).replace("**", "")] if overlap and any(overlap["shared"].values()) else []
     return [*([overfit] if overfit else []), *shared]
+
+
+def cautions(run: Run) -> list[str]:
+    """What the reader of a page should know first: `warnings`, weights that stay float, and what the samples cannot decide."""
+    said, confirm = warnings(run), run.baseline("confirm")
+    about = run.identity.get("not_searched")
+    if about and about["weights"] and about["float_bytes"] > MUCH_FLOAT * max(about["bytes"], 1):
+        said.append(unsearched_sentence(about))
+    if confirm is None:
+        said.append("Nothing is confirmed yet: all numbers are of the search split, which selects the points.")
+    elif run.front and not (answer := smallest_non_inferior(run, run.max_drop)).decided:
+        said.append(f"Intervals are too wide to decide. {non_inferior_sentence(run, answer)}")
+    if confirm is not None and is_approximate(confirm.n_samples):
+        said.append(f"Intervals are approximate: {confirm.n_samples} independent samples; coverage needs at least {FEWEST}.")
+    if wrong := [e for e in run.on("confirm").values() if not e.verified]:
+        sizes = ", ".join(f"{e.size_bytes:,}" for e in wrong)
+        said.append(f"The packed outputs of the points of {sizes} bytes differ from the simulated ones.")
+    return said
 
 
 def splits_sentence(overlap: Mapping[str, Any] | None) -> str:
@@ -207,7 +240,8 @@ def _interval(quality: Quality, low: float, high: float) -> str:
     return f"{quality.difference(low)} to {quality.difference(high)}"
 
 
-def _score(quality: Quality, e: Evaluation) -> str:
+def score_text(quality: Quality, e: Evaluation) -> str:
+    """The quality of an evaluation with its unit."""
     return quality.text(e.quality) + (" %" if quality.kind == "share" else "")
 
 

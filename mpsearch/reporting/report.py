@@ -8,18 +8,21 @@ from pathlib import Path
 from mpsearch.evaluation import Confirmed, Evaluation
 from mpsearch.files import write_atomically
 from mpsearch.files.csv_rows import write_rows
+from mpsearch.progress import read_phases
 from mpsearch.reporting.charts.interactions import draw_interactions
 from mpsearch.reporting.charts.layers import draw_layers
 from mpsearch.reporting.charts.pareto import draw_pareto
 from mpsearch.reporting.charts.sensitivity import draw_sensitivity
 from mpsearch.reporting.markdown import page
+from mpsearch.reporting.page.content import content
+from mpsearch.reporting.page.document import document
 from mpsearch.reporting.tables import confirm_table, front_table, read_confirm, uniform_table
 from mpsearch.runs.run import Run
 from mpsearch.runs.verified import read_verified
 
 
 def write_report(run: Run, folder: Path, picked: Evaluation, confirmed: Sequence[Confirmed] | None = None) -> Path:
-    """Write `front.csv`, `uniform.csv`, `confirm.csv`, the figures and `report.md`; returns the page's path.
+    """Write `front.csv`, `uniform.csv`, `confirm.csv`, the figures, `index.html` and `report.md`; returns the path of the last.
 
     `confirmed` is what `confirm` measured; with `None` it is read from `confirm.csv`, if that exists.
     """
@@ -34,5 +37,15 @@ def write_report(run: Run, folder: Path, picked: Evaluation, confirmed: Sequence
     draw_pareto(run, picked, folder)
     draw_layers(run, picked, folder)
     file = folder / "report.md"
-    write_atomically(file, page(run, picked, read_confirm(run, folder), interacting, read_verified(folder, run.quality)))
+    verified = read_verified(folder, run.quality)
+    write_atomically(file, page(run, picked, read_confirm(run, folder), interacting, verified))
+    write_page(run, folder, picked)
+    return file
+
+
+def write_page(run: Run, folder: Path, picked: Evaluation) -> Path:
+    """Write `index.html`, the page of the run as far as it is; returns its path."""
+    file = folder / "index.html"
+    measured = read_confirm(run, folder), read_verified(folder, run.quality), read_phases(folder)
+    write_atomically(file, document(content(run, picked, folder, *measured)))
     return file

@@ -196,7 +196,7 @@ def test_the_page_says_what_was_found(reported):
 def test_no_temporary_files_are_left(reported):
     names = {path.name for path in reported[1].iterdir()}
     tables = {"front.csv", "uniform.csv", "confirm.csv", "evaluations.csv", "sensitivity.csv"}
-    assert names == {*FIGURES, "pareto.svg", "report.md", "space.json", *tables}
+    assert names == {*FIGURES, "pareto.svg", "index.html", "report.md", "space.json", *tables}
 
 
 def test_drawn_again_from_its_folder_it_is_the_same(reported):

@@ -5,30 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 
 from mpsearch.evaluation import Evaluation, SensitivityTable
 from mpsearch.reporting.charts.style import heat_map, new_figure, save
-
-LEAST_SHOWN = 0.02  # of the largest correlation; below, what the errors have in common changes no loss that is read
-
-
-def interactions(table: SensitivityTable, picked: Evaluation) -> pd.DataFrame | None:
-    """The correlation of the groups' errors as far as it carries over to other data, groups by groups; the diagonal is NaN.
-
-    It is 1 where the errors of two groups change the outputs alike, so that they add up, and -1 where they cancel (the inner
-    products of their Gauss-Newton features). `None` where the metric has no features, and where no pair reaches `LEAST_SHOWN`.
-    """
-    if table.effects is None:
-        return None
-    names, choice = list(table.space.names), table.space.choice(picked.allocation)
-    each = np.arange(len(names))
-    features = table.effects[:, each, choice].astype(float)
-    squared = 2 * table.losses()[each, choice]
-    correlations = features.T @ features / np.sqrt(np.maximum(np.outer(squared, squared), 1e-300))
-    np.fill_diagonal(correlations, np.nan)
-    largest = np.nanmax(np.abs(correlations), initial=0.0)
-    return pd.DataFrame(correlations, index=names, columns=names) if largest >= LEAST_SHOWN else None
+from mpsearch.reporting.curves import interactions
 
 
 def draw_interactions(table: SensitivityTable, picked: Evaluation, folder: Path) -> bool:

@@ -17,7 +17,7 @@ from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.evaluation import Evaluation
 from mpsearch.quality import Quality
 from mpsearch.reporting.charts.style import CONFIRM, FLOAT, PICK, SEARCH, UNIFORM, lay_out, new_figure, place_labels, save
-from mpsearch.reporting.findings import times_differ
+from mpsearch.reporting.findings import budget_positions, times_differ
 from mpsearch.reporting.tables import front_table, trained_table, uniform_table
 from mpsearch.runs.run import Run
 
@@ -118,19 +118,6 @@ def pareto_figure(run: Run, picked: Evaluation | None = None) -> Figure:
     for panel in panels:
         place_labels(panel.axes, panel.points(shown), shown.scheme, np.concatenate([panel.points(front), panel.points(shown)]))
     return figure
-
-
-def budget_positions(run: Run, objective: str) -> Mapping[str, float]:
-    """Name -> position on the axis of an objective, of the budgets on it; in bytes also those on size in other units."""
-    space, positions = run.space, {}
-    in_bytes = {"bytes": 1.0, "bits": space.numel / 8, "fraction": space.size_bits() / 8}
-    for name, limit in run.budgets.items():
-        if objective == "size_bytes" and name in in_bytes:
-            rest = space.other_bits / 8 if name == "bits" else 0.0
-            positions[f"budget.{name} = {limit:,.10g}"] = limit * in_bytes[name] + rest
-        elif name == objective:
-            positions[f"budget.{name} = {limit:,.10g}"] = limit
-    return positions
 
 
 def _draw_losses(panel: Panel, run: Run, front: pd.DataFrame) -> None:
