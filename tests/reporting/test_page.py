@@ -12,9 +12,12 @@ from synthetic import resnet, run_of, transformer
 from mpsearch import progress
 from mpsearch.pipeline.pick import pick
 from mpsearch.progress import Phase
+from mpsearch.reporting.answer import millijoules
 from mpsearch.reporting.page.content import content
 from mpsearch.reporting.page.document import SCRIPTS, as_json, document
 from mpsearch.reporting.report import write_page
+from mpsearch.runs.run import RunFolder
+from mpsearch.runs.verified import Verified, append_verified
 
 HOSTILE = "net</script><script>throw 1</script><img src=x onerror=throw&1> \u2028 {{content}} ${1}"
 
@@ -87,7 +90,8 @@ def test_a_clicked_point_shows_its_layers_and_commands(browser, pages):
         assert f"{e.size_bytes:,} bytes" in facts
         commands = browser.js("[...document.querySelectorAll('.command code')].map(c => c.textContent)")
         assert commands[0] == f"mpsearch export run={page.parent} pick.point={chosen}"
-        assert commands[1] == f"mpsearch finetune run={page.parent} pick.point={chosen}"
+        assert commands[1] == f"mpsearch verify run={page.parent} pick.point={chosen}"
+        assert commands[2] == f"mpsearch finetune run={page.parent} pick.point={chosen}"
         assert pick(run, point=chosen) == e
         browser.js("document.querySelector('#point details').open = true")
         browser.js("new Promise(done => setTimeout(done, 60))")
@@ -183,6 +187,32 @@ def test_a_run_in_progress_says_so_and_is_loaded_again(tmp_path):
     assert about["running"]
     assert 'http-equiv="refresh"' in document(about)
     assert any("Nothing is confirmed yet" in text for text in about["warnings"])
+
+
+def test_what_runtimes_measured_is_shown_with_its_source(browser, tmp_path):
+    run = run_of(resnet(), timed=True)
+    point = pick(run).allocation.id
+    scores = {"loss": 0.01, "packed_loss": 0.01, "quality": 0.9, "quality_low": 0.89, "quality_high": 0.91, "n_samples": 400}
+    times = {"ms": 1.25, "ms_low": 1.2, "ms_high": 1.3, "float_ms": 2.5, "packed_ms": 2.0, "measured_on": "Z80, 1 threads"}
+    verified = Verified("onnx", "onnxruntime", point, False, 45_678, **scores, **times)
+    append_verified(RunFolder(tmp_path), verified, "accuracy")
+    browser.open(write_page(run, tmp_path, pick(run)))
+    saved = browser.js("[...document.querySelectorAll('#t-saves tbody tr')].map(r => [...r.cells].map(c => c.textContent))")
+    (time,) = [row for row in saved if row[0] == "forward pass in onnxruntime"]
+    assert time[1:] == ["2.5 ms in PyTorch", "1.25 ms", "measured on Z80, 1 threads; mpsearch verify exporter=onnx"]
+    assert all(row[3] for row in saved), "no claim without its source"
+    energy = next(row for row in saved if row[0].startswith("energy"))
+    assert "Horowitz" in energy[3]
+    assert "90.00" in browser.js("document.getElementById('t-verified').textContent")
+    assert browser.errors == []
+
+
+def test_energy_is_counted_by_hand(tmp_path):
+    run = run_of(["a", "b"], schemes=("w2", "w4"))
+    macs, weights, other = 2 * 64 * 64 * 8, 2 * 64 * 64, run.space.other_bits
+    per_bit = 1300 / 64
+    assert millijoules(run, None) == pytest.approx((macs * 4.6 + (32 * weights + other) * per_bit) / 1e9)
+    assert millijoules(run, run.front[0]) == pytest.approx((macs * 4.6 + 8 * run.front[0].size_bytes * per_bit) / 1e9, rel=1e-6)
 
 
 def test_allocations_are_those_of_the_points(tmp_path):

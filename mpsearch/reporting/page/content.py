@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mpsearch.allocation import SearchSpace
+from mpsearch.errors import run_option
 from mpsearch.evaluation import Evaluation
 from mpsearch.reporting.answer import answer, drop_of, recommendations, savings, size_text
 from mpsearch.reporting.curves import hypervolume_curve, interactions, kendall, predicted_losses, searched
@@ -191,7 +192,9 @@ def _allocations(run: Run, points: Sequence[Evaluation], picked: Evaluation) -> 
 def _commands(run: Run, picked: Evaluation, folder: Path) -> list[dict[str, str]]:
     """The commands that go on from a point: what stands before and after its id."""
     commands = []
-    for step in next_steps(run, picked, folder):
+    export, *others = next_steps(run, picked, folder)
+    verify = f"verify it in its runtime: mpsearch verify {run_option(folder)} pick.point={picked.allocation.id}"
+    for step in [export, verify, *others]:
         purpose, _, command = step.partition(": ")
         before, point_id, after = command.partition(picked.allocation.id)
         commands.append({"purpose": purpose, "before": before, "after": after, "id": point_id and "yes"})
