@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import inspect
 import itertools
 import json
@@ -35,6 +36,7 @@ REPORTS = ROOT / "reports"
 PARTIAL = ROOT / "build" / "bench"
 UNITS = {"s": 1.0, "ms": 1e3, "us": 1e6}
 LEAST_CALLS = 5
+NOT_IN_A_SEARCH = ("cli", "conf", "executors", "exporters", "packed", "refiners", "reporting", "runtimes", "training")
 REGISTRY: dict[str, Benchmark] = {}
 
 
@@ -140,6 +142,17 @@ def ratio_row(seconds: float, rival: str, rival_seconds: float, unit: str = "ms"
 def git_commit() -> str:
     """The short hash of the commit that is checked out."""
     return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+
+@functools.cache
+def search_code() -> str:
+    """A short hash of the code and settings that decide what a search measures; what reports and exports is left out."""
+    sources = [file for file in (ROOT / "mpsearch").rglob("*") if file.suffix in (".py", ".cpp", ".h")]
+    sources = [file for file in sources if file.relative_to(ROOT / "mpsearch").parts[0] not in NOT_IN_A_SEARCH]
+    digest = hashlib.sha256()
+    for file in sorted([*sources, *(ROOT / "conf").rglob("*.yaml")]):
+        digest.update(f"{file.relative_to(ROOT)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def machine() -> Row:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import PARTIAL, REPORTS, git_commit
+from harness import PARTIAL, REPORTS, search_code
 from networks import choice, load, quantize_all
 
 from mpsearch.allocation import Allocation, SearchSpace
@@ -86,8 +86,8 @@ def sensitivity(name: str, metric: str) -> SensitivityTable:
 
 
 def folder(name: str) -> Path:
-    """Where this commit keeps what an interrupted benchmark of searches has measured."""
-    path = PARTIAL / f"search-{git_commit()}" / name
+    """Where what an interrupted benchmark of searches has measured with the code as it is now is kept."""
+    path = PARTIAL / f"search-{search_code()}" / name
     path.mkdir(parents=True, exist_ok=True)
     return path
 
