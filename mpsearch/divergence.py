@@ -1,8 +1,8 @@
 """The loss: the divergence of a model's outputs from the float model's, one definition for every kind of task.
 
 A `Divergence` compares outputs `[n, columns]` with the float model's and gives one number per row, 0 where both are equal. It
-also gives its Hessian at that minimum, as random probes and as drawn labels (`gauss_newton`, `fisher`, `hawq`,
-`kronecker_descent`), the loss that distillation minimizes, and the task loss and quality of tasks that define none.
+also gives its Hessian at that minimum, as random probes (`gauss_newton`, `kronecker_descent`) and as drawn labels (`fisher`,
+`hawq`), the loss that distillation minimizes, and the task loss and quality of tasks that define none.
 
     softmax_kl     KL(softmax(z0) || softmax(z))                          classes, tokens
     sigmoid_kl     sum over columns of KL(sigmoid(z0) || sigmoid(z))      one binary output, or several labels for each sample
@@ -31,6 +31,8 @@ LOSS_FLOOR = 1e-9
 
 CHUNK = 2**21  # elements that are compared at once; float64 temporaries take a few times 16 MB, however wide the outputs are
 TINY = torch.finfo(torch.float32).tiny
+TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+COUNTING = 0.3  # of the rows: as many must count in a mean over rows of Hessians
 SUM_TOLERANCE = 1e-3  # by which a row of probabilities may miss 1: float16 rounds each of a thousand to 3e-8
 
 
@@ -61,8 +63,20 @@ class Divergence(ABC):
         """The mean divergence, differentiable with respect to `outputs`, in their own precision."""
 
     @abstractmethod
-    def probe(self, outputs: Tensor, signs: Tensor) -> Tensor:
-        """The differentiable sum of (B v)^T y over rows, v their `signs` `[n, columns]`; B B^T is the Hessian at the minimum."""
+    def probe(self, outputs: Tensor, signs: Tensor, temperature: float = 1.0) -> Tensor:
+        """The differentiable sum of (B v)^T y over rows, v their `signs` `[n, columns]`; B B^T is the Hessian at the minimum.
+
+        With a `temperature` t the Hessian is that of predictions by y / t, with respect to y / t; of no prediction, the same.
+        """
+
+    def temperature(self, outputs: Tensor) -> float:
+        """At which a mean of Hessians over the rows is one of many rows, not of the few that are predicted without confidence.
+
+        On data that a network was trained on, nearly all predictions are confident and have Hessians near 0: one row in twenty
+        may decide, and other data have others. The least of `TEMPERATURES` at which (sum w)^2 / sum w^2 of the traces w is
+        `COUNTING` of their number, which it often is at 1.
+        """
+        return 1.0
 
     @abstractmethod
     def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -91,6 +105,23 @@ class KLDivergence(Divergence):
 
     probabilities: bool = False
 
+    @abstractmethod
+    def _logits(self, outputs: Tensor) -> Tensor:
+        """Whose softmax or sigmoid is the prediction."""
+
+    @abstractmethod
+    def _predicted(self, logits: Tensor) -> Tensor:
+        """Probabilities, float32."""
+
+    def temperature(self, outputs: Tensor) -> float:
+        """See `Divergence`."""
+        z = self._logits(outputs.detach()).float()
+        for temperature in TEMPERATURES:
+            traces = torch.cat([(p - p.square()).sum(-1).double() for p in map(self._predicted, (z / temperature).split(1024))])
+            if traces.sum().square() >= COUNTING * len(traces) * traces.square().sum():
+                return temperature
+        return TEMPERATURES[-1]
+
     def describe(self) -> str:
         """As in "softmax KL of probabilities"."""
         return self.label + " of probabilities" * self.probabilities
@@ -118,10 +149,13 @@ class SoftmaxKL(KLDivergence):
         log_q, log_p = (self._logits(y).log_softmax(-1) for y in (outputs, reference))
         return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
-    def probe(self, outputs: Tensor, signs: Tensor) -> Tensor:
+    def _predicted(self, logits: Tensor) -> Tensor:
+        return logits.softmax(-1)
+
+    def probe(self, outputs: Tensor, signs: Tensor, temperature: float = 1.0) -> Tensor:
         """The Hessian is diag(p) - p p^T, and B = diag(sqrt p) - p sqrt(p)^T."""
         z = self._logits(outputs)
-        p = z.detach().float().softmax(-1)
+        p = self._predicted(z.detach().float() / temperature)
         root = p.sqrt() * signs
         return (z * (root - p * root.sum(-1, keepdim=True))).sum()
 
@@ -163,10 +197,13 @@ class SigmoidKL(KLDivergence):
         one, zero = (F.kl_div(F.logsigmoid(s * z), F.logsigmoid(s * z0), reduction="sum", log_target=True) for s in (1, -1))
         return (one + zero) / len(z)
 
-    def probe(self, outputs: Tensor, signs: Tensor) -> Tensor:
+    def _predicted(self, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+    def probe(self, outputs: Tensor, signs: Tensor, temperature: float = 1.0) -> Tensor:
         """The Hessian is diag(p (1 - p))."""
         z = self._logits(outputs)
-        p = z.detach().float().sigmoid()
+        p = self._predicted(z.detach().float() / temperature)
         return (z * (p * (1 - p)).sqrt() * signs).sum()
 
     def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -206,7 +243,7 @@ class RelativeMSE(Divergence):
         """As `Divergence.distillation`."""
         return (outputs - reference).square().sum(-1).mean() / self.variance
 
-    def probe(self, outputs: Tensor, signs: Tensor) -> Tensor:
+    def probe(self, outputs: Tensor, signs: Tensor, temperature: float = 1.0) -> Tensor:
         """The Hessian is 2 / variance, times the identity."""
         return (outputs * signs).sum() * (2 / self.variance) ** 0.5
 

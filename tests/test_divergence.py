@@ -113,6 +113,25 @@ def test_probes_and_drawn_losses_have_the_hessian_of_the_divergence(kind, probab
         assert torch.allclose((g.T @ g).double() / n, hessian, atol=0.02 * hessian.abs().max().item()), loss
 
 
+@pytest.mark.parametrize("kind", [SoftmaxKL(), SigmoidKL()])
+def test_the_temperature_lets_many_rows_count(kind):
+    """Where one row in a hundred is predicted without confidence, it decides alone at 1."""
+    confident = torch.full((100, 5), -8.0)
+    confident[:, 0] = 8.0
+    undecided = torch.cat([torch.zeros(1, 5), confident[1:]])
+    for outputs in (undecided, undecided.repeat(30, 1)):
+        temperature = kind.temperature(outputs)
+        assert temperature == kind.temperature(outputs.double()) > 1
+    even = torch.zeros(7, 5)
+    assert kind.temperature(even) == kind.temperature(even[:1]) == RelativeMSE().temperature(undecided) == 1
+    y = (undecided / temperature).double()
+    hessian = torch.autograd.functional.hessian(lambda x: kind._rows(x, y[-1:]).sum(), y[-1:]).view(5, 5)
+    signs = torch.randint(0, 2, (40_000, 5), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    x = undecided[-1:].repeat(40_000, 1).requires_grad_()
+    (g,) = torch.autograd.grad(kind.probe(x, signs, temperature), x)
+    assert torch.allclose((g.T @ g).double() / len(g), hessian, atol=0.02 * hessian.abs().max().item())
+
+
 ints, floats = torch.tensor([0, 2, 1, 1]), torch.tensor([0.3, 2.0, -1.0, 0.5])
 bits = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 1.0]])
 soft = torch.tensor([[0.9, 0.1], [0.5, 0.5], [1.0, 0.0], [0.2, 0.8]])

@@ -240,12 +240,18 @@ def output_fishers(
     """Module name -> E[g g^T] of the gradient g at its output, float32 `[groups, rows, rows]` on the CPU, rows of a group.
 
     Of a group of more than `fisher_blocks.MOST_ROWS` rows the blocks on the diagonal alone, `[groups * blocks, rows, rows]`.
-    The mean over output positions, for the modules of which a product is seen and reaches the loss: the divergence's
-    `drawn_loss`, by one backward pass per batch. In addition to the result, a batch's outputs and gradients are in memory.
+    The mean over output positions, for the modules of which a product is seen and reaches the loss: the divergence's `probe`, at
+    its `temperature` for the first batch, by one backward pass per batch: random signs vary less than drawn labels, of which
+    most are those predicted. In addition to the result, a batch's outputs and gradients are in memory.
     """
     sums = _Sums()
     seen: list[tuple[str, Product, Tensor]] = []
     generator = torch.Generator().manual_seed(0)
+    temperature: float | None = None
+
+    def probed(logits: Tensor) -> Tensor:
+        signs = torch.randint(0, 2, logits.shape, generator=generator).to(logits) * 2 - 1
+        return divergence.probe(logits, signs, temperature or 1.0)
 
     def see(name: str, product: Product, output: Tensor) -> Tensor:
         output = output if output.requires_grad else output.detach().requires_grad_()
@@ -256,7 +262,8 @@ def output_fishers(
         for inputs, _ in batches:
             with torch.enable_grad(), observe_products(model, modules, see):
                 logits = task.forward(model, inputs)
-            gradients = _gradients(logits, [output for *_, output in seen], lambda y: divergence.drawn_loss(y, generator))
+            temperature = temperature or divergence.temperature(logits)
+            gradients = _gradients(logits, [output for *_, output in seen], probed)
             for (name, product, _), gradient in zip(seen, gradients, strict=True):
                 if gradient is not None:
                     rows = gradient.reshape(product.output.shape).movedim(1 if product.kernel else -1, -1)

@@ -77,6 +77,7 @@ class Propagation:
         prefix_max_bytes = 0 if engine.prefix_cache is None else engine.prefix_cache.max_bytes
         self.models = PairedModels(engine, settings.n_positions, prefix_max_bytes)
         self.stages = self.models.stages()
+        self._last: tuple[dict[str, str], dict[str, Refined]] = {}, {}  # schemes and weights of the allocation before
 
     def __call__(self, allocation: Allocation, files: WeightFiles | None = None) -> QuantEngine:
         """See `refiners.base.Refinement`."""
@@ -97,14 +98,19 @@ class Propagation:
                 scheme = schemes[layer.name]
                 banked = self.engine.quantized(layer.name, scheme), self.engine.biases(layer.name, scheme)
                 keep(layer, banked, is_new=read_refined(self.engine, layer, scheme, files) is None)
+        before, refined = self._last  # what follows the same layers in the same schemes is the same
+        same = all(before.get(la.name) == schemes[la.name] for la in self.engine.space.layers if la.name not in staged)
         with phase("refine", len(staged)) as advance:
             for stage in self.stages:
                 read = {la.name: read_refined(self.engine, la, schemes[la.name], files) for la in stage.layers}
-                new = dict(self._refined(stage, schemes)) if None in read.values() else {}
+                same = same and all(before.get(la.name) == schemes[la.name] for la in stage.layers)
+                is_new = None in read.values()
+                new = (refined if same else dict(self._refined(stage, schemes))) if is_new else read
                 for layer in stage.layers:
-                    keep(layer, new[layer.name] if new else read[layer.name], is_new=bool(new))  # type: ignore[arg-type]
+                    keep(layer, new[layer.name], is_new=is_new)  # type: ignore[arg-type]
                     advance(layer.name)
         self.models.restart()
+        self._last = schemes, known
         weights = {(name, schemes[name]): weight for name, (weight, _) in known.items()}
         biases = {(name, schemes[name]): by_module for name, (_, by_module) in known.items()}
         return self.engine.with_weights(weights, biases)

@@ -48,6 +48,11 @@ class Rows:
     residual: Tensor | None
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Of memory."""
+        return sum(x.untyped_storage().nbytes() for x in (self.inputs, self.residual) if x is not None)
+
     def taken(self, part: slice) -> Rows:
         """Those of a part of the positions."""
         return replace(self, inputs=self.inputs[:, part], residual=None if self.residual is None else self.residual[part])
@@ -74,7 +79,8 @@ class PairedModels:
     n_positions
         Output positions of each layer that are kept, over all batches, as a multiple of its columns.
     prefix_max_bytes
-        Of outputs from which forward passes start, half for each model; 0: every pass starts at the input.
+        Of outputs from which forward passes start, a quarter for each model, and of rows of the float model, which are the same
+        for every allocation; 0: nothing is kept, and every pass starts at the input.
     """
 
     def __init__(self, engine: QuantEngine, n_positions: float, prefix_max_bytes: int) -> None:
@@ -84,9 +90,11 @@ class PairedModels:
         groups = tuple(LayerGroup(layer.name, (layer,)) for layer in space.layers)
         single = SearchSpace(groups, space.schemes, tuple(tuple(space.schemes) for _ in groups))
         self._caches = [
-            PrefixCache(model, engine.task, single, prefix_max_bytes // 2) if prefix_max_bytes else None
+            PrefixCache(model, engine.task, single, prefix_max_bytes // 4) if prefix_max_bytes else None
             for model in (engine.model, self.copy)
         ]
+        self._float_rows: dict[tuple[str, int], dict[str, Rows]] = {}  # (first layer of a stage, batch)
+        self._bytes_left = prefix_max_bytes // 2
         self._undo: list[Undo] = []
         self.restart()
 
@@ -143,11 +151,23 @@ class PairedModels:
         """
         batches = self.engine.batches(SPLIT)
         for i, (inputs, _) in enumerate(batches):
-            one = self._rows(self.engine.model, self._caches[0], stage, i, inputs, lambda name, product: product)
+            one = self._rows_in_float(stage, i, inputs)
             two = self._rows(self.copy, self._caches[1], stage, i, inputs, change)
             both = {name: (one[name], two[name]) for name in one.keys() & two.keys() if one[name].shape == two[name].shape}
             for half in (slice(None),) if len(batches) > 1 else (slice(0, None, 2), slice(1, None, 2)):
                 yield {name: (a.taken(half), b.taken(half)) for name, (a, b) in both.items()}
+
+    def _rows_in_float(self, stage: Stage, i: int, inputs: Any) -> dict[str, Rows]:
+        """Layer -> its rows in the float model; kept as long as memory allows, first come first served."""
+        key = stage.layers[0].name, i
+        if key not in self._float_rows:
+            rows = self._rows(self.engine.model, self._caches[0], stage, i, inputs, lambda name, product: product)
+            n_bytes = sum(each.nbytes for each in rows.values())
+            if n_bytes > self._bytes_left:
+                return rows
+            self._bytes_left -= n_bytes
+            self._float_rows[key] = rows
+        return self._float_rows[key]
 
     def see_inputs(self, stage: Stage, see: Callable[[str, Product], None]) -> None:
         """Call `see(layer, product)` with each product of the copy's layers, of all batches."""

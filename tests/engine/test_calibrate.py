@@ -385,15 +385,15 @@ def test_a_layer_that_the_calibration_data_do_not_reach_falls_back_and_is_named(
 
 @pytest.mark.parametrize("conv", [lambda: nn.Conv2d(4, 6, 3, groups=2), lambda: nn.Conv2d(4, 6, 3, padding=1, stride=2)])
 def test_the_fisher_information_of_outputs_is_that_of_their_gradients(conv, monkeypatch):
-    """Where the labels drawn are known, and the next layer works in place on what came before."""
+    """Where the signs drawn are known, and the next layer works in place on what came before."""
     task, x = task_of((4, 6, 6))
     model = nn.Sequential(conv(), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(3))
     model(x)
     model.eval()
-    monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: torch.ones(len(p), 1, dtype=torch.long))
+    monkeypatch.setattr(torch, "randint", lambda low, high, shape, generator: torch.ones(shape, dtype=torch.long))
     outputs = [model[0](x).detach().requires_grad_()]
     outputs.append(model[3](outputs[0].relu().flatten(1)))
-    gradients = torch.autograd.grad(F.cross_entropy(outputs[1], torch.ones(10).long(), reduction="sum"), outputs)
+    gradients = torch.autograd.grad(SoftmaxKL().probe(outputs[1], torch.ones(10, 3)), outputs)
     found = output_fishers(model, task, ["0", "3"], load_batches(task, "calibration", "cpu"), SoftmaxKL())
     assert all(parameter.grad is None for parameter in model.parameters())
     with torch.no_grad():  # as where a metric asks for a layer that is not quantized yet
