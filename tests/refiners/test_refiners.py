@@ -14,7 +14,7 @@ from mpsearch.quantizers.kronecker_descent import KroneckerDescent
 from mpsearch.refiners.base import Refiner
 from mpsearch.refiners.distillation import Distillation
 from mpsearch.refiners.error_propagation import ErrorPropagation
-from mpsearch.refiners.paired import Rows
+from mpsearch.refiners.paired import PairedModels, Rows
 from mpsearch.refiners.targets import Regression, Sums, held_out
 from mpsearch.registry import names, resolve
 from mpsearch.schemes.codebook import Codebook
@@ -141,6 +141,24 @@ def test_an_interrupted_refinement_is_resumed(refiner, trained, tmp_path, monkey
         assert all(torch.equal(one[key], two[key]) and torch.equal(one[key], three[key]) for key in one)
         biases = [e.biases(layer.name, "w2") for e in (whole, read)]
         assert all(torch.equal(biases[0][module], biases[1][module]) for module in biases[0])
+
+
+def test_an_allocation_that_begins_as_the_one_before_is_refined_as_if_it_came_first(refiner, trained, monkeypatch):
+    engine = trained
+    groups = engine.space.groups
+    first, second = (Allocation({g.name: "w3" if i in at else "w2" for i, g in enumerate(groups)}) for at in ({0}, {0, 2}))
+    alone = refiner.start(engine)(second)
+    refine = refiner.start(engine)
+    refine(first)
+    seen = []
+    see = PairedModels.pairs
+    monkeypatch.setattr(PairedModels, "pairs", lambda self, stage, change: seen.append(stage) or see(self, stage, change))
+    after = refine(second)
+    assert len(seen) == len(groups) - 2
+    for group in groups:
+        (layer,) = group.layers
+        scheme = second[group.name]
+        assert torch.equal(after.quantized(layer.name, scheme).dequantize(), alone.quantized(layer.name, scheme).dequantize())
 
 
 def test_layers_without_a_product_of_their_own_keep_the_weight_of_the_bank(tiny):
