@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch import kernels
+from mpsearch.errors import InputError
 from mpsearch.graph.surgery import Undo, snapshot
 from mpsearch.layer import from_rows
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
@@ -53,6 +54,15 @@ def kernel_for(kind: str, shape: Sequence[int], scheme: QuantScheme) -> str | No
         input.bits < 8 or (input.bits == 8 and (input.symmetric or input.has_static_scale))
     )
     return f"{op}_a8" if fits else None
+
+
+def check_untraced() -> None:
+    """Raise `InputError` while a graph is traced: the kernels are no operations of torch, and would be recorded as constants."""
+    if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+        raise InputError(
+            "A packed model cannot be traced: torch.jit.trace and torch.onnx.export would record what its kernels returned for "
+            "the example as constants. Save it with mpsearch.packed.save, or write another format with mpsearch export."
+        )
 
 
 class PackedModule(nn.Module):
@@ -138,6 +148,7 @@ class PackedLinear(PackedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """float32 `[..., in]` -> `[..., out]`."""
+        check_untraced()
         if self.rotates:
             input = kernels.rotate(input)
         if self.dense.input is None:
@@ -151,6 +162,7 @@ class PackedEmbedding(PackedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """int `[...]` -> float32 `[..., features]`."""
+        check_untraced()
         return kernels.embedding(input, self.packed)
 
 
@@ -175,6 +187,7 @@ class PackedConv(PackedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """float32 `[n, in, *space]` or `[in, *space]` -> `[n, out, *space]` or `[out, *space]`."""
+        check_untraced()
         batch = input if input.dim() == len(self.shape) else input[None]
         batch = F.pad(batch, self.sides, mode=self.mode) if self.pads_first else batch
         if self.scheme.input_format is None:

@@ -251,7 +251,8 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
 
     In place; returned in eval mode. Before the model is touched the file is checked: its description, that every tensor is used
     once and is what its scheme stores, and its digest. That finds damage and careless edits; a digest is no signature, so load
-    files of a source that you trust. `InputError` where the file is missing or damaged, or belongs to another network.
+    files of a source that you trust. `InputError` where the file is missing or damaged, or belongs to another network, or where a
+    network on "meta" has buffers that no file holds (non-persistent ones, as of rotary positions).
     """
     path = Path(path)
     with opened(path, FORMAT, REMEDY) as file:
@@ -285,6 +286,11 @@ def load(path: Path | str, model: nn.Module) -> nn.Module:
         raise InputError(
             f"{path} belongs to another model: {len(missing)} tensors are missing and {len(unexpected)} unknown, such as "
             f"'{(missing + unexpected)[0]}'."
+        )
+    if empty := [name for name, tensor in (*model.named_buffers(), *model.named_parameters()) if tensor.is_meta]:
+        raise InputError(
+            f"This {type(model).__name__} computes '{empty[0]}' when it is built and does not store it, so on the device 'meta' "
+            "it has no values. Build the network on the CPU."
         )
     return model
 

@@ -458,3 +458,36 @@ def test_an_embedding_with_a_largest_norm_keeps_it(tiny):
     expected = [F.linear(rows[(x.flatten(1).abs() * 10).long() % 11].mean(1), head, bias) for x, _ in engine.batches("search")]
     with packed(engine, allocation) as model:
         assert torch.allclose(outputs(engine, model), torch.cat(expected), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:You are using the legacy TorchScript")
+def test_a_traced_graph_is_refused(engine, tmp_path):
+    """Its kernels would become constants, without a word."""
+    x = torch.rand(2, 4, 8, 8)
+    with packed(engine, engine.space.uniform("w4g5")) as model:
+        with pytest.raises(InputError, match="A packed model cannot be traced"):
+            torch.jit.trace(model, x)
+        with pytest.raises(InputError, match="A packed model cannot be traced"):
+            torch.onnx.export(model, (x,), tmp_path / "model.onnx", dynamo=False)
+        model(x)
+
+
+class Positions(nn.Module):
+    """With a buffer that is computed and not stored."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("positions", torch.arange(4.0), persistent=False)
+
+    def forward(self, x):
+        return self.fc(x + self.positions)
+
+
+def test_buffers_that_no_file_holds_are_named(tmp_path):
+    model = Positions().eval()
+    weight = RoundToNearest().quantize(model.fc.weight.detach(), SCHEMES["w3"])
+    path = save(pack(model, [QuantizedLayer("linear", ("fc",), weight)]), tmp_path / "model.safetensors")
+    assert torch.equal(load(path, Positions())(torch.ones(1, 4)), model(torch.ones(1, 4)))
+    with pytest.raises(InputError, match=r"This Positions computes 'positions' when it is built .* Build the network on the CPU"):
+        load(path, on_meta(Positions))
