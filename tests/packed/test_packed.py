@@ -463,7 +463,7 @@ def test_an_embedding_with_a_largest_norm_keeps_it(tiny):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:You are using the legacy TorchScript")
 def test_a_traced_graph_is_refused(engine, tmp_path):
     """Its kernels would become constants, without a word."""
-    x = torch.rand(2, 4, 8, 8)
+    x, _ = engine.batches("search")[0]
     with packed(engine, engine.space.uniform("w4g5")) as model:
         with pytest.raises(InputError, match="A packed model cannot be traced"):
             torch.jit.trace(model, x)
