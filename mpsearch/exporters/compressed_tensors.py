@@ -21,15 +21,14 @@ from torch import Tensor, nn
 
 from mpsearch.errors import InputError, one_line
 from mpsearch.exporters.base import Exporter, Picked
-from mpsearch.exporters.compressed_tensors_forms import FP8, INT8, NVFP4_FORMAT, PACKED, form_of, has_form, stored, tensor_scales
+from mpsearch.exporters.compressed_tensors_forms import FP8, INT8, PACKED, form_of, has_form, stored, tensor_scales
 from mpsearch.exporters.hf_checkpoint import Checkpoint, Recipe, read_shards, recipes, source_of, write_shards
+from mpsearch.exporters.hf_contents import Contents
 from mpsearch.files import write_atomically
 from mpsearch.graph.projections import expose_projections
 from mpsearch.layer import LayerSpec
 from mpsearch.models.huggingface import huggingface
 from mpsearch.packed.model import Weights
-from mpsearch.schemes.base import QuantizedTensor, QuantScheme
-from mpsearch.schemes.floating import Float
 
 logger = logging.getLogger("mpsearch")
 EXPERTS = ".experts."
@@ -96,76 +95,30 @@ class CompressedTensors(Exporter):
         return _from_decompressed(path.parent, model, config, conv1d)
 
 
-class _File:
+class _File(Contents):
     """What is written of a point: its tensors and its configuration."""
 
     def __init__(self, checkpoint: Checkpoint, engine: Weights, picked: Picked) -> None:
-        self.checkpoint, self.engine = checkpoint, engine
-        self.schemes: Mapping[str, QuantScheme] = engine.space.schemes
-        allocation = picked.evaluation.allocation
-        self.chosen = {la.name: (la, allocation[group.name]) for group in engine.space.groups for la in group.layers}
-        self.quantized = {
-            name: scheme for name, (_, scheme) in self.chosen.items() if not isinstance(self.schemes[scheme], Float)
-        }
-        self.owner = {f"{module}.weight": la for la, _ in self.chosen.values() for module in la.modules}
-        self.unties = [la for name in self.quantized if len((la := self.chosen[name][0]).modules) > 1]
+        super().__init__(checkpoint, engine, picked)
+        if self.unties:
+            logger.warning("vLLM 0.33 reads packed embeddings; transformers 5.24 does not.")
         for name, recipe in checkpoint.recipes.items():
-            _check(
-                name, recipe, [(self.owner[part.name], self.scheme(part.name)) for part in recipe.parts if self.scheme(part.name)]
-            )
-        for layer in self.unties:
-            logger.warning(
-                "The tied weight of %s is quantized: it is written twice, %s bytes more than the search counted. vLLM "
-                "0.33 reads packed embeddings; transformers 5.24 does not.",
-                " and ".join(layer.modules),
-                f"{engine.quantized(layer.name, self.quantized[layer.name]).nbytes:,}",
-            )
-        nvfp4 = {name for name, scheme in self.quantized.items() if self.format(scheme) == NVFP4_FORMAT}
-        weights = {name: engine.quantized(name, self.quantized[name]) for name in nvfp4}
-        self.tensor_scales = tensor_scales(weights, [layer for layer, _ in self.chosen.values()])
-
-    def scheme(self, state: str) -> tuple[str, QuantScheme] | None:
-        """The quantized scheme of a tensor of the state."""
-        layer = self.owner.get(state)
-        name = self.quantized.get(layer.name) if layer is not None else None
-        return None if name is None else (name, self.schemes[name])
-
-    def format(self, scheme: str) -> str | None:
-        """The format of a scheme."""
-        form = form_of(self.schemes[scheme])
-        return None if form is None else form.format
+            used = [(self.owner[part.name], s) for part in recipe.parts if (s := self.scheme(part.name)) is not None]
+            _check(name, recipe, used)
+        weights = {name: engine.quantized(name, scheme) for name, scheme in self.quantized.items()}
+        nvfp4 = {name: weight for name, weight in weights.items() if "tensor_scale" in weight.tensors}
+        self.tensor_scales = tensor_scales(nvfp4, [layer for layer, _ in self.chosen.values()])
 
     def tensors(self) -> Iterator[dict[str, Tensor]]:
         """The tensors of one module of the files after another."""
-        state, biases = self.engine.model.state_dict(), {}
-        for layer, scheme in self.chosen.values():
-            for module, bias in self.engine.biases(layer.name, scheme).items():
-                biases[f"{module}.bias"] = bias
-        copies = {module for layer in self.unties for module in layer.modules}
-        for name, recipe in self.checkpoint.recipes.items():
-            first = recipe.parts[0]
-            if self.scheme(first.name) is not None:
-                weight = self.weight(first.name)
-                scale = self.tensor_scales.get(self.owner[first.name].name, 1.0)
-                module = name.removesuffix(".weight")
-                yield {f"{module}.{key}": value.clone() for key, value in stored(weight, first.rows, scale).items()}
-            elif name in self.checkpoint.dtypes or name.rpartition(".")[0] in copies:
-                values = [biases[p.name] if p.name in biases else self.dense(p.name, state) for p in recipe.parts]
-                value = recipe(values)
-                is_chosen = any(part.name in self.owner or part.name in biases for part in recipe.parts)
-                yield {name: value if is_chosen else self.checkpoint.as_stored(name, value)}
-
-    def weight(self, state: str) -> QuantizedTensor:
-        """The weight of a searched layer."""
-        layer = self.owner[state].name
-        return self.engine.quantized(layer, self.chosen[layer][1])
-
-    def dense(self, state: str, values: Mapping[str, Tensor]) -> Tensor:
-        """A tensor that is not quantized, in the float format of its scheme."""
-        if state not in self.owner:
-            return values[state]
-        weight = self.weight(state)
-        return weight.tensors["values"] if "values" in weight.tensors else weight.dequantize()
+        for name, recipe, value in self.entries():
+            if value is not None:
+                yield {name: value}
+                continue
+            part, module = recipe.parts[0], name.removesuffix(".weight")
+            scale = self.tensor_scales.get(self.owner[part.name].name, 1.0)
+            tensors = stored(self.weight(part.name), part.rows, scale)
+            yield {f"{module}.{key}": tensor.clone() for key, tensor in tensors.items()}
 
     def configuration(self) -> dict[str, Any]:
         """`quantization_config`: a group for each scheme that occurs, and the Linear layers without one."""

@@ -176,15 +176,18 @@ def _dtypes(source: Path) -> Iterator[tuple[str, torch.dtype]]:
                 yield name, DTYPES[dtype] if dtype in DTYPES else tensors.get_tensor(name).dtype
 
 
-def write_shards(groups: Iterable[Mapping[str, Tensor]], folder: Path) -> None:
-    """Write `model.safetensors`, or, above `SHARD_BYTES`, numbered files and an index; tensors of a mapping stay together."""
+def write_shards(groups: Iterable[Mapping[str, Tensor]], folder: Path, about: Mapping[str, str] | None = None) -> None:
+    """Write `model.safetensors`, or, above `SHARD_BYTES`, numbered files and an index; tensors of a mapping stay together.
+
+    `about` are further metadata, which each file gets.
+    """
     written: list[tuple[Path, list[str]]] = []
     shard: dict[str, Tensor] = {}
     total = 0
 
     def write() -> None:
         path = folder / f"shard-{len(written)}"
-        save_file(shard, path, metadata={"format": "pt"})
+        save_file(shard, path, metadata={"format": "pt", **(about or {})})
         written.append((path, list(shard)))
         shard.clear()
 
@@ -205,8 +208,8 @@ def write_shards(groups: Iterable[Mapping[str, Tensor]], folder: Path) -> None:
             file = f"model-{i:05}-of-{len(written):05}.safetensors"
             path.replace(folder / file)
             index.update(dict.fromkeys(names, file))
-    about = {"metadata": {"total_size": total}, "weight_map": index}
-    write_atomically(folder / "model.safetensors.index.json", json.dumps(about, indent=2) + "\n")
+    contents = {"metadata": {"total_size": total}, "weight_map": index}
+    write_atomically(folder / "model.safetensors.index.json", json.dumps(contents, indent=2) + "\n")
 
 
 def read_shards(folder: Path) -> Iterator[dict[str, Tensor]]:
