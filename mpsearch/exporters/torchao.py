@@ -157,4 +157,4 @@ def _import_torchao() -> None:
             warnings.simplefilter("ignore")  # of kernels for GPUs that are absent
             import torchao  # noqa: F401
     except ImportError:
-        raise InputError("exporter=torchao needs the package torchao: pip install --no-deps torchao.") from None
+        raise InputError("exporter=torchao needs the package torchao: pip install 'mpsearch[torchao]'.") from None

@@ -73,7 +73,13 @@ def rows_of_256(tmp_path):
 
 
 # Exporter -> a function that returns the float model and its task.
-NETWORKS: dict[str, Callable[..., Any]] = {"compressed_tensors": language_model, "gguf": rows_of_256}
+NETWORKS: dict[str, Callable[..., Any]] = {
+    "compressed_tensors": language_model,
+    "gguf": rows_of_256,
+    "torchao": language_model,
+}
+# Exporters whose runtime keeps a code of any width in a byte.
+UNPACKED = {"torchao"}
 # Exporters that do not write all yet that the profile of their runtime names.
 INCOMPLETE: set[str] = set()
 
@@ -164,6 +170,8 @@ def test_the_runtime_has_what_was_scored(case, scheme, tmp_path):
     theirs = engine.score_of(case.exporter.open(path, copied(case)), "confirm").loss
     assert theirs <= 1.1 * ours + 1e-4
 
+    if case.name in UNPACKED:
+        return
     written = sum(file.stat().st_size for file in case.exporter.files(path) if file.suffix != ".json")
     assert e.size_bytes - PER_LAYER * len(engine.space.layers) <= written <= e.size_bytes + HEADER
     case.sizes[scheme] = written - e.size_bytes

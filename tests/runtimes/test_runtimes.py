@@ -61,7 +61,11 @@ VLLM_LINEAR = {"w3", "w4", "w4g32", "w4g32f", "w4g64", "w4a8", "w8a4", "w8a8", "
 VLLM_LINEAR |= {"fp8", "fp8a8", "fp8a8s", "mxfp4", "nvfp4"}
 RUNS = {  # a Linear layer of 192 columns, a convolution, an embedding
     "mpsearch": (set(SCHEMES), set(SCHEMES), set(SCHEMES)),
-    "torchao": ({"w3", "w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8a8"} | FLOATS, FLOATS, FLOATS),
+    "torchao": (
+        {"w3", "w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8a8"} | FLOATS,
+        FLOATS,
+        {"w3", "w4", "w4g32", "w4g32f", "w4g64", "w4g48"} | FLOATS,
+    ),
     "vllm": (VLLM_LINEAR | FLOATS, FLOATS, {"w4", "w4g32", "w4g32f"} | FLOATS),
     "llama_cpp": ({"w4g32", "mxfp4"} | FLOATS, FLOATS, {"w4g32", "mxfp4"} | FLOATS),
     "onnxruntime": ({"w4g32", "w4g32f", "w4g64", "w8a8s", "fp32"}, {"w8a8s", "fp32"}, {"fp32"}),
