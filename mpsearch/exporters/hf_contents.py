@@ -17,7 +17,7 @@ logger = logging.getLogger("mpsearch")
 
 
 class Contents:
-    """The tensors of the files, by the checkpoint that the model came from.
+    """The tensors of the files, by the checkpoint that the model was loaded from.
 
     Attributes
     ----------
