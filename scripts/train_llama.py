@@ -21,9 +21,9 @@ import torch
 
 from mpsearch.files import write_atomically
 
-VOCABULARY, WINDOW, BATCH, STEPS = 4096, 256, 32, 1500
+VOCABULARY, WINDOW, BATCH, STEPS = 4096, 256, 16, 600
 HELD_OUT = 50  # one file in so many
-LEARNING_RATE, WARM_UP = 3e-3, 100
+LEARNING_RATE, WARM_UP = 4e-3, 40
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 

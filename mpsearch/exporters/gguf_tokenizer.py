@@ -2,12 +2,11 @@
 
 From `tokenizer.json`, by llama.cpp's converter (`conversion/base.py`) and its vocabulary (`src/llama-vocab.cpp`). Byte-pair
 encodings of bytes are its "gpt2", with a name for how text is split first; those with byte fallback, which stem from
-SentencePiece, are its "llama", whose scores give the order of the merges; unigram models are its "t5".
+SentencePiece, are its "llama", whose scores give the order of the merges. No architecture that is written has unigram models.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from pathlib import Path
@@ -54,7 +53,7 @@ def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
             "Copy the tokenizer of this model."
         )
     tokens, types = [], []
-    unknown = _unknown(model)
+    unknown = model.get("unk_token")
     for i in range(vocabulary):
         token, token_type = pieces.get(i), gguf.TokenType.NORMAL
         if i in added:
@@ -64,7 +63,7 @@ def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
             scores[i] = ADDED_SCORE
         if token is None:
             token, token_type = f"[PAD{i}]", gguf.TokenType.UNUSED
-        elif kind != "gpt2" and token == unknown:
+        elif kind == "llama" and token == unknown:
             token_type = gguf.TokenType.UNKNOWN
         elif kind == "llama" and BYTE.fullmatch(token):
             token_type = gguf.TokenType.BYTE
@@ -74,13 +73,12 @@ def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
     writer.add_tokenizer_pre(_split_name(about, folder) if kind == "gpt2" else "default")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    if kind != "gpt2":
+    if kind == "llama":
         writer.add_token_scores([scores.get(i, ADDED_SCORE) for i in range(vocabulary)])
         writer.add_add_space_prefix(_adds_space(about))
-    if kind == "t5":
-        _add_normalizer(writer, about)
-    special = gguf.SpecialVocab(folder, load_merges=kind == "gpt2" and bool(model["merges"]), n_vocab=vocabulary)
-    special.add_special_token.setdefault("bos", False)  # llama.cpp would add it to some vocabularies unasked
+    special = gguf.SpecialVocab(folder, load_merges=kind == "gpt2", n_vocab=vocabulary)
+    for name in ("bos", "eos"):  # llama.cpp adds them to texts of some vocabularies unless it is told not to
+        special.add_special_token.setdefault(name, False)
     special.add_to_gguf(writer, quiet=True)
 
 
@@ -111,12 +109,11 @@ def _pieces(about: dict[str, Any], folder: Path) -> tuple[str, dict[int, str], d
     """llama.cpp's name of the model, and the piece and score of each token."""
     model = about["model"]
     kind = model.get("type") or ("BPE" if "merges" in model else None)
-    if kind == "Unigram":
-        pieces = {i: piece for i, (piece, _) in enumerate(model["vocab"])}
-        return "t5", pieces, {i: score for i, (_, score) in enumerate(model["vocab"])}
     if kind != "BPE":
-        raise InputError(f"{folder / 'tokenizer.json'} is a {kind} tokenizer; exporter=gguf writes BPE and Unigram ones.")
+        raise InputError(f"{folder / 'tokenizer.json'} is a {kind} tokenizer; exporter=gguf writes BPE ones.")
     pieces = {i: piece for piece, i in model["vocab"].items()}
+    if not model["merges"]:
+        raise InputError(f"{folder / 'tokenizer.json'} has no merges, without which llama.cpp loads no BPE tokenizer.")
     if not model.get("byte_fallback"):
         return "gpt2", pieces, {}
     # SentencePiece merges what has the highest score. Merges are in that order, and every piece has one or more.
@@ -125,13 +122,6 @@ def _pieces(about: dict[str, Any], folder: Path) -> tuple[str, dict[int, str], d
         ranks.setdefault("".join(merge.split(" ") if isinstance(merge, str) else merge), rank)
     last = len(model["merges"])
     return "llama", pieces, {i: 0.0 if BYTE.fullmatch(piece) else -float(ranks.get(piece, last)) for i, piece in pieces.items()}
-
-
-def _unknown(model: dict[str, Any]) -> str | None:
-    if "unk_id" in model:
-        return None if model["unk_id"] is None else str(model["vocab"][model["unk_id"]][0])
-    unknown: str | None = model.get("unk_token")
-    return unknown
 
 
 def _steps(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
@@ -168,11 +158,3 @@ def _adds_space(about: dict[str, Any]) -> bool:
     spaces = [step for step in _steps(about.get("pre_tokenizer"), "pretokenizers") if step["type"] == "Metaspace"]
     always = any(step.get("prepend_scheme", "always") != "never" and step.get("add_prefix_space", True) for step in spaces)
     return always or any(step["type"] == "Prepend" for step in normalizers)
-
-
-def _add_normalizer(writer: Any, about: dict[str, Any]) -> None:
-    normalizers = _steps(about.get("normalizer"), "normalizers")
-    writer.add_remove_extra_whitespaces(any(step.get("pattern", {}).get("Regex") == " {2,}" for step in normalizers))
-    for step in normalizers:
-        if step["type"] == "Precompiled" and step.get("precompiled_charsmap"):
-            writer.add_precompiled_charsmap(base64.b64decode(step["precompiled_charsmap"]))

@@ -69,7 +69,7 @@ def rows_of_256(tmp_path):
     from tests.exporters import test_gguf
 
     sizes = {"hidden_size": 256, "intermediate_size": 512}
-    return huggingface(test_gguf.saved(tmp_path, test_gguf.model_of("llama", **sizes))), test_gguf.task()
+    return huggingface(test_gguf.saved(tmp_path, test_gguf.model_of("llama", gain=1, **sizes))), test_gguf.task()
 
 
 # Exporter -> a function that returns the float model and its task.

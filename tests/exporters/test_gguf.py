@@ -1,5 +1,6 @@
 """GGUF files: the package gguf decodes the weights of the search bit for bit, and llama.cpp computes what they give."""
 
+import json
 from itertools import cycle
 from types import SimpleNamespace
 
@@ -34,8 +35,8 @@ CONFIGS = {  # in addition to those of `FAMILIES`
 NAMES = ("llama", "llama_tied", "llama_scaled", "llama_biased", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
 
 
-def model_of(name, **changes):
-    """A tiny model with random weights, biases included."""
+def model_of(name, gain=4, **changes):
+    """A tiny model with random weights, biases included, and with attention that has something to attend to."""
     family, more = CONFIGS.get(name, (name, {}))
     model, config, arguments, _ = FAMILIES[family]
     torch.manual_seed(0)
@@ -44,13 +45,17 @@ def model_of(name, **changes):
         if parameter.dim() == 1:
             parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
         else:
-            parameter.data *= 4  # so that attention has something to attend to
+            parameter.data *= gain
     return built
 
 
 def saved(folder, model):
+    """The folder of a model, with a tokenizer of bytes and one merge, without which llama.cpp loads none."""
     model.save_pretrained(folder)
     byte_tokenizer.save_byte_tokenizer(transformers, folder)
+    about = json.loads((folder / "tokenizer.json").read_text())
+    about["model"] |= {"vocab": {**about["model"]["vocab"], "th": 258}, "merges": [["t", "h"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(about))
     return folder
 
 
@@ -170,7 +175,7 @@ def test_what_has_no_form_leaves_no_file(tmp_path):
         exported(prepared, tmp_path)
     del prepared.model.extra
     prepared.model.config.vocab_size = 100
-    with pytest.raises(InputError, match=r"has 258 tokens or more, the model only 100"):
+    with pytest.raises(InputError, match=r"has 259 tokens or more, the model only 100"):
         exported(prepared, tmp_path)
     assert not list((tmp_path / "out").glob("*"))
 
