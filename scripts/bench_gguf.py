@@ -114,8 +114,8 @@ def gguf(schemes: str, preset: str) -> Iterator[Row]:
     rival = quantize(write_float(engine), FOLDER / f"llama.cpp-{preset}.gguf", preset, importance(engine))
     ours = searched(rival.stat().st_size, SCHEMES[schemes], engine, preset)
     sizes = {"bytes": ours.stat().st_size, "rival_bytes": rival.stat().st_size}
-    for how in ("decoded", "in llama.cpp"):
-        opened = exporter.load if how == "decoded" else exporter.open
+    for place in ("decoded", "in llama.cpp"):
+        opened = exporter.load if place == "decoded" else exporter.open
         kl, other = (engine.score_of(opened(path, shared_copy(engine.model)), "confirm").loss for path in (ours, rival))
         row = {"value": kl, "unit": "nats", "rival": f"llama.cpp {preset}", "rival_value": other, "ratio": other / kl}
-        yield {"what": "KL", "case": how, **row, "kl_ratio": kl / other, **sizes}
+        yield {"what": "KL", "case": place, **row, "kl_ratio": kl / other, **sizes}
