@@ -36,6 +36,11 @@ COUNTING = 0.3  # of the rows: as many must count in a mean over rows of Hessian
 SUM_TOLERANCE = 1e-3  # by which a row of probabilities may miss 1: float16 rounds each of a thousand to 3e-8
 
 
+def chunk_rows(outputs: Tensor) -> int:
+    """How many rows of outputs `[n, columns]` are compared at once."""
+    return max(1, CHUNK // max(1, outputs[:1].numel()))
+
+
 class Divergence(ABC):
     """Compares outputs `[n, columns]` with the float model's; see the module."""
 
@@ -45,7 +50,7 @@ class Divergence(ABC):
 
     def rows(self, outputs: Tensor, reference: Tensor) -> Tensor:
         """The divergence of each row from the float model's outputs `reference`, float64 `[n]`; NaN where they are not finite."""
-        step = max(1, CHUNK // max(1, reference[:1].numel()))
+        step = chunk_rows(reference)
         pairs = zip(outputs.split(step), reference.split(step), strict=True)
         return torch.cat([self._rows(y.double(), y0.double()) for y, y0 in pairs])
 
@@ -168,7 +173,9 @@ class SoftmaxKL(KLDivergence):
     def task_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy; targets are class numbers, one for each row, or probabilities `[n, columns]`."""
         targets = targets.float() if targets.shape == outputs.shape else targets.long().flatten()
-        return F.cross_entropy(self._logits(outputs.float()), targets, reduction="none")
+        step = chunk_rows(outputs)
+        parts = zip(outputs.split(step), targets.split(step), strict=True)
+        return torch.cat([F.cross_entropy(self._logits(y.float()), of_part, reduction="none") for y, of_part in parts])
 
     def accuracy(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """1 where the largest output is the target's, else 0."""

@@ -185,9 +185,10 @@ class QuantEngine:
             raise RuntimeError(f"float_logits('{split}') was first called while an allocation is swapped in; call it before.")
         return self.scorer.float_outputs(split, lambda: self.outputs(FLOAT, split))
 
-    def outputs(self, allocation: Allocation, split: str) -> Tensor:
-        """The model's outputs on a split, float32 `[n, columns]`, while the allocation is swapped in (`applied`)."""
+    def outputs(self, allocation: Allocation, split: str) -> Iterator[Tensor]:
+        """The model's outputs on each batch of a split, float32 `[n, columns]`, while the allocation is swapped in (`applied`)."""
         if self.prefix_cache is None:
-            return self.scorer.outputs(self.model, split)
-        batches = enumerate(self.batches(split))
-        return torch.cat([self.prefix_cache.forward(split, i, inputs, allocation) for i, (inputs, _) in batches])
+            yield from self.scorer.outputs(self.model, split)
+        else:
+            for i, (inputs, _) in enumerate(self.batches(split)):
+                yield self.prefix_cache.forward(split, i, inputs, allocation)

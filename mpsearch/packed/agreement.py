@@ -17,6 +17,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from mpsearch.divergence import chunk_rows
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
 
@@ -44,12 +45,14 @@ def agrees(packed: Tensor, simulated: Tensor, reference: Tensor, has_quantized_i
     the power of the difference may be `SHARE_OF_INPUTS` of that of the change, and the power of the packed change must
     be within `FACTOR_OF_INPUTS` of that of the simulated one.
     """
-    finite = torch.isfinite(simulated)
-    if not torch.equal(finite, torch.isfinite(packed)):
+    if not torch.equal(torch.isfinite(simulated), torch.isfinite(packed)):
         return False
-    packed, simulated, reference = (outputs[finite].double() for outputs in (packed, simulated, reference))
-    difference, floor = _power(packed - simulated), OUTPUT_ROUNDING**2 * _power(simulated)
-    packed_change, simulated_change = _power(packed - reference), _power(simulated - reference)
+    sums = [0.0] * 4
+    for part in zip(*(outputs.split(chunk_rows(reference)) for outputs in (packed, simulated, reference)), strict=True):
+        y, y0, float_y = (outputs[torch.isfinite(part[1])].double() for outputs in part)
+        sums = [total + _power(x) for total, x in zip(sums, (y - y0, y0, y - float_y, y0 - float_y), strict=True)]
+    difference, power, packed_change, simulated_change = sums
+    floor = OUTPUT_ROUNDING**2 * power
     if not has_quantized_inputs:
         return difference <= ERROR_ROUNDING**2 * simulated_change + floor
     lowest, highest = simulated_change / FACTOR_OF_INPUTS - floor, simulated_change * FACTOR_OF_INPUTS + floor

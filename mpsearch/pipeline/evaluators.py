@@ -6,6 +6,7 @@ split, on packed weights, and times a forward pass.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -237,12 +238,14 @@ class ConfirmEvaluator(_Evaluator):
             with torch.no_grad(), engine.applied(allocation) as model:
                 simulated = engine.task.forward(model, batch)
         with packed(engine, allocation) as model:
-            outputs = None if simulated is None else engine.scorer.outputs(model, self.split)
-            score = engine.scorer.score(outputs, self.split)
-            if outputs is not None and simulated is not None:
-                n = len(simulated)
+            if simulated is None:
+                score = engine.scorer.score(None, self.split)
+            else:
+                outputs = engine.scorer.outputs(model, self.split)
+                first = next(outputs)
                 has_quantized_inputs = any(engine.space.schemes[name].input_format is not None for name in allocation.values())
-                score = replace(score, verified=agrees(outputs[:n], simulated, reference[:n], has_quantized_inputs))
+                verified = agrees(first, simulated, reference[: len(first)], has_quantized_inputs)
+                score = replace(engine.scorer.score(itertools.chain([first], outputs), self.split), verified=verified)
             inputs = first_samples(batch, self.latency_batch_size)
             timing = model_latency({"": model}, engine.task.forward, inputs, LATENCY_SECONDS)[""]
         return score, timing

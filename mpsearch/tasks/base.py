@@ -43,6 +43,10 @@ class Task:
     against_float: bool = False
     """Whether the float model's outputs take the place of targets in `quality` and `cross_entropy`: a task without labels."""
 
+    quality_by_sample: bool = False
+    """Whether `quality` and `cross_entropy` of a batch are those of its samples among all of a split, one or more for each: they
+    are then asked batch by batch, and the outputs of a whole split are never in memory."""
+
     def batches(self, split: str) -> Sequence[Batch]:
         """The batches of one of `SPLITS`: the same ones in the same order every time, no sample in two splits.
 
@@ -93,8 +97,8 @@ class Task:
         target's, else 0; of binary outputs the share that are on the target's side.
 
         `quality_kind` says how to read it. Where the n rows of logits are not independent (the tokens of a text), give either one
-        number for each text, or one for each token and the texts by `clusters`. It is given all of a split at once, and may
-        also return a single number for all of it (F1, mAP): its interval is then from a paired bootstrap.
+        number for each text, or one for each token and the texts by `clusters`. It is given all of a split at once (but see
+        `quality_by_sample`), and may also return a single number for all of it (F1, mAP): its interval is then from a paired bootstrap.
         """
         return self._criterion(logits, targets).accuracy(logits, targets)
 

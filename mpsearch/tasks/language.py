@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpsearch.divergence import SoftmaxKL
 from mpsearch.errors import InputError
 from mpsearch.intervals import FEWEST
 from mpsearch.tasks.arrays import read_arrays
@@ -37,6 +37,7 @@ class Language(StoredTask):
 
     quality_name = "perplexity"
     quality_kind = "perplexity"
+    quality_by_sample = True
 
     def __init__(
         self,
@@ -99,8 +100,12 @@ class Language(StoredTask):
 
     def quality(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of each token in nats, float32 [windows * window]; NaN and what is larger count `MOST_NATS`."""
-        nats = F.cross_entropy(logits.float(), targets, reduction="none")
+        nats = self.cross_entropy(logits, targets)
         return nats.nan_to_num(nan=MOST_NATS).clamp(max=MOST_NATS)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Of each token in nats, float32 [windows * window]."""
+        return SoftmaxKL().task_loss(logits, targets)
 
     def clusters(self, split: str) -> Tensor:
         """The text of each predicted token, int64 [windows * window]; in a split of one text, `N_BLOCKS` blocks of it."""

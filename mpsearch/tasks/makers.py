@@ -131,6 +131,7 @@ class DataTask(StoredTask):
         per_token: bool = False,
     ) -> None:
         self._metric, self.divergence, self.per_token = metric, divergence, per_token
+        self.quality_by_sample = metric is None and (per_token or self.against_float)
         pairs = {split: read_batches(data, split, batch_size, labelled) for split, data in splits.items()}
         super().__init__({split: [(x, self._rows(x, y)) for x, y in batches] for split, batches in pairs.items()})
         name, kind = self._default_quality()

@@ -1,5 +1,6 @@
 """Each part of the engine alone: calibration, bias correction, weight bank, prefix cache and scorer."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,14 +110,33 @@ def test_a_prefix_cache_runs_the_model_bit_for_bit(parts):
 
 def test_a_scorer_compares_with_the_float_model(parts):
     model, scorer, _, _ = parts
-    outputs = scorer.outputs(model, "search")
+    outputs = torch.cat(list(scorer.outputs(model, "search")))
     assert not scorer.has_float_outputs("search")
     assert torch.equal(scorer.float_outputs("search"), outputs)
     assert scorer.float_outputs("search", lambda: 1 / 0) is scorer.float_outputs("search"), "computed once"
-    itself, other = scorer.score(None, "search"), scorer.score(outputs * 2, "search")
+    itself, other = scorer.score(None, "search"), scorer.score([outputs * 2], "search")
     assert itself.loss == itself.noise == 0.0 < other.loss
     assert other.noise == 1.0
     assert itself.n_samples == other.n_samples == 30
+
+
+def test_a_split_is_scored_batch_by_batch_like_a_whole_one(parts, tmp_path, monkeypatch):
+    """Outputs of the float model that are too large for memory are in a file that has no name any more."""
+    model, scorer, _, _ = parts
+    outputs = [2 * part for part in scorer.outputs(model, "search")]
+    assert len(outputs) > 1
+    whole = scorer.score(outputs, "search")
+    monkeypatch.setattr("mpsearch.engine.scoring.MEMORY_BYTES", 0)
+    monkeypatch.setattr(type(scorer.task), "quality_by_sample", True)
+    other = Scorer(model, scorer.task, scratch=tmp_path)
+    parted = other.score(iter(outputs), "search")
+    assert torch.equal(other.float_outputs("search"), scorer.float_outputs("search"))
+    assert not list(tmp_path.iterdir())
+    np.testing.assert_array_equal(parted.losses, whole.losses)
+    np.testing.assert_array_equal(parted.qualities, whole.qualities)
+    for name in ("loss", "cross_entropy", "quality", "quality_low", "quality_high", "proposal_loss"):
+        assert getattr(parted, name) == getattr(whole, name)
+    assert parted.noise == pytest.approx(whole.noise, rel=1e-12)
 
 
 def test_an_engine_is_composed_of_parts(parts):
