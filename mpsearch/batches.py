@@ -13,6 +13,13 @@ from mpsearch.tree import arrays_to_tensors
 # Inputs (a tensor, or nested tensors) and targets, both with n samples first, on the CPU.
 Batch = tuple[Any, Tensor]
 
+CHUNK = 2**21  # elements that are compared at once; float64 temporaries take a few times 16 MB, however wide the outputs are
+
+
+def chunk_rows(outputs: Tensor) -> int:
+    """How many rows of outputs `[n, columns]` are compared at once."""
+    return max(1, CHUNK // max(1, outputs[:1].numel()))
+
 
 def checked_batches(batches: Iterable[Any], split: str) -> list[Batch]:
     """All batches of a split, NumPy arrays as tensors (float64 as float32).

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpsearch.batches import chunk_rows
 from mpsearch.errors import InputError, did_you_mean
 
 # The smallest loss that is distinguished from 0, where a logarithm of a loss is taken. Float32 arithmetic changes outputs by 1e-6
@@ -29,16 +30,10 @@ from mpsearch.errors import InputError, did_you_mean
 # is quadratic in that change: 1e-12 to 1e-10. Weights in float16, the finest scheme, cost about 1e-8.
 LOSS_FLOOR = 1e-9
 
-CHUNK = 2**21  # elements that are compared at once; float64 temporaries take a few times 16 MB, however wide the outputs are
 TINY = torch.finfo(torch.float32).tiny
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 COUNTING = 0.3  # of the rows: as many must count in a mean over rows of Hessians
 SUM_TOLERANCE = 1e-3  # by which a row of probabilities may miss 1: float16 rounds each of a thousand to 3e-8
-
-
-def chunk_rows(outputs: Tensor) -> int:
-    """How many rows of outputs `[n, columns]` are compared at once."""
-    return max(1, CHUNK // max(1, outputs[:1].numel()))
 
 
 class Divergence(ABC):
@@ -173,9 +168,7 @@ class SoftmaxKL(KLDivergence):
     def task_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy; targets are class numbers, one for each row, or probabilities `[n, columns]`."""
         targets = targets.float() if targets.shape == outputs.shape else targets.long().flatten()
-        step = chunk_rows(outputs)
-        parts = zip(outputs.split(step), targets.split(step), strict=True)
-        return torch.cat([F.cross_entropy(self._logits(y.float()), of_part, reduction="none") for y, of_part in parts])
+        return F.cross_entropy(self._logits(outputs.float()), targets, reduction="none")
 
     def accuracy(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """1 where the largest output is the target's, else 0."""

@@ -29,8 +29,8 @@ def check_memory(error: BaseException) -> None:
     if isinstance(error, MemoryError) or is_os or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
         said = " ".join(str(error).split())[:200]
         raise InputError(
-            f"Memory ran out{said and f' ({said})'}. Lower the task's batch size, bank_max_bytes or prefix_max_bytes, or the "
-            "executor's workers; what was measured is kept."
+            f"Memory ran out{said and f' ({said})'}. Lower the task's batch size, memory.max_bytes or the executor's "
+            "workers; what was measured is kept."
         ) from error
 
 

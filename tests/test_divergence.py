@@ -53,7 +53,7 @@ def test_a_small_loss_is_not_zero_and_memory_is_bounded(monkeypatch):
     z = z0 + 2.1e-4 * torch.randn(300, 1000, generator=generator)
     whole, sizes = SoftmaxKL().rows(z, z0), []
     assert 2.0e-8 < whole.mean().item() < 2.4e-8
-    monkeypatch.setattr("mpsearch.divergence.CHUNK", 7000)
+    monkeypatch.setattr("mpsearch.batches.CHUNK", 7000)
     plain = SoftmaxKL._rows
     monkeypatch.setattr(SoftmaxKL, "_rows", lambda self, y, y0: sizes.append(y.numel()) or plain(self, y, y0))
     assert torch.equal(SoftmaxKL().rows(z, z0), whole)

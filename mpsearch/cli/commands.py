@@ -33,13 +33,12 @@ Settings = Mapping[str, Any]
 Build = Callable[..., Any]
 
 PATHS = ("data_dir", "path")  # arguments of the tasks
-ENGINE = ("bias_correction", "bank_max_bytes", "prefix_max_bytes")
 
 
 def search(settings: Settings, build: Build, folder: Path) -> None:
     """Measure, search, confirm, report; or resume an interrupted run. The caller holds the lock of the folder."""
     same = ("budget", "objective", "max_drop", "n_trials", "n_seeds", "max_seconds")
-    options: dict[str, Any] = {key: settings[key] for key in (*same, *ENGINE)}
+    options: dict[str, Any] = {key: settings[key] for key in same}
     costs = list(settings["cost"])
     if unknown := [name for name in objective_names(settings["objective"]) if name not in costs]:
         raise InputError(
@@ -49,6 +48,7 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
     result = api.search(
         **_prepared(settings, build),
         **options,
+        **_memory(settings),
         runtime=build("runtime") if settings.get("runtime") else "mpsearch",
         equalizer=build("equalizer") if settings.get("equalizer") else None,
         metric=build("metric"),
@@ -79,7 +79,7 @@ def sensitivity(settings: Settings, build: Build, folder: Path) -> None:
         **_prepared(settings, build),
         metric=build("metric"),
         equalizer=build("equalizer") if settings.get("equalizer") else None,
-        **{key: settings[key] for key in ENGINE},
+        **_memory(settings),
         folder=RunFolder(folder, is_held=True),
     )
     draw_sensitivity(table, folder)
@@ -190,6 +190,13 @@ def _exporter(settings: Settings, build: Build) -> Any:
     if settings.get("exporter"):
         return build("exporter")
     return build("runtime").exporter if settings.get("runtime") else Runtime.exporter
+
+
+def _memory(settings: Settings) -> dict[str, Any]:
+    """The options of the engine."""
+    memory = settings["memory"]
+    limits = {"memory_max_bytes": memory["max_bytes"], "prefix_max_bytes": memory["prefix_max_bytes"]}
+    return {"bias_correction": settings["bias_correction"], **limits}
 
 
 def _prepared(settings: Settings, build: Build) -> dict[str, Any]:

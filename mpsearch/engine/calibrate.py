@@ -9,12 +9,11 @@ second moment are linear in the (squared) input, so that the batch is averaged f
 from __future__ import annotations
 
 import itertools
-import math
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +21,14 @@ from torch import Tensor, nn
 
 from mpsearch import kernels
 from mpsearch.divergence import Divergence
-from mpsearch.engine.fisher_blocks import fisher_blocks, say_if_in_blocks
+from mpsearch.engine.fisher_blocks import fisher_blocks, fisher_bytes, hessian_bytes, say_if_in_blocks
+from mpsearch.engine.sums import LARGE_BYTES, Sums
 from mpsearch.errors import InputError, check_memory
+from mpsearch.files.scratch import joined
 from mpsearch.graph.products import Product, observe_products
 from mpsearch.graph.surgery import cloned_inputs, hooked
 from mpsearch.graph.trace import overwritten_inputs
-from mpsearch.layer import LayerSpec, check_finite, rows_shape
+from mpsearch.layer import LayerSpec, check_finite
 from mpsearch.progress import phase
 from mpsearch.quantizers.base import InputMoments
 from mpsearch.schemes.histogram import Histogram
@@ -41,7 +42,8 @@ class Calibration:
     """Answers what quantizers and bias correction ask of the calibration data.
 
     Hessians and output Fishers are computed by one pass over the data for as many layers, in forward order, as
-    `hessian_max_bytes` hold (at least one), and are kept until another layer is asked for. A pass runs the model as it is then.
+    `hessian_max_bytes` hold (at least one). Hessians are kept until another layer is asked for, output Fishers as long as the
+    object, in a file where they are large. A pass runs the model as it is then.
 
     Parameters
     ----------
@@ -57,6 +59,10 @@ class Calibration:
         Whether `with_hessian` adds the output Fishers.
     hessian_max_bytes
         Limit on the matrices in memory.
+    with_hessians
+        Names of the layers that will ask for a Hessian; `None`: all.
+    scratch
+        The folder of files of output Fishers (`mpsearch.files.scratch`).
     """
 
     def __init__(
@@ -70,12 +76,19 @@ class Calibration:
         *,
         with_fishers: bool = False,
         hessian_max_bytes: int = 2 * 10**9,
+        with_hessians: Collection[str] | None = None,
+        scratch: Path | None = None,
     ) -> None:
         self.model, self.task, self.layers, self.batches, self.moments = model, task, layers, batches, moments
         self.divergence, self.with_fishers, self.hessian_max_bytes = divergence, with_fishers, hessian_max_bytes
-        self._hessians: dict[str, Tensor | None] = {}
-        self._fishers: dict[str, Tensor] = {}
+        self.with_hessians, self.scratch = with_hessians, scratch
+        self._fishers: dict[str, Tensor | None] = {}
+        self.release()
         self._overwritten: tuple[str, ...] | None = None
+
+    def release(self) -> None:
+        """Let go of the Hessians."""
+        self._hessians: dict[str, Tensor | None] = {}
 
     def input_moments(self, layer: LayerSpec) -> InputMoments | None:
         """The moments of the layer's input, pooled over its readers; `None` if none is known."""
@@ -106,12 +119,11 @@ class Calibration:
         if not self.with_fishers or fisher_bytes(self.model.get_submodule(name)) > self.hessian_max_bytes:
             return None
         if name not in self._fishers:
-            self._hessians, self._fishers = {}, {}  # frees the memory first
+            self.release()
             layers = [la for la in self.layers[list(self.layers).index(layer) :] if la is layer or len(la.modules) == 1]
             sizes = itertools.accumulate(fisher_bytes(self.model.get_submodule(la.name)) for la in layers)
             names = [la.modules[0] for la, size in zip(layers, sizes, strict=True) if size <= self.hessian_max_bytes]
-            with self.own_inputs():
-                self._fishers = dict(output_fishers(self.model, self.task, names, self.batches, self.divergence))
+            self._add_fishers(names)
         return self._fishers.get(name)
 
     def mean_shifts(self, names: Sequence[str], quantize: Callable[[str, Product], Tensor]) -> dict[str, Tensor]:
@@ -119,7 +131,7 @@ class Calibration:
 
         `quantize(name, product)` is q(x), the product's quantized input.
         """
-        sums = _Sums()
+        sums = Sums()
 
         def see(name: str, product: Product, output: Tensor) -> None:
             change = product.column_means(quantize(name, product) - product.input).double().cpu()
@@ -140,10 +152,12 @@ class Calibration:
 
     def _collect_from(self, layer: LayerSpec) -> None:
         """Compute the matrices of this layer and of those after it, as far as memory allows."""
-        self._hessians, self._fishers = {}, {}  # frees the memory first
+        self.release()
         layers = list(self.layers)
         wanted, size = [layer], self._matrix_bytes(layer)
         for other in layers[layers.index(layer) + 1 :]:
+            if self.with_hessians is not None and other.name not in self.with_hessians:
+                continue
             size += self._matrix_bytes(other)
             if size > self.hessian_max_bytes:
                 break
@@ -153,8 +167,19 @@ class Calibration:
         if self.with_fishers:
             for each in wanted:
                 say_if_in_blocks(each.name, each.shape[0] // getattr(self.model.get_submodule(each.name), "groups", 1))
-            with self.own_inputs():
-                self._fishers = output_fishers(self.model, self.task, names, self.batches, self.divergence)
+            self._add_fishers(names)
+
+    def _add_fishers(self, names: Sequence[str]) -> None:
+        """Compute the output Fishers of these modules that are not known; large ones go into a file."""
+        if not (wanted := [name for name in names if name not in self._fishers]):
+            return
+        with self.own_inputs():
+            new = output_fishers(self.model, self.task, wanted, self.batches, self.divergence)
+        all_bytes = sum(fisher_bytes(self.model.get_submodule(layer.modules[0])) for layer in self.layers)
+        self._fishers |= dict.fromkeys(wanted)
+        while new:
+            name, fisher = new.popitem()
+            self._fishers[name] = joined([fisher], 0, self.scratch) if all_bytes > LARGE_BYTES else fisher
 
     def _matrix_bytes(self, layer: LayerSpec) -> int:
         module = self.model.get_submodule(layer.modules[0])
@@ -219,11 +244,11 @@ def hessians(model: nn.Module, task: Task, modules: Sequence[str], batches: Batc
 
     Raises `InputError` where a layer's input is NaN or infinite.
     """
-    sums = _Sums()
+    sums = Sums()
 
     def see(name: str, product: Product, output: Tensor) -> None:
         for patches in product.patches():
-            sums.add(name, patches.transpose(1, 2) @ patches, patches.shape[1])
+            sums.add_squares(name, patches)
 
     with observe_products(model, modules, see):
         _run(model, task, batches, "hessians")
@@ -244,7 +269,7 @@ def output_fishers(
     its `temperature` for the first batch, by one backward pass per batch: random signs vary less than drawn labels, of which
     most are those predicted. In addition to the result, a batch's outputs and gradients are in memory.
     """
-    sums = _Sums()
+    sums = Sums()
     seen: list[tuple[str, Product, Tensor]] = []
     generator = torch.Generator().manual_seed(0)
     temperature: float | None = None
@@ -269,39 +294,10 @@ def output_fishers(
                     rows = gradient.reshape(product.output.shape).movedim(1 if product.kernel else -1, -1)
                     n_blocks = product.groups * fisher_blocks(product.rows // product.groups)
                     grouped = rows.reshape(-1, n_blocks, product.rows // n_blocks).transpose(0, 1)
-                    sums.add(name, grouped.transpose(1, 2) @ grouped, grouped.shape[1])
+                    sums.add_squares(name, grouped)
             seen.clear()
             advance("")
     return sums.means()
-
-
-def hessian_bytes(module: Any) -> int:
-    """The bytes of the matrices that `hessians` returns for a module."""
-    columns = math.prod(rows_shape(module)[1:])
-    return 4 * getattr(module, "groups", 1) * columns**2
-
-
-def fisher_bytes(module: Any) -> int:
-    """The bytes of the matrices that `output_fishers` returns for a module."""
-    groups = getattr(module, "groups", 1)
-    rows = rows_shape(module)[0] // groups
-    return 4 * groups * rows**2 // fisher_blocks(rows)
-
-
-class _Sums:
-    """Sums of tensors by name, with the number of rows that each sums over."""
-
-    def __init__(self) -> None:
-        self.totals: dict[str, Tensor] = {}
-        self.counts: Counter[str] = Counter()
-
-    def add(self, name: str, total: Tensor, count: int) -> None:
-        self.totals[name] = self.totals[name].add_(total) if name in self.totals else total
-        self.counts[name] += count
-
-    def means(self) -> dict[str, Tensor]:
-        """On the CPU; may be called once."""
-        return {name: total.div_(self.counts[name]).cpu() for name, total in self.totals.items()}
 
 
 def _run(model: nn.Module, task: Task, batches: Batches, title: str) -> None:

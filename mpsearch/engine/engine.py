@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mpsearch.allocation import Allocation, SearchSpace
@@ -21,7 +20,7 @@ from mpsearch.engine.bias_correction import BiasCorrection
 from mpsearch.engine.calibrate import Calibration
 from mpsearch.engine.prefix_cache import PrefixCache
 from mpsearch.engine.scoring import Scorer
-from mpsearch.engine.weight_bank import Key, WeightBank
+from mpsearch.engine.weight_bank import Key, WeightBank, needs_hessians
 from mpsearch.engine.weight_files import WeightFiles
 from mpsearch.evaluation import Score
 from mpsearch.graph.surgery import quantize_input, swapped_data
@@ -75,7 +74,8 @@ class QuantEngine:
     ) -> None:
         for layer in space.layers:
             check_finite(layer.name, model.get_parameter(layer.weight_name))
-        scorer = scorer or Scorer(model, task, device)
+        scratch = None if files is None else files.folder
+        scorer = scorer or Scorer(model, task, device, scratch)
         calibration = Calibration(
             model,
             task,
@@ -85,6 +85,8 @@ class QuantEngine:
             scorer.divergence,
             with_fishers=any(quantizer.needs_fisher for quantizer in quantizers.values()),
             hessian_max_bytes=hessian_max_bytes,
+            with_hessians=_with_hessians(space, quantizers),
+            scratch=scratch,
         )
         correction = BiasCorrection(model, calibration) if bias_correction else None
         bank = WeightBank(model, space, quantizers, calibration, correction, files=files, dense_max_bytes=bank_max_bytes)
@@ -114,6 +116,12 @@ class QuantEngine:
         """
         prefix_cache = self.prefix_cache and self.prefix_cache.emptied()  # its outputs are of other weights
         return QuantEngine.from_parts(self.scorer, self.bank.with_weights(weights, biases), prefix_cache)
+
+    def release(self) -> None:
+        """Let go of what can be computed again: Hessians, dense weights and kept outputs."""
+        self.bank.release()
+        if self.prefix_cache is not None:
+            self.prefix_cache.clear()
 
     def batches(self, split: str) -> list[tuple[Any, Tensor]]:
         """See `Scorer.batches`."""
@@ -186,9 +194,18 @@ class QuantEngine:
         return self.scorer.float_outputs(split, lambda: self.outputs(FLOAT, split))
 
     def outputs(self, allocation: Allocation, split: str) -> Iterator[Tensor]:
-        """The model's outputs on each batch of a split, float32 `[n, columns]`, while the allocation is swapped in (`applied`)."""
+        """The model's outputs `[n, columns]` on each batch of a split, while the allocation is swapped in (`applied`)."""
         if self.prefix_cache is None:
             yield from self.scorer.outputs(self.model, split)
         else:
             for i, (inputs, _) in enumerate(self.batches(split)):
                 yield self.prefix_cache.forward(split, i, inputs, allocation)
+
+
+def _with_hessians(space: SearchSpace, quantizers: Mapping[str, Quantizer]) -> frozenset[str]:
+    """Names of the layers that may take a scheme for which a Hessian is needed."""
+    needing = {
+        name for name, quantizer in quantizers.items() if name in space.schemes and needs_hessians(quantizer, space.schemes[name])
+    }
+    pairs = zip(space.groups, space.choices, strict=True)
+    return frozenset(layer.name for group, choices in pairs if needing & set(choices) for layer in group.layers)

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpsearch.divergence import Divergence, chunk_rows
+from mpsearch.batches import chunk_rows
+from mpsearch.divergence import Divergence
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Score
 from mpsearch.files.scratch import joined
@@ -21,7 +22,6 @@ from mpsearch.intervals import bootstrap_values, cluster_values, paired_interval
 from mpsearch.quality import Quality
 from mpsearch.tasks.base import Task
 from mpsearch.tree import map_tensors
-
 
 MEMORY_BYTES = 2**26  # of the float model's outputs on a split; more are in a file
 

@@ -1,11 +1,11 @@
-"""The weight bank: every (layer, scheme) is quantized once and kept, as stored, in memory and in the run's files.
+"""The weight bank: every (layer, scheme) is quantized once and kept, as stored, in the run's files or in memory.
 
-Dense copies, which are swapped into the model, are kept as long as memory allows.
+Weights that can be read from the files again, and dense copies, which are swapped into the model, are in memory as long as it
+allows.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,13 +15,18 @@ from torch import Tensor, nn
 from mpsearch.allocation import SearchSpace
 from mpsearch.engine.bias_correction import BiasCorrection
 from mpsearch.engine.calibrate import Calibration
+from mpsearch.engine.recent import Recent
 from mpsearch.engine.weight_files import WeightFiles
 from mpsearch.errors import InputError
 from mpsearch.layer import LayerSpec, from_rows, weight_rows
+from mpsearch.memory import trim
 from mpsearch.quantizers.base import InputMoments, Quantizer
-from mpsearch.schemes.base import QuantizedTensor
+from mpsearch.schemes.base import QuantizedTensor, QuantScheme
+from mpsearch.schemes.floating import Float
 
 Key = tuple[str, str]  # (layer, scheme)
+Swaps = list[tuple[Tensor, Tensor]]
+STORED_SHARE = 0.25  # of the memory for dense copies: for weights as stored, which are smaller
 
 
 class WeightBank:
@@ -40,7 +45,7 @@ class WeightBank:
     files
         Where weights and biases are also kept; `None` for memory alone.
     dense_max_bytes
-        Limit on the dense copies in memory.
+        Limit on the dense copies in memory; a share of it, `STORED_SHARE`, limits stored weights that are in the files too.
     weights, biases
         What is known already, as from training. It is not in the files, and not written to them.
     """
@@ -60,13 +65,13 @@ class WeightBank:
     ) -> None:
         self.model, self.space, self.quantizers, self.calibration = model, space, quantizers, calibration
         self.correction, self.files, self.dense_max_bytes = correction, files, dense_max_bytes
-        self.dense_bytes = 0
         self._layers = {layer.name: layer for layer in space.layers}
         self._weights = dict(weights or {})
         self._biases = {key: dict(of_modules) for key, of_modules in (biases or {}).items()}
         self._given = frozenset(self._weights)
         self._latest: tuple[tuple[str, bool], InputMoments | None] | None = None
-        self._dense: OrderedDict[Key, list[tuple[Tensor, Tensor]]] = OrderedDict()
+        self._readable: Recent[QuantizedTensor] = Recent(int(STORED_SHARE * dense_max_bytes))
+        self._dense: Recent[Swaps] = Recent(dense_max_bytes)
 
     def with_weights(self, weights: Mapping[Key, QuantizedTensor], biases: Mapping[Key, Mapping[str, Tensor]]) -> WeightBank:
         """A bank that has these weights and biases already, and quantizes all others as this one does."""
@@ -74,18 +79,35 @@ class WeightBank:
         limit = self.dense_max_bytes
         return WeightBank(*parts, files=self.files, dense_max_bytes=limit, weights=weights, biases=biases)
 
+    @property
+    def dense_bytes(self) -> int:
+        """The bytes of the dense copies in memory."""
+        return self._dense.n_bytes
+
+    def release(self) -> None:
+        """Let go of matrices that were derived to quantize, and of dense copies: what the next phase does not need."""
+        self._latest = None
+        self._dense.clear()
+        self.calibration.release()
+        trim()
+
     def quantized(self, layer: str, scheme: str) -> QuantizedTensor:
         """The layer's weight in the scheme; quantized at the first call, unless the files have it."""
         key = (layer, scheme)
-        if key not in self._weights:
-            spec, scheme_object = self._layers[layer], self.space.schemes[scheme]
-            weight = None if self.files is None else self.files.read(layer, scheme, scheme_object, spec.shape)
-            if weight is None:
-                weight = self._quantize(spec, scheme)
-                if self.files is not None:
-                    self.files.write(layer, scheme, weight)
+        weight = self._weights.get(key) or self._readable.get(key)
+        if weight is not None:
+            return weight
+        spec, scheme_object = self._layers[layer], self.space.schemes[scheme]
+        weight = None if self.files is None else self.files.read(layer, scheme, scheme_object, spec.shape)
+        in_files = weight is not None
+        if weight is None:
+            weight = self._quantize(spec, scheme)
+            in_files = self.files is not None and self.files.write(layer, scheme, weight)
+        if in_files or isinstance(scheme_object, Float):  # which is rounded again in no time
+            self._readable.put(key, weight, sum(tensor.nbytes for tensor in weight.tensors.values()))
+        else:
             self._weights[key] = weight
-        return self._weights[key]
+        return weight
 
     def biases(self, layer: str, scheme: str) -> dict[str, Tensor]:
         """Module name -> corrected bias (float32 `[out]`) of the layer in the scheme; empty if none is corrected."""
@@ -94,12 +116,12 @@ class WeightBank:
             self._biases[key] = {} if self.correction is None else self._corrected(self.correction, key)
         return self._biases[key]
 
-    def dense(self, layer: str, scheme: str) -> list[tuple[Tensor, Tensor]]:
+    def dense(self, layer: str, scheme: str) -> Swaps:
         """(parameter, its dense value in the scheme) of the layer's weight and corrected biases; kept while memory allows."""
         key = (layer, scheme)
-        if key in self._dense:
-            self._dense.move_to_end(key)
-            return self._dense[key]
+        kept = self._dense.get(key)
+        if kept is not None:
+            return kept
         module: Any = self.model.get_submodule(layer)
         # In the parameter's own memory format: another one would run other kernels, and score other last bits than an export.
         weight = torch.empty_like(module.weight.detach()).copy_(from_rows(module, self.quantized(layer, scheme).dequantize()))
@@ -107,25 +129,21 @@ class WeightBank:
         for name, bias in self.biases(layer, scheme).items():
             parameter: Any = self.model.get_submodule(name).bias
             values.append((parameter, bias.to(parameter.device)))
-        self._dense[key] = values
-        self.dense_bytes += sum(value.nbytes for _, value in values)
-        while self.dense_bytes > self.dense_max_bytes and self._dense:
-            _, dropped = self._dense.popitem(last=False)
-            self.dense_bytes -= sum(value.nbytes for _, value in dropped)
-        return values
+        return self._dense.put(key, values, sum(value.nbytes for _, value in values))
 
     def _quantize(self, layer: LayerSpec, scheme: str) -> QuantizedTensor:
         quantizer = self.quantizers[scheme]
         try:
             weight = weight_rows(self.model.get_submodule(layer.name)).float().cpu()
             self._check_input(layer, scheme, self.calibration.input_moments(layer))
-            return quantizer.quantize(weight, self.space.schemes[scheme], self._moments(layer, quantizer.needs_hessian))
+            needs_hessian = needs_hessians(quantizer, self.space.schemes[scheme])
+            return quantizer.quantize(weight, self.space.schemes[scheme], self._moments(layer, needs_hessian))
         except InputError as error:
             raise InputError(f"Layer '{layer.name}' in scheme '{scheme}': {error}") from error
 
     def work(self, layer: str, scheme: str) -> float:
         """About how many multiplications `quantized` takes; 0 where the weight is known."""
-        if (layer, scheme) in self._weights:
+        if (layer, scheme) in self._weights or (layer, scheme) in self._readable:
             return 0.0
         module: Any = self.model.get_submodule(layer)
         rows, k = len(weight_rows(module)), getattr(module, "groups", 1)
@@ -136,6 +154,7 @@ class WeightBank:
         key = layer.name, with_hessian
         if self._latest is None or self._latest[0] != key:
             self._latest = None  # frees the memory first
+            trim()
             centred = self.correction is not None
             calibration = self.calibration
             moments = calibration.with_hessian(layer, centred=centred) if with_hessian else calibration.input_moments(layer)
@@ -161,3 +180,8 @@ class WeightBank:
             if files is not None:
                 files.write_biases(*key, biases)
         return biases
+
+
+def needs_hessians(quantizer: Quantizer, scheme: QuantScheme) -> bool:
+    """Whether a weight in the scheme depends on a Hessian: rounding to a float format does not."""
+    return quantizer.needs_hessian and not isinstance(scheme, Float)

@@ -46,10 +46,12 @@ class WeightFiles:
         tensors = self._read(WEIGHT, layer, name)
         return None if tensors is None else QuantizedTensor(scheme, shape, tensors)
 
-    def write(self, layer: str, name: str, weight: QuantizedTensor) -> None:
-        """Keep the weight; where the folder cannot be written there is one warning."""
+    def write(self, layer: str, name: str, weight: QuantizedTensor) -> bool:
+        """Keep the weight, and say whether it is; where the folder cannot be written there is one warning."""
         if self.keeps_floats or weight.scheme.weight_bits < 16:
             self._write(WEIGHT, layer, name, weight.tensors)
+            return self._writes
+        return False
 
     def read_biases(self, layer: str, name: str) -> dict[str, Tensor] | None:
         """Module name -> corrected bias of the layer in the scheme called `name`; `None` as in `read`."""

@@ -100,6 +100,7 @@ def quantize_groups(engine: QuantEngine, pairs: Sequence[Pair]) -> None:
         for layer, scheme in steps:
             engine.quantized(layer.name, scheme)
             advance(f"{layer.name} at {scheme}")
+    engine.bank.release()
 
 
 def layers_by_group(engine: QuantEngine) -> dict[str, tuple[LayerSpec, ...]]:

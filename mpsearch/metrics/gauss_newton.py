@@ -52,7 +52,7 @@ MOST_PAIRS = 4096  # whose inner products are kept; beyond, the sensitivities al
 MOST_DIMENSIONS = 128  # of the features; the rest of a group's sensitivity counts as its own
 ROUNDING = 1e-6  # of inner products in float32, relative
 N_SPLITS = 4  # of the samples into two halves
-GRADIENT_BYTES = 2**30  # of gradients at once
+GRADIENT_BYTES = 2**28  # of gradients at once
 
 Columns = dict[str, dict[tuple[LayerSpec, str], list[int]]]  # module -> (its layer, scheme) -> indices of pairs
 

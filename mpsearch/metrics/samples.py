@@ -67,6 +67,7 @@ def probe_gradients(
         explained = [layout for layout in matching if layout is not None]
         if len(explained) == len(matching):
             return tuple(map(_sum, *halves)), explained
+        del halves  # as large as all outputs
     return gradients_at(calls, divergence.probe(logits, signs)), [Layout(1)] * len(calls)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mpsearch.divergence import chunk_rows
+from mpsearch.batches import chunk_rows
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
 

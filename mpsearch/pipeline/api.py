@@ -20,9 +20,10 @@ from mpsearch.evaluation import SensitivityTable
 from mpsearch.graph.channel_scaling import recorded
 from mpsearch.graph.unsearched import sentence
 from mpsearch.metrics.base import SensitivityMetric
+from mpsearch.pipeline.engine_options import EngineOptions
 from mpsearch.pipeline.goal import goal_of, latency_table, objective_names, resolved_costs
 from mpsearch.pipeline.pick import pick
-from mpsearch.pipeline.prepare import Choice, EngineOptions, Model, Prepared, prepare, resolved_schemes
+from mpsearch.pipeline.prepare import Choice, Model, Prepared, prepare, resolved_schemes
 from mpsearch.pipeline.result import Result, verified
 from mpsearch.pipeline.search_run import SearchRun
 from mpsearch.pipeline.sensitivity import measured_sensitivity
@@ -65,8 +66,8 @@ def search(
     refiner: Choice | None = "error_propagation",
     fold_batch_norms: bool = True,
     bias_correction: bool = True,
-    bank_max_bytes: str | float = "2GB",
-    prefix_max_bytes: str | float = "1GB",
+    memory_max_bytes: str | float | None = None,
+    prefix_max_bytes: str | float | None = None,
     mirror: str | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -130,8 +131,10 @@ def search(
         of the errors of those before it. The refined weights are kept where the loss on the search split becomes lower.
     fold_batch_norms, bias_correction : bool
         Fold batch norms into the layers before them; correct biases for the mean error of the outputs.
-    bank_max_bytes, prefix_max_bytes : str or float
-        Memory for dense copies of quantized weights, and for layer outputs from which evaluations start.
+    memory_max_bytes, prefix_max_bytes : str or float, optional
+        Memory for what is kept in addition to the model: Hessians while layers are quantized, then quantized weights and layer
+        outputs from which evaluations start; by default 800 MB, or the size of the weights in float32 and 256 MB. The part for
+        layer outputs; by default what dense weights leave.
     mirror : str, optional
         URL of an Optuna storage to which finished trials are written, for optuna-dashboard.
     seed : int
@@ -157,7 +160,7 @@ def search(
     Set `OPENBLAS_NUM_THREADS=1` in the environment before NumPy is imported, as the command does: the matrices of the surrogate
     are small, and on a busy machine OpenBLAS's threads wait for one another many times as long as they compute.
     """
-    options = EngineOptions(bias_correction, bank_max_bytes, prefix_max_bytes, device)
+    options = EngineOptions(bias_correction, memory_max_bytes, prefix_max_bytes, device)
     check_integer("in_flight", in_flight)
     if confirm_points is not None:
         check_integer("confirm_points", confirm_points, hint=" For the whole front, give None (confirm.n_points=null).")
@@ -223,8 +226,8 @@ def sensitivity(
     equalizer: Choice | None = None,
     fold_batch_norms: bool = True,
     bias_correction: bool = True,
-    bank_max_bytes: str | float = "2GB",
-    prefix_max_bytes: str | float = "1GB",
+    memory_max_bytes: str | float | None = None,
+    prefix_max_bytes: str | float | None = None,
     seed: int = 0,
     device: str = "cpu",
     folder: Path | str | RunFolder | None = None,
@@ -232,7 +235,7 @@ def sensitivity(
 ) -> SensitivityTable:
     """Measure the sensitivity of each layer to each scheme, and nothing else; see `search` for the arguments."""
     _kept, run = _opened(folder)
-    options = EngineOptions(bias_correction, bank_max_bytes, prefix_max_bytes, device)
+    options = EngineOptions(bias_correction, memory_max_bytes, prefix_max_bytes, device)
     estimator: SensitivityMetric = resolve("metric", metric)
     with run.locked():
         prepared = prepare(

@@ -18,7 +18,6 @@ from torch import nn
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.batches import Batch
-from mpsearch.costs.size import parse_bytes
 from mpsearch.divergence import Divergence, SoftmaxKL
 from mpsearch.engine.calibrate import calibrate
 from mpsearch.engine.engine import QuantEngine
@@ -35,6 +34,8 @@ from mpsearch.graph.sharing import EXPERTS, check_reached, share
 from mpsearch.graph.trace import first_samples, trace_layers
 from mpsearch.graph.unsearched import other_bits, unsearched
 from mpsearch.layer import weights_sha256
+from mpsearch.memory import trim
+from mpsearch.pipeline.engine_options import EngineOptions
 from mpsearch.pipeline.validate import check_classes, check_model, check_output, check_qualities, check_repeatable
 from mpsearch.quality import Quality
 from mpsearch.quantizers.base import Quantizer
@@ -55,16 +56,6 @@ IDENTITY = (
     *("space", "quality_name", "quality_kind", "divergence", "model_name", "task_name", "model_sha256", "data_sha256", "data"),
     *("overlap", "quantizers", "not_searched", "folded_batch_norms", "equalizer", "bias_correction"),
 )
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What an engine needs in addition to the prepared model; sizes in bytes, as numbers or as text ("2GB")."""
-
-    bias_correction: bool = True
-    bank_max_bytes: str | float = "2GB"
-    prefix_max_bytes: str | float = "1GB"
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -143,8 +134,7 @@ class Prepared:
             self.plan.quantizers,
             calibrate(self.model, self.task, self.space.layers, self.calibration, rotated=rotated),
             bias_correction=self.options.bias_correction,
-            bank_max_bytes=parse_bytes(self.options.bank_max_bytes),
-            prefix_max_bytes=parse_bytes(self.options.prefix_max_bytes),
+            **self.options.limits(self.space.numel, len(self.space.schemes)),
             device=self.options.device,
             files=WeightFiles(folder / "bank", self.identity),
         )
@@ -208,6 +198,7 @@ def prepare(
                 f"{target.name} runs no layer of this model in {', '.join(dropped)}, so that all would stay float; it runs "
                 f"{target.what}. Add such a scheme, or give the inputs static scales: scheme.{dropped[0]}.input.scale=static."
             )
+    trim()  # what loading the model left
     about = None if made is None or equalization is None else {**fields_of(made), "sha256": equalization.sha256}
     plan = Plan(sha256, tuple(folds), equalization, about, space, {scheme: quantizers[scheme] for scheme in space.schemes})
     return Prepared(original, copy, task, calibration, plan, options, unsearched(copy, layers), name or type(original).__name__)

@@ -78,6 +78,7 @@ class RefiningEvaluator:
                 self._refinement = self.refiner.start(self.evaluate.engine)
             files = self.evaluate.engine.bank.files
             about = self.refiner, allocation, self.folder
+            self._last = None  # frees its memory first
             with quiet():  # a step of the phase in which points are confirmed
                 engine = self._refinement(allocation, None if files is None else refined_files(files, *about))
             parts = self.evaluate.budgets, self.evaluate.costs, self.evaluate.latency_batch_size

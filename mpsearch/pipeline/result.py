@@ -18,10 +18,11 @@ from mpsearch.costs.latency import LatencyMs
 from mpsearch.errors import InputError
 from mpsearch.evaluation import Confirmed, Evaluation
 from mpsearch.exporters.base import Exporter
+from mpsearch.pipeline.engine_options import EngineOptions
 from mpsearch.pipeline.export import export_point, exported_weights
 from mpsearch.pipeline.finetune import TrainingSummary
 from mpsearch.pipeline.pick import pick
-from mpsearch.pipeline.prepare import Choice, EngineOptions, Model
+from mpsearch.pipeline.prepare import Choice, Model
 from mpsearch.pipeline.verify import verify_file
 from mpsearch.pipeline.workspace import Source, Workspace, recorded_costs
 from mpsearch.quantizers.base import Quantizer

@@ -14,8 +14,9 @@ from mpsearch.engine.engine import QuantEngine
 from mpsearch.errors import InputError
 from mpsearch.evaluation import EvaluationLog
 from mpsearch.graph.channel_scaling import FILE, recorded
+from mpsearch.pipeline.engine_options import EngineOptions
 from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
-from mpsearch.pipeline.prepare import EngineOptions, Model, Plan, Prepared, prepare_planned
+from mpsearch.pipeline.prepare import Model, Plan, Prepared, prepare_planned
 from mpsearch.pipeline.refine import Evaluators, RefiningEvaluator
 from mpsearch.pipeline.resume import check_resumed
 from mpsearch.quantizers.base import Quantizer

@@ -26,6 +26,7 @@ from mpsearch.quantizers.grids import Integers, RoundingProblem
 from mpsearch.schemes.base import FindCodes
 from mpsearch.schemes.codebook import Codebook
 
+KEPT_BYTES = 2**28  # of output Fishers, whose factors are kept in twice as much
 FIRST_DAMPING = 3.0  # times `output_damping`, for the first codes: they follow G furthest, also where it is noise
 
 
@@ -87,21 +88,31 @@ class KroneckerDescent(CoordinateDescent):
         problem = RoundingProblem.for_scheme(matrix, moments.hessian, scheme, group_size, scales, zero_points, fixed)
         scales = scales.expand(len(problem.weight), -1).clone()
         codes = torch.empty(problem.weight.shape, dtype=torch.uint8)
-        of_inputs, of_outputs = moments.derived(("feedback", self), lambda: self._feedback(moments))
-        per = len(codes) // len(of_outputs)
-        for i, rows in enumerate(of_outputs):
-            part, columns = slice(i * per, (i + 1) * per), of_inputs[i * len(of_inputs) // len(of_outputs)]
-            codes[part], scales[part] = self._jointly(problem, part, rows, columns, scales[part])
+        assert moments.fisher is not None
+        of_inputs, n = moments.derived(("feedback", self), lambda: self._between_columns(moments)), len(moments.fisher)
+        per = len(codes) // n
+        for i in range(n):
+            part, columns = slice(i * per, (i + 1) * per), of_inputs[i * len(of_inputs) // n]
+            codes[part], scales[part] = self._jointly(problem, part, self._between_rows(moments, i), columns, scales[part])
         return codes.reshape(matrix.shape), scales[: len(matrix)].contiguous(), zero_points
 
-    def _feedback(self, moments: InputMoments) -> tuple[list[Feedback], list[Feedback]]:
-        """Of the columns and of the rows, for each group of a convolution."""
+    def _between_columns(self, moments: InputMoments) -> list[Feedback]:
+        """For each group of a convolution."""
         assert moments.hessian is not None
+        hessian = self._damped(moments.hessian)
+        return Feedback.from_matrices(hessian, hessian, self.act_order)
+
+    def _between_rows(self, moments: InputMoments, i: int) -> Feedback:
+        """For the `i`-th group of a convolution, or block of many rows; kept for the next scheme unless all of them are large."""
         assert moments.fisher is not None
-        hessian, fisher = self._damped(moments.hessian), moments.fisher.double()
-        damped, first = (damped_by(fisher, min(share * self.output_damping, 1.0)) for share in (1.0, FIRST_DAMPING))
-        columns = Feedback.from_matrices(hessian, hessian, self.act_order)
-        return columns, Feedback.from_matrices(damped, first, self.act_order)
+        fisher = moments.fisher
+
+        def make() -> Feedback:
+            matrix = fisher[i : i + 1].double()
+            damped, first = (damped_by(matrix, min(share * self.output_damping, 1.0)) for share in (1.0, FIRST_DAMPING))
+            return Feedback.from_matrices(damped, first, self.act_order)[0]
+
+        return make() if fisher.nbytes > KEPT_BYTES else moments.derived(("rows", self, i), make)
 
     def _jointly(
         self, problem: RoundingProblem, part: slice, rows: Feedback, columns: Feedback, scales: Tensor

@@ -85,6 +85,7 @@ class Propagation:
         known: dict[str, Refined] = {}
         staged = {layer.name for stage in self.stages for layer in stage.layers}
         self.models.restart()
+        self.engine.release()
 
         def keep(layer: LayerSpec, refined: Refined, *, is_new: bool) -> None:
             scheme = schemes[layer.name]

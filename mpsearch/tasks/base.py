@@ -98,7 +98,8 @@ class Task:
 
         `quality_kind` says how to read it. Where the n rows of logits are not independent (the tokens of a text), give either one
         number for each text, or one for each token and the texts by `clusters`. It is given all of a split at once (but see
-        `quality_by_sample`), and may also return a single number for all of it (F1, mAP): its interval is then from a paired bootstrap.
+        `quality_by_sample`), and may also return a single number for all of it (F1, mAP): its interval is then from a paired
+        bootstrap.
         """
         return self._criterion(logits, targets).accuracy(logits, targets)
 

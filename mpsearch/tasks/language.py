@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpsearch.divergence import SoftmaxKL
+from mpsearch.batches import chunk_rows
 from mpsearch.errors import InputError
 from mpsearch.intervals import FEWEST
 from mpsearch.tasks.arrays import read_arrays
@@ -22,6 +23,7 @@ from mpsearch.tasks.sources import named_files, read_once
 
 # Of a token's cross-entropy; a broken model's is infinite or NaN, and this is what a float64's exp still holds.
 MOST_NATS = 700.0
+BATCH_TOKENS = 512
 # A split of one text has no independent samples. Blocks of adjacent tokens stand in for them: few, so that they are long, and
 # fewer than the texts that an interval needs not to be marked approximate.
 N_BLOCKS = FEWEST - 1
@@ -32,7 +34,8 @@ class Language(StoredTask):
 
     `texts` are token ids, one array a text, shuffled with `seed` and dealt out until each split has its windows; the confirm
     split takes all that are left where `n_confirm` is `None`. `named` are the texts of splits that have their own; splits with
-    the same object share it. Raises `InputError` where the texts are too few.
+    the same object share it. `batch_size` windows run at a time; `None`: as many as have `BATCH_TOKENS`, for a large vocabulary
+    makes a logit of each token and word. Raises `InputError` where the texts are too few.
     """
 
     quality_name = "perplexity"
@@ -47,12 +50,13 @@ class Language(StoredTask):
         n_confirm: int | None,
         window: int,
         seed: int = 0,
-        batch_size: int = 16,
+        batch_size: int | None = 16,
         source: str = "the texts",
         named: Mapping[str, Sequence[np.ndarray]] | None = None,
     ) -> None:
         if window < 2:
             raise InputError(f"window is {window}; it must be at least 2 tokens.")
+        batch_size = max(1, BATCH_TOKENS // window) if batch_size is None else batch_size
         self.window, self._source = window, source
         self._n_texts: dict[str, int] = {}
         self._clusters: dict[str, Tensor] = {}
@@ -105,7 +109,9 @@ class Language(StoredTask):
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Of each token in nats, float32 [windows * window]."""
-        return SoftmaxKL().task_loss(logits, targets)
+        step = chunk_rows(logits)
+        parts = zip(logits.split(step), targets.split(step), strict=True)
+        return torch.cat([F.cross_entropy(y.float(), of_part, reduction="none") for y, of_part in parts])
 
     def clusters(self, split: str) -> Tensor:
         """The text of each predicted token, int64 [windows * window]; in a split of one text, `N_BLOCKS` blocks of it."""

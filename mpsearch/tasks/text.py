@@ -35,7 +35,7 @@ class Text(Language):
     window
         Tokens of a window.
     batch_size
-        Windows that run at a time.
+        Windows that run at a time; `None`: as many as have 512 tokens.
     field
         The field of a record that holds its text.
     calibration_data, search_data, confirm_data
@@ -56,7 +56,7 @@ class Text(Language):
         n_confirm: int | None = 32,
         window: int = 256,
         seed: int = 0,
-        batch_size: int = 4,
+        batch_size: int | None = None,
         field: str = "text",
         calibration_data: str | Path | None = None,
         search_data: str | Path | None = None,

@@ -39,7 +39,7 @@ class WikiText2(Language):
         n_confirm: int | None = 8,
         window: int = 256,
         seed: int = 0,
-        batch_size: int = 4,
+        batch_size: int | None = None,
         calibration_data: str | Path | None = None,
         search_data: str | Path | None = None,
         confirm_data: str | Path | None = None,

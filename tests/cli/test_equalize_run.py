@@ -16,7 +16,8 @@ from mpsearch.exporters.allocation_file import load_allocation
 from mpsearch.exporters.native import Native
 from mpsearch.graph.channel_scaling import Equalization, recorded
 from mpsearch.models.digits import digits
-from mpsearch.pipeline.prepare import EngineOptions, planned_engine, prepare
+from mpsearch.pipeline.engine_options import EngineOptions
+from mpsearch.pipeline.prepare import planned_engine, prepare
 from mpsearch.runs.run import RunFolder
 from mpsearch.tasks.digits import Digits
 

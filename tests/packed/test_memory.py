@@ -10,7 +10,7 @@ from mpsearch.metrics.fisher import gradients_at
 from mpsearch.pipeline.prepare import prepare
 
 HUGE = 2**60
-SENTENCE = r"Memory ran out.*\. Lower the task's batch size, bank_max_bytes or prefix_max_bytes, or the executor's workers"
+SENTENCE = r"Memory ran out.*\. Lower the task's batch size, memory.max_bytes or the executor's workers"
 
 
 def allocate(*_, **__):

@@ -123,8 +123,9 @@ def scored(task, outputs, reference):
     scorer = Scorer(nn.Identity(), task)
     targets = torch.cat([y for _, y in scorer.batches("search")])
     scorer.divergence = task.chosen_divergence(nn.Identity(), [(reference, targets)])[0]
-    scorer.float_outputs("search", lambda: reference)
-    return scorer.score(outputs, "search")
+    scorer.float_outputs("search", lambda: [reference])
+    rows = [len(y) for _, y in scorer.batches("search")]
+    return scorer.score(None if outputs is None else outputs.split(rows), "search")
 
 
 def test_a_metric_of_the_whole_split_has_a_paired_bootstrap_interval():
