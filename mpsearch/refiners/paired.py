@@ -8,7 +8,7 @@ some output positions are kept, drawn at random, the same of both models.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,7 +22,7 @@ from mpsearch.engine.engine import QuantEngine
 from mpsearch.engine.prefix_cache import PrefixCache
 from mpsearch.graph.products import Product, observe_products
 from mpsearch.graph.shared_copy import shared_copy
-from mpsearch.graph.surgery import Undo, quantize_input
+from mpsearch.graph.surgery import Undo, hooked, quantize_input
 from mpsearch.layer import LayerGroup, LayerSpec, from_rows, set_values
 from mpsearch.schemes.base import QuantizedTensor
 
@@ -41,12 +41,22 @@ class Rows:
     residual
         float32 `[n, rows]`; `None` where nothing was added.
     shape
-        Of the whole output.
+        Of the whole outputs, end to end.
     """
 
     inputs: Tensor
     residual: Tensor | None
     shape: tuple[int, ...]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """Those of several parts, of at least one; without residuals where a part has none."""
+        if len(parts) == 1:
+            return parts[0]
+        residuals = [part.residual for part in parts if part.residual is not None]
+        shape = tuple(n for part in parts for n in part.shape)
+        residual = torch.cat(residuals) if len(residuals) == len(parts) else None
+        return cls(torch.cat([part.inputs for part in parts], 1), residual, shape)
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +96,7 @@ class PairedModels:
     def __init__(self, engine: QuantEngine, n_positions: float, prefix_max_bytes: int) -> None:
         self.engine, self.task, self.n_positions = engine, engine.task, n_positions
         self.copy = shared_copy(engine.model)
+        self.n_runs = 1  # of the model, in a forward pass of the task
         space = engine.space
         groups = tuple(LayerGroup(layer.name, (layer,)) for layer in space.layers)
         single = SearchSpace(groups, space.schemes, tuple(tuple(space.schemes) for _ in groups))
@@ -113,13 +124,17 @@ class PairedModels:
 
     @torch.no_grad()
     def stages(self) -> list[Stage]:
-        """The layers with one product in a forward pass, in forward order; those with the same input are in one stage."""
+        """The layers with one product in each run of the model, in forward order; those with the same input are in one stage.
+
+        A task may run the model several times in a forward pass, as on either text of a pair: all its products then count.
+        """
         single = {layer.modules[0]: layer for layer in self.engine.space.layers if len(layer.modules) == 1}
         readers = [reader for layer in self.engine.space.layers for reader in layer.readers]
         n_products: Counter[str] = Counter()
         order: list[tuple[str, bool]] = []
         last: list[Tensor] = []
-        with _Additions() as additions:
+        runs: list[nn.Module] = []
+        with _Additions() as additions, hooked([(self.engine.model, lambda model, args, kwargs: runs.append(model))]):
 
             def see(name: str, product: Product, output: Tensor) -> None:
                 n_products[name] += 1
@@ -132,10 +147,15 @@ class PairedModels:
 
             with observe_products(self.engine.model, readers, see):
                 self.task.forward(self.engine.model, self.engine.batches(SPLIT)[0][0])
+        names = [name for name, _ in order]
+        self.n_runs = max(len(runs), 1)
+        n = len(names) // self.n_runs
+        if names != names[:n] * self.n_runs:  # not the same layers in the same order
+            self.n_runs, n = 1, len(names)
         stages: list[Stage] = []
-        for name, same in order:
+        for name, same in order[:n]:
             layer = single.get(name)
-            if layer is not None and n_products[name] == 1 and not n_products[layer.weight_name]:
+            if layer is not None and n_products[name] == self.n_runs and not n_products[layer.weight_name]:
                 if not same or not stages:
                     stages.append(Stage())
                 stages[-1].layers.append(layer)
@@ -197,7 +217,7 @@ class PairedModels:
         """Layer -> its rows in batch `i`; the pass ends with the last of them."""
         names = {layer.modules[0]: layer.name for layer in stage.layers}
         taken: dict[str, tuple[Product, Tensor, Tensor]] = {}
-        rows: dict[str, Rows] = {}
+        rows: dict[str, list[Rows]] = {name: [] for name in names.values()}  # of each run of the model
         if cache is not None:
             cache.begin(SPLIT, i, inputs, self._allocation)
         with suppress(_SeenError), _Additions() as additions:
@@ -205,12 +225,12 @@ class PairedModels:
             def done(module: str, residual: Tensor | None) -> None:
                 product, positions, patches = taken[module]
                 added = None if residual is None else product.rows_at(residual, positions)
-                rows[names[module]] = Rows(patches, added, tuple(product.output.shape))
-                if len(rows) == len(names):
+                rows[names[module]].append(Rows(patches, added, tuple(product.output.shape)))
+                if all(len(each) == self.n_runs for each in rows.values()):
                     raise _SeenError
 
             def see(module: str, product: Product, output: Tensor) -> None:
-                positions = self._positions(product, i)
+                positions = self._positions(product, i, len(rows[names[module]]))
                 taken[module] = product, positions, change(names[module], product).patches_at(positions)
                 if stage.has_residual[module]:
                     additions.watch(module, output)
@@ -223,14 +243,14 @@ class PairedModels:
                     self.task.forward(model, inputs)
                 else:
                     cache.forward(SPLIT, i, inputs, self._allocation)
-        return rows
+        return {name: Rows.joined(each) for name, each in rows.items() if len(each) == self.n_runs}
 
-    def _positions(self, product: Product, i: int) -> Tensor:
-        """Output positions of batch `i`, drawn at random, int64 `[n]`."""
-        n_batches = len(self.engine.batches(SPLIT))
+    def _positions(self, product: Product, i: int, run: int) -> Tensor:
+        """Output positions of batch `i` in one run of the model, drawn at random, int64 `[n]`."""
+        n_batches = len(self.engine.batches(SPLIT)) * self.n_runs
         columns = product.input.shape[1 if product.kernel else -1] // product.groups * int(torch.tensor(product.kernel).prod())
         n = min(-(-int(self.n_positions * columns) // n_batches), product.count)
-        generator = torch.Generator().manual_seed(i)
+        generator = torch.Generator().manual_seed(i * self.n_runs + run)
         drawn = torch.arange(n) if n == product.count else torch.randint(product.count, (n,), generator=generator)
         return drawn.to(product.input.device)
 

@@ -174,6 +174,27 @@ def test_layers_without_a_product_of_their_own_keep_the_weight_of_the_bank(tiny)
     assert not same["down"]
 
 
+def test_all_runs_of_the_model_in_a_forward_pass_count(tiny):
+    """On either half of the inputs, as on either text of a pair: what is refined is that of one run on both."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 3)).eval()
+    x = torch.randn(3, 60, 2, 6)
+    refined = []
+    for data, forward in (
+        (x, lambda model, inputs: torch.cat([model(part) for part in inputs.unbind(1)], 1)),
+        (x.transpose(1, 2).reshape(3, 120, 6), lambda model, inputs: model(inputs)),
+    ):
+        task = fidelity_task(calibration=data[0], search=data[1], confirm=data[2], batch_size=len(data[0]))
+        task.forward = forward
+        engine = tiny.engine(model, task, {"w2": Integer(2)}, quantizer=ClipSearch())
+        refined.append(ErrorPropagation(0.1, 1.0, n_positions=1000).start(engine)(engine.space.uniform("w2")))
+        assert len(PairedModels(engine, 32, 0).stages()) == 3
+    for layer in ("0", "2", "4"):
+        first, second = (each.quantized(layer, "w2").dequantize() for each in refined)
+        assert torch.allclose(first, second, atol=1e-5), layer
+        assert not torch.equal(first, engine.quantized(layer, "w2").dequantize()) or layer == "0"
+
+
 def test_static_ranges_are_those_of_the_quantized_inputs(tiny):
     engine = tiny.engine(tiny.net(), tiny.task(), {"w2a8": Integer(2, input=IntegerInput(8, "static"))})
     allocation = engine.space.uniform("w2a8")
