@@ -224,11 +224,12 @@ def _choices(
             f"The layers of '{group.name}' share a scheme, but the pins {said} allow them none in common. Pin them alike."
         )
     for layer in group.layers:
-        takes = tuple(name for name in left if schemes[name].takes(layer.kind))
+        takes = tuple(name for name in left if schemes[name].takes(layer.kind, layer.shape))
         if not takes:
             raise InputError(
                 f"Layer '{layer.name}' ({layer.kind}) cannot be stored in any of {', '.join(left)}: only Linear layers can be "
-                "rotated. Add a scheme without rotation, or pin the layer to one."
+                "rotated, and llama.cpp's formats take Linear layers and embeddings in rows of whole blocks (of 256 or 32). "
+                "Add another scheme, such as fp16, or pin the layer to one."
             )
         left = takes
     if runtime is None:

@@ -40,7 +40,7 @@ class QuantizedLayer:
 def kernel_for(kind: str, shape: Sequence[int], scheme: QuantScheme) -> str | None:
     """The op of `mpsearch.kernels` that runs a layer of this kind and shape in this scheme; `None`: none does."""
     if isinstance(scheme, Rotated):
-        return kernel_for(kind, shape, scheme.dense) if scheme.takes(kind) else None
+        return kernel_for(kind, shape, scheme.dense) if scheme.takes(kind, tuple(shape)) else None
     op = {"linear": "linear", "conv1d": "conv", "conv2d": "conv", "embedding": "embedding"}.get(kind)
     if op is None or not isinstance(scheme, Integer) or 0 in shape:
         return None

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from mpsearch import kernels
 from mpsearch.errors import InputError
+from mpsearch.quantizers.block_steps import in_blocks
 from mpsearch.schemes.base import Codes, FindCodes, QuantizedTensor, QuantScheme
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.integer import SCALE_DTYPES, Integer
+from mpsearch.schemes.k_quant import KQuant
 from mpsearch.schemes.rotated import Rotated
 
 CodedScheme = Integer | Codebook
@@ -154,7 +156,13 @@ class Quantizer(ABC):
         self, matrix: Tensor, scheme: Any, group_size: int, importance: Tensor | None, fixed: Tensor | None = None
     ) -> Codes:
         """`codes`, which ignores `fixed`: no weight compensates for the errors of others."""
+        if isinstance(scheme, KQuant):
+            return self._block_codes(matrix, scheme, importance)
         return self.codes(matrix, scheme, group_size, importance)
+
+    def _block_codes(self, matrix: Tensor, scheme: KQuant, importance: Tensor | None) -> Codes:
+        """Codes and steps of llama.cpp's blocks: what is found for float scales, rounded as blocks store them."""
+        return in_blocks(matrix, scheme, self.codes(matrix, scheme.dense, scheme.blocks.group, importance))
 
 
 def kernel_codes(

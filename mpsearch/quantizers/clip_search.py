@@ -14,7 +14,9 @@ from torch import Tensor
 
 from mpsearch.errors import InputError
 from mpsearch.quantizers.base import CodedScheme, Codes, Quantizer, clip_ratios, kernel_codes
+from mpsearch.quantizers.block_steps import searched_blocks
 from mpsearch.schemes.codebook import Codebook
+from mpsearch.schemes.k_quant import KQuant
 
 MOST_RATIO = 2.0
 
@@ -29,6 +31,8 @@ class ClipSearch(Quantizer):
     The levels of a codebook are not evenly spaced, so that a group may have a smaller error with its largest weight on an inner
     level (Cook et al. 2025, "Four Over Six", https://arxiv.org/abs/2512.02010): there the ratios are 1, and then from 2 down, or
     the powers of two among them where the scale is one.
+
+    The blocks of llama.cpp have a search of their own, which fits scales and minima to the codes of each range.
 
     Parameters
     ----------
@@ -51,6 +55,9 @@ class ClipSearch(Quantizer):
             return kernel_codes(matrix, scheme, group_size, self._codebook_ratios(scheme), importance)
         ratios = clip_ratios(self.n_candidates, self.min_ratio, both_signs=scheme.symmetric and scheme.bits > 1)
         return kernel_codes(matrix, scheme, group_size, ratios, importance)
+
+    def _block_codes(self, matrix: Tensor, scheme: KQuant, importance: Tensor | None) -> Codes:
+        return searched_blocks(matrix, scheme, importance)
 
     def _codebook_ratios(self, scheme: Codebook) -> Tensor:
         if scheme.scale == "e8m0":

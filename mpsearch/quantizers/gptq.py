@@ -72,7 +72,7 @@ class GPTQ(ClipSearch):
         hessian: Tensor,
     ) -> Codes:
         """`codes` with the damped float64 `hessian` `[k, columns, columns]`."""
-        _, scales, zero_points = self.codes(matrix, scheme, group_size, importance)
+        _, scales, zero_points = self._codes_without_feedback(matrix, scheme, group_size, importance)
         problem = RoundingProblem.for_scheme(matrix, hessian, scheme, group_size, scales, zero_points, fixed)
         codes, scales = self._solve(problem, scales.expand(len(problem.weight), -1).contiguous())
         return codes.reshape(matrix.shape), scales[: len(matrix)].contiguous(), zero_points

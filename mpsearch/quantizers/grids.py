@@ -1,4 +1,4 @@
-"""Rounding one column after another, for integers or a codebook's levels, and the error of a layer's output that it minimizes."""
+"""Rounding column by column, for integers, levels and llama.cpp's blocks, and the error of the output that it minimizes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from mpsearch import kernels
+from mpsearch.quantizers.block_fit import refitted
 from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.k_quant import KQuant
 from mpsearch.schemes.levels import Levels
 
 BLOCK = 128  # columns whose errors reach one another at once, and the later ones by a matrix product
@@ -21,7 +23,8 @@ BLOCK = 128  # columns whose errors reach one another at once, and the later one
 class Grid(ABC):
     """The values that a weight may be rounded to.
 
-    Codes are uint8 `[rows, columns]`, scales `[rows, n_groups]`, `groups` int32 `[columns]` each column's group.
+    Codes are uint8 `[rows, columns]`, scales `[rows, n_groups]` (of blocks their steps), `groups` int32 `[columns]` each column's
+    group.
 
     Attributes
     ----------
@@ -41,6 +44,10 @@ class Grid(ABC):
         """The grid of the matrix with its columns in another order."""
         return self if self.fixed is None else replace(self, fixed=self.fixed[:, columns])
 
+    def dequantized(self, codes: Tensor, scales: Tensor, groups: Tensor) -> Tensor:
+        """The weights of the codes, float32 `[rows, columns]`."""
+        return self.values(codes, groups) * scales.float()[:, groups]
+
     @abstractmethod
     def decoded(self, codes: Tensor, groups: Tensor) -> Tensor:
         """`values`, as if no weight were fixed."""
@@ -48,10 +55,6 @@ class Grid(ABC):
     @abstractmethod
     def rounded(self, weight: Tensor, feedback: Tensor, scales: Tensor, groups: Tensor, errors: Tensor | None = None) -> Tensor:
         """Codes; arguments as of `kernels.round_with_feedback`."""
-
-    @abstractmethod
-    def storable(self, scales: Tensor) -> Tensor:
-        """Floating-point scales rounded as they are stored, in the dtype of the first scales."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +81,7 @@ class Integers(Grid):
         )
 
     def storable(self, scales: Tensor) -> Tensor:
-        """Rounded to `dtype`; larger values become its largest."""
+        """Floating-point scales rounded to `dtype`; larger values become its largest."""
         largest = torch.finfo(self.dtype).max
         return scales.clamp(-largest, largest).to(self.dtype)
 
@@ -98,8 +101,41 @@ class LevelGrid(Grid):
         return levels_with_feedback(weight, feedback, scales[:, groups], self.scheme.table, errors, self.fixed)
 
     def storable(self, scales: Tensor) -> Tensor:
-        """The nearest that the scheme stores, not negative."""
+        """Floating-point scales rounded to the nearest that the scheme stores, not negative."""
         return self.scheme.nearest_scale(scales.clamp(min=0.0).float())
+
+
+@dataclass(frozen=True, eq=False)
+class BlockGrid(Grid):
+    """The codes of llama.cpp's blocks, in `scheme`; no weights are fixed."""
+
+    scheme: KQuant
+
+    def dequantized(self, codes: Tensor, scales: Tensor, groups: Tensor) -> Tensor:
+        """`KQuant.decode`."""
+        return self.scheme.decode(codes, scales)
+
+    def decoded(self, codes: Tensor, groups: Tensor) -> Tensor:
+        """`KQuant.values`."""
+        return self.scheme.values(codes)
+
+    def affine(self, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps as scales and zero points of the kernels, float32 `[rows, n_groups]`; 0 stands for minima without a scale."""
+        scales, minima = self.scheme.effective(steps)
+        zeros = torch.where(scales == 0, 0.0, minima / torch.where(scales == 0, 1.0, scales))
+        return scales.contiguous(), (zeros + self.scheme.blocks.middle).contiguous()
+
+    def rounded(self, weight: Tensor, feedback: Tensor, scales: Tensor, groups: Tensor, errors: Tensor | None = None) -> Tensor:
+        """By the compiled kernels; of tables in plain PyTorch."""
+        scales, zeros = self.affine(scales)
+        blocks = self.scheme.blocks
+        if blocks.table:
+            return levels_with_feedback(weight, feedback, scales[:, groups], blocks.table, errors, None)
+        return kernels.round_with_feedback(weight, feedback, scales, zeros, groups, bits=blocks.bits, errors=errors)
+
+    def fitted(self, codes: Tensor, steps: Tensor, weight: Tensor, hessian: Tensor) -> Tensor:
+        """Better steps for the codes as they are."""
+        return refitted(self.scheme, codes, steps, weight, hessian[0].float())
 
 
 def float_zeros(scheme: Integer, scales: Tensor, zero_points: Tensor | None) -> Tensor:
@@ -126,7 +162,7 @@ class RoundingProblem:
 
     weight: Tensor
     hessian: Tensor
-    grid: Grid
+    grid: Integers | LevelGrid | BlockGrid
     groups: Tensor
     shared: bool = False
 
@@ -135,7 +171,7 @@ class RoundingProblem:
         cls,
         matrix: Tensor,
         hessian: Tensor,
-        scheme: Integer | Codebook,
+        scheme: Integer | Codebook | KQuant,
         group_size: int,
         scales: Tensor,
         zero_points: Tensor | None,
@@ -145,8 +181,10 @@ class RoundingProblem:
         columns = hessian.shape[-1]
         weight = matrix.reshape(-1, columns)
         fixed = None if fixed is None else fixed.reshape(weight.shape)
-        grid: Grid
-        if isinstance(scheme, Codebook):
+        grid: Integers | LevelGrid | BlockGrid
+        if isinstance(scheme, KQuant):
+            grid = BlockGrid(scheme)
+        elif isinstance(scheme, Codebook):
             grid = LevelGrid(scheme, fixed=fixed)
         else:
             zeros = float_zeros(scheme, scales, zero_points).expand(len(weight), -1).contiguous()
@@ -156,7 +194,7 @@ class RoundingProblem:
 
     def dequantized(self, codes: Tensor, scales: Tensor) -> Tensor:
         """The grid's values times their scales, float32 `[rows, columns]`."""
-        return self.grid.values(codes, self.groups) * scales.float()[:, self.groups]
+        return self.grid.dequantized(codes, scales, self.groups)
 
     def squared_errors(self, codes: Tensor, scales: Tensor) -> Tensor:
         """e^T H e of each row, or of all together where `shared`, float64 `[rows]`."""
@@ -166,6 +204,8 @@ class RoundingProblem:
 
     def fitted_scales(self, codes: Tensor, scales: Tensor) -> Tensor:
         """The best scale of each group in turn, or of all rows where `shared`, for the codes as they are; 0 stays 0."""
+        if isinstance(self.grid, BlockGrid):
+            return self.grid.fitted(codes, scales, self.weight, self.hessian)
         hessian, size = self.hessian, int((self.groups == 0).sum())
         values = self.grid.values(codes, self.groups).to(hessian.dtype).reshape(len(hessian), -1, len(self.groups))
         fitted = scales.to(hessian.dtype)
@@ -190,7 +230,7 @@ def levels_with_feedback(
     """`kernels.round_with_feedback` with rounding to the nearest level; `scales` float32 `[rows, columns]`."""
     k, columns = len(feedback), weight.shape[1]
     weight, scales = weight.reshape(k, -1, columns), scales.reshape(k, -1, columns)
-    inverse = torch.where(scales > 0, 1.0 / scales, 0.0)
+    inverse = torch.where(scales == 0, 0.0, 1.0 / scales)
     e = torch.zeros_like(weight) if errors is None else errors.reshape(weight.shape).clone()
     is_fixed = torch.zeros_like(weight, dtype=torch.bool) if fixed is None else fixed.reshape(weight.shape)
     feedback = feedback - torch.diag_embed(feedback.diagonal(dim1=1, dim2=2))

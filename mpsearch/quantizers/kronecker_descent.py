@@ -20,11 +20,13 @@ from torch import Tensor
 from mpsearch import kernels
 from mpsearch.errors import InputError
 from mpsearch.quantizers.base import CodedScheme, Codes, InputMoments
+from mpsearch.quantizers.block_fit import refitted
 from mpsearch.quantizers.coordinate_descent import CoordinateDescent
 from mpsearch.quantizers.gptq import GPTQ, damped_by, triangular_feedback
-from mpsearch.quantizers.grids import Integers, RoundingProblem
+from mpsearch.quantizers.grids import BlockGrid, Integers, RoundingProblem
 from mpsearch.schemes.base import FindCodes
 from mpsearch.schemes.codebook import Codebook
+from mpsearch.schemes.k_quant import KQuant
 
 KEPT_BYTES = 2**28  # of output Fishers, whose factors are kept in twice as much
 FIRST_DAMPING = 3.0  # times `output_damping`, for the first codes: they follow G furthest, also where it is noise
@@ -34,7 +36,7 @@ FIRST_DAMPING = 3.0  # times `output_damping`, for the first codes: they follow 
 class KroneckerDescent(CoordinateDescent):
     """Passes over all weights, after rounding with feedback between rows and columns.
 
-    Codebooks, depthwise layers and layers without a gradient take the coordinate descent.
+    Codebooks, blocks of llama.cpp with a table, depthwise layers and layers without a gradient take the coordinate descent.
 
     Parameters
     ----------
@@ -80,20 +82,20 @@ class KroneckerDescent(CoordinateDescent):
         moments: InputMoments,
     ) -> Codes:
         """`codes` with the Hessian and the output Fisher of `moments`."""
-        if isinstance(scheme, Codebook):
+        if isinstance(scheme, Codebook) or (isinstance(scheme, KQuant) and scheme.blocks.table):
             algorithm = super()._algorithm(moments)
             return algorithm(matrix, scheme, group_size, importance, fixed)
         assert moments.hessian is not None
-        _, scales, zero_points = self.codes(matrix, scheme, group_size, importance)
+        _, scales, zero_points = self._codes_without_feedback(matrix, scheme, group_size, importance)
         problem = RoundingProblem.for_scheme(matrix, moments.hessian, scheme, group_size, scales, zero_points, fixed)
         scales = scales.expand(len(problem.weight), -1).clone()
         codes = torch.empty(problem.weight.shape, dtype=torch.uint8)
         assert moments.fisher is not None
         of_inputs, n = moments.derived(("feedback", self), lambda: self._between_columns(moments)), len(moments.fisher)
-        per = len(codes) // n
+        per, jointly = len(codes) // n, self._in_blocks if isinstance(scheme, KQuant) else self._jointly
         for i in range(n):
             part, columns = slice(i * per, (i + 1) * per), of_inputs[i * len(of_inputs) // n]
-            codes[part], scales[part] = self._jointly(problem, part, self._between_rows(moments, i), columns, scales[part])
+            codes[part], scales[part] = jointly(problem, part, self._between_rows(moments, i), columns, scales[part])
         return codes.reshape(matrix.shape), scales[: len(matrix)].contiguous(), zero_points
 
     def _between_columns(self, moments: InputMoments) -> list[Feedback]:
@@ -121,19 +123,7 @@ class KroneckerDescent(CoordinateDescent):
         weight, grid, groups = problem.weight[part], problem.grid, problem.groups
         assert isinstance(grid, Integers)
         zeros, fixed = grid.zeros[part], None if grid.fixed is None else grid.fixed[part].contiguous()
-        ordered = [None if x is None else x[rows.order][:, columns.order].contiguous() for x in (weight, fixed)]
-        first, _, _ = kernels.round_jointly(
-            ordered[0],  # type: ignore[arg-type]
-            rows.triangular,
-            columns.triangular,
-            scales[rows.order],
-            zeros[rows.order],
-            groups[columns.order],
-            bits=grid.bits,
-            fixed=ordered[1],
-        )
-        codes = torch.empty_like(first)
-        codes[rows.order[:, None], columns.order] = first
+        codes = _first_codes(weight, rows, columns, scales, zeros, groups, grid.bits, fixed)
         codes, scales, _ = kernels.round_jointly(
             weight,
             rows.full,
@@ -149,6 +139,24 @@ class KroneckerDescent(CoordinateDescent):
             column_weights=columns.weights,
         )
         return codes, scales
+
+    def _in_blocks(
+        self, problem: RoundingProblem, part: slice, rows: Feedback, columns: Feedback, steps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same of llama.cpp's blocks: codes and steps."""
+        weight, grid, groups = problem.weight[part], problem.grid, problem.groups
+        assert isinstance(grid, BlockGrid)
+        bits = grid.scheme.weight_bits
+        fisher, hessian = (each.weights[:, None] * each.full for each in (rows, columns))
+        codes = _first_codes(weight, rows, columns, *grid.affine(steps), groups, bits)
+        for _ in range(self.n_passes):
+            steps = refitted(grid.scheme, codes, steps, weight, hessian, fisher)
+            scales, zeros = grid.affine(steps)
+            feedback = rows.full, columns.full
+            codes, _, n_changed = kernels.round_jointly(weight, *feedback, scales, zeros, groups, bits=bits, codes=codes)
+            if not n_changed.any():
+                break
+        return codes, steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,3 +190,30 @@ class Feedback:
             triangular = triangular_feedback(other[order][:, order][None])[0].fill_diagonal_(1.0)
             feedback.append(cls(order, triangular, (matrix / diagonal[:, None]).float(), diagonal.float().contiguous()))
         return feedback
+
+
+def _first_codes(
+    weight: Tensor,
+    rows: Feedback,
+    columns: Feedback,
+    scales: Tensor,
+    zeros: Tensor,
+    groups: Tensor,
+    bits: int,
+    fixed: Tensor | None = None,
+) -> Tensor:
+    """By rounding with feedback between rows and columns, each in its order; arguments as of `kernels.round_jointly`."""
+    ordered = [None if x is None else x[rows.order][:, columns.order].contiguous() for x in (weight, fixed)]
+    first, _, _ = kernels.round_jointly(
+        ordered[0],  # type: ignore[arg-type]
+        rows.triangular,
+        columns.triangular,
+        scales[rows.order],
+        zeros[rows.order],
+        groups[columns.order],
+        bits=bits,
+        fixed=ordered[1],
+    )
+    codes = torch.empty_like(first)
+    codes[rows.order[:, None], columns.order] = first
+    return codes

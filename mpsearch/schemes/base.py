@@ -26,7 +26,10 @@ from mpsearch.schemes.histogram import Histogram
 from mpsearch.schemes.input import InputFormat
 
 Codes = tuple[Tensor, Tensor, Tensor | None]
-"""Codes uint8 `[rows, columns]`, scales `[rows, n_groups]`, and zero points uint8 `[rows, n_groups]` or `None`."""
+"""Codes uint8 `[rows, columns]`, scales `[rows, n_groups]`, and zero points uint8 `[rows, n_groups]` or `None`.
+
+The scales of a `KQuant` are the steps of its blocks (`KQuant.stored`).
+"""
 
 
 class FindCodes(Protocol):
@@ -42,7 +45,7 @@ class FindCodes(Protocol):
         matrix
             float32 `[rows, columns]`.
         scheme
-            The scheme that asks, an `Integer` or a `Codebook`.
+            The scheme that asks: an `Integer`, a `Codebook` or a `KQuant`.
         group_size
             Columns that share a scale.
         importance
@@ -76,8 +79,8 @@ class QuantScheme(ABC):
         """Bits of one input value in a product: those of its format, 32 where it stays float."""
         return 32 if self.input_format is None else self.input_format.bits
 
-    def takes(self, kind: str) -> bool:
-        """Whether layers of this kind (a value of `layer.KINDS`) can have the scheme."""
+    def takes(self, kind: str, shape: tuple[int, ...]) -> bool:
+        """Whether layers of this kind (a value of `layer.KINDS`), with a weight of `shape`, can have the scheme."""
         return True
 
     def input_additions(self, shape: tuple[int, ...]) -> int:

@@ -4,7 +4,8 @@ Small floating-point numbers (sign, exponent, mantissa; exponent 0 is subnormal)
 (2023, https://www.opencompute.org/documents/ocp-8-bit-floating-point-specification-ofp8-revision-1-0-2023-12-01-pdf-1), E3M2,
 E2M3, E2M1 and INT8 of the Microscaling formats (MX v1.0, 2023, section 5.3,
 https://www.opencompute.org/documents/ocp-microscaling-formats-mx-v1-0-spec-final-pdf). NF4 of QLoRA (Dettmers et al. 2023,
-appendix E, https://arxiv.org/abs/2305.14314). Ternary weights: -1, 0, 1 (Li et al. 2016, https://arxiv.org/abs/1605.04711).
+appendix E, https://arxiv.org/abs/2305.14314). The table of llama.cpp's IQ4_NL and IQ4_XS (ggml/src/ggml-common.h,
+`kvalues_iq4nl`). Ternary weights: -1, 0, 1 (Li et al. 2016, https://arxiv.org/abs/1605.04711).
 """
 
 from __future__ import annotations
@@ -109,6 +110,9 @@ _NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0
 _NF4 += [-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224]
 _NF4 += [0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0]
 
+_IQ4_NL = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+
+IQ4_NL = _levels(4, list(enumerate(map(float, _IQ4_NL))), sign_bit=False, ties_to_even=False)  # without 0, so no codebook
 LEVELS = {
     "nf4": _levels(4, list(enumerate(_NF4)), sign_bit=False, ties_to_even=False),
     "ternary": _levels(2, [(0, -1.0), (1, 0.0), (2, 1.0)], sign_bit=False, ties_to_even=False),

@@ -43,7 +43,7 @@ class Rotated(WrappedScheme):
 
     dense: DenseScheme
 
-    def takes(self, kind: str) -> bool:
+    def takes(self, kind: str, shape: tuple[int, ...]) -> bool:
         """Linear layers."""
         return kind == "linear"
 

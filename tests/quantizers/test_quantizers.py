@@ -1,6 +1,7 @@
 """The shelf of quantizers: the promises of `quantizers/base.py`, kept by every one, and what sets them apart."""
 
 import itertools
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from mpsearch.quantizers.percentile import Percentile
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.k_quant import KQuant
 
 CONF = Path(__file__).parents[2] / "conf" / "quantizer"
 NEAREST = RoundToNearest()
@@ -280,10 +282,11 @@ def test_hqq_lets_a_few_err_much_so_that_many_err_little(group_size, symmetric):
 def test_every_scheme_of_the_shelf_is_taken(quantizer, path):
     """With and without a Hessian: one default quantizer serves a mixed list of schemes."""
     scheme = instantiate(OmegaConf.load(path), _convert_="object")
-    weight, (given, _) = weights((4, 3, 2, 2)), correlated(12)
+    shape = (4, 256) if isinstance(scheme, KQuant) else (4, 3, 2, 2)
+    weight, (given, _) = weights(shape), correlated(math.prod(shape[1:]))
     for moments in (given, None):
         quantized = quantizer.quantize(weight, scheme, moments)
-        assert 8 * quantized.nbytes == scheme.storage_bits((4, 3, 2, 2))
+        assert 8 * quantized.nbytes == scheme.storage_bits(shape)
         assert torch.isfinite(quantized.dequantize()).all()
 
 
