@@ -24,7 +24,7 @@ from mpsearch.layer import LayerGroup, LayerSpec
 from mpsearch.runtimes.base import Runtime
 from mpsearch.schemes.base import QuantScheme
 
-ALPHABET = string.digits + string.ascii_letters
+ALPHABET = string.digits + string.ascii_letters + "_.:!?$%()*/[]^{|}~"  # no characters that CSV or HTML escapes
 
 
 class Allocation(Mapping[str, str]):

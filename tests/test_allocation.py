@@ -112,8 +112,8 @@ def test_a_wrong_pin_is_said(pin, sentence):
 def test_too_few_and_too_many_schemes_are_said():
     with pytest.raises(InputError, match="Name at least one"):
         SearchSpace.build(LAYERS, {})
-    with pytest.raises(InputError, match="Got 63 schemes; at most 62"):
-        SearchSpace.build(LAYERS, {f"w{i}": Integer(4) for i in range(63)})
+    with pytest.raises(InputError, match="Got 81 schemes; at most 80"):
+        SearchSpace.build(LAYERS, {f"w{i}": Integer(4) for i in range(81)})
 
 
 def test_one_character_a_group():
