@@ -87,9 +87,9 @@ class KQuant(QuantScheme):
         return rows, columns, self.blocks.group
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        """The blocks of each row."""
-        rows, columns, _ = self.grid(shape)
-        return {"blocks": (torch.uint8, (rows, columns // self.blocks.block * self.blocks.n_bytes))}
+        """The blocks of each row, the last of which is whole: tables of sizes have layers that the scheme does not take, too."""
+        n_blocks = -(-math.prod(shape[1:]) // self.blocks.block)
+        return {"blocks": (torch.uint8, (shape[0], n_blocks * self.blocks.n_bytes))}
 
     def check(self, tensors: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
         """Also `InputError` where a weight is not finite: the float16 numbers of its block are damaged."""

@@ -77,6 +77,7 @@ def test_rows_of_other_lengths_are_refused(scheme):
     assert scheme.takes("embedding", (3, 2 * block))
     assert not scheme.takes("linear", (3, block - 16))
     assert not scheme.takes("conv2d", (3, block, 1, 1))
+    assert scheme.storage_bits((3, block - 16)) == scheme.storage_bits((3, block))
     with pytest.raises(InputError, match=f"{scheme.ggml_type} stores rows in blocks of {block} weights; got rows of 40"):
         RoundToNearest().quantize(torch.zeros(2, 40), scheme)
 
