@@ -21,9 +21,9 @@ import torch
 
 from mpsearch.files import write_atomically
 
-VOCABULARY, WINDOW, BATCH, STEPS = 4096, 256, 16, 600
+VOCABULARY, WINDOW, BATCH, STEPS = 4096, 256, 16, 300
 HELD_OUT = 50  # one file in so many
-LEARNING_RATE, WARM_UP = 4e-3, 40
+WARM_UP = 20
 SPECIAL = ["<unk>", "<s>", "</s>"]
 
 
@@ -94,14 +94,22 @@ def loss_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: torch.nn.Module, tokens: np.ndarray) -> float:
-    """Mean over 256 windows, evenly spread."""
-    starts = np.linspace(0, len(tokens) - WINDOW - 1, 256).astype(int)
+    """Mean over 128 windows, evenly spread."""
+    starts = np.linspace(0, len(tokens) - WINDOW - 1, 128).astype(int)
     return float(torch.stack([loss_of(model, windows(tokens, part)) for part in np.array_split(starts, 8)]).mean())
 
 
+def optimizers_of(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for the embedding and the norms."""
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name]
+    others = [p for name, p in model.named_parameters() if p.dim() != 2 or "layers" not in name]
+    muon = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=0.01)
+    return [muon, torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.01)]
+
+
 def rate(step: int) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    return LEARNING_RATE * min(1.0, step / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
+    """Of the full learning rate: a linear warm-up, then a cosine to zero."""
+    return min(1.0, step / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / STEPS))
 
 
 def main() -> None:
@@ -116,29 +124,32 @@ def main() -> None:
         prepare(arguments.texts, folder)
     training, held_out = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("training", "held_out"))
     model, checkpoint, first = network(), folder / "checkpoint.pt", 0
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    optimizers = optimizers_of(model)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     if checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         first = state["step"]
     started = time.monotonic()
     for step in range(first, STEPS + 1):
         if step == STEPS or time.monotonic() > end:
             break
         starts = np.random.default_rng(step).integers(0, len(training) - WINDOW - 1, BATCH)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step + 1)
         loss = loss_of(model, windows(training, starts))
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if step % 50 == 0:
+        for optimizer, full in zip(optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = full * rate(step + 1)
+            optimizer.step()
+        if step % 20 == 0:
             seconds = (time.monotonic() - started) / (step - first + 1)
             print(f"step {step}: training loss {float(loss.detach()):.4f}, {seconds:.2f} s a step", flush=True)
     unfinished = checkpoint.with_suffix(".new")
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, unfinished)
+    kept = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save({"model": model.state_dict(), "optimizers": kept, "step": step}, unfinished)
     unfinished.replace(checkpoint)
     model.eval()
     nats = held_out_loss(model, held_out)

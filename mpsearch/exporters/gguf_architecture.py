@@ -7,6 +7,7 @@ permuted; Gemma's norms are stored plus one; scaled rotary positions have tensor
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -183,4 +184,5 @@ def import_gguf() -> Any:
         import gguf
     except ImportError:
         raise InputError("exporter=gguf needs the package gguf: pip install 'mpsearch[gguf]'.") from None
+    logging.getLogger("gguf").setLevel(logging.ERROR)  # it warns of templates for pairs of texts, which no file has
     return gguf

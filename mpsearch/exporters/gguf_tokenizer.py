@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mpsearch.errors import InputError, one_line
+from mpsearch.exporters.gguf_architecture import import_gguf
 
 # The splits of text before the merges -> the name that llama.cpp's vocabulary has for them.
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -42,8 +43,7 @@ def add_tokenizer(writer: Any, folder: Path, vocabulary: int) -> None:
     InputError
         The folder has no tokenizer.json, or its tokenizer has no form in llama.cpp.
     """
-    import gguf
-
+    gguf = import_gguf()
     about = _read(folder)
     model, added = about["model"], {token["id"]: token for token in about.get("added_tokens") or []}
     kind, pieces, scores = _pieces(about, folder)
