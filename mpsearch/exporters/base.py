@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from mpsearch.evaluation import Evaluation
 from mpsearch.files import file_errors
 from mpsearch.graph.channel_scaling import Equalization
+from mpsearch.graph.surgery import hooked
 from mpsearch.layer import kind_of, weight_rows
 from mpsearch.packed.model import Weights
 
@@ -24,11 +26,29 @@ CONTENT_NAMED = re.compile(r"allocation\.safetensors|(allocation|equalization)-[
 
 
 @dataclass(frozen=True)
+class ModelCall:
+    """The arguments of a model's forward for one batch of inputs."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    @torch.no_grad()
+    def record(cls, model: nn.Module, forward: Callable[[nn.Module, Any], object], inputs: Any) -> ModelCall:
+        """The last call of `model` in `forward(model, inputs)`."""
+        calls: list[ModelCall] = []
+        with hooked(before=[(model, lambda module, args, kwargs: calls.append(cls(args, kwargs)))]):
+            forward(model, inputs)
+        return calls[-1]
+
+
+@dataclass(frozen=True)
 class Picked:
     """What an exporter is given: the picked point, its scores (split -> evaluation), and what the model was before.
 
     `model_sha256` is the checksum of the float model as it was built, `folds` the (layer, batch norm) pairs folded since,
-    `equalization` how its channels were scaled then, if they were.
+    `equalization` how its channels were scaled then, if they were. `call` is a call of the model on some samples of the
+    calibration split, where the exporter asks for it; `None` where the data are absent.
     """
 
     evaluation: Evaluation
@@ -38,6 +58,7 @@ class Picked:
     model_sha256: str
     folds: Sequence[tuple[str, str]]
     equalization: Equalization | None = None
+    call: ModelCall | None = None
 
 
 class Exporter(ABC):
@@ -49,12 +70,15 @@ class Exporter(ABC):
         Name of a folder, inside the one that the user names, that holds nothing but the exported files; "": there is none.
     runtime
         The runtime that opens the files, as the report names it; "": mpsearch.
+    needs_call
+        Whether `Picked.call` is asked for.
     holds_weights
         Whether the files hold the weights of the point; if not, they cannot be loaded and scored.
     """
 
     own_folder: ClassVar[str] = ""
     runtime: ClassVar[str] = ""
+    needs_call: ClassVar[bool] = False
     holds_weights: ClassVar[bool] = True
 
     def check_installed(self) -> None:  # noqa: B027  (ours need nothing)

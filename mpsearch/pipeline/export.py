@@ -15,8 +15,9 @@ from mpsearch.engine.engine import QuantEngine
 from mpsearch.engine.weight_files import WeightFiles
 from mpsearch.errors import InputError, run_option
 from mpsearch.evaluation import Evaluation
-from mpsearch.exporters.base import Exporter, Picked, publish
+from mpsearch.exporters.base import Exporter, ModelCall, Picked, publish
 from mpsearch.graph.shared_copy import shared_copy
+from mpsearch.graph.trace import first_samples
 from mpsearch.layer import weight_rows, weights_sha256
 from mpsearch.packed.model import Weights
 from mpsearch.pipeline.check_export import TooLarge, check_loss, check_size, staging
@@ -35,6 +36,7 @@ logger = logging.getLogger("mpsearch")
 
 Check = Callable[[Exporter, Path, Evaluation], None]
 WeightsOf = Callable[[Allocation], Weights]
+SAMPLES = 2  # that a traced model is called on: of one, the batch size would be taken for a constant
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,21 @@ def export_point(
     trained = {split: e for split in SCORED if (e := run.finetuned(split).get(picked.allocation)) is not None}
     if finetuned and "search" not in trained:
         raise InputError(f"This point was not trained. Run: mpsearch finetune {run_option(run_folder)} with the same pick.")
-    weights_of, plan, check = _opened(source, run, run_folder, trained["search"] if finetuned else None)
+    weights_of, plan, check, call = _opened(source, run, run_folder, trained["search"] if finetuned else None)
     folder = folder / exporter.own_folder
     with staging(folder) as inside:
         while True:
             scores = trained if finetuned else {s: e for s in SCORED if (e := run.on(s).get(picked.allocation)) is not None}
             weights = weights_of(picked.allocation)
             point = Picked(
-                scores["search"], scores, run.baselines, run.quality_name, plan.model_sha256, plan.folds, plan.equalization
+                scores["search"],
+                scores,
+                run.baselines,
+                run.quality_name,
+                plan.model_sha256,
+                plan.folds,
+                plan.equalization,
+                call() if exporter.needs_call else None,
             )
             path = exporter.export(point, weights, inside)
             try:
@@ -136,11 +145,11 @@ def export_point(
 
 def _opened(
     source: Source | Callable[[], Workspace], run: Run, folder: Path, trained: Evaluation | None
-) -> tuple[WeightsOf, Plan, Check]:
+) -> tuple[WeightsOf, Plan, Check, Callable[[], ModelCall | None]]:
     if isinstance(source, Source):
         if trained is not None:
             raise InputError("A trained point is exported with the task's data only. Restore them.")
-        return without_data(source, run, folder)
+        return *without_data(source, run, folder), lambda: None
     workspace = source()
 
     def weights_of(allocation: Allocation) -> QuantEngine:
@@ -149,7 +158,11 @@ def _opened(
     def check(exporter: Exporter, path: Path, evaluation: Evaluation) -> None:
         check_loss(workspace.prepared, workspace.engine, exporter, path, evaluation)
 
-    return weights_of, workspace.prepared.plan, check
+    def call() -> ModelCall:
+        inputs = first_samples(workspace.prepared.calibration[0][0], SAMPLES)
+        return ModelCall.record(workspace.engine.model, workspace.prepared.task.forward, inputs)
+
+    return weights_of, workspace.prepared.plan, check, call
 
 
 def exported_weights(

@@ -1,8 +1,10 @@
-"""ONNX Runtime: `MatMulNBits` for weights alone, QDQ for weights and inputs.
+"""ONNX Runtime on a CPU, from the files of `exporters.onnx`.
 
-`com.microsoft.MatMulNBits` as `MatMulNBitsQuantizer` writes it: MatMul of 4 or 8 bits, blocks of a power of two from 16. QDQ
-as `quantize_static` writes it with `ActivationSymmetric`: symmetric 8-bit weights with per-channel or per-tensor scales, one
-static scale for the input. Floats are float32 here: the other formats would need casts that are not documented.
+Weights of 2, 4 or 8 bits and 16-bit floats are constants that ONNX Runtime computes in float32 when it loads the file, so that
+layers of any kind may have them (checked by running them: onnxruntime 1.32; 2 bits need opset 25). ONNX has no integers of 1, 3,
+5, 6 or 7 bits. Linear layers of 8 bits with a static 8-bit scale of their input run in integers (`MatMulInteger`). Convolutions
+with quantized inputs are left out: ONNX Runtime runs them in integers only where their outputs are quantized too (`QLinearConv`),
+which a scheme does not say, and its `ConvInteger` takes four times as long as float32.
 """
 
 from __future__ import annotations
@@ -14,27 +16,28 @@ from mpsearch.schemes.floating import Float
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
 
+KINDS = ("linear", "conv1d", "conv2d", "conv3d", "embedding")
+
 
 class ONNXRuntime(Runtime):
     """ONNX Runtime on a CPU."""
 
     name = "onnxruntime"
     what = (
-        "Linear layers at 4 or 8 bits in whole groups of a power of two from 16, and Linear, Conv1d and "
-        "Conv2d at 8 bits with static 8-bit inputs"
+        "Linear layers, convolutions and embeddings at 2, 4 or 8 bits, per tensor, per row or in whole groups, or in 16-bit "
+        "floats, and Linear layers at 8 bits, symmetric, per row, with static 8-bit inputs"
     )
+    exporter = "onnx"
 
     def runs(self, layer: LayerSpec, scheme: QuantScheme) -> bool:
-        """Linear: 4 or 8 bits in whole blocks; Linear, Conv1d and Conv2d: 8 bits with static 8-bit inputs."""
+        """2, 4 or 8 bits in whole groups; Linear layers also with static 8-bit inputs; 16-bit floats."""
         if isinstance(scheme, Float):
-            return scheme.format == "float32"
-        if not isinstance(scheme, Integer):
+            return scheme.format == "float32" or layer.kind in KINDS
+        if not isinstance(scheme, Integer) or layer.kind not in KINDS:
             return False
         if scheme.input is not None:
-            weight = scheme.bits == 8 and scheme.symmetric and scheme.group_size in ("channel", "tensor")
+            weight = (scheme.bits, scheme.symmetric, scheme.group_size) == (8, True, "channel")
             x = scheme.input
-            static = isinstance(x, IntegerInput) and (x.bits, x.scale, x.symmetric) == (8, "static", True)
-            return weight and static and layer.kind in ("linear", "conv1d", "conv2d")
-        size = scheme.group_size
-        block = isinstance(size, int) and size >= 16 and size & (size - 1) == 0 and whole_groups(layer, size)
-        return layer.kind == "linear" and scheme.bits in (4, 8) and block
+            return weight and isinstance(x, IntegerInput) and (x.bits, x.scale) == (8, "static") and layer.kind == "linear"
+        fits = isinstance(scheme.group_size, str) or whole_groups(layer, scheme.group_size)
+        return scheme.bits in (2, 4, 8) and fits

@@ -17,8 +17,9 @@ from torch import nn
 import mpsearch
 from mpsearch.allocation import Allocation
 from mpsearch.errors import InputError
-from mpsearch.exporters.base import Picked
+from mpsearch.exporters.base import ModelCall, Picked
 from mpsearch.graph.shared_copy import shared_copy
+from mpsearch.graph.trace import first_samples
 from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.pipeline.prepare import prepare
 from mpsearch.registry import names, resolve
@@ -111,9 +112,9 @@ def opened(exporter, runtime, folder):
     schemes = {name: resolve("scheme", name) for name in names("scheme")}
     prepared = prepare(model, task, schemes=schemes, quantizer="round_to_nearest", runtime=runtime)
     engine = prepared.engine(folder / "bank")
-    return SimpleNamespace(
-        name=exporter, exporter=made, prepared=prepared, engine=engine, evaluate=SearchEvaluator(engine), sizes={}
-    )
+    call = ModelCall.record(engine.model, task.forward, first_samples(prepared.calibration[0][0], 2)) if made.needs_call else None
+    parts = {"exporter": made, "prepared": prepared, "engine": engine, "evaluate": SearchEvaluator(engine), "call": call}
+    return SimpleNamespace(name=exporter, **parts, sizes={})
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def uniform(space, scheme):
 def exported(case, allocation, folder):
     e = case.evaluate(allocation, "user")
     plan = case.prepared.plan
-    picked = Picked(e, {"search": e}, {}, "agreement", plan.model_sha256, plan.folds, plan.equalization)
+    picked = Picked(e, {"search": e}, {}, "agreement", plan.model_sha256, plan.folds, plan.equalization, case.call)
     try:
         return e, case.exporter.export(picked, case.engine, folder)
     except InputError as error:

@@ -68,7 +68,11 @@ RUNS = {  # a Linear layer of 192 columns, a convolution, an embedding
     ),
     "vllm": (VLLM_LINEAR | FLOATS, FLOATS, {"w4", "w4g32", "w4g32f"} | FLOATS),
     "llama_cpp": ({"w4g32", "mxfp4"} | FLOATS, FLOATS, {"w4g32", "mxfp4"} | FLOATS),
-    "onnxruntime": ({"w4g32", "w4g32f", "w4g64", "w8a8s", "fp32"}, {"w8a8s", "fp32"}, {"fp32"}),
+    "onnxruntime": (
+        {"w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8t", "w8a8s", "w8a8us"} | FLOATS,
+        {"w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8t"} | FLOATS,
+        {"w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8t"} | FLOATS,
+    ),
 }
 LINEAR = LayerSpec("fc", "linear", (8, 192), 8 * 192, "fc", ("fc",))
 CONV = LayerSpec("conv", "conv2d", (8, 3, 8, 8), 8, "conv", ("conv",))

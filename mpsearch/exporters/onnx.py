@@ -1,0 +1,119 @@
+"""An ONNX file, which ONNX Runtime and other runtimes open: the float graph, with the codes of the search as its weights.
+
+The graph is what `torch.onnx.export` makes of the folded and equalized model, with a dynamic batch size; of a model that was
+itself read from an ONNX file, inputs and outputs keep their names. How weights are stored: see `onnx_weights`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from mpsearch.errors import InputError
+from mpsearch.exporters.base import Exporter, Picked
+from mpsearch.exporters.onnx_session import RuntimeModule, Session, decoded
+from mpsearch.exporters.onnx_trace import traced
+from mpsearch.exporters.onnx_weights import GraphEditor, store
+from mpsearch.files import file_errors, write_atomically
+from mpsearch.packed.model import Weights
+from mpsearch.runtimes.onnxruntime import ONNXRuntime
+
+OPSET, OPSET_2_BITS = 21, 25  # the first with 4-bit and with 2-bit integers
+INSTALL = "pip install 'mpsearch[onnxruntime]'"
+MOST_BYTES = 2**31 - 2**20  # of a protobuf file
+
+
+@dataclass(frozen=True)
+class ONNX(Exporter):
+    """Writes `onnx/model.onnx`.
+
+    Parameters
+    ----------
+    packed_products
+        Linear weights of 2, 4 or 8 bits in blocks of a power of two from 16 stay packed in memory (`com.microsoft.MatMulNBits`,
+        which ONNX Runtime alone has). By default ONNX Runtime turns weights into float32 when it loads the file, which multiplies
+        batches faster.
+    """
+
+    packed_products: bool = False
+
+    own_folder = "onnx"
+    runtime = "onnxruntime"
+    needs_call = True
+
+    def check_installed(self) -> None:
+        """See `Exporter.check_installed`."""
+        for package in ("onnx", "onnxscript", self.runtime):
+            if importlib.util.find_spec(package) is None:
+                raise InputError(f"exporter={type(self).__name__.lower()} needs the package {package}: {INSTALL}.")
+
+    def export(self, picked: Picked, engine: Weights, folder: Path) -> Path:
+        """The path of `model.onnx`."""
+        self.check_installed()
+        path = folder / "model.onnx"
+        proto = self.graph(picked, engine)
+        if proto.ByteSize() > MOST_BYTES:
+            raise InputError(
+                f"The model takes {proto.ByteSize():,} bytes, more than the 2 GB of an ONNX file. Use smaller schemes."
+            )
+        with file_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, proto.SerializeToString())
+        return path
+
+    def graph(self, picked: Picked, engine: Weights) -> Any:
+        """The quantized graph, an `onnx.ModelProto`."""
+        allocation, space = picked.evaluation.allocation, engine.space
+        chosen = [(layer, allocation[group.name]) for group in space.groups for layer in group.layers]
+        for layer, name in chosen:
+            if not ONNXRuntime().runs(layer, space.schemes[name]):
+                raise InputError(
+                    f"Layer '{layer.name}' ({layer.kind}) in scheme '{name}' ({space.schemes[name].describe()}) has no form in "
+                    f"ONNX; expected {ONNXRuntime.what}. Search with runtime=onnxruntime."
+                )
+        if picked.call is None:
+            raise InputError("exporter=onnx runs the model on samples of the task's data, which are absent. Restore them.")
+        has_2_bits = any(space.schemes[name].weight_bits == 2 for _, name in chosen)
+        proto = traced(engine.model, picked.call, opset=OPSET)
+        _set_opset(proto, OPSET_2_BITS if has_2_bits else OPSET)
+        editor = GraphEditor(proto.graph)
+        for layer, name in chosen:
+            known = [own for module in layer.modules if (own := f"{module}.weight") in editor.constants]
+            if not known:
+                raise InputError(
+                    f"Layer '{layer.name}' is not a weight of the ONNX graph. Pin it to fp32, or use exporter=native."
+                )
+            for module, bias in engine.biases(layer.name, name).items():
+                editor.set_values(f"{module}.bias", bias.detach().cpu().numpy())
+            editor.rename(known[0], f"{layer.name}.weight")
+            store(editor, layer, engine.quantized(layer.name, name), self.packed_products)
+        editor.finish()
+        return proto
+
+    def load(self, path: Path, model: nn.Module) -> nn.Module:
+        """As `open`."""
+        return self.open(path, model)
+
+    def open(self, path: Path, model: nn.Module) -> nn.Module:
+        """The file in ONNX Runtime."""
+        self.check_installed()
+        return RuntimeModule(Session(path), model)
+
+    def decode(self, path: Path, model: nn.Module) -> dict[str, Tensor]:
+        """Layer name -> float32 weight, output channels first, computed by ONNX Runtime; `model` is not used."""
+        import onnx
+
+        self.check_installed()
+        return decoded(onnx.load(str(path)))
+
+
+def _set_opset(proto: Any, version: int) -> None:
+    from onnx import helper
+
+    del proto.opset_import[:]
+    proto.opset_import.extend([helper.make_opsetid("", version), helper.make_opsetid("com.microsoft", 1)])
+    proto.ir_version = 13 if version >= OPSET_2_BITS else 10

@@ -1,0 +1,153 @@
+"""The float graph of a model as ONNX, by `torch.onnx.export`: initializers have the names of the parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import InputError, check_memory, one_line
+from mpsearch.exporters.base import ModelCall
+from mpsearch.graph.projections import block_fused_paths
+from mpsearch.tree import map_tensors, tensors_in
+
+PREFIX = "model."
+
+
+def named_inputs(model: nn.Module, call: ModelCall) -> dict[str, Tensor]:
+    """Input name -> tensor, of a call of the model's forward: parameters in the order of its signature, nested ones numbered."""
+    try:
+        bound: Mapping[str, Any] = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
+    except (TypeError, ValueError):  # a forward that has no such signature
+        bound = {**{f"input_{i}": value for i, value in enumerate(call.args)}, **call.kwargs}
+    given = list(getattr(model, "input_names", ()))
+    tensors: dict[str, Tensor] = {}
+    for name, value in bound.items():
+        leaves = list(tensors_in(value))
+        for i, leaf in enumerate(leaves):
+            tensors[name if len(leaves) == 1 and not isinstance(value, list | tuple) else f"{name}_{i}"] = leaf
+    return dict(zip(given, tensors.values(), strict=True)) if len(given) == len(tensors) else tensors
+
+
+def _named_outputs(model: nn.Module, output: Any) -> list[str]:
+    given = list(getattr(model, "output_names", ()))
+    n = len(list(tensors_in(output)))
+    if len(given) == n:
+        return given
+    if isinstance(output, Mapping) and all(isinstance(value, Tensor) for value in output.values()):
+        return list(output)
+    return ["output"] if n == 1 else [f"output_{i}" for i in range(n)]
+
+
+class _Flat(nn.Module):
+    """Takes the tensors of a call one by one, and returns those of its output."""
+
+    def __init__(self, model: nn.Module, call: ModelCall) -> None:
+        super().__init__()
+        self.model, self.call = model, call
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of the output, in order."""
+        rest = iter(tensors)
+        args, kwargs = map_tensors(lambda tensor: next(rest), (self.call.args, self.call.kwargs))
+        return tuple(tensors_in(self.model(*args, **kwargs)))
+
+
+@torch.no_grad()
+def traced(model: nn.Module, call: ModelCall, *, opset: int) -> Any:
+    """The graph (`onnx.ModelProto`) of the float model for a call of at least two samples, with a dynamic batch size.
+
+    Raises
+    ------
+    InputError
+        PyTorch cannot trace the model, or an operator has no form in ONNX: the operator is named.
+    """
+    inputs = named_inputs(model, call)
+    leaves = list(tensors_in((call.args, call.kwargs)))
+    n = next((len(leaf) for leaf in leaves if leaf.dim()), 0)
+    dynamic = tuple({0: torch.export.Dim.DYNAMIC} if leaf.dim() and len(leaf) == n > 1 else {} for leaf in leaves)
+    outputs = _named_outputs(model, model(*call.args, **call.kwargs))
+    by_id = {id(tensor): name for name, tensor in inputs.items()}
+    names = [by_id.get(id(leaf), f"input_{i}") for i, leaf in enumerate(leaves)]
+    with _silent(), contextlib.ExitStack() as undo:
+        undo.callback(block_fused_paths(model))
+        try:
+            program: Any = torch.onnx.export(
+                _Flat(model, call).eval(),
+                tuple(leaves),
+                dynamo=True,
+                input_names=names,
+                output_names=outputs,
+                dynamic_shapes={"tensors": dynamic},
+                opset_version=opset,
+                optimize=False,
+                verbose=False,
+            )
+            _fold_constants(program.model, {f"{PREFIX}{name}" for name, _ in model.named_parameters(remove_duplicate=False)})
+        except Exception as error:  # the model's own code and PyTorch's exporter raise anything
+            check_memory(error)
+            raise InputError(_refused(model, error)) from error
+    proto = program.model_proto
+    for tensor in proto.graph.initializer:
+        _rename(proto.graph, tensor.name, tensor.name.removeprefix(PREFIX))
+    return proto
+
+
+def _fold_constants(graph: Any, parameters: set[str]) -> None:
+    """Compute constants in an `onnx_ir.Model`, except from parameters, which stay as they are."""
+    from onnxscript import optimizer
+
+    def should_fold(node: Any) -> bool | None:
+        return False if any(value is not None and value.name in parameters for value in node.inputs) else None
+
+    for _ in range(2):
+        optimizer.fold_constants_ir(graph, should_fold=should_fold)
+    optimizer.remove_unused_nodes(graph)
+
+
+def _refused(model: nn.Module, error: Exception) -> str:
+    text = " ".join(one_line(e) for e in _causes(error))
+    operators = re.findall(r"No ONNX function found for (?:<OpOverload\(op=')?([\w.:]+)|(?:operator|op) '?(aten[\w.:]+)", text)
+    named = next((a or b for a, b in operators), "")
+    what = f"its operator {named} has no form in ONNX" if named else f"PyTorch cannot trace it ({one_line(error)[:300]})"
+    return f"The {type(model).__name__} cannot be written as ONNX: {what}. Use exporter=native, or change the model's forward."
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _rename(graph: Any, old: str, new: str) -> None:
+    if old == new:
+        return
+    for tensor in graph.initializer:
+        if tensor.name == old:
+            tensor.name = new
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name == old:
+                node.input[i] = new
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without the progress and the warnings of PyTorch's exporter."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
