@@ -273,14 +273,14 @@ def _block_products(
 
 def _products(editor: GraphEditor, initializer: str) -> list[tuple[Any, str, str]]:
     """(node, its input, its bias or "") of each product of an input with the transposed weight."""
-    found = []
+    products = []
     for node in editor.users(initializer):
         if node.op_type == "Gemm" and node.input[1] == initializer:
-            found.append((node, node.input[0], node.input[2] if len(node.input) > 2 else ""))
+            products.append((node, node.input[0], node.input[2] if len(node.input) > 2 else ""))
         for user in _readers(editor, node) if node.op_type == "Transpose" else []:
             if user.op_type == "MatMul" and user.input[1] == node.output[0]:
-                found.append((user, user.input[0], ""))
-    return found
+                products.append((user, user.input[0], ""))
+    return products
 
 
 def _packed(values: np.ndarray, bits: int) -> bytes:
