@@ -1,4 +1,4 @@
-"""The allocation alone, as the configuration of a tool that quantizes by its own algorithms.
+"""The allocation alone, as the configuration of a tool that quantizes by its own algorithms: `exporter=<tool>_recipe`.
 
 | `tool` | what is written | what reads it |
 |---|---|---|
@@ -58,10 +58,10 @@ class Chosen:
             is_float = isinstance(self.scheme(module), Float)
             made[module] = None if is_float or form is None else entry(form.weights, form.inputs)
             if made[module] is None and not is_float:
-                raise self.refusal(module, tool)
+                raise self.no_form(module, tool)
         return made
 
-    def refusal(self, module: str, tool: str) -> InputError:
+    def no_form(self, module: str, tool: str) -> InputError:
         """What is raised where the tool has no such scheme, or not for such a layer."""
         layer, scheme = self.layers[module], self.scheme(module)
         return InputError(
@@ -83,11 +83,11 @@ class Recipe(Exporter):
     def export(self, picked: Picked, engine: Weights, folder: Path) -> Path:
         """The path of the file."""
         layers, names = {}, {}
-        of = _modules(engine.model)
+        in_files = _modules(engine.model)
         for group in engine.space.groups:
             for layer in group.layers:
                 for module in layer.modules:
-                    for name in of.get(module, [module]):
+                    for name in in_files.get(module, [module]):
                         layers[name], names[name] = layer, picked.evaluation.allocation[group.name]
         file, write = TOOLS[self.tool]
         text = write(Chosen(layers, names, engine))
@@ -218,7 +218,7 @@ def _aimet(chosen: Chosen) -> str:
         layer = chosen.layers[module]
         fits = isinstance(scheme, Integer) and scheme.bits >= 2 and not layer.kind.startswith("conv_transpose")
         if not isinstance(scheme, Integer) or not fits or not (layer.kind == "linear" or isinstance(scheme.group_size, str)):
-            raise chosen.refusal(module, "AIMET")
+            raise chosen.no_form(module, "AIMET")
         weight = chosen.engine.quantized(layer.name, chosen.names[module])
         _, scales, zero_points, size = scheme.unpacked(weight.tensors, weight.shape)
         per_row = scales.shape[1] == 1
