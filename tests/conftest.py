@@ -148,8 +148,8 @@ def trained():
 
 def without_figures(patch):
     """From now on reports are written without their figures, which take as long as a small search."""
-    for name in ("pareto", "layers", "sensitivity", "interactions"):
-        patch.setattr(f"mpsearch.reporting.report.draw_{name}", lambda *args, **kwargs: None)
+    for name in ("pareto", "layers", "sensitivity", "interactions", "search"):
+        patch.setattr(f"mpsearch.reporting.report.draw_{name}", lambda *args, **kwargs: [])
 
 
 @pytest.fixture

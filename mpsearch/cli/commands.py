@@ -152,7 +152,7 @@ def finetune(settings: Settings, build: Build, folder: Path) -> None:
 def report(settings: Settings, build: Build, folder: Path) -> None:
     """Draw the tables, figures and page again from what lies in the folder; nothing that the config names is built."""
     _require_search(settings, "no front to report. Its chart is sensitivity.png")
-    result, picked, page = redrawn(folder, pick, lambda: load_result(folder))
+    result, picked, page = redrawn(folder, pick, lambda: load_result(folder), every_figure=True)
     print_summary(result.run, picked, folder, said=path_lines(folder, folder / "index.html", page.name, "front.csv"))
 
 

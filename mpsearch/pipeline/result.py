@@ -277,7 +277,9 @@ def load_result(
     return Result(run, folder, source, recorded_costs(run, folder, costs))
 
 
-def redrawn(folder: Path, choose: Callable[[Run], Evaluation], load: Callable[[], Result]) -> tuple[Result, Evaluation, Path]:
+def redrawn(
+    folder: Path, choose: Callable[[Run], Evaluation], load: Callable[[], Result], every_figure: bool = False
+) -> tuple[Result, Evaluation, Path]:
     """Load a run and write its report with the point that `choose` returns, without its lock: a search may be writing there.
 
     `confirm.csv` may then be newer than the evaluations that were read before it, so that they do not agree: where
@@ -289,7 +291,7 @@ def redrawn(folder: Path, choose: Callable[[Run], Evaluation], load: Callable[[]
         try:
             result = load()
             picked = choose(result.run)
-            return result, picked, report.write_report(result.run, folder, picked)
+            return result, picked, report.write_report(result.run, folder, picked, every_figure=every_figure)
         except InputError:
             if (file.stat().st_size if file.exists() else 0) <= size:
                 raise

@@ -15,6 +15,7 @@ from mpsearch.runs.run import Run
 
 MAX_PREDICTED = 800  # evaluations, evenly spread over those of the search
 MAX_STEPS = 60  # of the curve of the hypervolume
+MAX_INTERACTING = 48  # groups of a matrix of interactions, those with the strongest
 LEAST_SHOWN = 0.02  # of the largest correlation; below, what the errors have in common changes no loss that is read
 
 
@@ -84,3 +85,10 @@ def interactions(table: SensitivityTable, picked: Evaluation) -> pd.DataFrame | 
     np.fill_diagonal(correlations, np.nan)
     largest = np.nanmax(np.abs(correlations), initial=0.0)
     return pd.DataFrame(correlations, index=names, columns=names) if largest >= LEAST_SHOWN else None
+
+
+def strongest(matrix: pd.DataFrame, n: int = MAX_INTERACTING) -> pd.DataFrame:
+    """Of a matrix of interactions the part of the `n` groups with the largest ones, in their order."""
+    strength = np.nan_to_num(np.abs(matrix.to_numpy()), nan=0.0).max(1)
+    kept = np.sort(np.argsort(-strength, kind="stable")[:n])
+    return matrix.iloc[kept, kept]

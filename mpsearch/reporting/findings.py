@@ -17,6 +17,7 @@ from mpsearch.quality import Quality
 from mpsearch.runs.noninferiority import NonInferior, smallest_non_inferior
 from mpsearch.runs.run import Run
 
+MAX_DOMINATED = 4  # uniform allocations with a sentence of their own
 MUCH_FLOAT = 0.05  # of the parameters: more that stay float is worth a warning
 UNITS = {"size_bytes": "bytes", "latency_ms": "milliseconds (predicted)"}
 
@@ -31,7 +32,10 @@ def findings(run: Run, picked: Evaluation, confirmed: pd.DataFrame | None) -> li
         sentences.append(f"**{warning}**")
     if run.baseline() is not None:
         sentences.append(non_inferior_sentence(run, smallest_non_inferior(run, run.max_drop)))
-    sentences += [*accepted_sentences(run), *uniform_sentences(run)]
+    dominated = uniform_sentences(run)
+    sentences += [*accepted_sentences(run), *dominated[:MAX_DOMINATED]]
+    if len(dominated) > MAX_DOMINATED:
+        sentences.append(f"{len(dominated) - MAX_DOMINATED} more uniform allocations are dominated; see `index.html`.")
     volume = run_hypervolume(run)
     if volume is not None:
         sentences.append(

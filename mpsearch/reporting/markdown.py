@@ -5,18 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from mpsearch.evaluation import Evaluation
 from mpsearch.graph.unsearched import sentence
 from mpsearch.intervals import FEWEST, is_approximate, proportion_interval
 from mpsearch.packed.layers import kernel_for
+from mpsearch.reporting.answer import answer
 from mpsearch.reporting.findings import drop_text, findings, splits_sentence, times_sentence
-from mpsearch.reporting.summary import SIZES, summary_header, summary_rows
+from mpsearch.reporting.summary import MAX_UNIFORM, SIZES, summary_header, summary_rows
 from mpsearch.reporting.verified import verified_rows
 from mpsearch.runs.run import Run
 from mpsearch.runs.verified import Verified
 
+MAX_FRONT = 12  # rows; fewer where points were trained, or opened in a runtime
+MAX_TRAINED, MAX_VERIFIED = 3, 3  # rows
+FIGURES = {
+    "pareto": "Pareto front",
+    "layers": "Scheme of each layer",
+    "layers_front": "Schemes along the front",
+    "sensitivity": "Sensitivity",
+    "interactions": "Interactions",
+    "search": "Predicted and measured losses, and the hypervolume",
+}
 INPUTS_ALONE = (
     "Inputs are rounded just before a layer's product; its output, and all operations between layers (activations, pooling, "
     "residual additions), are float32: no two operations exchange integers."
@@ -27,37 +39,34 @@ def page(
     run: Run,
     picked: Evaluation,
     confirmed: pd.DataFrame | None,
-    interacting: bool = False,
+    figures: Sequence[str] = (),
     verified: Sequence[Verified] = (),
 ) -> str:
-    """`report.md`.
+    """`report.md`, at most 80 lines.
 
-    `confirmed` is the table of `confirm.csv`, where there is one; `interacting`: interactions are drawn; `verified`: what
-    exported files measure in their runtimes.
+    `confirmed` is the table of `confirm.csv`, where there is one; `figures` are the names of those that were drawn, `verified` is
+    what exported files measure in their runtimes.
     """
+    trained, opened = _trained(run), _verified(run, verified[-MAX_VERIFIED:])
+    n_rows = MAX_FRONT - (4 if trained else 0) - (4 if opened else 0)
     blocks = [
         f"# {run.identity.get('model_name', 'Model')} on {run.identity.get('task_name', 'its task')}",
+        f"**{answer(run, picked)}** The page `index.html` in this folder shows each point with its layers and commands.",
         _setting(run),
-        "![Pareto front](pareto.png)",
+        "\n".join(f"![{FIGURES[name]}]({name}.png)" for name in figures if name in FIGURES),
         "## Findings",
         "\n".join(findings(run, picked, confirmed)),
-        markdown_table(summary_header(run), summary_rows(run, picked)),
+        markdown_table(summary_header(run), summary_rows(run, picked, MAX_UNIFORM)),
         _measurements(run),
-        "## Schemes",
-        *_schemes(run),
-        "## Bits of each layer",
-        "![Bits of each layer](layers.png)",
-        "## Layer sensitivity",
-        "![Sensitivity](sensitivity.png)",
-        *(["![Interactions](interactions.png)"] if interacting else []),
+        _schemes(run),
         "## The front",
-        _front(run, confirmed, picked),
-        *_trained(run),
-        *_verified(run, verified),
+        _front(run, confirmed, picked, n_rows),
+        *trained,
+        *opened,
         "Tables: `front.csv`, `uniform.csv`, `confirm.csv`, `evaluations.csv`, `sensitivity.csv`; the space: `space.json`; "
         "the settings: `config.yaml`.",
     ]
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join(block for block in blocks if block) + "\n"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -70,7 +79,7 @@ def _setting(run: Run) -> str:
     """What was searched, and on which data."""
     space, identity = run.space, run.identity
     n_trials = sum(e.trial is not None for e in run.evaluations)
-    return "\n".join(
+    return " ".join(
         [
             f"{len(space.groups)} layers or groups, {len(space.schemes)} schemes: 10^{space.log10_combinations:.1f} "
             f"allocations. {n_trials} trials measured {len(run.on('search'))} different ones; {len(run.front)} of them make the "
@@ -83,20 +92,24 @@ def _setting(run: Run) -> str:
     )
 
 
-def _schemes(run: Run) -> list[str]:
+def _schemes(run: Run) -> str:
     schemes = run.space.schemes
-    listed = "\n".join(f"- `{name}`: {scheme.describe()}" for name, scheme in schemes.items())
-    return [listed, *([INPUTS_ALONE] if any(scheme.input_format is not None for scheme in schemes.values()) else [])]
+    listed = "; ".join(f"`{name}`: {scheme.describe()}" for name, scheme in schemes.items())
+    alone = f" {INPUTS_ALONE}" if any(scheme.input_format is not None for scheme in schemes.values()) else ""
+    return f"Schemes: {listed}.{alone}"
 
 
-def _front(run: Run, confirmed: pd.DataFrame | None, picked: Evaluation) -> str:
-    """The confirmed points of the front (all of it, where none is), with what the confirm split says of them."""
+def _front(run: Run, confirmed: pd.DataFrame | None, picked: Evaluation, n_rows: int) -> str:
+    """At most `n_rows` points of the front, confirmed ones where there are any, with what the confirm split says of them."""
     quality, marks = run.quality, {}
     if confirmed is not None:
         marks = {row.allocation: row for row in confirmed[confirmed.scheme == ""].itertuples()}
     rows = []
-    shown = [e for e in run.front if not marks or e.allocation.to_json() in marks or e.allocation == picked.allocation]
-    for e in shown:
+    known = [e for e in run.front if not marks or e.allocation.to_json() in marks or e.allocation == picked.allocation]
+    kept = (
+        set(np.linspace(0, len(known) - 1, n_rows - 1).round().astype(int).tolist()) if len(known) > n_rows else range(len(known))
+    )
+    for e in (e for i, e in enumerate(known) if i in kept or e.allocation == picked.allocation):
         mark = marks.get(e.allocation.to_json())
         notes = ["picked"] if e.allocation == picked.allocation else []
         drop = ""
@@ -108,18 +121,18 @@ def _front(run: Run, confirmed: pd.DataFrame | None, picked: Evaluation) -> str:
                 notes.append(f"dominated by {int(mark.dominated_by_bytes):,} bytes{better}")
         rows.append((*_sizes(e), f"{e.loss:.4g}", quality.text(e.quality), drop, "; ".join(notes)))
     header = [*SIZES, "loss search", f"{quality.label} search", f"{quality.drop_label}, confirm (95 %)", ""]
-    about = f"{len(rows)} of the {len(run.front)} points, those that were confirmed; `front.csv` has all.\n\n"
+    about = f"{len(rows)} of the {len(run.front)} points, of {len(marks)} that were confirmed; `front.csv` has all.\n\n"
     return (about if len(rows) < len(run.front) else "") + markdown_table(header, rows)
 
 
 def _trained(run: Run) -> list[str]:
-    """The section on the points that were trained, smallest first; empty where none was."""
+    """The section on the points that were trained, the latest ones; empty where none was."""
     quality, trained, baseline = run.quality, run.finetuned("confirm"), run.baseline("confirm")
     if not trained or baseline is None:
         return []
     confirmed, on_search = run.on("confirm"), run.finetuned("search")
     rows = []
-    for after in sorted(trained.values(), key=lambda e: e.size_bytes):
+    for after in list(trained.values())[-MAX_TRAINED:]:
         both = confirmed[after.allocation], after
         losses, qualities = [f"{e.loss:.4g}" for e in both], [quality.text(e.quality) for e in both]
         drops = [drop_text(quality, *e.drop_from(baseline, quality)) for e in both]

@@ -11,6 +11,7 @@ import numpy as np
 import optuna
 import pandas as pd
 import pytest
+from synthetic import resnet, run_of
 
 from mpsearch.allocation import Allocation
 from mpsearch.budget import read_budgets
@@ -24,15 +25,19 @@ from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
 from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.search import search
 from mpsearch.pipeline.sensitivity import measure_sensitivity
+from mpsearch.reporting.answer import answer
 from mpsearch.reporting.charts.interactions import interactions
 from mpsearch.reporting.charts.layers import MAX_ROWS, layer_bits
 from mpsearch.reporting.charts.pareto import budget_positions
 from mpsearch.reporting.findings import findings, run_hypervolume
+from mpsearch.reporting.markdown import FIGURES as FIGURE_TITLES
+from mpsearch.reporting.markdown import page
 from mpsearch.reporting.report import write_report
 from mpsearch.reporting.summary import summary, summary_rows
 from mpsearch.reporting.tables import evaluations_table, front_table, sensitivity_table, trained_table
 from mpsearch.runs.evaluation_rows import evaluation_row
 from mpsearch.runs.run import SENSITIVITY_COLUMNS, Run, RunFolder
+from mpsearch.runs.verified import Verified
 from mpsearch.samplers.base import Problem, build_sampler
 from mpsearch.tasks.overlap import overlap
 
@@ -51,7 +56,7 @@ FRONT_COLUMNS = [
     "split",
     "allocation",
 ]
-FIGURES = ("pareto.png", "layers.png", "sensitivity.png")
+FIGURES = ("pareto.png", "layers.png", "layers_front.png", "sensitivity.png", "search.png")
 
 
 def searched(engine, limits, n_trials=14):
@@ -111,8 +116,8 @@ def test_interactions_are_drawn_where_the_metric_knows_them(reported, tmp_path, 
     drawn = interactions(knowing.sensitivity, pick(result))
     assert drawn.loc["first", "second"] == pytest.approx(-1)
     assert drawn.loc["last", "first"] == pytest.approx(0.5**0.5)
-    for other in ("pareto", "layers", "sensitivity"):
-        monkeypatch.setattr(f"mpsearch.reporting.report.draw_{other}", lambda *args, **kwargs: None)
+    for other in ("pareto", "layers", "sensitivity", "search"):
+        monkeypatch.setattr(f"mpsearch.reporting.report.draw_{other}", lambda *args, **kwargs: [])
     write_report(knowing, tmp_path, pick(result))
     assert "![Interactions](interactions.png)" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "interactions.png").stat().st_size > 5_000
@@ -168,7 +173,7 @@ def test_figures_show_something(reported, name):
 def test_the_vector_figure_says_what_is_what(reported):
     text = (reported[1] / "pareto.svg").read_text()
     assert ET.fromstring(text).tag.endswith("svg")
-    for words in ("front, search split", "front, confirm split", "uniform, confirm split", "budget.bits = 7.5", "picked"):
+    for words in ("front, search split", "front, confirm split", "float model, confirm", "budget.bits = 7.5", "picked"):
         assert words in text
 
 
@@ -188,8 +193,11 @@ def test_the_page_says_what_was_found(reported):
     said = f"The picked point has {picked.average_bits:.2f} bits per weight on average ({everything:.2f} over all parameters)"
     assert said in page
     assert "the models ran on packed weights" in page
-    for e in result.front:
-        assert f"| {e.average_bits:.3f} | {32 * e.fraction:.3f} | {e.size_bytes:,} | {e.loss:.4g} |" in page
+    rows = [f"| {e.average_bits:.3f} | {32 * e.fraction:.3f} | {e.size_bytes:,} | {e.loss:.4g} |" in page for e in result.front]
+    assert sum(rows) == min(len(result.front), 12)
+    assert rows[0]
+    assert rows[-1]
+    assert rows[result.front.index(picked)]
     assert page.count("| picked") >= 1
 
 
@@ -363,3 +371,22 @@ def test_the_tables_are_tidy(reported):
     first = table[(table.group == "first") & (table.scheme == "w4")].iloc[0]
     assert first.value == result.sensitivity.values[0, result.space.scheme_names.index("w4")]
     assert len(evaluations_table(result)) == len(result.evaluations)
+
+
+def test_the_report_is_at_most_80_lines(tmp_path, undrawn):
+    """With many schemes, trained points and verified files."""
+    names = ("w1", "w2", "w3", "w4", "w4g64", "w5", "w6", "w7", "w8", "fp8_e4m3", "bf16")
+    run = run_of(resnet(), n=300, schemes=names, budgets={"bits": 9.0}, timed=True, confirmed=40, floats=(0.999, 0.9))
+    trained = [
+        replace(e, trial=None, origin=FINETUNED, loss=e.loss / 2) for s in ("search", "confirm") for e in run.on(s).values()
+    ]
+    run = replace(run, evaluations=[*run.evaluations, *trained])
+    scores = {"loss": 0.01, "packed_loss": 0.01, "quality": 0.9, "quality_low": 0.89, "quality_high": 0.91, "n_samples": 400}
+    times = {"ms": 1.25, "ms_low": 1.2, "ms_high": 1.3, "float_ms": 2.5, "packed_ms": 2.0, "measured_on": "Z80, 1 threads"}
+    points = [e.allocation.id for e in run.front[:8]]
+    verified = [Verified("onnx", "onnxruntime", point, False, 45_678, **scores, **times) for point in points]
+    confirmed = None
+    text = page(run, pick(run), confirmed, list(FIGURE_TITLES), verified)
+    assert "## After training" in text
+    assert len(text.splitlines()) <= 80
+    assert answer(run, pick(run)) in text

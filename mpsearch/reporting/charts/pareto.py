@@ -1,9 +1,10 @@
-"""`pareto.png` and `.svg`: loss and quality against cost, and, where it tells points apart, quality against time."""
+"""`pareto`: loss and quality against cost, and, where it tells points apart, quality against time; each panel is a file, too."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,193 +12,265 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.evaluation import Evaluation
 from mpsearch.quality import Quality
-from mpsearch.reporting.charts.style import CONFIRM, FLOAT, PICK, SEARCH, UNIFORM, lay_out, new_figure, place_labels, save
+from mpsearch.reporting.charts.style import (
+    CONFIRM,
+    FORMATS,
+    PALE,
+    PANEL,
+    PICK,
+    SEARCH,
+    TRAINED,
+    TRIED,
+    UNIFORM,
+    Label,
+    lay_out,
+    new_figure,
+    place_labels,
+    save,
+    styled,
+)
 from mpsearch.reporting.findings import budget_positions, times_differ
 from mpsearch.reporting.tables import front_table, trained_table, uniform_table
 from mpsearch.runs.run import Run
 
 SPLITS: dict[str, dict[str, Any]] = {
-    "search": {"color": SEARCH, "marker": "o", "mfc": SEARCH, "ms": 4.5},
-    "confirm": {"color": CONFIRM, "marker": "D", "mfc": "white", "ms": 4.5},
+    "search": {"color": SEARCH, "marker": "o", "mfc": SEARCH, "ms": 5},
+    "confirm": {"color": CONFIRM, "marker": "D", "mfc": "white", "ms": 6},
 }
-
 MAX_INTERVALS = 20  # bars of a curve; with more they cover its points
+APART = 2.5  # splits whose qualities take this many times the larger of their ranges together get axes of their own
+ALONG = np.linspace(0.05, 0.95, 15)  # where along a line its label may be
+
+Draw = Callable[[Axes], tuple[list[Label], list[Any], list[Any]]]  # draws a panel: (labels, points and lines not to be covered)
 
 
 @dataclass(frozen=True)
-class Panel:
-    """One pair of axes: the columns that it shows of every table, and what they are multiplied by."""
+class Shown:
+    """The tables that the panels draw."""
 
-    axes: Axes
-    x_column: str
-    x_scale: float
-    y_column: str
-    y_scale: float
-
-    def x(self, table: pd.DataFrame) -> pd.Series:
-        """Horizontal positions."""
-        return self.x_scale * table[self.x_column]
-
-    def y(self, table: pd.DataFrame, suffix: str = "") -> pd.Series:
-        """Vertical positions; losses are cut off at the smallest that a logarithm can show."""
-        values = self.y_scale * table[self.y_column + suffix]
-        return values.clip(lower=LOSS_FLOOR) if self.y_column == "loss" else values
-
-    def points(self, table: pd.DataFrame) -> NDArray[np.float64]:
-        """Both, `[n, 2]`."""
-        return np.stack([self.x(table), self.y(table)], 1).astype(float)
-
-    def plot(self, table: pd.DataFrame, label: str, **style: Any) -> None:
-        """Markers, joined by a line where `lw` is above 0."""
-        self.axes.plot(self.x(table), self.y(table), label=label, **{"lw": 0.0, **style})
-
-    def mark_picked(self, front: pd.DataFrame, picked: Evaluation | None) -> None:
-        """A ring around the picked point, where it is on the front."""
-        chosen = front[front.allocation == (picked and picked.allocation.to_json())]
-        style: dict[str, Any] = {"s": 260, "facecolors": "none", "edgecolors": PICK, "linewidths": 2, "zorder": 5}
-        if not chosen.empty:
-            self.axes.scatter(self.x(chosen), self.y(chosen), label="picked", **style)
-
-    def mark_trained(self, trained: pd.DataFrame) -> None:
-        """A star for each point that was trained, with an arrow from where it was before."""
-        for split, points in trained.groupby("split"):
-            color = SPLITS[str(split)]["color"]
-            self.plot(points, f"trained, {split} split", color=color, marker="*", ms=13, mec="black", mew=0.6, zorder=6)
-            for at, start, end in zip(self.x(points), self.y(points, "_before"), self.y(points), strict=True):
-                self.axes.annotate("", (at, end), (at, start), arrowprops={"arrowstyle": "->", "color": color, "lw": 1.5})
+    run: Run
+    front: pd.DataFrame
+    uniform: pd.DataFrame
+    trained: pd.DataFrame
+    picked: str  # its allocation as JSON
 
 
-def draw_pareto(run: Run, picked: Evaluation, folder: Path) -> None:
-    """Write the figure in both formats."""
-    save(pareto_figure(run, picked), folder, "pareto", ("png", "svg"))
+def draw_pareto(run: Run, picked: Evaluation | None, folder: Path, every: bool = False) -> list[str]:
+    """Write `pareto.png` and `.svg`, and with `every` each panel and all formats; returns the names of the figures."""
+    with styled():
+        save(_figure(panels(run, picked)), folder, "pareto", FORMATS if every else ("png", "svg"))
+        each = panels(run, picked) if every else {}
+        for name, draw in each.items():
+            save(_figure({name: draw}), folder, name, FORMATS)
+    return ["pareto", *each]
 
 
 def pareto_figure(run: Run, picked: Evaluation | None = None) -> Figure:
-    """The front on both splits, the uniform allocations, the budgets, the float model, and the picked point.
+    """All panels in one figure: the front on both splits, uniform allocations, budgets, the float model and the picked point."""
+    with styled():
+        return _figure(panels(run, picked))
 
-    One row of panels per objective; with two, the front on the search split is coloured by the other one. Where the forward
-    passes of the points differ in time, a third panel shows quality against time.
+
+def panels(run: Run, picked: Evaluation | None) -> Mapping[str, Draw]:
+    """Name -> what draws the panel. A panel without information is left out.
+
+    Two objectives have a loss and a quality panel each. Splits whose qualities are far apart have a quality panel each.
     """
-    quality, timed = run.quality, times_differ(run)
-    front, uniform, trained = front_table(run), uniform_table(run), trained_table(run)
-    shown = uniform[uniform.split == ("confirm" if (uniform.split == "confirm").any() else "search")]
-    figure, grid = new_figure(19 if timed else 13, 5.8 * len(run.objectives), len(run.objectives), 2 + timed)
-    panels: list[Panel] = []
-    for axes, objective in zip(grid, run.objectives, strict=True):
-        scale, label = _cost_axis(objective, front[objective].max())
-        loss = Panel(axes[0], objective, scale, "loss", 1.0)
-        score = Panel(axes[1], objective, scale, quality.name, quality.scale)
-        _draw_losses(loss, run, front)
-        _draw_qualities(score, run, front)
-        for panel in (loss, score):
-            panel.mark_trained(trained)
-            panel.axes.set_xlabel(label)
-            _mark_budgets(panel, budget_positions(run, objective))
-        panels += [loss, score]
-    if timed:
-        for spare in grid[1:, 2]:
-            spare.set_axis_off()
-        panels.append(Panel(grid[0, 2], "measured_ms", 1.0, quality.name, quality.scale))
-        _draw_times(panels[-1], run, front)
-        panels[-1].axes.set_ylim(grid[0, 1].get_ylim())
-    line = {"ls": "--", "lw": 0.8} if len(run.objectives) == 1 else {}
-    for panel in panels:
-        joined = line if panel.x_column != "measured_ms" else {}
-        panel.plot(shown, f"uniform, {'/'.join(shown.split.unique())} split", color=UNIFORM, marker="s", ms=6, **joined)
-        panel.mark_picked(front, picked)
-        panel.axes.grid(alpha=0.25)
-    legends = [panel.axes.get_legend_handles_labels() for panel in panels]
-    named = {text: handle for handles, texts in legends for handle, text in zip(handles, texts, strict=True)}
-    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=5, fontsize=9)
+    uniform = uniform_table(run)
+    tables = front_table(run), uniform, trained_table(run)
+    shown = Shown(run, *tables, "" if picked is None else picked.allocation.to_json())
+    drawn: dict[str, Draw] = {}
+    for objective in run.objectives:
+        suffix = "" if len(run.objectives) == 1 else f"_{objective}"
+        drawn[f"pareto_loss{suffix}"] = partial(_draw_losses, shown, objective)
+        for splits in _quality_panels(shown):
+            name = f"pareto_quality{suffix}" + (f"_{splits[0]}" if len(splits) == 1 and len(run.baselines) > 1 else "")
+            drawn[name] = partial(_draw_qualities, shown, objective, splits)
+    if times_differ(run):
+        drawn["pareto_time"] = partial(_draw_times, shown)
+    return drawn
+
+
+def _figure(drawn: Mapping[str, Draw]) -> Figure:
+    columns = len(drawn) if len(drawn) <= 3 else 2
+    rows = -(-len(drawn) // columns)
+    figure, grid = new_figure(PANEL[0] * columns, PANEL[1] * rows, rows, columns)
+    placed = [(axes, draw(axes)) for axes, draw in zip(grid.flat, drawn.values(), strict=False)]
+    for spare in grid.flat[len(drawn) :]:
+        spare.set_axis_off()
     lay_out(figure)
-    for panel in panels:
-        place_labels(panel.axes, panel.points(shown), shown.scheme, np.concatenate([panel.points(front), panel.points(shown)]))
+    for axes, (labels, marks, lines) in placed:
+        place_labels(axes, labels, np.concatenate([np.asarray(m, dtype=float).reshape(-1, 2) for m in marks]), lines)
     return figure
 
 
-def _draw_losses(panel: Panel, run: Run, front: pd.DataFrame) -> None:
-    """All allocations that were tried, and the front on both splits."""
-    tried = list(run.on("search").values())
-    losses = np.maximum([e.loss for e in tried], LOSS_FLOOR)
-    at = [panel.x_scale * e.cost(panel.x_column) for e in tried]
-    panel.axes.scatter(at, losses, s=9, c=SEARCH, alpha=0.2, lw=0, label=f"{len(tried)} allocations tried, search split")
-    other = next((column for column in run.objectives if column != panel.x_column), None)
+def _draw_losses(shown: Shown, objective: str, axes: Axes) -> tuple[list[Label], list[Any], list[Any]]:
+    """Loss against a cost: all allocations that were tried, the front on both splits, the uniform allocations."""
+    run, front, scale = shown.run, shown.front, _scale(objective, shown.front)
+    tried = [(scale * e.cost(objective), max(e.loss, LOSS_FLOOR)) for e in run.on("search").values()]
+    axes.plot(*np.array(tried).T, ".", color=TRIED, ms=4, zorder=1)
+    joined = len(run.objectives) == 1
+    labels, marks = [], []
     for split, points in front.groupby("split", sort=False):
-        if other is None or split == "confirm":
-            panel.plot(points, f"front, {split} split", **SPLITS[str(split)], lw=0.0 if other else 1.3)
-            continue
-        scale, unit = _cost_axis(other, front[other].max())
-        style: dict[str, Any] = {"s": 34, "cmap": "viridis", "zorder": 4}
-        shades = panel.axes.scatter(
-            panel.x(points), panel.y(points), c=scale * points[other], label="front, search split", **style
-        )
-        panel.axes.figure.colorbar(shades, ax=panel.axes, label=unit, pad=0.01)
-    panel.axes.set(yscale="log", ylabel=f"loss: {run.loss_label}", title="Loss against cost (lower left is better)")
+        at = np.stack([scale * points[objective], points.loss.clip(lower=LOSS_FLOOR)], 1)
+        axes.plot(*at.T, ls="-" if joined else "", **SPLITS[str(split)], zorder=3)
+        labels.append(Label(f"front, {split} split", _along(at), SPLITS[str(split)]["color"]))
+        marks.append(at)
+    axes.set(yscale="log", xlabel=_cost_label(objective, front), ylabel=f"loss: {run.loss_label}", title="Loss")
+    _fit(axes, [y for at in marks for y in at[:, 1]], logarithmic=True)
+    labels += _others(shown, axes, objective, "loss", 1.0, [split for split in run.baselines])
+    return labels, [*marks, tried], marks if joined else []
 
 
-def _draw_qualities(panel: Panel, run: Run, front: pd.DataFrame) -> None:
-    """The front on both splits, intervals of some of its points, and the float model."""
-    quality, lines = run.quality, 1.3 if len(run.objectives) == 1 else 0.0
-    for split, points in front.groupby("split", sort=False):
-        value = panel.y(points)
-        intervals = np.clip([value - panel.y(points, "_low"), panel.y(points, "_high") - value], 0, None)
-        style = {**SPLITS[str(split)], "lw": lines, "alpha": 1.0 if split == "confirm" else 0.45}
-        style |= {"elinewidth": 0.8, "capsize": 2, "errorevery": -(-len(points) // MAX_INTERVALS)}
-        panel.axes.errorbar(panel.x(points), value, yerr=intervals, label=f"front, {split} split", **style)
-    for split, baseline in run.baselines.items():
-        label = f"float model, {split} split: {quality.text(baseline.quality)}"
-        panel.axes.axhline(quality.scale * baseline.quality, color=SPLITS[split]["color"], lw=1, ls="-.", alpha=0.8, label=label)
-    _zoom(panel, run, front)
+def _draw_qualities(shown: Shown, objective: str, splits: Sequence[str], axes: Axes) -> tuple[list[Label], list[Any], list[Any]]:
+    """Quality against a cost on `splits`: intervals on the confirm split, and the float model."""
+    run, quality, scale = shown.run, shown.run.quality, _scale(objective, shown.front)
+    labels, marks, ends, lines, levels = [], [], [], [], []
+    for split in splits:
+        points = shown.front[shown.front.split == split]
+        values = quality.scale * points[quality.name].to_numpy()
+        bottom, top = _limits(quality, values, [quality.scale * run.baselines[s].quality for s in splits if s in run.baselines])
+        inside = (values >= bottom) & (values <= top)
+        at, style = np.stack([scale * points[objective], values], 1)[inside], SPLITS[split]
+        if split == "confirm":
+            low, high = (quality.scale * points[f"{quality.name}_{end}"].to_numpy()[inside] for end in ("low", "high"))
+            if quality.kind == "share":
+                low, high = low.clip(0, 100), high.clip(0, 100)
+            every = -(-len(at) // MAX_INTERVALS)
+            bars = np.clip([at[:, 1] - low, high - at[:, 1]], 0, None)
+            look: dict[str, Any] = {**style, "ls": "", "elinewidth": 1, "ecolor": PALE, "zorder": 4}
+            axes.errorbar(at[:, 0], at[:, 1], yerr=bars, errorevery=every, **look)
+            lines += [[(x, a), (x, b)] for (x, _), a, b in zip(at[::every], low[::every], high[::every], strict=True)]
+            ends += [*low[::every], *high[::every]]
+        else:
+            axes.plot(*at.T, ls="", **style, alpha=0.8, zorder=3)
+        labels.append(Label(f"front, {split} split", _along(at), style["color"]))
+        marks.append(at)
+        ends += [bottom, top]
+        if split in run.baselines:
+            level = quality.scale * run.baselines[split].quality
+            levels.append(level)
+            axes.axhline(level, color=style["color"], lw=1.2, ls=(0, (6, 3)), zorder=2)
+            span = scale * np.quantile(shown.front[objective], ALONG)
+            labels.append(Label(f"float model, {split}", [(x, level) for x in span], style["color"]))
     better = "" if quality.sign > 0 else " (lower is better)"
-    title = f"{_capitalized(quality)} against cost{better}\nbars: 95 % intervals, paired with the float model"
-    panel.axes.set_ylabel(quality.label)
-    panel.axes.set_title(title, fontsize=11)
+    axes.set(xlabel=_cost_label(objective, shown.front), ylabel=quality.label + better, title=_title(quality, splits))
+    _fit(axes, ends)
+    labels += _others(shown, axes, objective, quality.name, quality.scale, splits)
+    lines += [[(x, level) for x in axes.get_xlim()] for level in levels]
+    return labels, marks, lines
 
 
-def _draw_times(panel: Panel, run: Run, front: pd.DataFrame) -> None:
+def _draw_times(shown: Shown, axes: Axes) -> tuple[list[Label], list[Any], list[Any]]:
     """Quality on the confirm split against the measured time of a forward pass there."""
-    panel.plot(front[front.split == "confirm"], "front, confirm split", **SPLITS["confirm"])
-    baseline = run.baseline("confirm")
+    quality, points = shown.run.quality, shown.front[shown.front.split == "confirm"]
+    at = np.stack([points.measured_ms, quality.scale * points[quality.name]], 1)
+    axes.plot(*at.T, ls="", **SPLITS["confirm"], zorder=3)
+    labels, marks = [Label("front, confirm split", _along(at), CONFIRM)], [at]
+    baseline = shown.run.baseline("confirm")
     if baseline is not None and baseline.measured_ms is not None:
-        at = [baseline.measured_ms], [run.quality.scale * baseline.quality]
-        panel.axes.plot(*at, "*", color=FLOAT, ms=13, label="float model, confirm split")
-    panel.axes.set(xlabel="measured milliseconds of a forward pass", ylabel=run.quality.label)
-    panel.axes.set_title(f"{_capitalized(run.quality)} against time, confirm split")
+        level = baseline.measured_ms, quality.scale * baseline.quality
+        axes.plot(*level, "*", color=CONFIRM, ms=14, zorder=3)
+        labels.append(Label("float model", [level], CONFIRM))
+        marks.append(np.array([level]))
+    axes.set(xlabel="measured milliseconds of a forward pass", ylabel=quality.label, title=f"{_capital(quality)} against time")
+    _fit(axes, _limits(quality, at[:, 1], [m[1] for m in marks[-1]]))
+    labels += _others(shown, axes, "measured_ms", quality.name, quality.scale, ["confirm"])
+    return labels, marks, []
 
 
-def _mark_budgets(panel: Panel, positions: Mapping[str, float]) -> None:
-    """A dotted line for each, with its name at a height of its own."""
-    for i, (name, position) in enumerate(positions.items()):
-        at = panel.x_scale * position
-        panel.axes.axvline(at, color="black", lw=1, ls=":")
-        height = 0.02 + 0.33 * (i % 3)
-        panel.axes.annotate(name, (at, height), xycoords=("data", "axes fraction"), rotation=90, ha="right", fontsize=9)
+def _others(shown: Shown, axes: Axes, column: str, value: str, scale: float, splits: Sequence[str]) -> list[Label]:
+    """Draw uniform allocations, trained points, budgets and a ring around the picked point; the labels of all of them."""
+    split = "confirm" if "confirm" in splits and (shown.uniform.split == "confirm").any() else "search"
+    uniform, x_scale, labels = shown.uniform[shown.uniform.split == split], _scale(column, shown.front), []
+    ends = axes.get_ylim()
+    at = np.stack([x_scale * uniform[column], scale * uniform[value]], 1).astype(float)
+    for point, scheme in zip(at, uniform.scheme, strict=True):
+        if min(ends) <= point[1] <= max(ends):
+            axes.plot(*point, "s", color=UNIFORM, ms=6, zorder=2)
+            labels.append(Label(scheme, [point], UNIFORM))
+    for _, row in shown.trained[shown.trained.split.isin(splits)].iterrows() if column in shown.trained else ():
+        x, after, before = x_scale * row[column], scale * row[value], scale * row[f"{value}_before"]
+        if min(ends) <= after <= max(ends):
+            style = {"arrowstyle": "->", "color": TRAINED, "lw": 1.5}
+            if min(ends) <= before <= max(ends):
+                axes.annotate("", (x, after), (x, before), arrowprops=style)
+            axes.plot(x, after, "*", color=TRAINED, ms=12, zorder=6)
+            labels.append(Label(f"trained, {row['split']} split", [(x, after)], TRAINED))
+    chosen = shown.front[(shown.front.allocation == shown.picked) & shown.front.split.isin(splits)]
+    for x, y in zip(x_scale * chosen[column], scale * chosen[value], strict=True):
+        if min(ends) <= y <= max(ends):
+            axes.plot(x, y, "o", mfc="none", mec=PICK, mew=2, ms=15, zorder=5)
+    if len(chosen):
+        labels.append(Label("picked", np.stack([x_scale * chosen[column], scale * chosen[value]], 1), PICK))
+    for name, position in budget_positions(shown.run, column).items() if column != "measured_ms" else ():
+        axes.axvline(x_scale * position, color="black", lw=1.2, ls=":", zorder=2)
+        levels = np.geomspace(*ends, 12)[1:-1] if axes.get_yscale() == "log" else np.linspace(*ends, 12)[1:-1]
+        labels.append(Label(name, [(x_scale * position, y) for y in levels], "black"))
+    return labels
 
 
-def _zoom(panel: Panel, run: Run, front: pd.DataFrame) -> None:
-    """Cut the quality axis so that a point at chance level does not flatten all others."""
-    sign = run.quality.sign  # times this, more is better
-    measured = sign * panel.y(front)
-    best = max([measured.max(), *(sign * panel.y_scale * baseline.quality for baseline in run.baselines.values())])
+def _quality_panels(shown: Shown) -> list[list[str]]:
+    """The splits of each quality panel."""
+    splits = [str(split) for split in shown.front.split.unique()]
+    quality = shown.run.quality
+    ranges = [_limits(quality, quality.scale * shown.front[shown.front.split == s][quality.name].to_numpy(), []) for s in splits]
+    if len(splits) == 2:
+        together = max(high for _, high in ranges) - min(low for low, _ in ranges)
+        if together > APART * max(high - low for low, high in ranges):
+            return [["confirm"], ["search"]]
+    return [splits]
+
+
+def _limits(quality: Quality, values: Any, also: Sequence[float]) -> tuple[float, float]:
+    """The ends of a quality axis, cut so that a point at chance level does not flatten all others."""
+    measured = quality.sign * np.asarray(values, dtype=float)
+    measured = measured[np.isfinite(measured)]
+    best = max([measured.max(initial=-np.inf), *(quality.sign * x for x in also)])
     point = 0.01 * abs(best)  # of accuracy, or a hundredth of a perplexity
-    worst, middle = measured.min(), measured.median()
-    bottom = max(worst, middle - 4 * max(best - middle, point) - 8 * point)
-    ends = bottom - 0.04 * (best - bottom) - 0.1 * point, best + 0.06 * (best - bottom) + 0.1 * point
-    panel.axes.set_ylim(*sorted(sign * end for end in ends))
+    middle = float(np.median(measured)) if len(measured) else best
+    worst = max(measured.min(initial=np.inf), middle - 4 * max(best - middle, point) - 4 * point)
+    low, high = sorted((quality.sign * min(worst, best), quality.sign * best))
+    return float(low), float(high)
 
 
-def _cost_axis(objective: str, largest: float) -> tuple[float, str]:
-    """(factor, label) of an objective's axis."""
-    if objective != "size_bytes":
-        return 1.0, {"latency_ms": "predicted milliseconds of a forward pass"}.get(objective, objective.replace("_", " "))
-    scale, unit = (1e-3, "kB") if largest < 1e6 else (1e-6, "MB")
-    return scale, f"size of all parameters and buffers as stored ({unit})"
+def _fit(axes: Axes, values: Sequence[float], logarithmic: bool = False) -> None:
+    """The vertical axis from the least to the largest of `values`, with a margin."""
+    known = np.asarray([v for v in values if np.isfinite(v) and (v > 0 or not logarithmic)], dtype=float)
+    if not len(known):
+        return
+    low, high = known.min(), known.max()
+    if logarithmic:
+        margin = max((high / low) ** 0.06, 1.15)
+        axes.set_ylim(low / margin, high * margin)
+    else:
+        margin = 0.07 * (high - low) or 0.01 * abs(high) or 1.0
+        axes.set_ylim(low - margin, high + margin)
 
 
-def _capitalized(quality: Quality) -> str:
+def _along(at: Any) -> Any:
+    """Points of a curve next to which its label may be."""
+    return at[np.unique((ALONG * (len(at) - 1)).round().astype(int))] if len(at) else np.empty((0, 2))
+
+
+def _scale(column: str, front: pd.DataFrame) -> float:
+    return (1e-3 if front[column].max() < 4e6 else 1e-6) if column == "size_bytes" else 1.0
+
+
+def _cost_label(column: str, front: pd.DataFrame) -> str:
+    if column == "size_bytes":
+        return f"size of all tensors ({'kB' if _scale(column, front) == 1e-3 else 'MB'})"
+    return {"latency_ms": "predicted milliseconds of a forward pass"}.get(column, column.replace("_", " "))
+
+
+def _title(quality: Quality, splits: Sequence[str]) -> str:
+    where = f", {splits[0]} split" if len(splits) == 1 else ""
+    return f"{_capital(quality)}{where}" + (" (bars: 95 % intervals)" if "confirm" in splits else "")
+
+
+def _capital(quality: Quality) -> str:
     return quality.name[:1].upper() + quality.name[1:]

@@ -14,7 +14,7 @@ from mpsearch.allocation import SearchSpace
 from mpsearch.errors import run_option
 from mpsearch.evaluation import Evaluation
 from mpsearch.reporting.answer import answer, drop_of, recommendations, savings, size_text
-from mpsearch.reporting.curves import hypervolume_curve, interactions, kendall, predicted_losses, searched
+from mpsearch.reporting.curves import hypervolume_curve, interactions, kendall, predicted_losses, searched, strongest
 from mpsearch.reporting.findings import budget_positions, cautions, score_text, splits_sentence, times_differ, times_sentence
 from mpsearch.reporting.layer_map import layer_sections
 from mpsearch.reporting.summary import next_steps
@@ -25,7 +25,6 @@ from mpsearch.runs.verified import Verified
 MAX_ALLOCATED = (
     400_000  # groups x points whose allocations are in the page; of a longer front the confirmed ones and an even part
 )
-MAX_INTERACTING = 48  # groups of the matrix, those with the strongest interactions
 MAX_BROWSED = 3_000  # evaluations drawn one by one; with more, an even part
 PARTS = {"codes": "codes", "values": "float values", "scales": "scales", "zero_points": "zero points"}
 
@@ -264,11 +263,9 @@ def _interactions(run: Run, picked: Evaluation) -> dict[str, Any] | None:
     matrix = interactions(run.sensitivity, picked)
     if matrix is None:
         return None
-    strength = np.nan_to_num(np.abs(matrix.to_numpy()), nan=0.0).max(1)
-    kept = np.sort(np.argsort(-strength, kind="stable")[:MAX_INTERACTING])
-    values = matrix.to_numpy()[np.ix_(kept, kept)]
-    names = [str(matrix.index[i]) for i in kept]
-    return {"names": names, "values": [numbers(row, 2) for row in values], "total": len(matrix)}
+    part = strongest(matrix)
+    values = [numbers(row, 2) for row in part.to_numpy()]
+    return {"names": list(map(str, part.index)), "values": values, "total": len(matrix)}
 
 
 def _splits(run: Run) -> dict[str, Any]:
