@@ -14,13 +14,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError
-from mpsearch.exporters.base import Exporter, Picked
+from mpsearch.exporters.base import Exporter, ModelCall, Picked
 from mpsearch.exporters.onnx_session import RuntimeModule, Session, decoded
 from mpsearch.exporters.onnx_trace import traced
 from mpsearch.exporters.onnx_weights import GraphEditor, store
 from mpsearch.files import file_errors, write_atomically
+from mpsearch.graph.shared_copy import shared_copy
+from mpsearch.layer import LayerSpec, set_values
 from mpsearch.packed.model import Weights
+from mpsearch.runtimes.base import Runtime
 from mpsearch.runtimes.onnxruntime import ONNXRuntime
+from mpsearch.tree import map_tensors
 
 OPSET, OPSET_2_BITS = 21, 25  # the first with 4-bit and with 2-bit integers
 INSTALL = "pip install 'mpsearch[onnxruntime]'"
@@ -67,28 +71,15 @@ class ONNX(Exporter):
 
     def graph(self, picked: Picked, engine: Weights) -> Any:
         """The quantized graph, an `onnx.ModelProto`."""
-        allocation, space = picked.evaluation.allocation, engine.space
-        chosen = [(layer, allocation[group.name]) for group in space.groups for layer in group.layers]
-        for layer, name in chosen:
-            if not ONNXRuntime().runs(layer, space.schemes[name]):
-                raise InputError(
-                    f"Layer '{layer.name}' ({layer.kind}) in scheme '{name}' ({space.schemes[name].describe()}) has no form in "
-                    f"ONNX; expected {ONNXRuntime.what}. Search with runtime=onnxruntime."
-                )
-        if picked.call is None:
-            raise InputError("exporter=onnx runs the model on samples of the task's data, which are absent. Restore them.")
-        has_2_bits = any(space.schemes[name].weight_bits == 2 for _, name in chosen)
-        proto = traced(engine.model, picked.call, opset=OPSET)
+        chosen = chosen_layers(picked, engine, ONNXRuntime())
+        proto = float_graph(picked, engine, "onnx")
+        has_2_bits = any(engine.space.schemes[name].weight_bits == 2 for _, name in chosen)
         _set_opset(proto, OPSET_2_BITS if has_2_bits else OPSET)
         editor = GraphEditor(proto.graph)
         for layer, name in chosen:
             known = [own for module in layer.modules if (own := f"{module}.weight") in editor.constants]
             if not known:
-                raise InputError(
-                    f"Layer '{layer.name}' is not a weight of the ONNX graph. Pin it to fp32, or use exporter=native."
-                )
-            for module, bias in engine.biases(layer.name, name).items():
-                editor.set_values(f"{module}.bias", bias.detach().cpu().numpy())
+                raise InputError(f"Layer '{layer.name}' is not a weight of the ONNX graph. Use exporter=native.")
             editor.rename(known[0], f"{layer.name}.weight")
             store(editor, layer, engine.quantized(layer.name, name), self.packed_products)
         editor.finish()
@@ -109,6 +100,33 @@ class ONNX(Exporter):
 
         self.check_installed()
         return decoded(onnx.load(str(path)))
+
+
+def chosen_layers(picked: Picked, engine: Weights, runtime: Runtime) -> list[tuple[LayerSpec, str]]:
+    """Each layer with its scheme; `InputError` where the runtime does not run one."""
+    space = engine.space
+    chosen = [(layer, picked.evaluation.allocation[group.name]) for group in space.groups for layer in group.layers]
+    for layer, name in chosen:
+        if not runtime.runs(layer, space.schemes[name]):
+            raise InputError(
+                f"Layer '{layer.name}' ({layer.kind}) in scheme '{name}' ({space.schemes[name].describe()}) has no form in the "
+                f"files of {runtime.name}; expected {runtime.what}. Search with runtime={runtime.name}."
+            )
+    return chosen
+
+
+def float_graph(picked: Picked, engine: Weights, exporter: str) -> Any:
+    """The graph of the float model, with the corrected biases of the allocation: an `onnx.ModelProto`."""
+    if picked.call is None:
+        raise InputError(f"exporter={exporter} runs the model on samples of the task's data, which are absent. Restore them.")
+    model = shared_copy(engine.model).cpu()
+    for group in engine.space.groups:
+        for layer in group.layers:
+            for name, bias in engine.biases(layer.name, picked.evaluation.allocation[group.name]).items():
+                module: Any = model.get_submodule(name)
+                set_values(module.bias, bias)
+    call = ModelCall(*map_tensors(lambda tensor: tensor.cpu(), (picked.call.args, picked.call.kwargs)))
+    return traced(model, call, opset=OPSET)
 
 
 def _set_opset(proto: Any, version: int) -> None:

@@ -144,7 +144,7 @@ def store(editor: GraphEditor, layer: LayerSpec, weight: QuantizedTensor, packed
     if isinstance(scheme, Float):
         _cast(editor, layer.name, weight.tensors["values"])
         return
-    codes, scales, zero_points = _unpacked(weight)
+    codes, scales, zero_points = unpacked(weight)
     shape = tuple(weight.shape)
     if isinstance(scheme.input, IntegerInput):
         if layer.kind == "linear":
@@ -178,13 +178,16 @@ def _cast(editor: GraphEditor, name: str, values: Tensor) -> None:
     editor.node("Cast", [f"{name}.{CODES}"], f"{name}.weight", to=1)
 
 
-def _unpacked(weight: QuantizedTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Codes `[rows, columns]` (int8 around 0 where symmetric, else uint8), scales and zero points as they are stored."""
+def unpacked(weight: QuantizedTensor, signed: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Codes `[rows, columns]`, scales and zero points as they are stored.
+
+    Codes are int8 around 0 where the scheme is symmetric and `signed`, else uint8.
+    """
     scheme: Any = weight.scheme
     codes, scales, zero_points, _ = scheme.unpacked(weight.tensors, weight.shape)
     stored: Tensor = weight.tensors["scales"]
     values = codes.numpy()
-    if zero_points is None:
+    if zero_points is None and signed:
         values = (values.astype(np.int16) - 2 ** (scheme.bits - 1)).astype(np.int8)
     return values, scales.to(stored.dtype).numpy(), None if zero_points is None else zero_points.numpy()
 

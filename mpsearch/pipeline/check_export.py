@@ -46,7 +46,7 @@ class TooLarge(InputError):  # noqa: N818  (a limit that was asked for, not a fa
 def check_size(path: Path, point: Evaluation, limits: Mapping[str, Any], result: Run) -> None:
     """`TooLarge` where the files with tensors next to `path` together exceed pick.max_bytes, or else budget.bytes.
 
-    Their headers count; JSON files do not, which describe them.
+    Their headers count; JSON and XML files do not, which describe them.
     """
     written = tensor_bytes(file for file in path.parent.iterdir() if file.is_file() and not file.name.startswith("."))
     name, limit = "pick.max_bytes", limits.get("max_bytes")
@@ -60,8 +60,8 @@ def check_size(path: Path, point: Evaluation, limits: Mapping[str, Any], result:
 
 
 def tensor_bytes(files: Iterable[Path]) -> int:
-    """Bytes of the files with tensors, headers included: those that are not JSON."""
-    return sum(file.stat().st_size for file in files if file.suffix != ".json")
+    """Bytes of the files with tensors, headers included: those that are neither JSON nor XML."""
+    return sum(file.stat().st_size for file in files if file.suffix not in (".json", ".xml"))
 
 
 @contextmanager
