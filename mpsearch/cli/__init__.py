@@ -14,6 +14,7 @@ import signal
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -36,7 +37,8 @@ COMMANDS = {
     "hardware": "say what this machine's kernels run, test them, and measure each layer in each scheme",
     "solve": "solve a finished run for another budget, or for an accuracy drop, and confirm it",
     "finetune": "train a point of a finished run as it is stored (quantization-aware), and score it again",
-    "report": "draw the tables, figures and page of a run again",
+    "report": "draw the tables, figures and page of a run again; compare runs: run=[a,b,c]",
+    "watch": "show the phase, the time left and the front of a run in progress",
     "export": "write a point of a run's front to a file for another runtime",
     "verify": "open an exported point in its runtime, and measure it there",
 }
@@ -72,6 +74,7 @@ class Job:
     words: Arguments = field(default_factory=lambda: Arguments([]))
     started: bool = False
     failed: bool = False
+    swept: list[Path] = field(default_factory=list)  # folders of the finished runs of a --multirun in this process
     again: str = ""  # the command that resumes the run
     process: int = field(default_factory=os.getpid)
 
@@ -125,12 +128,27 @@ def _dispatch(job: Job, words: list[str]) -> None:
     import hydra
 
     job.words = prepare(job.command, words[1:])
+    if job.words.runs:
+        _compare(job.words.runs, Path("reports") / f"comparison-{time.strftime('%Y%m%d_%H%M%S')}")
+        return
     sys.argv = ["mpsearch", *job.words.overrides]
 
     def task(config: DictConfig) -> None:
         _run(job, config)
 
     hydra.main(version_base="1.3", config_path=CONF, config_name=job.command)(task)()
+    if job.command == "search" and len(job.swept) > 1:
+        try:
+            _compare(job.swept, job.swept[0].parent)
+        except InputError as error:  # a sweep over tasks, say
+            print(f"not compared: {one_line(error)}", flush=True)
+
+
+def _compare(folders: list[Path], target: Path) -> None:
+    """Compare runs, and print where the comparison lies."""
+    from mpsearch.cli import commands
+
+    commands.compare(folders, target)
 
 
 def _run(job: Job, config: DictConfig) -> None:
@@ -153,6 +171,8 @@ def _run(job: Job, config: DictConfig) -> None:
 
             with memory_errors(), _messages():
                 getattr(commands, job.command)(settings, functools.partial(build_object, settings), folder)
+                if hydra.mode == RunMode.MULTIRUN:
+                    job.swept.append(folder)
     except InputError as error:
         if job.wants_traceback:
             raise

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ RESUMABLE = (
     "confirm.verify",
 )
 
+READING = ("report", "watch")  # build nothing that a saved config names
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -39,6 +41,7 @@ class Arguments:
     run: Path | None = None
     config: dict[str, Any] | None = None
     resumed: bool = False
+    runs: list[Path] = field(default_factory=list)  # of a comparison
     own_code: bool = False  # names the user's own classes, which may lie in the working directory
 
 
@@ -73,6 +76,8 @@ def prepare(command: str, words: list[str]) -> Arguments:
         if key in keys:
             raise InputError(f"'{key}' is given twice; give it once.")
         keys.append(key)
+        if key == "run" and command == "report" and value.startswith("[") and value.endswith("]"):
+            return Arguments([], runs=[_required(part.strip()) for part in value[1:-1].split(",")])
         if key == "run":
             run = _folder(value)
         elif key == "quantizer_of":
@@ -89,7 +94,7 @@ def prepare(command: str, words: list[str]) -> Arguments:
         else:
             overrides.append(word)
     is_sweep = any(word == "-m" or (len(word) > 3 and "--multirun".startswith(word)) for word in words)
-    if is_sweep and (run or command in ("solve", "finetune", "report", "export", "verify")):
+    if is_sweep and (run or command in ("solve", "finetune", "report", "export", "verify", "watch")):
         raise InputError("run= names one run, and --multirun starts many. Leave one of them out.")
     if run is None:
         return Arguments([*overrides, *flags], own_code=True)  # Hydra's parser knows no flag among the overrides
@@ -102,9 +107,9 @@ def _of_saved(command: str, words: list[str], run: Path, keys: list[str], overri
     if "executor" in keys:  # another one, with none of the old one's arguments
         config.pop("executor", None)
     trusted = any(re.fullmatch(r"\+*trust=true", word, re.IGNORECASE) for word in words)
-    if command != "report" and not trusted:
+    if command not in READING and not trusted:
         require_trust(config, run, command, words)
-    own_code = command != "report" and (
+    own_code = command not in READING and (
         trusted or any("_target_" in w or w.startswith(("--config-", "-cd", "-cp")) for w in words)
     )
     folder = [f"run={quoted(run)}", "hydra.run.dir=."]  # a folder may be named ${, which Hydra's own records cannot hold
@@ -128,13 +133,21 @@ def _of_saved(command: str, words: list[str], run: Path, keys: list[str], overri
 
     ConfigStore.instance().store(name="saved", node=config)
     hydra = ["hydra.job.name=search", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none"]
-    return Arguments([*folder, *hydra, *overrides, *flags, "--config-name", "saved"], run, config, True, own_code)
+    return Arguments([*folder, *hydra, *overrides, *flags, "--config-name", "saved"], run, config, True, own_code=own_code)
 
 
 def quoted(path: Path) -> str:
     """A path in Hydra's grammar, as OmegaConf reads it: a backslash there is one only before a quote or before `${`."""
     text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + "\\${", str(path))
     return "'" + re.sub(r"(\\*)('|\Z)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text) + "'"
+
+
+def _required(value: str) -> Path:
+    """The folder of one of several runs."""
+    folder = _folder(value)
+    if folder is None or not folder.is_dir():
+        raise InputError(f"There is no run folder '{value}'.")
+    return folder
 
 
 def _folder(value: str) -> Path | None:

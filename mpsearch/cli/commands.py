@@ -6,22 +6,29 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group
+from rich.live import Live
 from rich.table import Table
 
 from mpsearch.allocation import SearchSpace
-from mpsearch.cli.show import path_lines, paths, print_summary, relative, stdout
+from mpsearch.cli.saved_config import saved
+from mpsearch.cli.show import path_lines, paths, print_summary, progress_lines, progress_table, relative, stdout
 from mpsearch.costs.latency import FLOAT, REST, Latency
 from mpsearch.errors import InputError
 from mpsearch.packed.agreement import check_verified
 from mpsearch.packed.hardware import facts, self_test
 from mpsearch.pipeline import api, finished
+from mpsearch.pipeline.compare import compared
 from mpsearch.pipeline.goal import objective_names
 from mpsearch.pipeline.pick import pick
 from mpsearch.pipeline.result import Result, load_result, redrawn, verified, written
+from mpsearch.pipeline.watch import watched
 from mpsearch.registry import resolve
 from mpsearch.reporting.charts.latency import draw_latency
 from mpsearch.reporting.charts.sensitivity import draw_sensitivity
@@ -154,6 +161,27 @@ def report(settings: Settings, build: Build, folder: Path) -> None:
     _require_search(settings, "no front to report. Its chart is sensitivity.png")
     result, picked, page = redrawn(folder, pick, lambda: load_result(folder), every_figure=True)
     print_summary(result.run, picked, folder, said=path_lines(folder, folder / "index.html", page.name, "front.csv"))
+
+
+def compare(folders: list[Path], target: Path) -> None:
+    """Compare finished runs on the confirm split, and print the table."""
+    page = compared(folders, target, [saved(folder) for folder in folders])
+    print(page.read_text(encoding="utf-8").partition("![")[0].strip())
+    paths(target, page, "comparison.png", "comparison.csv")
+
+
+def watch(settings: Settings, build: Build, folder: Path) -> None:
+    """Show a run in progress until it ends: in place on a terminal, else a line whenever something changed."""
+    every, said = settings["every_seconds"], ""
+    if isinstance(every, bool) or not isinstance(every, int | float) or not 0 < every < 86_400:
+        raise InputError(f"every_seconds must be a number above 0; got {every!r}.")
+    with Live(console=stdout(), auto_refresh=False) if sys.stdout.isatty() else nullcontext() as live:
+        for now in watched(folder, every):
+            if live is not None:
+                live.update(Group(*progress_lines(now), progress_table(now)), refresh=True)
+            elif (line := "; ".join(progress_lines(now))) != said:
+                said = line
+                print(line, flush=True)
 
 
 def export(settings: Settings, build: Build, folder: Path) -> None:

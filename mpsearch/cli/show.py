@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from mpsearch.evaluation import Evaluation
+from mpsearch.pipeline.watch import Progress
 from mpsearch.reporting.summary import Summary, summary
 from mpsearch.runs.run import Run
 
@@ -102,3 +103,28 @@ def relative(path: Path) -> str:
         return str(path.relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def progress_lines(now: Progress) -> list[str]:
+    """The phase at work with the time left, and how far the front is."""
+    lines = ["no phase has begun"]
+    if now.phases:
+        last = now.phases[-1]
+        left = "" if last.left is None else f", {last.left:.0f} s left"
+        lines = [f"{last.what}: {last.done}/{last.total} in {last.seconds:.0f} s{left} {last.note}".rstrip()]
+    if now.front:
+        sizes = f"{now.front[0].size_bytes:,} to {now.front[-1].size_bytes:,} bytes"
+        lines.append(f"{now.n_evaluations} evaluations, {len(now.front)} points on the front, {sizes}")
+    return lines
+
+
+def progress_table(now: Progress) -> Table:
+    """At most twelve points of the front, evenly spread, on the search split."""
+    table = Table(title="front so far (search split)")
+    for column in ("bits", "bytes", "loss"):
+        table.add_column(column, justify="right")
+    n = min(len(now.front), 12)
+    for i in (round(k * (len(now.front) - 1) / max(n - 1, 1)) for k in range(n)):
+        e = now.front[i]
+        table.add_row(f"{e.average_bits:.2f}", f"{e.size_bytes:,}", f"{e.loss:.4g}")
+    return table

@@ -20,7 +20,7 @@ def stubbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         told.loaded.append(table.stat().st_size if table.exists() else 0)
         return SimpleNamespace(run=told.loaded[-1])
 
-    def write_report(result: int, folder: Path, picked: object) -> Path:
+    def write_report(result: int, folder: Path, picked: object, every_figure: bool = False) -> Path:
         if result < told.enough:
             with table.open("a") as stream:  # by the search, in this moment
                 stream.write("row\n")

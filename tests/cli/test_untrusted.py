@@ -86,7 +86,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     module = importlib.import_module("mpsearch.reporting.report")
     seen: list[object] = []
 
-    def note(result: object, folder: Path, picked: object, confirmed: object = None) -> Path:
+    def note(result: object, folder: Path, picked: object, confirmed: object = None, every_figure: bool = False) -> Path:
         seen.append(result)
         return folder / "report.md"
 
