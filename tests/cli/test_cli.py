@@ -66,6 +66,7 @@ class Door:
 
     def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[Call] = []
+        self.compared: list[tuple[list[Path], Path]] = []
         self.then: Any = lambda call: None
         self.capsys, self.monkeypatch = capsys, monkeypatch
 
@@ -94,6 +95,7 @@ def door(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     commands = types.ModuleType("mpsearch.cli.commands")
     for name in cli.COMMANDS:
         setattr(commands, name, functools.partial(opened.note, name))
+    commands.compare = lambda folders, target: opened.compared.append((folders, target))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "mpsearch.cli.commands", commands)
     monkeypatch.setattr(cli, "commands", commands, raising=False)
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -163,7 +165,7 @@ def test_search_help_names_what_there_is_to_choose(tmp_path: Path) -> None:
 
 
 MISTAKES = {
-    ("serach",): "There is no command 'serach'. Did you mean 'search'?",
+    ("serach",): "There is no command 'serach'. Did you mean 'search' or 'watch'?",
     (
         "model=digits",
     ): "There is no command 'model=digits'. There is: export, finetune, hardware, report, search, sensitivity, solve.",
@@ -253,6 +255,19 @@ def test_multirun_goes_on_after_a_mistake(door: Door) -> None:
     assert [folder.name for folder in folders] == ["0", "2"]
     assert len({folder.parent for folder in folders}) == 1
     assert folders[0].parent.name.startswith("search-multirun-")
+    assert door.compared == [(folders, folders[0].parent)], "a sweep ends with the comparison of its runs"
+
+
+def test_several_runs_are_compared(door: Door, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    assert door("report", "run=[a, b]").code == 0
+    ((folders, target),) = door.compared
+    assert folders == [tmp_path / "a", tmp_path / "b"]
+    assert target.parent == Path("reports")
+    ended = door("report", "run=[a,c]")
+    assert ended.code == 2
+    assert "There is no run folder 'c'" in ended.err
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
@@ -558,7 +573,7 @@ class TestRun:
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("mpsearch ", "search sensitivity hardware solve finetune report export verify"),
+        ("mpsearch ", "search sensitivity hardware solve finetune report watch export verify"),
         ("mpsearch s", "search sensitivity solve"),
         ("mpsearch search bud", "budget."),
         ("mpsearch search budget.by", "budget.bytes="),
