@@ -21,6 +21,7 @@ from mpsearch.schemes.codebook import Codebook
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.k_quant import KQuant
 from mpsearch.schemes.outliers import Outliers
 from mpsearch.schemes.rotated import Rotated
 from mpsearch.tasks.makers import fidelity_task
@@ -103,6 +104,23 @@ def test_every_kind_of_scheme_keeps_its_bytes_and_the_engine_stays_as_it_was(ref
     for layer in engine.space.layers:
         one, two = (e.quantized(layer.name, allocation[layer.group]).tensors for e in (refined, again))
         assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_blocks_of_llama_cpp_are_refined(tiny):
+    """A residual pair of layers with rows of 256 and 32: the refined weights are blocks, and the loss on unseen data falls."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(256, 32), nn.ReLU(), nn.Linear(32, 256), nn.ReLU(), nn.Linear(256, 8)).eval()
+    splits = [torch.randn(n, 256) @ torch.randn(256, 256).div(16).add(torch.eye(256)) for n in (600, 100, 200)]
+    task = fidelity_task(calibration=splits[0], search=splits[1], confirm=splits[2], batch_size=200)
+    schemes = {"q2_k": KQuant("q2_k"), "q4_1": KQuant("q4_1"), "w8": Integer(8)}
+    engine = tiny.engine(net, task, schemes, quantizer=KroneckerDescent())
+    assert engine.space.choices == (("q2_k", "q4_1", "w8"), ("q4_1", "w8"), ("q2_k", "q4_1", "w8"))
+    allocation = Allocation({"0": "q2_k", "2": "q4_1", "4": "q2_k"})
+    refined = ErrorPropagation().start(engine)(allocation)
+    for layer in engine.space.layers:
+        weight = refined.quantized(layer.name, allocation[layer.group])
+        weight.scheme.check(weight.tensors, weight.shape)
+    assert refined.score(allocation, "confirm").loss < engine.score(allocation, "confirm").loss
 
 
 def test_the_loss_on_data_that_nothing_has_seen_falls(refiner, trained):
