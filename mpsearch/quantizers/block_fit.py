@@ -29,9 +29,9 @@ from mpsearch.schemes.k_quant import KQuant
 from mpsearch.schemes.k_quant_layout import BlockFormat
 
 Array = npt.NDArray[np.floating[Any]]
-ROWS, INDEPENDENT_ROWS = 32, 512  # without G, rows are independent
+ROWS, INDEPENDENT_ROWS = 128, 512  # without G, rows are independent
 SHARE = 0.25
-NEAR = (-1.0, 0.0, 1.0)  # integers about the rounded one
+NEAR = np.array([[-1], [0], [1]], np.float32)  # integers about the rounded one
 TINY, ONE, ZERO = np.float32(2**-126), np.float32(1), np.float32(0)
 LARGEST_HALF = 65504.0
 
@@ -180,16 +180,15 @@ def _integers(q: Quadratic, old: Array, units: Array, blocks: BlockFormat) -> Ar
     (scale, minimum), (d, dmin) = old.T, units.T
     unit, minimum_unit = np.where(d == 0, ONE, d), np.where(dmin == 0, ONE, dmin)
     about = np.round(scale + np.where(d == 0, ZERO, q.both() / unit))
-    best, best_minimum, least = scale, minimum, np.zeros_like(scale)
-    for tried in (scale, *(np.clip(about + near, low, high) for near in NEAR)):
-        s, other = d * (tried - scale), minimum
-        if largest:
-            other = np.clip(np.round(minimum + np.where(dmin == 0, ZERO, q.minimum(s) / minimum_unit)), 0, largest)
-        change = q.change(s, dmin * (other - minimum))
-        better = change < least
-        least = np.where(better, change, least)
-        best, best_minimum = np.where(better, tried, best), np.where(better, other, best_minimum)
-    return np.stack([best, best_minimum], axis=1)
+    tried = np.concatenate([scale[None], (about + NEAR).clip(low, high)])
+    s, minima = d * (tried - scale), np.broadcast_to(minimum, tried.shape)
+    if largest:
+        minima = np.round(minimum + np.where(dmin == 0, ZERO, q.minimum(s) / minimum_unit)).clip(0, largest)
+    change = q.change(s, dmin * (minima - minimum))
+    best = change.argmin(0)
+    rows = np.arange(len(scale))
+    better = change[best, rows] < 0
+    return np.stack([np.where(better, tried[best, rows], scale), np.where(better, minima[best, rows], minimum)], axis=1)
 
 
 def _floats(q: Quadratic, old: Array) -> Array:
