@@ -65,7 +65,7 @@ def gguf_formats(network: str, format: str) -> Iterator[Row]:
 def gguf_network(network: str, format: str) -> Iterator[Row]:
     """The divergence of a network on unseen data, with layers in llama.cpp's formats by our quantizer and by ggml's encoder.
 
-    MiniLM on 500 sentence pairs that neither has seen; its layers of 1,536 columns in the format, all others float. Both get the
+    MiniLM on 300 sentence pairs that neither has seen; its layers of 1,536 columns in the format, all others float. Both get the
     same calibration data (for ggml: mean squared inputs), and have the same bytes.
     """
     engine, names = network_in_formats(network)
@@ -90,7 +90,7 @@ def scored(engine: QuantEngine, name: str) -> tuple[Score, float]:
 @functools.cache
 def network_in_formats(network: str) -> tuple[QuantEngine, tuple[str, ...]]:
     """The engine, and the layers that are not kept float."""
-    engine = load(network, NAMES, "kronecker_descent", "none", KEPT, n_calibration=200, n_search=50, n_confirm=500)
+    engine = load(network, NAMES, "kronecker_descent", "none", KEPT, n_calibration=100, n_search=10, n_confirm=300)
     pairs = zip(engine.space.groups, engine.space.choices, strict=True)
     return engine, tuple(layer.name for group, allowed in pairs if NAMES[0] in allowed for layer in group.layers)
 

@@ -18,7 +18,8 @@ import bench  # noqa: E402
 import harness  # noqa: E402
 
 REGISTRY = bench.registered()
-NEED_DATA = ("rotation_stories260k", "rotation_minilm", "bit_operations", "coverage_texts")
+NEED_DATA = ("rotation_stories260k", "rotation_minilm", "bit_operations", "coverage_texts", "gguf_network")
+NEED_GGML = ("gguf_formats", "gguf_network")
 SLOW = ("equalizers", "executors", "finetune", "formats", "matmul", "matmul_calls", "prefix", "quantizers", "resnet20_metrics")
 SLOW += ("metric_accuracy", "refine_methods", "search", "search_samplers", "solve")
 MARKED = [
@@ -31,6 +32,9 @@ MARKED = [
 def test_runs_at_smoke_size(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     if name in NEED_DATA:
         request.getfixturevalue("data_dir")
+    if name in NEED_GGML:
+        pytest.importorskip("gguf", reason="needs pip install --no-deps gguf")
+        pytest.importorskip("libgguf", reason="needs pip install --no-deps libgguf")
     chosen = REGISTRY[name]
     rows = harness.run(chosen, chosen.points(quick=True))
     assert rows, "a smoke run measures something"
