@@ -90,7 +90,7 @@ def scored(engine: QuantEngine, name: str) -> tuple[Score, float]:
 @functools.cache
 def network_in_formats(network: str) -> tuple[QuantEngine, tuple[str, ...]]:
     """The engine, and the layers that are not kept float."""
-    engine = load(network, NAMES, "kronecker_descent", "none", KEPT, n_calibration=100, n_search=10, n_confirm=300)
+    engine = load(network, NAMES, "kronecker_descent", "none", KEPT, n_calibration=100, n_search=50, n_confirm=300)
     pairs = zip(engine.space.groups, engine.space.choices, strict=True)
     return engine, tuple(layer.name for group, allowed in pairs if NAMES[0] in allowed for layer in group.layers)
 
@@ -125,12 +125,12 @@ def layers(network: str) -> list[tuple[Tensor, InputMoments]]:
         return [synthetic(256, int(network.split("_")[1]))]
     engine, names = network_in_formats(network)
     specs = {layer.name: layer for layer in engine.space.layers}
-    found = []
+    pairs = []
     for name in names:
         moments = engine.bank.calibration.with_hessian(specs[name], centred=False)
         assert moments is not None
-        found.append((weight_rows(engine.model.get_submodule(name)).detach().float(), moments))
-    return found
+        pairs.append((weight_rows(engine.model.get_submodule(name)).detach().float(), moments))
+    return pairs
 
 
 def synthetic(rows: int, columns: int) -> tuple[Tensor, InputMoments]:
