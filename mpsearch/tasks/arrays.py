@@ -79,16 +79,23 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def read_arrays(path: Path, *wanted: str) -> list[np.ndarray]:
     """The `wanted` arrays of an `.npz` file, whatever else is in it; `InputError` where it, or one of them, is not there."""
-    if not path.is_file():
-        raise InputError(f"There is no data file {path}. Give the path of an .npz file with arrays {' and '.join(wanted)}.")
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            names = list(file.files)
-            arrays = {name: file[name] for name in names if name in wanted}
-    except Exception as error:  # a damaged file can raise anything, from zlib.error to tokenize.TokenError
-        raise InputError(f"{path} is not a whole .npz file of plain arrays ({error}). Save it again with numpy.savez.") from error
+    arrays = npz_arrays(path, wanted)
     for name in wanted:
         if name not in arrays:
             arguments = ", ".join(f"{name}=…" for name in wanted)
+            with np.load(path, allow_pickle=False) as file:
+                names = list(file.files)
             raise InputError(f"{path} has no array '{name}', only {names}. Save it with numpy.savez(path, {arguments}).")
     return [arrays[name] for name in wanted]
+
+
+def npz_arrays(path: Path, wanted: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` file by name, or those of them that are `wanted`; `InputError` where it is absent or damaged."""
+    if not path.is_file():
+        arrays = f"arrays {' and '.join(wanted)}" if wanted else "the model's inputs"
+        raise InputError(f"There is no data file {path}. Give the path of an .npz file with {arrays}.")
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files if wanted is None or name in wanted}
+    except Exception as error:  # a damaged file can raise anything, from zlib.error to tokenize.TokenError
+        raise InputError(f"{path} is not a whole .npz file of plain arrays ({error}). Save it again with numpy.savez.") from error

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpsearch.errors import InputError, one_line
-from mpsearch.tasks.base import SPLITS, check_batch_size
+from mpsearch.errors import InputError
+from mpsearch.tasks.arrays import npz_arrays
+from mpsearch.tasks.base import SPLITS, check_batch_size, in_batches
 from mpsearch.tasks.classification import draw_splits
 from mpsearch.tasks.makers import FidelityTask
+from mpsearch.tree import map_tensors
 
 LOSSES = ("softmax_kl", "sigmoid_kl", "relative_mse")
 
@@ -54,38 +56,20 @@ class Fidelity(FidelityTask):
             raise InputError(f"task.loss must be one of {', '.join(LOSSES)}; got '{loss}'.")
         check_batch_size(batch_size)
         source, self.flatten = Path(path).expanduser(), flatten
-        arrays = _arrays(source)
-        n = len(next(iter(arrays.values())))
+        arrays = {name: torch.from_numpy(array) for name, array in npz_arrays(source).items()}
+        lengths = {name: len(array) if array.dim() else 0 for name, array in arrays.items()}
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            listed = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()) or "no array"
+            raise InputError(f"{source} must hold arrays with the same number of samples first; it has {listed}.")
+        whole: Any = next(iter(arrays.values())) if len(arrays) == 1 else tuple(arrays.values()) if positional else arrays
         sizes = dict(zip(SPLITS, (n_calibration, n_search, n_confirm), strict=True))
         splits = {}
-        for split, index in draw_splits(n, sizes, seed, source.name).items():
-            parts = (index[begin : begin + batch_size] for begin in range(0, len(index), batch_size))
-            splits[split] = [_inputs({name: array[part] for name, array in arrays.items()}, positional) for part in parts]
+        for split, index in draw_splits(min(lengths.values()), sizes, seed, source.name).items():
+            inputs = map_tensors(itemgetter(torch.from_numpy(index)), whole)
+            splits[split] = [batch for batch, _ in in_batches(batch_size, inputs, torch.zeros(len(index)))]
         super().__init__(splits, labelled=False, divergence=loss)
 
     def forward(self, model: nn.Module, inputs: Any) -> Tensor:
         """The outputs `[n, columns]`."""
         outputs = super().forward(model, inputs)
         return outputs.flatten(1) if self.flatten else outputs
-
-
-def _arrays(path: Path) -> dict[str, Tensor]:
-    """The arrays of an `.npz` file, by name."""
-    if not path.is_file():
-        raise InputError(f"There is no file {path}. Set task.path to an .npz file with the model's inputs.")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: torch.from_numpy(file[name]) for name in file.files}
-    except Exception as error:  # a damaged file can raise anything
-        raise InputError(f"{path} cannot be read as .npz: {one_line(error)}") from error
-    lengths = {name: len(array) if array.dim() else 0 for name, array in arrays.items()}
-    if len(set(lengths.values())) != 1 or 0 in lengths.values():
-        listed = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items()) or "no array"
-        raise InputError(f"{path} must hold arrays with the same number of samples first; it has {listed}.")
-    return arrays
-
-
-def _inputs(arrays: dict[str, Tensor], positional: bool) -> Any:
-    if len(arrays) == 1:
-        return next(iter(arrays.values()))
-    return tuple(arrays.values()) if positional else arrays

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mpsearch.errors import InputError, one_line
 from mpsearch.tasks.base import SPLITS
-from mpsearch.tasks.classification import Classification, draw_splits
-from mpsearch.tasks.records import read_columns
-from mpsearch.tasks.text_classification import class_numbers
+from mpsearch.tasks.classification import Classification
+from mpsearch.tasks.records import class_numbers, read_columns
+from mpsearch.tasks.sources import default_sizes, draw_by_source, named_files, read_once
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -104,7 +104,9 @@ class ImageFolder(Classification):
     size, short_side, mean, std
         See `Preprocessing`; by default `short_side` is 256 / 224 of the size, and mean and std are those of ImageNet.
     n_calibration, n_search, n_confirm
-        Images of each split; `None`: a third.
+        Images of each split; `None`: see `sources.default_sizes`.
+    calibration_data, search_data, confirm_data
+        Another folder or table for this split, with the same classes; it may serve several.
 
     Raises
     ------
@@ -126,26 +128,33 @@ class ImageFolder(Classification):
         seed: int = 0,
         batch_size: int = 32,
         n_classes: int | None = None,
+        calibration_data: str | Path | None = None,
+        search_data: str | Path | None = None,
+        confirm_data: str | Path | None = None,
     ) -> None:
         try:
             import PIL  # noqa: F401
         except ImportError:
             raise InputError("task=image_folder needs Pillow, which is not installed here. Run: pip install pillow") from None
-        source = Path(path).expanduser()
         folder = Path(preprocessing).expanduser() if preprocessing is not None else None
-        files, classes = _of_folders(source, folder) if source.is_dir() else _of_table(source, folder)
+        sources = named_files((calibration_data, search_data, confirm_data), Path(path).expanduser())
+        listed = read_once(sources, lambda source: _of_folders(source, folder) if source.is_dir() else _of_table(source, folder))
         prepare = (
             Preprocessing.read(folder)
             if folder is not None
             else _given(size, short_side, mean or IMAGENET_MEAN, std or IMAGENET_STD)
         )
-        sizes = dict(zip(SPLITS, (n_calibration, n_search, n_confirm), strict=True))
+        if folder is None or not (folder / "config.json").is_file():
+            _check_same_classes(listed)
+        lengths = {source: len(files) for source, (files, _) in listed.items()}
+        sizes = default_sizes(sources, lengths, (n_calibration, n_search, n_confirm))
+        drawn = draw_by_source(sources, lengths, sizes, seed)
         calibration, search, confirm = (
             (torch.stack([prepare(files[i]) for i in index]), classes[torch.from_numpy(index)])
-            for index in draw_splits(len(files), sizes, seed, source.name).values()
+            for (files, classes), index in ((listed[sources[split]], drawn[split]) for split in SPLITS)
         )
-        n_classes = max(n_classes or 0, int(classes.max()) + 1)
-        origins = dict.fromkeys(SPLITS, source.name)
+        n_classes = max(n_classes or 0, *(int(classes.max()) + 1 for _, classes in listed.values()))
+        origins = {split: source.name for split, source in sources.items()}
         super().__init__(calibration, search, confirm, n_classes=n_classes, batch_size=batch_size, origins=origins)
 
 
@@ -157,9 +166,26 @@ def _given(size: int, short_side: int | None, mean: Sequence[float], std: Sequen
     return Preprocessing((size, size), short_side or round(size * 256 / 224), tuple(mean), tuple(std))
 
 
+def _class_names(source: Path) -> list[str]:
+    return sorted(child.name for child in source.iterdir() if child.is_dir())
+
+
+def _check_same_classes(sources: Collection[Path]) -> None:
+    """Raise `InputError` where folders of folders number their classes in different ways."""
+    named = {source: _class_names(source) for source in sources if source.is_dir()}
+    for source, names in named.items():
+        first = next(iter(named))
+        if names != named[first]:
+            differ = sorted(set(names) ^ set(named[first]))[0]
+            raise InputError(
+                f"{source} and {first} must have folders of the same classes, which are numbered by name; '{differ}' is in one "
+                "of them. Give the missing folder, or tables with numbers."
+            )
+
+
 def _of_folders(source: Path, folder: Path | None) -> tuple[list[Path], Tensor]:
     """The images of a folder of folders, and the class of each."""
-    names = sorted(child.name for child in source.iterdir() if child.is_dir())
+    names = _class_names(source)
     pairs = [(file, name) for name in names for file in sorted((source / name).rglob("*")) if file.suffix.lower() in ENDINGS]
     if not pairs:
         raise InputError(

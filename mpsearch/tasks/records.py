@@ -122,16 +122,35 @@ def encoded_batches(
     """
     check_batch_size(batch_size)
     options = {"truncation": True, "max_length": max_length, "verbose": False}
-    lengths = sum(np.array([len(ids) for ids in tokenizer(list(part), **options)["input_ids"]]) for part in texts.values())
+    encoded = {name: dict(tokenizer(list(part), **options)) for name, part in texts.items()}
+    lengths = sum(np.array([len(ids) for ids in columns["input_ids"]]) for columns in encoded.values())
     order = np.argsort(lengths, kind="stable")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     batches = []
     for begin in range(0, len(order), batch_size):
         index = order[begin : begin + batch_size]
-        inputs = {
-            name: dict(tokenizer([part[i] for i in index], padding=True, return_tensors="pt", **options))
-            for name, part in texts.items()
-        }
+        inputs = {}
+        for name, columns in encoded.items():
+            rows = {key: [values[i] for i in index] for key, values in columns.items()}
+            inputs[name] = dict(tokenizer.pad(rows, return_tensors="pt", verbose=False))
         batches.append((inputs, targets[torch.from_numpy(index)]))
     return batches
+
+
+def class_numbers(labels: np.ndarray, folder: Path, source: Path) -> Tensor:
+    """int64 `[n]`: integers as they are, names by `label2id` of the folder's `config.json`."""
+    if np.issubdtype(labels.dtype, np.integer):
+        return torch.from_numpy(labels.astype(np.int64))
+    file = folder / "config.json"
+    numbers = json.loads(file.read_text(encoding="utf-8")).get("label2id") if file.is_file() else None
+    known = {str(name): int(number) for name, number in (numbers or {}).items()}
+    for name in map(str, labels):
+        if name not in known:
+            listed = ", ".join(list(known)[:8]) or "none"
+            near = did_you_mean(name, list(known))
+            raise InputError(
+                f"{source} has the label '{name}', which label2id of {file} lacks; it has {listed}.{near} Give those names, "
+                "or integers from 0."
+            )
+    return torch.tensor([known[str(name)] for name in labels])

@@ -13,8 +13,11 @@ from typing import TypeVar
 import numpy as np
 
 from mpsearch.errors import InputError
+from mpsearch.progress import say_once
 from mpsearch.tasks.base import SPLITS
 from mpsearch.tasks.classification import draw_splits
+
+DEFAULT_SIZES = {"calibration": 256, "search": 512, "confirm": 1024}  # at most, where a size is not given
 
 Source = TypeVar("Source", bound=Hashable)
 Data = TypeVar("Data")
@@ -41,6 +44,27 @@ def named_files(given: Sequence[str | Path | None], default: Path) -> dict[str, 
 def read_once(sources: Mapping[str, Source], read: Callable[[Source], Data]) -> dict[Source, Data]:
     """What `read` gives of each source of the splits."""
     return {source: read(source) for source in dict.fromkeys(sources.values())}
+
+
+def default_sizes(
+    sources: Mapping[str, Source], lengths: Mapping[Source, int], given: Sequence[int | None], multiple: int = 1
+) -> dict[str, int | None]:
+    """The `given` size of each split, or `DEFAULT_SIZES`, at most an equal share of its source; all defaults a `multiple`.
+
+    The user is told what an interval of so many confirm samples will be like.
+    """
+    sizes = dict(zip(SPLITS, given, strict=True))
+    for split, size in sizes.items():
+        if size is None:
+            share = lengths[sources[split]] // sum(sources[other] == sources[split] for other in SPLITS)
+            sizes[split] = min(DEFAULT_SIZES[split], share) // multiple * multiple
+    if (n := sizes["confirm"]) and given[-1] is None:
+        more = "; more: task.n_confirm=…" if lengths[sources["confirm"]] > sum(size or 0 for size in sizes.values()) else ""
+        say_once(
+            f"{sizes['calibration']:,} samples calibrate, {sizes['search']:,} score proposals and {n:,} confirm: an accuracy "
+            f"near 50 % is then known to ±{98 / n**0.5:.1f} points, a drop more exactly{more}."
+        )
+    return sizes
 
 
 def draw_by_source(

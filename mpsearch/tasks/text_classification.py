@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from mpsearch.errors import InputError, did_you_mean
-from mpsearch.tasks.base import SPLITS
-from mpsearch.tasks.classification import draw_splits
 from mpsearch.tasks.makers import DataTask
-from mpsearch.tasks.records import encoded_batches, load_tokenizer, read_columns
+from mpsearch.tasks.records import class_numbers, encoded_batches, load_tokenizer, read_columns
+from mpsearch.tasks.sources import default_sizes, draw_by_source, named_files, read_once
 
 
 class TextClassification(DataTask):
@@ -28,9 +23,11 @@ class TextClassification(DataTask):
     text, label
         Columns. Labels are integers from 0 or names.
     n_calibration, n_search, n_confirm
-        Texts of each split; `None`: a third.
+        Texts of each split; `None`: see `sources.default_sizes`.
     max_length
         Tokens to which a text is cut.
+    calibration_data, search_data, confirm_data
+        Another table for this split; it may serve several.
 
     Raises
     ------
@@ -50,38 +47,20 @@ class TextClassification(DataTask):
         seed: int = 0,
         batch_size: int = 32,
         max_length: int = 256,
+        calibration_data: str | Path | None = None,
+        search_data: str | Path | None = None,
+        confirm_data: str | Path | None = None,
     ) -> None:
-        source = Path(path).expanduser()
-        table = read_columns(source, {text: "task.text", label: "task.label"})
+        files = named_files((calibration_data, search_data, confirm_data), Path(path).expanduser())
+        tables = read_once(files, lambda file: read_columns(file, {text: "task.text", label: "task.label"}))
         encode = load_tokenizer(tokenizer, "task=text_classification")
-        classes = class_numbers(table[label].to_numpy(), Path(tokenizer).expanduser(), source)
-        sizes = dict(zip(SPLITS, (n_calibration, n_search, n_confirm), strict=True))
-        texts = [str(value) for value in table[text]]
-        splits = {
-            split: [
-                (inputs["text"], targets)
-                for inputs, targets in encoded_batches(
-                    encode, {"text": [texts[i] for i in index]}, classes[torch.from_numpy(index)], batch_size, max_length
-                )
-            ]
-            for split, index in draw_splits(len(table), sizes, seed, source.name).items()
-        }
+        folder = Path(tokenizer).expanduser()
+        classes = {file: class_numbers(table[label].to_numpy(), folder, file) for file, table in tables.items()}
+        lengths = {file: len(table) for file, table in tables.items()}
+        sizes = default_sizes(files, lengths, (n_calibration, n_search, n_confirm))
+        splits = {}
+        for split, index in draw_by_source(files, lengths, sizes, seed).items():
+            column, targets = tables[files[split]][text].to_numpy(), classes[files[split]][torch.from_numpy(index)]
+            encoded = encoded_batches(encode, {"text": [str(column[i]) for i in index]}, targets, batch_size, max_length)
+            splits[split] = [(inputs["text"], numbers) for inputs, numbers in encoded]
         super().__init__(splits, labelled=True, divergence="softmax_kl")
-
-
-def class_numbers(labels: np.ndarray, folder: Path, source: Path) -> Tensor:
-    """int64 `[n]`: integers as they are, names by `label2id` of the folder's `config.json`."""
-    if np.issubdtype(labels.dtype, np.integer):
-        return torch.from_numpy(labels.astype(np.int64))
-    file = folder / "config.json"
-    numbers = json.loads(file.read_text(encoding="utf-8")).get("label2id") if file.is_file() else None
-    known = {str(name): int(number) for name, number in (numbers or {}).items()}
-    for name in map(str, labels):
-        if name not in known:
-            listed = ", ".join(list(known)[:8]) or "none"
-            near = did_you_mean(name, list(known))
-            raise InputError(
-                f"{source} has the label '{name}', which label2id of {file} lacks; it has {listed}.{near} Give those names, "
-                "or integers from 0."
-            )
-    return torch.tensor([known[str(name)] for name in labels])

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError
-from mpsearch.tasks.base import SPLITS, StoredTask, check_batch_size
-from mpsearch.tasks.classification import draw_splits
+from mpsearch.tasks.base import StoredTask, check_batch_size
 from mpsearch.tasks.records import encoded_batches, load_tokenizer, read_columns
+from mpsearch.tasks.sources import default_sizes, draw_by_source, named_files, read_once
 from mpsearch.tasks.stsb import LARGEST_SCORE, TEMPERATURE, STSBenchmark
 
 POOLINGS = ("mean", "cls")
@@ -31,11 +31,13 @@ class TextPairs(STSBenchmark):
     first, second, score
         Columns.
     n_calibration, n_search, n_confirm
-        Pairs of each split, multiples of `batch_size`; `None`: a third.
+        Pairs of each split, multiples of `batch_size`; `None`: see `sources.default_sizes`.
     max_length
         Tokens to which a text is cut.
     pooling
         The embedding of a text: "mean" of the last hidden states of its tokens, or that of its first token, "cls".
+    calibration_data, search_data, confirm_data
+        Another table for this split; it may serve several.
 
     Raises
     ------
@@ -57,28 +59,34 @@ class TextPairs(STSBenchmark):
         batch_size: int = 32,
         max_length: int = 256,
         pooling: str = "mean",
+        calibration_data: str | Path | None = None,
+        search_data: str | Path | None = None,
+        confirm_data: str | Path | None = None,
     ) -> None:
         if pooling not in POOLINGS:
             raise InputError(f"task.pooling must be one of {', '.join(POOLINGS)}; got '{pooling}'.")
         check_batch_size(batch_size)
-        source, self.pooling = Path(path).expanduser(), pooling
-        table = read_columns(source, {first: "task.first", second: "task.second", score: "task.score"})
-        gold = _scores(table[score].to_numpy(), source, score)
-        asked = dict(zip(SPLITS, (n_calibration, n_search, n_confirm), strict=True))
-        third = len(table) // len(SPLITS) // batch_size * batch_size
-        sizes = {split: third if size is None else size for split, size in asked.items()}
-        if bad := next((split for split, size in sizes.items() if size % batch_size or not size), None):
+        self.pooling = pooling
+        files = named_files((calibration_data, search_data, confirm_data), Path(path).expanduser())
+        options = {first: "task.first", second: "task.second", score: "task.score"}
+        tables = read_once(files, lambda file: read_columns(file, options))
+        gold = {file: _scores(table[score].to_numpy(), file, score) for file, table in tables.items()}
+        lengths = {file: len(table) for file, table in tables.items()}
+        sizes = default_sizes(files, lengths, (n_calibration, n_search, n_confirm), batch_size)
+        if bad := next((split for split, size in sizes.items() if not size or size % batch_size), None):
             raise InputError(
-                f"n_{bad} is {sizes[bad]:,} of {len(table):,} pairs; it must be a multiple of batch_size, {batch_size}, above 0."
+                f"n_{bad} is {sizes[bad]:,} of {lengths[files[bad]]:,} pairs; it must be a multiple of batch_size, {batch_size}, "
+                "above 0."
             )
         encode = load_tokenizer(tokenizer, "task=text_pairs")
-        columns = {name: [str(value) for value in table[name]] for name in (first, second)}
         batches = {}
-        for split, index in draw_splits(len(table), sizes, seed, source.name).items():
-            texts = {str(i): [column[row] for row in index] for i, column in enumerate(columns.values())}
-            encoded = encoded_batches(encode, texts, gold[torch.from_numpy(index)], batch_size, max_length)
-            batches[split] = [((inputs["0"], inputs["1"]), targets) for inputs, targets in encoded]
-        StoredTask.__init__(self, batches, dict.fromkeys(SPLITS, source.name))
+        for split, index in draw_by_source(files, lengths, sizes, seed).items():
+            columns = [tables[files[split]][name].to_numpy() for name in (first, second)]
+            texts = {str(i): [str(column[row]) for row in index] for i, column in enumerate(columns)}
+            targets = gold[files[split]][torch.from_numpy(index)]
+            encoded = encoded_batches(encode, texts, targets, batch_size, max_length)
+            batches[split] = [((inputs["0"], inputs["1"]), scores) for inputs, scores in encoded]
+        StoredTask.__init__(self, batches, {split: file.name for split, file in files.items()})
 
     def forward(self, model: nn.Module, inputs: Any) -> Tensor:
         """Cosine similarities of each first text with all second ones over the temperature, `[n, n]`."""

@@ -45,9 +45,9 @@ def test_what_cannot_be_used_is_one_sentence(tmp_path):
         with pytest.raises(InputError, match=sentence):
             Fidelity(path, **options)
 
-    refused("There is no file", tmp_path / "nowhere.npz")
+    refused("There is no data file", tmp_path / "nowhere.npz")
     (tmp_path / "bad.npz").write_bytes(b"PK")
-    refused("cannot be read as .npz", tmp_path / "bad.npz")
+    refused("is not a whole .npz file", tmp_path / "bad.npz")
     refused(r"same number of samples first; it has a \[2\], b \[3\]", saved(tmp_path, a=np.zeros(2), b=np.zeros(3)))
     refused("it has no array", saved(tmp_path))
     good = saved(tmp_path, x=np.zeros((9, 2), np.float32))

@@ -1,6 +1,7 @@
 """Folders and tables of images: their classes, and what is done to the pixels."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -41,6 +42,17 @@ def test_a_folder_of_folders(folder):
     assert torch.allclose(blue, y.float().view(-1, 1, 1).expand(-1, 8, 8), atol=1e-6)
     red = (x[:, 0] * IMAGENET_STD[0] + IMAGENET_MEAN[0]).mean((1, 2)) * 255 / 40
     assert sorted(red.round().int().tolist()) == list(range(6)), "each picture is in one split"
+
+
+def test_a_split_has_images_of_its_own(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "others")
+    task = ImageFolder(folder, size=8, confirm_data=tmp_path / "others")
+    n = {split: sum(len(y) for _, y in task.batches(split)) for split in SPLITS}
+    assert n == {"calibration": 3, "search": 3, "confirm": 6}
+    assert task.describe("confirm") == "6 samples, others"
+    (tmp_path / "others" / "green").mkdir()
+    with pytest.raises(InputError, match="must have folders of the same classes, which are numbered by name; 'green'"):
+        ImageFolder(folder, size=8, confirm_data=tmp_path / "others")
 
 
 def test_a_table_of_files(folder):

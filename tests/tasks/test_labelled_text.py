@@ -63,6 +63,21 @@ def test_classes_are_numbered_by_the_model(encoder, reviews):
     assert same.fingerprint() == task.fingerprint(), "integers and names of the same classes"
 
 
+def test_a_split_has_a_table_of_its_own(encoder, reviews, pairs, tmp_path):
+    others = tmp_path / "others.csv"
+    pd.read_csv(reviews).head(8).to_csv(others, index=False)
+    task = TextClassification(reviews, encoder, confirm_data="others.csv")
+    n = {split: sum(len(targets) for _, targets in task.batches(split)) for split in SPLITS}
+    assert n == {"calibration": N // 2, "search": N // 2, "confirm": 8}
+    (tmp_path / "more.jsonl").write_text("\n".join(pairs.read_text().splitlines()[:12]))
+    task = TextPairs(pairs, encoder, batch_size=4, confirm_data=tmp_path / "more.jsonl")
+    n = {split: sum(len(scores) for _, scores in task.batches(split)) for split in SPLITS}
+    assert n == {"calibration": 16, "search": 16, "confirm": 12}
+    assert task.describe("confirm") == "12 samples, more.jsonl"
+    with pytest.raises(InputError, match=r"There is no data file for the search split: .* Set task.search_data to a file"):
+        TextPairs(pairs, encoder, search_data="nowhere.csv")
+
+
 def test_padding_does_not_change_a_text(encoder, reviews):
     model, task = huggingface(encoder), TextClassification(reviews, encoder, batch_size=12)
     inputs, _ = task.batches("confirm")[0]

@@ -9,6 +9,7 @@ from mpsearch.tasks.cifar10 import Cifar10
 from mpsearch.tasks.imagenet import ImageNetSample
 from mpsearch.tasks.language import Stories
 from mpsearch.tasks.overlap import overlap
+from mpsearch.tasks.sources import default_sizes
 from mpsearch.tasks.stsb import STSBenchmark
 from mpsearch.tasks.wikitext2 import WikiText2
 
@@ -150,3 +151,15 @@ def test_a_file_of_another_shape_is_a_sentence(tmp_path):
     images(tmp_path / "test_0.npz", 20, 1)
     with pytest.raises(InputError, match=r"wide.npz holds x float32 \[30, 5\].*CIFAR-10 is uint8"):
         Cifar10(tmp_path, n_calibration=2, n_search=2, search_data="wide.npz")
+
+
+def test_default_sizes_are_useful_and_said(capsys):
+    sources = {"calibration": "a", "search": "a", "confirm": "b"}
+    assert default_sizes(sources, {"a": 10_000, "b": 5000}, (None, 100, None)) == {
+        "calibration": 256,
+        "search": 100,
+        "confirm": 1024,
+    }
+    assert "256 samples calibrate, 100 score proposals and 1,024 confirm" in (said := " ".join(capsys.readouterr().err.split()))
+    assert "±3.1 points, a drop more exactly; more: task.n_confirm=…" in said
+    assert list(default_sizes(sources, {"a": 90, "b": 50}, (None,) * 3, multiple=20).values()) == [40, 40, 40]
