@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from mpsearch.errors import InputError, one_line
+from mpsearch.models.without_torchvision import without_torchvision
 
 INSTALL = "pip install 'mpsearch[onnx]', and pip install --no-deps onnx2torch"  # which asks for torchvision
 
@@ -37,8 +34,10 @@ def onnx_model(path: str | Path) -> nn.Module:
     try:
         import onnx
 
-        with _torchvision():
+        with without_torchvision():
             from onnx2torch import convert
+
+            from mpsearch.models.onnx_converters import replaced, unsupported, with_ranks
     except ImportError as error:
         raise InputError(f"model=onnx needs onnx and onnx2torch ({one_line(error)}): {INSTALL}.") from None
     try:
@@ -47,8 +46,13 @@ def onnx_model(path: str | Path) -> nn.Module:
     except Exception as error:  # a damaged file can raise anything
         raise InputError(f"{file} cannot be read as an ONNX network: {one_line(error)}") from error
     _constants_to_initializers(graph.graph)
+    if missing := unsupported(graph):
+        raise InputError(
+            f"{file} has operators for which onnx2torch has no converter: {', '.join(missing)}. Give the network as a PyTorch "
+            "module (model=custom), or export it without them."
+        )
     try:
-        model: Any = convert(graph)
+        model: Any = convert(replaced(with_ranks(graph)))
     except NotImplementedError as error:
         raise InputError(
             f"{file} cannot be converted by onnx2torch: {one_line(error)} Give the network as a PyTorch module (model=custom)."
@@ -77,22 +81,3 @@ def _constants_to_initializers(graph: Any) -> None:
         stored.name = node.output[0]
         tensors[stored.name] = stored
         graph.node.remove(node)
-
-
-@contextmanager
-def _torchvision() -> Iterator[None]:
-    """onnx2torch imports torchvision for two operators of detectors; where it is absent, an empty package stands in."""
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        package, operators = types.ModuleType("torchvision"), types.ModuleType("torchvision.ops")
-        operators.roi_align = None  # type: ignore[attr-defined]
-        package.ops = operators  # type: ignore[attr-defined]
-        sys.modules |= {"torchvision": package, "torchvision.ops": operators}
-        try:
-            yield
-        finally:
-            for name in ("torchvision", "torchvision.ops"):
-                del sys.modules[name]
-    else:
-        yield

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpsearch.errors import InputError, one_line
+from mpsearch.errors import InputError, did_you_mean, one_line
+from mpsearch.models.timm_model import check_name, import_timm
 from mpsearch.tasks.base import SPLITS
 from mpsearch.tasks.classification import Classification
 from mpsearch.tasks.records import class_numbers, read_columns
@@ -21,6 +22,8 @@ from mpsearch.tasks.sources import default_sizes, draw_by_source, named_files, r
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BICUBIC = 3  # Pillow's number of the filter, which preprocessor_config.json gives too
+RESAMPLE = {"nearest": 0, "bilinear": 2, "bicubic": BICUBIC}
+TIMM = "timm:"
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,22 @@ class Preprocessing:
                 "task.std instead of task.preprocessing."
             ) from error
 
+    @classmethod
+    def of_timm(cls, name: str) -> Preprocessing:
+        """That with which timm evaluates a model of its registry; `InputError` for an unknown name."""
+        check_name(name)
+        timm = import_timm("task.preprocessing=timm:…")
+        config = timm.models.get_pretrained_cfg(name)
+        if config is None:
+            raise InputError(f"timm has no model {name}.{did_you_mean(name, timm.list_models())}")
+        size = (int(config.input_size[1]), int(config.input_size[2]))
+        if config.crop_mode != "center" or size[0] != size[1] or config.interpolation not in RESAMPLE:
+            raise InputError(
+                f"timm prepares images for {name} by crop_mode={config.crop_mode}, interpolation={config.interpolation} and size "
+                f"{size[0]} x {size[1]}, which task=image_folder does not do. Set task.size, task.mean and task.std."
+            )
+        return cls(size, int(size[0] / config.crop_pct), tuple(config.mean), tuple(config.std), RESAMPLE[config.interpolation])
+
     def __call__(self, file: Path) -> Tensor:
         """float32 `[channels, height, width]` of an image file."""
         from PIL import Image
@@ -100,7 +119,7 @@ class ImageFolder(Classification):
         columns `image` (a file, relative to the table) and `label` (integers from 0, or names that the model's folder numbers).
     preprocessing
         A Hugging Face folder with `preprocessor_config.json`; `config.json` there numbers the classes by name (`label2id`).
-        Without it the four arguments that follow count.
+        Or `timm:` and a name in timm's registry. Without it the four arguments that follow count.
     size, short_side, mean, std
         See `Preprocessing`; by default `short_side` is 256 / 224 of the size, and mean and std are those of ImageNet.
     n_calibration, n_search, n_confirm
@@ -136,14 +155,16 @@ class ImageFolder(Classification):
             import PIL  # noqa: F401
         except ImportError:
             raise InputError("task=image_folder needs Pillow, which is not installed here. Run: pip install pillow") from None
-        folder = Path(preprocessing).expanduser() if preprocessing is not None else None
+        of_timm = str(preprocessing).startswith(TIMM)
+        folder = None if preprocessing is None or of_timm else Path(preprocessing).expanduser()
         sources = named_files((calibration_data, search_data, confirm_data), Path(path).expanduser())
         listed = read_once(sources, lambda source: _of_folders(source, folder) if source.is_dir() else _of_table(source, folder))
-        prepare = (
-            Preprocessing.read(folder)
-            if folder is not None
-            else _given(size, short_side, mean or IMAGENET_MEAN, std or IMAGENET_STD)
-        )
+        if of_timm:
+            prepare = Preprocessing.of_timm(str(preprocessing).removeprefix(TIMM))
+        elif folder is not None:
+            prepare = Preprocessing.read(folder)
+        else:
+            prepare = _given(size, short_side, mean or IMAGENET_MEAN, std or IMAGENET_STD)
         if folder is None or not (folder / "config.json").is_file():
             _check_same_classes(listed)
         lengths = {source: len(files) for source, (files, _) in listed.items()}

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import mpsearch
 from mpsearch.errors import InputError
@@ -75,8 +76,62 @@ def test_what_cannot_be_converted_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "bad.onnx").write_bytes(b"not a graph")
     with pytest.raises(InputError, match="cannot be read as an ONNX network"):
         onnx_model(tmp_path / "bad.onnx")
-    with pytest.raises(InputError, match=r"cannot be converted by onnx2torch: .*operation_type='Sinh'.*model=custom"):
+    with pytest.raises(InputError, match=r"for which onnx2torch has no converter: Sinh\. .*model=custom"):
         onnx_model(network(tmp_path / "net.onnx", operator="Sinh"))
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(InputError, match=r"model=onnx needs onnx and onnx2torch .*pip install --no-deps onnx2torch"):
         onnx_model(tmp_path / "net.onnx")
+
+
+def saved(path, nodes, weights, shape, opset=13):
+    """A graph of one input `x` and one output `y` whose inner shapes are not written down."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    tensors = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, list("abcd"))
+    made = [helper.make_node(*node[:3], **(node[3] if len(node) > 3 else {})) for node in nodes]
+    graph = helper.make_graph(made, "g", [x], [y], tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)]), path)
+    return path
+
+
+RANDOM = np.random.default_rng(1)
+CHANNELS = RANDOM.uniform(0.5, 2, (4, 5)).astype(np.float32)
+KERNEL = RANDOM.standard_normal((5, 3, 1, 1)).astype(np.float32)
+PADS = np.array([0, 1, 0, 2, 0, 2, 0, 3])
+NODES = {
+    "the largest of each channel": ([("GlobalMaxPool", ["x"], ["y"])], {}),
+    "reflection of columns alone": (
+        [("Pad", ["x", "pads"], ["y"], {"mode": "reflect"})],
+        {"pads": np.array([0, 1, 0, 2, 0, 2, 0, 3])},
+    ),
+    "a batch norm after a convolution of an unknown shape": (
+        [
+            ("Shape", ["x"], ["known"]),
+            ("Cast", ["known"], ["number"], {"to": 1}),
+            ("Cast", ["number"], ["any"], {"to": 7}),
+            ("Reshape", ["x", "any"], ["r"]),
+            ("Conv", ["r", "kernel"], ["c"]),
+            ("Relu", ["c"], ["d"]),
+            ("BatchNormalization", ["d", "scale", "shift", "mean", "var"], ["y"]),
+        ],
+        {"kernel": KERNEL, **dict(zip(("scale", "shift", "mean", "var"), CHANNELS, strict=True))},
+    ),
+}
+
+
+EXPECTED = (
+    lambda x: x.amax((2, 3), keepdim=True),
+    lambda x: x[..., [2, 1, 0, 1, 2, 3, 2, 1, 0]][:, [1, 0, 1, 2, 1, 0]],
+    lambda x: F.batch_norm(F.conv2d(x, torch.from_numpy(KERNEL)).relu(), *map(torch.from_numpy, CHANNELS[[2, 3, 0, 1]])),
+)
+
+
+@pytest.mark.parametrize(("name", "expected"), list(zip(NODES, EXPECTED, strict=True)), ids=list(NODES))
+def test_operators_of_our_own(tmp_path, name, expected):
+    nodes, weights = NODES[name]
+    path = saved(tmp_path / "net.onnx", nodes, weights, ["n", 3, 4, 4])
+    x = torch.from_numpy(RANDOM.standard_normal((2, 3, 4, 4)).astype(np.float32))
+    with torch.no_grad():
+        torch.testing.assert_close(onnx_model(path)(x), expected(x))
