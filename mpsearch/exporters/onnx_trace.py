@@ -98,7 +98,17 @@ def traced(model: nn.Module, call: ModelCall, *, opset: int) -> Any:
     proto = program.model_proto
     for tensor in proto.graph.initializer:
         _rename(proto.graph, tensor.name, tensor.name.removeprefix(PREFIX))
+    _strip(proto)
     return proto
+
+
+def _strip(proto: Any) -> None:
+    """Remove what describes where each node is from (its stack trace, longer than the weights of a small network)."""
+    graph = proto.graph
+    del graph.value_info[:]
+    for part in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
+        part.doc_string = ""
+        del part.metadata_props[:]
 
 
 def _fold_constants(graph: Any, parameters: set[str]) -> None:

@@ -21,7 +21,7 @@ REGISTRY = bench.registered()
 NEED_DATA = ("rotation_stories260k", "rotation_minilm", "bit_operations", "coverage_texts", "gguf_network")
 NEED_GGML = ("gguf_formats", "gguf_network")
 SLOW = ("equalizers", "executors", "finetune", "formats", "matmul", "matmul_calls", "prefix", "quantizers", "resnet20_metrics")
-SLOW += ("metric_accuracy", "refine_methods", "search", "search_samplers", "solve")
+SLOW += ("metric_accuracy", "refine_methods", "runtimes", "search", "search_samplers", "solve")
 MARKED = [
     pytest.param(name, marks=[pytest.mark.data] * (name in NEED_DATA) + [pytest.mark.slow] * (name in SLOW + NEED_DATA))
     for name in REGISTRY
@@ -35,6 +35,8 @@ def test_runs_at_smoke_size(name: str, tmp_path: Path, request: pytest.FixtureRe
     if name in NEED_GGML:
         pytest.importorskip("gguf", reason="needs pip install --no-deps gguf")
         pytest.importorskip("libgguf", reason="needs pip install --no-deps libgguf")
+    if name == "runtimes":
+        pytest.importorskip("onnxruntime")
     chosen = REGISTRY[name]
     rows = harness.run(chosen, chosen.points(quick=True))
     assert rows, "a smoke run measures something"
