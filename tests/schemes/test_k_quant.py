@@ -6,6 +6,7 @@ import torch
 
 from mpsearch.errors import InputError
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
+from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.k_quant import KQuant
 from mpsearch.schemes.k_quant_layout import FORMATS
 
@@ -92,6 +93,23 @@ def test_damaged_tensors_are_refused(scheme):
     damaged = tensors["blocks"].clone().fill_(0xFF)  # a float16 of ones is NaN
     with pytest.raises(InputError, match=r"'blocks' must stand for finite weights; \d+ of \d+ are not"):
         scheme.check({"blocks": damaged}, shape)
+
+
+def test_q1_0_is_one_bit_in_groups_of_128():
+    """ggml's bits and half scales as codes and scales of `Integer(1, 128)`: the same bytes, the same weights."""
+    libgguf = pytest.importorskip("libgguf", reason="needs pip install libgguf")
+    if not libgguf.row_size(41, 256):
+        pytest.skip("this libgguf has no Q1_0")
+    torch.manual_seed(0)
+    stored = libgguf.quantize_rows(torch.randn(4, 256).numpy(), 41)
+    expected = np.empty((4, 256), np.float32)
+    libgguf.dequantize_rows_into_raw(41, stored, expected, 4, 256)
+    blocks = torch.from_numpy(stored).reshape(4, 2, 18)
+    scales = 2 * blocks[..., :2].contiguous().view(torch.float16)[..., 0]
+    codes = ((blocks[..., 2:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).reshape(4, 256)
+    weight = Integer(1, 128).stored(codes, scales, None, {}, (4, 256))
+    assert weight.nbytes == stored.nbytes
+    assert np.array_equal(weight.dequantize().numpy(), expected)
 
 
 def test_unknown_formats_are_refused():
