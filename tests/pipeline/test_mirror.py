@@ -1,11 +1,13 @@
 """Every trial that was told is in the mirror once, whatever becomes of the database on the way."""
 
 import getpass
+import json
 import os
 import socket
 import subprocess
 import threading
 from pathlib import Path
+from wsgiref.util import setup_testing_defaults
 
 import optuna
 import pytest
@@ -89,6 +91,31 @@ def test_a_run_and_what_is_added_to_it_is_mirrored_once(storage, request, engine
         more = searched(engine, mirror, 16, first)
     assert assert_mirrors(url, more, engine.space), "a front"
     assert len({e.allocation for e in more if e.trial is not None}) == 16
+
+
+def test_the_mirror_opens_in_optuna_dashboard(sqlite, engine):
+    """Through its WSGI application, as a server would call it."""
+    dashboard = pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed")
+    with Mirror(sqlite, "run", engine.space, ["size_bytes"]) as mirror:
+        log = searched(engine, mirror, 8)
+    storage = optuna.storages.RDBStorage(sqlite)
+    app = dashboard.wsgi(storage)
+
+    def get(path):
+        environ = {}
+        setup_testing_defaults(environ)
+        answers = []
+        body = app(environ | {"PATH_INFO": path}, lambda status, headers, exc_info=None: answers.append(status))
+        content = b"".join(body)
+        assert answers == ["200 OK"]
+        return json.loads(content)
+
+    (study,) = get("/api/studies")["study_summaries"]
+    assert study["study_name"] == "run"
+    shown = get(f"/api/studies/{study['study_id']}")
+    assert len(shown["trials"]) == sum(e.trial is not None for e in log)
+    assert {trial["state"] for trial in shown["trials"]} == {"Complete"}
+    storage.engine.dispose()
 
 
 def test_a_database_that_goes_away_costs_a_warning_and_no_trial(sqlite, engine, monkeypatch):
