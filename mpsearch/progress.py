@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mpsearch.errors import InputError
-from mpsearch.files import read_regular, write_atomically
+from mpsearch.files import is_locked, read_regular, write_atomically
 
 FILE = "progress.json"  # of a run's folder
 RECORD_EVERY_SECONDS = 2.0
@@ -72,14 +72,21 @@ def recorded(folder: Path) -> Iterator[None]:
 
 
 def read_phases(folder: Path) -> list[Phase]:
-    """The phases in the folder's `progress.json`; none where there is no such file, or one that was not written by `recorded`."""
+    """The phases in the folder's `progress.json`; none where there is no such file, or one that was not written by `recorded`.
+
+    Where no process is at work in the folder, all are finished: the last one may have been interrupted.
+    """
     file = folder / FILE
     if not file.exists():
         return []
     try:
-        return [_phase(entry) for entry in json.loads(read_regular(file))]
+        phases = [_phase(entry) for entry in json.loads(read_regular(file))]
     except (ValueError, TypeError, KeyError, InputError):
         return []
+    if not is_locked(folder):
+        for each in phases:
+            each.finished, each.left = True, None
+    return phases
 
 
 def _phase(entry: Any) -> Phase:

@@ -1,11 +1,13 @@
 """One line per phase in a file, a live bar on a terminal, nothing in a worker."""
 
+import contextlib
 import io
 
 import pytest
 from rich.console import Console
 
 from mpsearch import progress
+from mpsearch.files import locked
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ def test_a_sentence_is_said_once(written):
 
 
 def test_phases_are_recorded_for_the_page_and_for_watchers(written, tmp_path):
-    with progress.recorded(tmp_path):
+    with locked(tmp_path), progress.recorded(tmp_path):
         with progress.phase("calibrate", 2) as advance:
             advance()
             advance("done")
@@ -101,9 +103,13 @@ def test_phases_are_recorded_for_the_page_and_for_watchers(written, tmp_path):
     with progress.recorded(tmp_path), progress.phase("search", 10, done=5):
         pass
     assert [each.what for each in progress.read_phases(tmp_path)] == ["calibrate", "search", "search"]
+    with contextlib.suppress(KeyboardInterrupt), progress.recorded(tmp_path), progress.phase("confirm", 3):
+        raise KeyboardInterrupt
+    last = progress.read_phases(tmp_path).pop()
+    assert (last.what, last.done, last.total, last.finished) == ("confirm", 0, 3, True), "nobody is at work any more"
     with progress.phase("export", 1):
         pass
-    assert len(progress.read_phases(tmp_path)) == 3, "outside of a run nothing is recorded"
+    assert len(progress.read_phases(tmp_path)) == 4, "outside of a run nothing is recorded"
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"what": 3}]', '[{"what": "a", "total": "x", "done": 0}]', "[null]"])

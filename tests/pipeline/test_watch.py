@@ -6,13 +6,14 @@ import pytest
 
 from mpsearch import progress
 from mpsearch.errors import InputError
+from mpsearch.files import locked
 from mpsearch.pipeline.watch import look, watched
 
 
 def test_a_watcher_sees_the_phase_and_ends_with_the_run(tmp_path):
     with pytest.raises(InputError, match="is not a run folder"):
         look(tmp_path)
-    with progress.recorded(tmp_path), progress.phase("search", 4) as advance:
+    with locked(tmp_path), progress.recorded(tmp_path), progress.phase("search", 4) as advance:
         advance("3.00 bits")
         now = look(tmp_path)
         assert (now.phases[-1].what, now.phases[-1].total, now.finished) == ("search", 4, False)
