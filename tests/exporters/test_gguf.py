@@ -81,6 +81,7 @@ def chosen(engine, allocation):
     return [(layer, engine.quantized(layer.name, allocation[g.name])) for g in engine.space.groups for layer in g.layers]
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_are_decoded_bit_for_bit(tmp_path, name):
     prepared = prepared_of(saved(tmp_path / "source", model_of(name)))
@@ -99,6 +100,7 @@ def test_weights_are_decoded_bit_for_bit(tmp_path, name):
     assert ("output.weight" in stored) == (not prepared.original.config.tie_word_embeddings)
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_llama_cpp_computes_what_the_weights_give(tmp_path, name):
     pytest.importorskip("llama_cpp")

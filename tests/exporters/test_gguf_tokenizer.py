@@ -92,6 +92,7 @@ def written(folder):
     return path
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", MADE)
 def test_llama_cpp_gives_the_same_tokens(tmp_path, name):
     llama_cpp = pytest.importorskip("llama_cpp")
