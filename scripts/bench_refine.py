@@ -25,7 +25,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "digits": {},
     "resnet20": {"n_calibration": 500, "n_search": 500, "n_confirm": 2000},
     "stories260k": {"n_calibration": 64, "n_search": 16, "n_confirm": 64},
-    "minilm": {"n_calibration": 200, "n_search": 100, "n_confirm": 400},
+    "minilm": {"n_calibration": 100, "n_search": 50, "n_confirm": 400},
     "efficientnet_lite0": {"n_calibration": 128, "n_search": 72},
 }
 N_RESAMPLES = 2000

@@ -4,7 +4,8 @@ For each layer the float model and a copy, in which all layers before it are qua
 weight should be is a regression (`targets.py`), which the run's quantizer rounds with the Hessian of the quantized inputs and the
 output Fisher of the float model. The bias makes the mean outputs agree; static ranges are those of the quantized inputs.
 
-Layers of which no product is seen, or several, or whose weight several modules own, keep the weight of the bank.
+Layers of which no product is seen, or several in one run of the model, or whose weight several modules own, keep the weight of
+the bank.
 """
 
 from __future__ import annotations
