@@ -1,4 +1,4 @@
-"""GGUF files of a search against llama.cpp's own presets, with an importance matrix, in no more bytes."""
+"""GGUF files against llama.cpp's own presets, with an importance matrix, in no more bytes."""
 
 import ctypes
 import functools
@@ -8,10 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from harness import PARTIAL, ROOT, Row, UnavailableError, benchmark
 
-import mpsearch
+from mpsearch.allocation import Allocation
 from mpsearch.engine.engine import QuantEngine
 from mpsearch.exporters.gguf import GGUF
 from mpsearch.exporters.gguf_architecture import Architecture
@@ -19,8 +20,11 @@ from mpsearch.exporters.llama_cpp_model import import_llama_cpp
 from mpsearch.graph.shared_copy import shared_copy
 from mpsearch.graph.surgery import hooked
 from mpsearch.models.huggingface import huggingface
+from mpsearch.optimize.knapsack import solve
 from mpsearch.pipeline.prepare import prepare
-from mpsearch.registry import names
+from mpsearch.pipeline.sensitivity import measure_sensitivity
+from mpsearch.refiners.error_propagation import ErrorPropagation
+from mpsearch.registry import names, resolve
 from mpsearch.tasks.text import Text
 
 LLAMA = Path(os.environ.get("MPSEARCH_LLAMA", ROOT / "build" / "llama"))
@@ -28,7 +32,7 @@ FOLDER = PARTIAL / "gguf"
 FTYPES = {"Q4_0": 2, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15}  # `llama_ftype` of include/llama.h
 SCHEMES = {
     "legacy": ("q4_0", "q5_0", "q8_0", "fp16"),
-    "all": ("q2_k", "q3_k", "q4_0", "q4_1", "q4_k", "iq4_xs", "q5_0", "q5_1", "q5_k", "q6_k", "q8_0", "fp16"),
+    "k_quants": ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0"),
 }
 
 
@@ -37,15 +41,20 @@ def float_engine() -> QuantEngine:
     """The float model, on text that it was not trained on."""
     if not (LLAMA / "config.json").is_file():
         raise UnavailableError(f"{LLAMA} holds no model: python scripts/train_llama.py TEXTS {LLAMA}")
-    task = Text(LLAMA / "held_out.txt", LLAMA, n_calibration=64, n_search=64, n_confirm=128, window=256, batch_size=16)
+    task = Text(LLAMA / "held_out.txt", LLAMA, n_calibration=64, n_search=32, n_confirm=64, window=256, batch_size=16)
     prepared = prepare(huggingface(LLAMA), task, schemes=["fp32"], runtime="llama_cpp")
     return prepared.engine(FOLDER)
 
 
+def written(engine: QuantEngine, allocation: Allocation, folder: Path) -> Path:
+    """The allocation as a GGUF file."""
+    picked: Any = SimpleNamespace(evaluation=SimpleNamespace(allocation=allocation))
+    return GGUF().export(picked, engine, folder)
+
+
 def write_float(engine: QuantEngine) -> Path:
     """The model in float32 as a GGUF file."""
-    picked: Any = SimpleNamespace(evaluation=SimpleNamespace(allocation=engine.space.uniform("fp32")))
-    return GGUF().export(picked, engine, FOLDER / "float")
+    return written(engine, engine.space.uniform("fp32"), FOLDER / "float")
 
 
 def importance(engine: QuantEngine) -> dict[str, torch.Tensor]:
@@ -83,36 +92,41 @@ def quantize(source: Path, target: Path, preset: str, matrix: dict[str, torch.Te
     return target
 
 
-def searched(limit: int, schemes: tuple[str, ...], engine: QuantEngine, preset: str) -> Path:
-    """The file of the best point of a search of at most `limit` bytes, headers included."""
-    header = write_float(engine).stat().st_size - sum(p.numel() for p in engine.model.parameters()) * 4
-    result = mpsearch.search(
-        huggingface(LLAMA),
-        engine.task,
-        schemes=[name for name in schemes if name in names("scheme")],
-        runtime="llama_cpp",
-        budget={"bytes": limit - header},
-        n_trials=60,
-        confirm_points=4,
-        folder=FOLDER / f"{preset}-{len(schemes)}",
-    )
-    return result.export("gguf", FOLDER / f"{preset}-{len(schemes)}-file", max_bytes=limit)
+@functools.lru_cache(maxsize=1)
+def quantized(schemes: str) -> tuple[QuantEngine, np.ndarray]:
+    """An engine of the default quantizer in these schemes, and the sensitivities of the default metric."""
+    task, known = float_engine().task, [name for name in SCHEMES[schemes] if name in names("scheme")]
+    engine = prepare(huggingface(LLAMA), task, schemes=known, runtime="llama_cpp").engine(FOLDER / schemes)
+    return engine, measure_sensitivity(engine, resolve("metric", "gauss_newton")).losses()
+
+
+def file_within(limit: int, schemes: str, preset: str) -> Path:
+    """The file of the knapsack's allocation of at most `limit` bytes, header included, refined by the default refiner."""
+    float_model = float_engine().model
+    tensors = 4 * sum(parameter.numel() for parameter in float_model.parameters())
+    header = write_float(float_engine()).stat().st_size - tensors
+    engine, losses = quantized(schemes)
+    space = engine.space
+    allocation = space.allocation(solve(losses, space.storage_bits, 8 * (limit - header) - space.other_bits))
+    refined = ErrorPropagation().start(engine)(allocation)
+    return written(refined, allocation, FOLDER / f"{schemes}-{preset}")
 
 
 @benchmark("gguf", schemes=tuple(SCHEMES), preset=tuple(FTYPES), quick={"preset": ("Q4_0",), "schemes": ("legacy",)})
 def gguf(schemes: str, preset: str) -> Iterator[Row]:
-    """KL of the logits from those of the float model on unseen text: a search within the bytes of llama.cpp's file of a preset.
+    """KL of the logits from those of the float model on unseen text: our file within the bytes of llama.cpp's file of a preset.
 
     The model is that of scripts/train_llama.py, a Llama whose rows are multiples of 256; all text is of files that it was not
-    trained on. llama.cpp's file is made by its `llama_model_quantize` with an importance matrix (mean squares of the inputs of
-    each layer in the calibration split). Both files are decoded by the package gguf ("decoded"), and opened by llama.cpp, whose
-    CPU kernels round inputs to 8 bits ("in llama.cpp"). The legacy schemes are Q4_0, Q5_0, Q8_0 and F16; "all" has the K-quants
-    too.
+    trained on. Ours is the exact knapsack solution of the default sensitivities, refined, without a search after it; schemes:
+    "legacy" are Q4_0, Q5_0, Q8_0 and F16, "k_quants" are Q2_K to Q6_K with IQ4_XS and Q8_0. llama.cpp's file is made by its
+    `llama_model_quantize` with an importance matrix (mean squares of the inputs of each layer in the calibration split). Both
+    files are decoded by the package gguf ("decoded"), and opened by llama.cpp, whose CPU kernels round inputs to 8 bits ("in
+    llama.cpp").
     """
     engine, exporter = float_engine(), GGUF()
     FOLDER.mkdir(parents=True, exist_ok=True)
     rival = quantize(write_float(engine), FOLDER / f"llama.cpp-{preset}.gguf", preset, importance(engine))
-    ours = searched(rival.stat().st_size, SCHEMES[schemes], engine, preset)
+    ours = file_within(rival.stat().st_size, schemes, preset)
     sizes = {"bytes": ours.stat().st_size, "rival_bytes": rival.stat().st_size}
     for place in ("decoded", "in llama.cpp"):
         opened = exporter.load if place == "decoded" else exporter.open
