@@ -38,9 +38,11 @@ def gguf_formats(network: str, format: str) -> Iterator[Row]:
 
     H = E[x x^T] of a layer's inputs, whose diagonal is the importance that ggml gets (an imatrix), G = E[g g^T] of the gradients
     at its outputs (with 0.1 of its mean diagonal added, as the quantizer does: it is known from few samples). `synthetic_n` are
-    heavy-tailed weights `[256, n]` with correlated inputs and gradients; `minilm` are three of the six layers of 1,536 columns, H and G on
-    calibration data. Of each error the quantizer that minimizes it; a value below 1 is a smaller error than ggml's. Seconds are
-    those of our quantizer and of ggml's encoder, of one thread on a machine with other load.
+    heavy-tailed weights `[256, n]` with correlated inputs and gradients; `minilm` are three of its six layers of 1,536 columns,
+    H and G of 50 sentence pairs: these have fewer positions than columns, so that errors hide where no input was, and
+    `gguf_network` says what is left of the difference on unseen data. Of each error the quantizer that minimizes it; a value
+    below 1 is a smaller error than ggml's. Seconds are those of our quantizer and of ggml's encoder, of one thread on a machine
+    with other load.
     """
     scheme = OTHERS.get(format) or KQuant(format)
     ratios: dict[str, list[float]] = {name: [] for name in ERRORS}
