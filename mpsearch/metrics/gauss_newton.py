@@ -103,11 +103,12 @@ class GaussNewton(SensitivityMetric):
                     columns.setdefault(module, {}).setdefault((layer, scheme), []).append(column)
         quantize_groups(engine, pairs)
         batches, n_rows, divergence = engine.batches("search"), len(engine.float_logits("search")), engine.divergence
+        as_one: set[tuple[int, ...]] = set()
         with phase("joint effects", len(batches)) as advance:
             for i, (inputs, _) in enumerate(batches):
                 logits, calls = record_calls(engine, list(columns), inputs)
                 counts = (next(len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), len(logits))
-                first, layouts = probe_gradients(calls, logits, divergence, probe_signs(logits, i, 0), counts)
+                first, layouts = probe_gradients(calls, logits, divergence, probe_signs(logits, i, 0), counts, as_one)
                 if layouts[0].n == len(logits) and logits.shape[1] <= MOST_COLUMNS:
                     of_columns = (gradients_at(calls, column.sum()) for column in logits.unbind(1))
                     changes = np.concatenate(list(_along(engine, columns, calls, layouts, of_columns, len(pairs))))
@@ -119,13 +120,14 @@ class GaussNewton(SensitivityMetric):
                 else:
                     most = min(MOST_PROBES, MOST_FOR_A_SAMPLE * max(1, counts[0] // layouts[0].n))
                     n_probes = min(most, _n_probes(first, layouts, logits.numel() // layouts[0].n, len(batches)))
-                    others = (
-                        gradients_at(calls, divergence.probe(logits, probe_signs(logits, i, k))) for k in range(1, n_probes)
-                    )
-                    for features in _along(engine, columns, calls, layouts, itertools.chain([first], others), len(pairs)):
+                    probes = _probes([first], calls, logits, divergence, i, n_probes)
+                    first = ()  # the generator has it, and lets it go
+                    for features in _along(engine, columns, calls, layouts, probes, len(pairs)):
                         features /= math.sqrt(n_rows * n_probes)
                         yield i, 0.5 * np.square(features).sum((0, 1)), features
+                del calls, logits, first
                 advance("")
+        engine.release()
 
 
 def _along(
@@ -138,7 +140,12 @@ def _along(
 ) -> Iterator[NDArray[np.float64]]:
     """g . dy of each sample and pair, `[probes, samples, n_pairs]`, for some of the probes at once."""
     call_bytes = sum(call.output.numel() * call.output.element_size() for _, call in calls)
-    while at_once := list(itertools.islice(gradients, max(1, GRADIENT_BYTES // max(call_bytes, 1)))):
+    at_once: list[Gradients] = []
+    while True:
+        at_once.clear()  # frees its memory before the next are computed
+        at_once.extend(itertools.islice(gradients, max(1, GRADIENT_BYTES // max(call_bytes, 1))))
+        if not at_once:
+            return
         products = np.zeros((len(at_once), layouts[0].n, n_pairs))
         for (module, call), layout, *of_probes in zip(calls, layouts, *at_once, strict=True):
             if of_probes[0] is None:  # the output reached no logit
@@ -149,6 +156,15 @@ def _along(
                 product = torch.bmm(along, change[:, :, None])[..., 0].T
                 products[..., indices] += product.double().cpu().numpy()[..., None]
         yield products
+
+
+def _probes(
+    first: list[Gradients], calls: Sequence[tuple[str, Call]], logits: Tensor, divergence: Divergence, seed: int, n: int
+) -> Iterator[Gradients]:
+    """The gradients of `n` probes, the first of which are known; none is kept."""
+    yield first.pop()
+    for k in range(1, n):
+        yield gradients_at(calls, divergence.probe(logits, probe_signs(logits, seed, k)))
 
 
 def _losses(divergence: Divergence, logits: Tensor, changes: NDArray[np.float64]) -> NDArray[np.float64]:

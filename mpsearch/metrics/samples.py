@@ -44,14 +44,21 @@ def layouts(shape: Sequence[int], n: int) -> Iterator[Layout]:
 
 
 def probe_gradients(
-    calls: Sequence[tuple[str, Call]], logits: Tensor, divergence: Divergence, signs: Tensor, counts: Iterable[int]
+    calls: Sequence[tuple[str, Call]],
+    logits: Tensor,
+    divergence: Divergence,
+    signs: Tensor,
+    counts: Iterable[int],
+    as_one: set[tuple[int, ...]] | None = None,
 ) -> tuple[Gradients, list[Layout]]:
     """The gradients of one probe (`Divergence.probe`) at the calls' outputs, and how the samples lie in each of them.
 
     The logits `[n_rows, columns]` of a random half of the samples are probed, then those of the others; the sum is the whole
     probe's. `counts` are what the number of samples may be. Where no layout of the rows and of each output
-    explains the gradients, for samples reach one another's logits or lie in yet another way, the whole batch is one sample.
+    explains the gradients, for samples reach one another's logits or lie in yet another way, the whole batch is one sample. The
+    shape of such a batch's logits is added to `as_one`, and one that is there is not looked at again.
     """
+    counts = () if as_one is not None and tuple(logits.shape) in as_one else counts
     for rows in (rows for count in dict.fromkeys(counts) if count > 1 for rows in layouts(logits.shape[:1], count)):
         n = rows.n
         chosen = torch.randperm(n, generator=torch.Generator().manual_seed(n)).to(logits.device) < n // 2
@@ -68,6 +75,8 @@ def probe_gradients(
         if len(explained) == len(matching):
             return tuple(map(_sum, *halves)), explained
         del halves  # as large as all outputs
+    if as_one is not None:
+        as_one.add(tuple(logits.shape))
     return gradients_at(calls, divergence.probe(logits, signs)), [Layout(1)] * len(calls)
 
 

@@ -88,7 +88,7 @@ def check_repeatable(task: Task, model: nn.Module, inputs: Any) -> None:
                 "data. Let the task's forward give it a copy: model(inputs.clone())."
             )
         two = task.forward(model, inputs)
-    if not isinstance(one, Tensor) or not one.is_floating_point():
+    if not isinstance(one, Tensor) or not one.is_floating_point() or not torch.isfinite(one).all():
         return  # said where outputs are checked
     if one.shape != two.shape or not torch.allclose(one, two, rtol=0, atol=SAME * float(one.abs().max()), equal_nan=True):
         differ = f" by up to {(one - two).abs().max():.2g}" if one.shape == two.shape else ""
@@ -105,6 +105,11 @@ def check_output(logits: Any) -> None:
         raise InputError(
             f"The model's output must be [n, columns], as logits [samples, classes] are; got {got}. Override the task's forward "
             "to return that: one of several tensors, or one row per prediction where there are more dimensions (flatten(0, 1))."
+        )
+    if not torch.isfinite(logits).all():
+        raise InputError(
+            f"The float model gives NaN or infinite outputs on the first calibration batch, in "
+            f"{int((~torch.isfinite(logits)).any(1).sum()):,} of {len(logits):,} rows. Check the model and its input."
         )
 
 

@@ -16,6 +16,7 @@ from mpsearch.errors import InputError, did_you_mean, one_line
 from mpsearch.models.huggingface import check_folder, import_transformers
 from mpsearch.tasks.base import check_batch_size
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "*tokenizer*")  # files of one
 TABLES = (".jsonl", ".csv", ".tsv", ".parquet")
 
 
@@ -94,6 +95,11 @@ def load_tokenizer(path: str | Path, what: str) -> Any:
         folder, options["gguf_file"] = folder.parent, folder.name
     else:
         check_folder(folder)
+        if not any(any(folder.glob(name)) for name in TOKENIZERS):
+            raise InputError(
+                f"{path} has no tokenizer (tokenizer.json). Copy it next to config.json, or set task.tokenizer to the folder "
+                "that has it."
+            )
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:  # whatever a damaged or an incomplete folder raises

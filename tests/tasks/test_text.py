@@ -99,7 +99,7 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, tokenizer):
     path = written(tmp_path, "folder")
     refused("There is no folder", path, tmp_path / "nowhere")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    refused("has no tokenizer that transformers can load: .* set task.tokenizer to the folder that has it", path, tmp_path)
+    refused(r"has no tokenizer \(tokenizer.json\). .* set task.tokenizer to the folder that has it", path, tmp_path)
 
 
 def test_each_split_is_dealt_out_of_the_file_that_is_named_for_it(tmp_path, tokenizer):
