@@ -58,7 +58,9 @@ def answer(run: Run, picked: Evaluation) -> str:
     drop, low, high = measured.drop_from(baseline, quality)
     unit, unseen = " %" if quality.kind == "share" else "", " unseen" if split == "confirm" and _disjoint(run) else ""
     change = f"{quality.name} {quality.text(baseline.quality)} → {quality.text(measured.quality)}{unit}"
-    interval = f"{quality.drop_word} {quality.difference(drop)}{quality.drop_unit}, 95 % interval {_range(run, low, high)}"
+    interval = (
+        f"{quality.drop_word} {_typeset(quality.difference(drop))}{quality.drop_unit}, 95 % interval {_range(run, low, high)}"
+    )
     where = f"{measured.n_samples:,}{unseen} samples" + ("" if split == "confirm" else " that the search selected it on")
     trained = ", trained" if picked.origin == FINETUNED else ""
     return f"{fits}{trained}; {change} ({interval}, {where})."
@@ -159,8 +161,13 @@ def _range(run: Run, low: float, high: float) -> str:
 
 
 def _signed(text: str) -> str:
-    """With a sign, and a minus as it is typeset."""
-    return text.replace("-", "\N{MINUS SIGN}") if text.startswith("-") or not text.strip("0.") else f"+{text}"
+    """With a sign, except zero."""
+    return _typeset(text) if text.startswith("-") or not text.strip("0.") else f"+{text}"
+
+
+def _typeset(text: str) -> str:
+    """With a minus sign in the place of a hyphen."""
+    return text.replace("-", "\N{MINUS SIGN}")
 
 
 def _significant(value: float) -> str:

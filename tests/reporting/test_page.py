@@ -121,6 +121,17 @@ def test_the_front_is_used_with_the_keyboard(browser, pages):
     assert browser.js(f"[...document.querySelectorAll('button, input, select, [role=button]')].every({named})")
 
 
+def test_it_is_printed_on_white_paper_without_controls(browser, pages):
+    _, page = pages("small")
+    browser.open(page, 760, dark=True)
+    dark = browser.js("getComputedStyle(document.body).backgroundColor")
+    media = {"media": "print", "features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.call("Emulation.setEmulatedMedia", **media)
+    assert dark != browser.js("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert browser.js("[...document.querySelectorAll('button, #controls')].every(node => !node.checkVisibility())")
+    assert browser.js(f"{CHECKS}.contrasts()")["low"] == []
+
+
 def test_splits_are_toggled(browser, pages):
     _, page = pages("small")
     browser.open(page)
