@@ -25,7 +25,17 @@ from mpsearch.registry import resolve
 
 SCHEMES = ("w8", "w4", "w4g64s", "w2", "w8a8_static", "fp32")
 SECONDS = 1.0
-SPLITS = {"resnet20": {"n_confirm": 2000}, "efficientnet_lite0": {}, "minilm": {}, "digits": {}}
+SPLITS = {  # fewer samples than the tasks have
+    "resnet20": {"n_confirm": 1000, "n_search": 200},
+    "efficientnet_lite0": {"n_confirm": 100},
+    "minilm": {"n_confirm": 200},
+    "digits": {},
+}
+    "resnet20": {"n_confirm": 1000, "n_search": 200},
+    "efficientnet_lite0": {"n_confirm": 100},
+    "minilm": {"n_confirm": 200},
+    "digits": {},
+}
 
 
 def uniform(engine: QuantEngine, scheme: str, runtime: Any) -> Allocation:

@@ -8,7 +8,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,29 +72,29 @@ def traced(model: nn.Module, call: ModelCall, *, opset: int) -> Any:
     """
     inputs = named_inputs(model, call)
     leaves = list(tensors_in((call.args, call.kwargs)))
-    n = next((len(leaf) for leaf in leaves if leaf.dim()), 0)
-    dynamic = tuple({0: torch.export.Dim.DYNAMIC} if leaf.dim() and len(leaf) == n > 1 else {} for leaf in leaves)
     outputs = _named_outputs(model, model(*call.args, **call.kwargs))
     by_id = {id(tensor): name for name, tensor in inputs.items()}
     names = [by_id.get(id(leaf), f"input_{i}") for i, leaf in enumerate(leaves)]
     with _silent(), contextlib.ExitStack() as undo:
         undo.callback(block_fused_paths(model))
-        try:
-            program: Any = torch.onnx.export(
-                _Flat(model, call).eval(),
-                tuple(leaves),
-                dynamo=True,
-                input_names=names,
-                output_names=outputs,
-                dynamic_shapes={"tensors": dynamic},
-                opset_version=opset,
-                optimize=False,
-                verbose=False,
-            )
-            _fold_constants(program.model, {f"{PREFIX}{name}" for name, _ in model.named_parameters(remove_duplicate=False)})
-        except Exception as error:  # the model's own code and PyTorch's exporter raise anything
-            check_memory(error)
-            raise InputError(_refused(model, error)) from error
+        flat = _Flat(model, call).eval()
+        options: dict[str, Any] = {
+            "input_names": names,
+            "output_names": outputs,
+            "opset_version": opset,
+            "optimize": False,
+            "verbose": False,
+        }
+        for with_lengths in (True, False):  # code that depends on the length of a sequence is traced for that length
+            shapes = {"tensors": _dynamic(leaves, with_lengths)}
+            try:
+                program: Any = torch.onnx.export(flat, tuple(leaves), dynamo=True, dynamic_shapes=shapes, **options)
+                break
+            except Exception as error:  # the model's own code and PyTorch's exporter raise anything
+                check_memory(error)
+                if not with_lengths:
+                    raise InputError(_refused(model, error)) from error
+        _fold_constants(program.model, {f"{PREFIX}{name}" for name, _ in model.named_parameters(remove_duplicate=False)})
     proto = program.model_proto
     for tensor in proto.graph.initializer:
         _rename(proto.graph, tensor.name, tensor.name.removeprefix(PREFIX))
@@ -109,6 +109,19 @@ def _strip(proto: Any) -> None:
     for part in (proto, graph, *graph.node, *graph.input, *graph.output, *graph.initializer):
         part.doc_string = ""
         del part.metadata_props[:]
+
+
+def _dynamic(leaves: Sequence[Tensor], with_lengths: bool) -> tuple[dict[int, Any], ...]:
+    """The dimensions that may differ: the batch size and, of token ids and what goes with them, the length."""
+    dim = torch.export.Dim
+    n = next((len(leaf) for leaf in leaves if leaf.dim()), 0)
+    ids = [leaf for leaf in leaves if not leaf.is_floating_point() and leaf.dim() > 1]
+    lengths = {size for leaf in ids for size in leaf.shape[1:]} if with_lengths else set()
+    dynamic = []
+    for leaf in leaves:
+        sizes: dict[int, Any] = {i: dim.AUTO for i, size in enumerate(leaf.shape) if i and size in lengths and leaf.dim() < 4}
+        dynamic.append({**({0: dim.DYNAMIC} if leaf.dim() and len(leaf) == n > 1 else {}), **sizes})
+    return tuple(dynamic)
 
 
 def _fold_constants(graph: Any, parameters: set[str]) -> None:

@@ -135,7 +135,10 @@ def test_inputs_and_outputs_have_names_and_a_free_batch(case, tmp_path):
     graph = onnx.load(str(path)).graph
     assert [value.name for value in graph.input] == ["ids", "mask"]
     assert [value.name for value in graph.output] == ["logits"]
-    assert graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    assert all(dim.dim_param for value in graph.input for dim in value.type.tensor_type.shape.dim)
+    x = torch.randint(40, (3, 9)), torch.ones(3, 9)
+    with torch.no_grad():
+        assert ONNX().open(path, words())(*x)["logits"].shape == (3, 5), "another length than the one that was traced"
     n_stored = sum(len(tensor.raw_data) for tensor in graph.initializer)
     assert path.stat().st_size < n_stored + 200 * len(graph.node), "without stack traces"
 
