@@ -31,11 +31,6 @@ SPLITS = {  # fewer samples than the tasks have
     "minilm": {"n_confirm": 200},
     "digits": {},
 }
-    "resnet20": {"n_confirm": 1000, "n_search": 200},
-    "efficientnet_lite0": {"n_confirm": 100},
-    "minilm": {"n_confirm": 200},
-    "digits": {},
-}
 
 
 def uniform(engine: QuantEngine, scheme: str, runtime: Any) -> Allocation:
