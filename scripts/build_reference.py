@@ -18,6 +18,7 @@ from mpsearch.registry import names, resolve
 
 LAYERS = {"linear": (256, 256), "embedding": (256, 256), "conv1d": (32, 32, 3), "conv2d": (32, 32, 3, 3)}
 EXCLUDED = ("__main__", "cli", "conf")  # the command has --help
+PRIVATE = ("!mpsearch.models._onnx_converters",)  # needs packages that have no part in the reference
 
 
 def runtime_table() -> str:
@@ -55,7 +56,7 @@ def build(folder: Path) -> None:
     pdoc.render.configure(docformat="numpy")
     package = Path(mpsearch.__file__).parent  # an editable installation's __path__ holds the checkout too, for conf/
     modules = [f"mpsearch.{module.name}" for module in pkgutil.iter_modules([str(package)]) if module.name not in EXCLUDED]
-    pdoc.pdoc("mpsearch", *modules, output_directory=folder)
+    pdoc.pdoc("mpsearch", *modules, *PRIVATE, output_directory=folder)
 
 
 if __name__ == "__main__":

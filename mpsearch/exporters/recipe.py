@@ -74,7 +74,7 @@ class Chosen:
 class Recipe(Exporter):
     """Writes the configuration of `tool`; see the module."""
 
-    tool: str = "modelopt"
+    tool: str
     holds_weights = False
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ def onnx_model(path: str | Path) -> nn.Module:
         with without_torchvision():
             from onnx2torch import convert
 
-            from mpsearch.models.onnx_converters import replaced, unsupported, with_ranks
+            from mpsearch.models._onnx_converters import replaced, unsupported, with_ranks
     except ImportError as error:
         raise InputError(f"model=onnx needs onnx and onnx2torch ({one_line(error)}): {INSTALL}.") from None
     try:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,8 @@ TINY, ONE, ZERO = np.float32(2**-126), np.float32(1), np.float32(0)
 LARGEST_HALF = 65504.0
 
 
-class Quadratic(NamedTuple):
+@dataclass(frozen=True)
+class Quadratic:
     """a, c, A, B and C of each row, float32 `[rows]`; no minimum moves where C is 0."""
 
     a: Array

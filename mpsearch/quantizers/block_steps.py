@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,7 +35,8 @@ TABLE_STEP = 113 / 7  # units of the table in a step of `KQuant.dense`
 TINY = torch.finfo(torch.float32).tiny
 
 
-class Sums(NamedTuple):
+@dataclass(frozen=True)
+class Sums:
     """A, B, C, P and Q of each group, float32 `[n_blocks, n_groups]`."""
 
     vv: Tensor

@@ -7,7 +7,6 @@ decoders in gguf-py/gguf/quants.py read them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +61,8 @@ class SixBits:
         return torch.cat([first | ((later >> 4) << 6), (later[..., :4] & 15) | ((later[..., 4:] & 15) << 4)], dim=-1)
 
 
-class Bytes(NamedTuple):
+@dataclass(frozen=True)
+class Bytes:
     """Consecutive bytes of a block: `what` is "d", "dmin", "m" (-dmin), "codes" or "integers" (all scales, then all minima)."""
 
     what: str
@@ -125,11 +125,11 @@ class BlockFormat:
         """
         floats: dict[str, Tensor] = {}
         numbers = dict.fromkeys(("codes", "integers"), torch.zeros((), dtype=torch.uint8, device=stored.device))
-        for (what, _, plane), part in zip(self.fields, stored.split([f.n_bytes for f in self.fields], dim=-1), strict=True):
-            if plane is None:
-                floats[what] = part.contiguous().view(torch.float16).float()
+        for field, part in zip(self.fields, stored.split([f.n_bytes for f in self.fields], dim=-1), strict=True):
+            if field.plane is None:
+                floats[field.what] = part.contiguous().view(torch.float16).float()
             else:
-                numbers[what] = numbers[what] | plane.unpack(part)
+                numbers[field.what] = numbers[field.what] | field.plane.unpack(part)
         d = floats["d"]
         dmin = floats["dmin"] if "dmin" in floats else -floats["m"] if "m" in floats else torch.zeros_like(d)
         scales, minima = torch.ones_like(d), torch.full_like(d, self.largest_minimum)
@@ -149,8 +149,8 @@ class BlockFormat:
         numbers = {"codes": codes, "integers": (integers.int() & 255).to(torch.uint8)}
         return torch.cat(
             [
-                floats[what].half().contiguous().view(torch.uint8) if plane is None else plane.pack(numbers[what])
-                for what, _, plane in self.fields
+                floats[f.what].half().contiguous().view(torch.uint8) if f.plane is None else f.plane.pack(numbers[f.what])
+                for f in self.fields
             ],
             dim=-1,
         )
