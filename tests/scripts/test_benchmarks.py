@@ -6,6 +6,7 @@ import argparse
 import csv
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,10 @@ def test_runs_at_smoke_size(name: str, tmp_path: Path, request: pytest.FixtureRe
         pytest.importorskip("libgguf", reason="needs pip install --no-deps libgguf")
     if name == "runtimes":
         pytest.importorskip("onnxruntime")
+    if name == "gguf":
+        pytest.importorskip("llama_cpp")
+        if "MPSEARCH_LLAMA" not in os.environ:
+            pytest.skip("MPSEARCH_LLAMA names no folder that scripts/train_llama.py wrote")
     chosen = REGISTRY[name]
     rows = harness.run(chosen, chosen.points(quick=True))
     assert rows, "a smoke run measures something"

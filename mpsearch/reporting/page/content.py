@@ -150,9 +150,8 @@ def _facts(
     for split, measured in splits.items():
         where, baseline = ("confirm, trained", "confirm") if split == "trained" else (split, split)
         facts.append((f"loss, {where}", f"{measured.loss:.4g}"))
-        ends = quality.text(measured.quality_low), quality.text(measured.quality_high)
-        facts.append((f"{quality.name}, {where}", f"{score_text(quality, measured)} (95 %: {ends[0]} to {ends[1]})"))
-        if baseline in baselines:
+        facts.append((f"{quality.name}, {where}", score_text(quality, measured)))
+        if baseline in baselines:  # the interval is that of the paired difference; about the quality it may exceed 100 %
             drop, low, high = (quality.difference(x) for x in measured.drop_from(baselines[baseline], quality))
             facts.append((f"{quality.drop_word}, {where}", f"{drop}{quality.drop_unit} (95 %: {low} to {high})"))
         if measured.measured_ms is not None:
