@@ -190,7 +190,7 @@ for _network in ("stories260k", "minilm"):
     "bit_operations",
     run=("resnet20_cifar10_wa",),
     uniform=("w4a4", "w4a6", "w4a8", "w6a8", "w8a8"),
-    n_confirm=(5000,),
+    n_confirm=(4000,),
     quick={"uniform": ("w4a4",), "n_confirm": (100,)},
 )
 def bit_operations(run: str, uniform: str, n_confirm: int) -> Iterator[Row]:
@@ -202,7 +202,8 @@ def bit_operations(run: str, uniform: str, n_confirm: int) -> Iterator[Row]:
     result = Run.load(REPORTS / run)
     limit = next(e.costs["bit_operations"] for scheme, e in result.uniform if scheme == uniform)
     ours = min((e for e in result.front if e.costs["bit_operations"] <= limit), key=lambda e: e.loss)
-    engine = load("resnet20", result.space.scheme_names, "kronecker_descent", n_confirm=n_confirm, **SPLITS["resnet20"])
+    splits = {**SPLITS["resnet20"], "n_search": 1000, "search_data": "test_0000_4999.npz"}  # those of the run
+    engine = load("resnet20", result.space.scheme_names, "kronecker_descent", n_confirm=n_confirm, **splits)
     mine, theirs = confirmed(engine, ours.allocation), confirmed(engine, engine.space.uniform(uniform))
     low, high = (engine.quality.scale * end for end in paired_interval(mine.qualities, theirs.qualities))
     row = quality_row(engine, ours.allocation, mine) | {"rival": uniform, "rival_value": engine.quality.scale * theirs.quality}

@@ -104,7 +104,7 @@ def load(
     float_layers: str = "",
     shared: bool = False,
     prefix_max_bytes: int = 10**9,
-    **splits: int | None,
+    **splits: int | str | None,
 ) -> QuantEngine:
     """The engine of a network in the schemes, calibrated; layers that match the pattern `float_layers` stay float.
 
