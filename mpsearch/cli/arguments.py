@@ -76,7 +76,7 @@ def prepare(command: str, words: list[str]) -> Arguments:
         if key in keys:
             raise InputError(f"'{key}' is given twice; give it once.")
         keys.append(key)
-        if key == "run" and command == "report" and value.startswith("[") and value.endswith("]"):
+        if key == "run" and command == "report" and value[:1] + value[-1:] == "[]" and not Path(value).is_dir():
             return Arguments([], runs=[_required(part.strip()) for part in value[1:-1].split(",")])
         if key == "run":
             run = _folder(value)

@@ -6,8 +6,8 @@ Weights alone, 2 to 8 bits: `CompressedTensorsWNA16` with per-row scales or one 
 symmetric 8-bit weights with per-row or per-tensor scales, also with a static scale of the input. Floats, weights alone:
 `CompressedTensorsW8A16Fp8`, E4M3 with per-row or per-tensor float32 scales, `CompressedTensorsW4A4Mxfp4`, and NVFP4
 (`CompressedTensorsW4A4Fp4`); with inputs: `CompressedTensorsW8A8Fp8` in E4M3, per-token scales or a static one,
-`CompressedTensorsW8A8Mxfp8`, and NVFP4. On GPUs that multiply MXFP4 vLLM rounds the inputs of MXFP4 layers too. Embeddings:
-`CompressedTensorsEmbeddingWNA16Int`, symmetric, as words hold whole codes.
+`CompressedTensorsW8A8Mxfp8`, and NVFP4. On GPUs that multiply MXFP4 vLLM rounds the inputs of MXFP4 layers too. Embeddings stay
+float: vLLM reads packed ones (`CompressedTensorsEmbeddingWNA16Int`), but transformers does not open a folder that has them.
 
 It runs q, k and v as one matrix, gate and up as another, and the experts of a block in one kernel: fused layers in different
 schemes do not load (vllm-project/vllm issues 7086 and 41457, intel/auto-round issue 2174). Experts with quantized inputs are left
@@ -36,19 +36,17 @@ class VLLM(Runtime):
     name = "vllm"
     what = (
         "Linear layers at 2 to 8 bits per row or in whole groups of 32, 64 or 128, also with 4- or 8-bit inputs, in E4M3 with "
-        "per-row or per-tensor float32 scales, also with E4M3 inputs, in MXFP4, MXFP8 or NVFP4; embeddings at 2, 4 or 8 bits"
+        "per-row or per-tensor float32 scales, also with E4M3 inputs, in MXFP4, MXFP8 or NVFP4"
     )
     exporter = "compressed_tensors"
     shared = ("*.q_proj|*.k_proj|*.v_proj", "*.gate_proj|*.up_proj", "*.experts.**")
 
     def runs(self, layer: LayerSpec, scheme: QuantScheme) -> bool:
-        """Linear layers: 2 to 8 bits per row or in whole groups, FP8, MXFP4, MXFP8, NVFP4; embeddings: 2, 4 or 8 bits."""
+        """Linear layers: 2 to 8 bits per row or in whole groups, FP8, MXFP4, MXFP8, NVFP4."""
         if isinstance(scheme, Float):
             return True
         if ".experts." in layer.name and scheme.input_format is not None:
             return False
-        if layer.kind == "embedding":
-            return _looks_up(layer, scheme)
         if layer.kind != "linear":
             return False
         if isinstance(scheme, Codebook):
@@ -74,11 +72,3 @@ def _multiplies(layer: LayerSpec, scheme: Integer) -> bool:
         return False
     fits = scheme.group_size == "channel" or (scheme.group_size in (32, 64, 128) and whole_groups(layer, int(scheme.group_size)))
     return scheme.bits >= 2 and fits
-
-
-def _looks_up(layer: LayerSpec, scheme: QuantScheme) -> bool:
-    if not isinstance(scheme, Integer) or not scheme.symmetric or scheme.input is not None or scheme.bits not in (2, 4, 8):
-        return False
-    columns = layer.shape[1]
-    fits = scheme.group_size == "channel" or (scheme.group_size in (32, 64, 128) and columns % int(scheme.group_size) == 0)
-    return fits and columns * scheme.bits % 32 == 0

@@ -166,9 +166,7 @@ def test_search_help_names_what_there_is_to_choose(tmp_path: Path) -> None:
 
 MISTAKES = {
     ("serach",): "There is no command 'serach'. Did you mean 'search' or 'watch'?",
-    (
-        "model=digits",
-    ): "There is no command 'model=digits'. There is: export, finetune, hardware, report, search, sensitivity, solve.",
+    ("model=digits",): "There is no command 'model=digits'. There is: export, finetune, hardware, report, search, sensitivity, ",
     ("search", "n_trails=3"): "There is no key 'n_trails'. Did you mean 'n_trials'",
     ("search", "modle=digits"): "There is no key 'modle'. Did you mean 'model'",
     ("search", "budget.bit=3"): "There is no key 'budget.bit'. Did you mean 'budget.bits'",

@@ -233,4 +233,4 @@ def test_the_profile_of_vllm_names_what_has_a_form():
             assert not VLLM().runs(layer, scheme) or has_form(layer, scheme), (layer.kind, name)
     assert all(VLLM().runs(layers[0], scheme) for scheme in SCHEMES.values())
     assert not VLLM().runs(LayerSpec("a.experts.0.down_proj", "linear", (8, 64), 1, "", ()), SCHEMES["w8a8"])
-    assert {name for name, scheme in SCHEMES.items() if VLLM().runs(layers[1], scheme)} == {"w2", "w4", "w8"}
+    assert not any(VLLM().runs(layers[1], scheme) for scheme in SCHEMES.values()), "transformers opens no packed embedding"

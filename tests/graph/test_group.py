@@ -138,7 +138,7 @@ def test_a_mixture_of_experts_for_vllm_and_for_llama_cpp():
     space = SearchSpace.build(share(layers, LlamaCpp.shared, required=False), schemes, runtime=LlamaCpp())
     assert set(space.choices) == {tuple(schemes)}
     with pytest.raises(InputError, match="vllm is not known to run layer 'embed'"):
-        SearchSpace.build(fused, {"w3g32": Integer(3, 32)}, runtime=VLLM())
+        SearchSpace.build(fused, schemes, runtime=VLLM())
 
 
 def test_an_expert_that_no_token_reaches_is_said_where_all_run_as_one():

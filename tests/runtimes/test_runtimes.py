@@ -66,7 +66,7 @@ RUNS = {  # a Linear layer of 192 columns, a convolution, an embedding
         FLOATS,
         {"w3", "w4", "w4g32", "w4g32f", "w4g64", "w4g48"} | FLOATS,
     ),
-    "vllm": (VLLM_LINEAR | FLOATS, FLOATS, {"w4", "w4g32", "w4g32f"} | FLOATS),
+    "vllm": (VLLM_LINEAR | FLOATS, FLOATS, FLOATS),
     "llama_cpp": ({"w4g32", "mxfp4"} | FLOATS, FLOATS, {"w4g32", "mxfp4"} | FLOATS),
     "openvino": (
         {"w3", "w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8t", "w8a8s"} | FLOATS,
