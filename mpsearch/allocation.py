@@ -115,6 +115,11 @@ class SearchSpace:
         """All searched layers."""
         return tuple(layer for group in self.groups for layer in group.layers)
 
+    def layer_schemes(self, allocation: Mapping[str, str]) -> list[tuple[LayerSpec, str]]:
+        """Each searched layer with the name of its scheme; layers of groups that the allocation leaves out are left out."""
+        pairs = ((group, allocation.get(group.name)) for group in self.groups)
+        return [(layer, scheme) for group, scheme in pairs if scheme is not None for layer in group.layers]
+
     @cached_property
     def scheme_names(self) -> tuple[str, ...]:
         """The schemes' names, in the order in which they were given."""

@@ -83,7 +83,7 @@ def scored(engine: QuantEngine, name: str) -> tuple[Score, float]:
     space = engine.space
     allocation = space.allocation([space.scheme_names.index(name if name in allowed else "fp32") for allowed in space.choices])
     engine.float_logits("confirm")
-    shapes = [layer.shape for group in space.groups if allocation[group.name] == name for layer in group.layers]
+    shapes = [layer.shape for layer, scheme in space.layer_schemes(allocation) if scheme == name]
     bits = space.schemes[name].storage_bits(shapes[0]) / (shapes[0][0] * shapes[0][1])
     with engine.applied(allocation) as model:
         return engine.score_of(model, "confirm"), bits

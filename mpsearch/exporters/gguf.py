@@ -49,10 +49,8 @@ class GGUF(Exporter):
     def export(self, picked: Picked, engine: Weights, folder: Path) -> Path:
         """The path of `model.gguf`."""
         architecture = Architecture.from_model(engine.model)
-        for group in engine.space.groups:
-            for layer in group.layers:
-                name = picked.evaluation.allocation[group.name]
-                check_blocks(layer, name, engine.space.schemes[name])
+        for layer, name in engine.space.layer_schemes(picked.evaluation.allocation):
+            check_blocks(layer, name, engine.space.schemes[name])
         source = source_of(engine.model)
         with file_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +76,7 @@ class GGUF(Exporter):
 
 def _tensors(engine: Weights, picked: Picked, architecture: Architecture, source: Source) -> Iterator[tuple[str, Stored]]:
     """Every tensor of the file, by its name there."""
-    schemes = {layer.name: picked.evaluation.allocation[group.name] for group in engine.space.groups for layer in group.layers}
+    schemes = {layer.name: scheme for layer, scheme in engine.space.layer_schemes(picked.evaluation.allocation)}
     layers = {f"{module}.weight": layer.name for layer in engine.space.layers for module in layer.modules}
     biases = {
         f"{module}.bias": bias for layer, scheme in schemes.items() for module, bias in engine.biases(layer, scheme).items()

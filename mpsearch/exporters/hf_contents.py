@@ -34,8 +34,7 @@ class Contents:
     def __init__(self, checkpoint: Checkpoint, engine: Weights, picked: Picked) -> None:
         self.checkpoint, self.engine = checkpoint, engine
         self.schemes: Mapping[str, QuantScheme] = engine.space.schemes
-        allocation = picked.evaluation.allocation
-        self.chosen = {la.name: (la, allocation[group.name]) for group in engine.space.groups for la in group.layers}
+        self.chosen = {la.name: (la, name) for la, name in engine.space.layer_schemes(picked.evaluation.allocation)}
         self.quantized = {
             name: scheme for name, (_, scheme) in self.chosen.items() if not isinstance(self.schemes[scheme], Float)
         }

@@ -41,12 +41,10 @@ class LlamaCppRecipe(Exporter):
         """The path of `llama_quantize.txt`."""
         architecture = Architecture.from_model(engine.model)
         types = {}
-        for group in engine.space.groups:
-            name = picked.evaluation.allocation[group.name]
+        for layer, name in engine.space.layer_schemes(picked.evaluation.allocation):
             scheme = engine.space.schemes[name]
-            for layer in group.layers:
-                check_blocks(layer, name, scheme)
-                types[architecture.tensor_name(layer.weight_name)] = str(ggml_type(scheme)).lower()
+            check_blocks(layer, name, scheme)
+            types[architecture.tensor_name(layer.weight_name)] = str(ggml_type(scheme)).lower()
         options = [f"{OPTIONS[name]} {kind}" for name, kind in types.items() if name in OPTIONS]
         lines = [f"^{re.escape(name)}$={kind}\n" for name, kind in types.items() if name not in OPTIONS]
         command = ["llama-quantize", f"--tensor-type-file {TYPES}", *options, f"model-f32.gguf model.gguf {REST}"]

@@ -105,7 +105,7 @@ class ONNX(Exporter):
 def chosen_layers(picked: Picked, engine: Weights, runtime: Runtime) -> list[tuple[LayerSpec, str]]:
     """Each layer with its scheme; `InputError` where the runtime does not run one."""
     space = engine.space
-    chosen = [(layer, picked.evaluation.allocation[group.name]) for group in space.groups for layer in group.layers]
+    chosen = space.layer_schemes(picked.evaluation.allocation)
     for layer, name in chosen:
         if not runtime.runs(layer, space.schemes[name]):
             raise InputError(
@@ -120,11 +120,10 @@ def float_graph(picked: Picked, engine: Weights, exporter: str) -> Any:
     if picked.call is None:
         raise InputError(f"exporter={exporter} runs the model on samples of the task's data, which are absent. Restore them.")
     model = shared_copy(engine.model).cpu()
-    for group in engine.space.groups:
-        for layer in group.layers:
-            for name, bias in engine.biases(layer.name, picked.evaluation.allocation[group.name]).items():
-                module: Any = model.get_submodule(name)
-                set_values(module.bias, bias)
+    for layer, scheme in engine.space.layer_schemes(picked.evaluation.allocation):
+        for name, bias in engine.biases(layer.name, scheme).items():
+            module: Any = model.get_submodule(name)
+            set_values(module.bias, bias)
     call = ModelCall(*map_tensors(lambda tensor: tensor.cpu(), (picked.call.args, picked.call.kwargs)))
     return traced(model, call, opset=OPSET)
 

@@ -84,11 +84,10 @@ class Recipe(Exporter):
         """The path of the file."""
         layers, names = {}, {}
         in_files = _modules(engine.model)
-        for group in engine.space.groups:
-            for layer in group.layers:
-                for module in layer.modules:
-                    for name in in_files.get(module, [module]):
-                        layers[name], names[name] = layer, picked.evaluation.allocation[group.name]
+        for layer, scheme in engine.space.layer_schemes(picked.evaluation.allocation):
+            for module in layer.modules:
+                for name in in_files.get(module, [module]):
+                    layers[name], names[name] = layer, scheme
         file, write = TOOLS[self.tool]
         text = write(Chosen(layers, names, engine))
         with file_errors(folder):

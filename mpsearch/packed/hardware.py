@@ -80,8 +80,7 @@ def measure_latency(
     measured = {(row.layer, row.scheme): row.milliseconds for row in rows}
     beyond = []  # what whole networks take beyond the sum of their layers
     for name in space.scheme_names:
-        allocation = space.uniform(name)
-        pairs = [(layer, allocation[group.name]) for group in space.groups for layer in group.layers]
+        pairs = space.layer_schemes(space.uniform(name))
         with installed(model, [_quantized(model, layer, quantizers[s], space.schemes[s]) for layer, s in pairs]):
             whole = _medians({REST: lambda: forward(model, inputs)}, seconds / (shares - 1))[REST]
         beyond.append(whole - sum(measured[layer.name, s] for layer, s in pairs))

@@ -99,9 +99,7 @@ def quantized_layers(engine: Weights, allocation: Allocation) -> list[QuantizedL
     """The layers of an allocation, as the engine's bank has them; groups that it leaves out stay float."""
     return [
         QuantizedLayer(layer.kind, layer.modules, engine.quantized(layer.name, scheme), engine.biases(layer.name, scheme))
-        for group in engine.space.groups
-        if (scheme := allocation.get(group.name)) is not None
-        for layer in group.layers
+        for layer, scheme in engine.space.layer_schemes(allocation)
     ]
 
 

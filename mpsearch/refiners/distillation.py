@@ -77,7 +77,7 @@ class Distilled:
 
     def __call__(self, allocation: Allocation, files: WeightFiles | None = None) -> QuantEngine:
         """See `refiners.base.Refinement`; the training is not resumed in its middle."""
-        schemes = {la: allocation[group.name] for group in self.engine.space.groups for la in group.layers}
+        schemes = dict(self.engine.space.layer_schemes(allocation))
         read = {la: read_refined(self.engine, la, scheme, files) for la, scheme in schemes.items()}
         if None in read.values():
             first = None if files is None else files.derived(files.folder / "layers", {"part": "layers"})

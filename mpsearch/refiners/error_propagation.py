@@ -82,7 +82,7 @@ class Propagation:
 
     def __call__(self, allocation: Allocation, files: WeightFiles | None = None) -> QuantEngine:
         """See `refiners.base.Refinement`."""
-        schemes = {layer.name: allocation[group.name] for group in self.engine.space.groups for layer in group.layers}
+        schemes = {layer.name: scheme for layer, scheme in self.engine.space.layer_schemes(allocation)}
         known: dict[str, Refined] = {}
         staged = {layer.name for stage in self.stages for layer in stage.layers}
         self.models.restart()

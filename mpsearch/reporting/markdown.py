@@ -174,7 +174,7 @@ def _measurements(run: Run) -> str:
         if wrong := [e for e in confirmed if not e.verified]:
             sizes = ", ".join(f"{e.size_bytes:,}" for e in wrong)
             text += f" **Unverified: the points of {sizes} bytes.** Their packed outputs differ from the simulated ones."
-        used = {(layer, e.allocation[g.name]) for e in confirmed for g in run.space.groups for layer in g.layers}
+        used = {pair for e in confirmed for pair in run.space.layer_schemes(e.allocation)}
         without = {(la.kind, name) for la, name in used if kernel_for(la.kind, la.shape, run.space.schemes[name]) is None}
         if without:
             pairs = ", ".join(f"{kind} in `{name}`" for kind, name in sorted(without))
