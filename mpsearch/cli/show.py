@@ -14,6 +14,7 @@ from rich.table import Table
 from mpsearch.evaluation import Evaluation
 from mpsearch.pipeline.watch import Progress
 from mpsearch.reporting.summary import Summary, summary
+from mpsearch.reporting.tables import evenly
 from mpsearch.runs.run import Run
 
 FILE_WIDTH = 120
@@ -123,8 +124,6 @@ def progress_table(now: Progress) -> Table:
     table = Table(title="front so far (search split)")
     for column in ("bits", "bytes", "loss"):
         table.add_column(column, justify="right")
-    n = min(len(now.front), 12)
-    for i in (round(k * (len(now.front) - 1) / max(n - 1, 1)) for k in range(n)):
-        e = now.front[i]
+    for e in (now.front[i] for i in evenly(len(now.front), 12)):
         table.add_row(f"{e.average_bits:.2f}", f"{e.size_bytes:,}", f"{e.loss:.4g}")
     return table

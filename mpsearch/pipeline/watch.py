@@ -29,9 +29,9 @@ class Progress:
 
 def look(folder: Path) -> Progress:
     """The progress of the run in `folder`; nothing is locked or written. `InputError` where there is no run."""
-    if not (folder / "space.json").exists() and not read_phases(folder):
-        raise InputError(f"{folder} is not a run folder: it has no space.json and no progress.json. Give that of a search.")
     phases = tuple(read_phases(folder))
+    if not phases and not (folder / "space.json").exists():
+        raise InputError(f"{folder} is not a run folder: it has no space.json and no progress.json. Give that of a search.")
     try:
         run = Run.load(folder)
     except InputError:  # the sensitivities are not complete yet, or a row was being written

@@ -133,7 +133,7 @@ def drop_of(run: Run, point: Evaluation) -> tuple[str, str]:
 
 def _scored(run: Run, point: Evaluation) -> tuple[str, Evaluation]:
     """(split, evaluation there): the confirm split where the point and the float model are measured there."""
-    confirmed = (run.finetuned("confirm") if point.origin == FINETUNED else run.on("confirm")).get(point.allocation)
+    confirmed = run.confirmed(point)
     return ("search", point) if confirmed is None or run.baseline("confirm") is None else ("confirm", confirmed)
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from mpsearch.evaluation import LATER, Evaluation, SensitivityTable
 from mpsearch.optimize.pareto import hypervolume
 from mpsearch.optimize.surrogate import Surrogate
+from mpsearch.reporting.tables import evenly
 from mpsearch.runs.run import Run
 
 MAX_PREDICTED = 800  # evaluations, evenly spread over those of the search
@@ -40,8 +41,7 @@ def searched(run: Run) -> list[Evaluation]:
 def predicted_losses(run: Run) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(predicted, measured) loss `[n]` on the search split, predicted from the sensitivities and known interactions alone."""
     measured = searched(run)
-    if len(measured) > MAX_PREDICTED:
-        measured = [measured[i] for i in np.linspace(0, len(measured) - 1, MAX_PREDICTED).round().astype(int)]
+    measured = [measured[i] for i in evenly(len(measured), MAX_PREDICTED)]
     if not measured:
         return np.empty(0), np.empty(0)
     table = run.sensitivity

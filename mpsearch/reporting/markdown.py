@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from mpsearch.evaluation import Evaluation
@@ -15,6 +14,7 @@ from mpsearch.packed.layers import kernel_for
 from mpsearch.reporting.answer import answer
 from mpsearch.reporting.findings import drop_text, findings, splits_sentence, times_sentence
 from mpsearch.reporting.summary import MAX_UNIFORM, SIZES, summary_header, summary_rows
+from mpsearch.reporting.tables import evenly
 from mpsearch.reporting.verified import verified_rows
 from mpsearch.runs.run import Run
 from mpsearch.runs.verified import Verified
@@ -106,9 +106,7 @@ def _front(run: Run, confirmed: pd.DataFrame | None, picked: Evaluation, n_rows:
         marks = {row.allocation: row for row in confirmed[confirmed.scheme == ""].itertuples()}
     rows = []
     known = [e for e in run.front if not marks or e.allocation.to_json() in marks or e.allocation == picked.allocation]
-    kept = (
-        set(np.linspace(0, len(known) - 1, n_rows - 1).round().astype(int).tolist()) if len(known) > n_rows else range(len(known))
-    )
+    kept = evenly(len(known), n_rows if len(known) <= n_rows else n_rows - 1)  # a place for the picked one
     for e in (e for i, e in enumerate(known) if i in kept or e.allocation == picked.allocation):
         mark = marks.get(e.allocation.to_json())
         notes = ["picked"] if e.allocation == picked.allocation else []

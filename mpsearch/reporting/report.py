@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from mpsearch.evaluation import Confirmed, Evaluation
 from mpsearch.files import write_atomically
 from mpsearch.files.csv_rows import write_rows
@@ -20,7 +22,7 @@ from mpsearch.reporting.page.content import content
 from mpsearch.reporting.page.document import document
 from mpsearch.reporting.tables import confirm_table, front_table, read_confirm, uniform_table
 from mpsearch.runs.run import Run
-from mpsearch.runs.verified import read_verified
+from mpsearch.runs.verified import Verified, read_verified
 
 FIGURE = re.compile(r"(pareto|layers|sensitivity|interactions|search)(_[a-z_]+)?\.(png|svg|pdf)")
 
@@ -41,9 +43,9 @@ def write_report(
         write_rows(folder / "confirm.csv", list(rows.columns), rows.values.tolist())
     figures = _draw(run, picked, folder, every_figure)
     file = folder / "report.md"
-    verified = read_verified(folder, run.quality)
-    write_atomically(file, page(run, picked, read_confirm(run, folder), figures, verified))
-    write_page(run, folder, picked)
+    compared, verified = read_confirm(run, folder), read_verified(folder, run.quality)
+    write_atomically(file, page(run, picked, compared, figures, verified))
+    _write_page(run, folder, picked, compared, verified)
     return file
 
 
@@ -64,7 +66,10 @@ def _draw(run: Run, picked: Evaluation, folder: Path, every: bool) -> list[str]:
 
 def write_page(run: Run, folder: Path, picked: Evaluation) -> Path:
     """Write `index.html`, the page of the run as far as it is; returns its path."""
+    return _write_page(run, folder, picked, read_confirm(run, folder), read_verified(folder, run.quality))
+
+
+def _write_page(run: Run, folder: Path, picked: Evaluation, compared: pd.DataFrame | None, verified: Sequence[Verified]) -> Path:
     file = folder / "index.html"
-    measured = read_confirm(run, folder), read_verified(folder, run.quality), read_phases(folder)
-    write_atomically(file, document(content(run, picked, folder, *measured)))
+    write_atomically(file, document(content(run, picked, folder, compared, verified, read_phases(folder))))
     return file

@@ -6,11 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from mpsearch.errors import run_option
 from mpsearch.evaluation import FINETUNED, Evaluation
 from mpsearch.reporting.findings import drop_text, non_inferior_sentence, times_differ, times_sentence, warnings
+from mpsearch.reporting.tables import evenly
 from mpsearch.runs.noninferiority import smallest_non_inferior
 from mpsearch.runs.run import Run
 
@@ -80,8 +79,8 @@ def summary_rows(run: Run, picked: Evaluation, max_uniform: int | None = None) -
     `max_uniform` keeps so many of the uniform allocations, evenly spread.
     """
     uniform = [(f"uniform {scheme}", e) for scheme, e in run.uniform]
-    if max_uniform is not None and len(uniform) > max_uniform:
-        uniform = [uniform[i] for i in np.linspace(0, len(uniform) - 1, max_uniform).round().astype(int)]
+    if max_uniform is not None:
+        uniform = [uniform[i] for i in evenly(len(uniform), max_uniform)]
     name = "picked, trained" if picked.origin == FINETUNED else "picked"
     named = [("float", run.baseline()), *uniform, (name, picked)]
     return [_row(run, name, e) for name, e in named if e is not None]
@@ -89,10 +88,7 @@ def summary_rows(run: Run, picked: Evaluation, max_uniform: int | None = None) -
 
 def _row(run: Run, name: str, e: Evaluation) -> tuple[str, ...]:
     quality, baseline = run.quality, run.baseline("confirm")
-    if e.origin == "float":
-        confirmed = baseline
-    else:
-        confirmed = (run.finetuned("confirm") if e.origin == FINETUNED else run.on("confirm")).get(e.allocation)
+    confirmed = baseline if e.origin == "float" else run.confirmed(e)
     score = drop = "not measured"
     milliseconds = ""
     if confirmed is not None:

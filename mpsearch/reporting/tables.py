@@ -24,6 +24,11 @@ DROPS = ("drop", "drop_low", "drop_high")
 STATEMENTS = ("approximate", "verified", "non_inferior", "dominated_by_bytes", "significantly_dominated")
 
 
+def evenly(n: int, most: int) -> list[int]:
+    """The indices of n rows, or of `most` of them, evenly spread, the first and the last included."""
+    return list(range(n)) if n <= most else np.linspace(0, n - 1, most).round().astype(int).tolist()
+
+
 def evaluations_table(run: Run) -> pd.DataFrame:
     """All evaluations in the order measured, with the columns of `evaluations.csv`.
 

@@ -207,6 +207,10 @@ class Run:
         """The float model's evaluation."""
         return next((e for e in self.evaluations if e.origin == "float" and e.split == split), None)
 
+    def confirmed(self, point: Evaluation) -> Evaluation | None:
+        """The evaluation of a point on the confirm split, with the trained weights where the point has these."""
+        return (self.finetuned("confirm") if point.origin == FINETUNED else self.on("confirm")).get(point.allocation)
+
     @property
     def baselines(self) -> dict[str, Evaluation]:
         """Split -> the float model's evaluation, where there is one."""

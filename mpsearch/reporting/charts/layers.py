@@ -14,6 +14,7 @@ from mpsearch.evaluation import Evaluation
 from mpsearch.reporting.charts.network import ink_on, map_figure
 from mpsearch.reporting.charts.style import BITS, FORMATS, PICK, heat_map, new_figure, save, styled
 from mpsearch.reporting.layer_map import layer_sections
+from mpsearch.reporting.tables import evenly
 from mpsearch.runs.run import Run
 
 MAX_ROWS = 24  # a longer front is thinned evenly, the pick always kept
@@ -22,8 +23,8 @@ MAX_COLUMNS = 64  # groups of a heat map; a larger network has the map alone
 
 def layer_bits(run: Run, picked: Evaluation, max_rows: int = MAX_ROWS) -> tuple[pd.DataFrame, pd.DataFrame, int | None]:
     """(bits per weight with scales, scheme names, row of the pick): one row per point of the front, one column per group."""
-    kept = set(np.linspace(0, len(run.front) - 1, max_rows).round().astype(int))
-    shown = [e for i, e in enumerate(run.front) if len(run.front) <= max_rows or i in kept or e.allocation == picked.allocation]
+    kept = evenly(len(run.front), max_rows)
+    shown = [e for i, e in enumerate(run.front) if i in kept or e.allocation == picked.allocation]
     space, labels = run.space, [f"{e.average_bits:.2f}" for e in shown]
     choices = np.array([space.choice(e.allocation) for e in shown])
     numel = np.array([max(group.numel, 1) for group in space.groups])

@@ -61,9 +61,10 @@ class Shown:
 
 def draw_pareto(run: Run, picked: Evaluation | None, folder: Path, every: bool = False) -> list[str]:
     """Write `pareto.png` and `.svg`, and with `every` each panel and all formats; returns the names of the figures."""
+    drawn = panels(run, picked)
+    each = drawn if every else {}
     with styled():
-        save(_figure(panels(run, picked)), folder, "pareto", FORMATS if every else ("png", "svg"))
-        each = panels(run, picked) if every else {}
+        save(_figure(drawn), folder, "pareto", FORMATS if every else ("png", "svg"))
         for name, draw in each.items():
             save(_figure({name: draw}), folder, name, FORMATS)
     return ["pareto", *each]

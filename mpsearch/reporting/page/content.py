@@ -13,11 +13,12 @@ import pandas as pd
 from mpsearch.allocation import SearchSpace
 from mpsearch.errors import run_option
 from mpsearch.evaluation import Evaluation
-from mpsearch.reporting.answer import answer, drop_of, recommendations, savings, size_text
+from mpsearch.reporting.answer import Recommendation, answer, drop_of, recommendations, savings, size_text
 from mpsearch.reporting.curves import hypervolume_curve, interactions, kendall, predicted_losses, searched, strongest
 from mpsearch.reporting.findings import budget_positions, cautions, score_text, splits_sentence, times_differ, times_sentence
 from mpsearch.reporting.layer_map import layer_sections
 from mpsearch.reporting.summary import next_steps
+from mpsearch.reporting.tables import evenly
 from mpsearch.reporting.verified import verified_rows
 from mpsearch.runs.run import Run
 from mpsearch.runs.verified import Verified
@@ -52,8 +53,8 @@ def content(
     phases
         `mpsearch.progress.Phase`: how long each part took.
     """
-    quality = run.quality
-    points = _points(run, picked)
+    quality, advice = run.quality, recommendations(run, picked)
+    points = _points(run, picked, advice)
     at = {e.allocation: i for i, e in enumerate(points)}
     return {
         "model": run.identity.get("model_name", "Model"),
@@ -67,7 +68,7 @@ def content(
         "baselines": {s: {"quality": number(e.quality), "n": e.n_samples} for s, e in run.baselines.items()},
         "recommendations": [
             {"purpose": r.purpose, "point": at[r.point.allocation], "certain": r.certain, "cells": _cells(run, r.point)}
-            for r in recommendations(run, picked)
+            for r in advice
         ],
         "savings": [[s.what, s.before, s.after, s.source] for s in savings(run, picked, verified)],
         "points": _described(run, points, picked, confirmed),
@@ -98,11 +99,11 @@ def numbers(values: Iterable[float], digits: int = 4) -> list[float | None]:
     return [number(float(value), digits) for value in values]
 
 
-def _points(run: Run, picked: Evaluation) -> list[Evaluation]:
-    """The front, the uniform allocations and the picked point, once each, smallest first."""
+def _points(run: Run, picked: Evaluation, advice: Sequence[Recommendation]) -> list[Evaluation]:
+    """The front, the uniform allocations, the picked point and the recommended ones, once each, smallest first."""
     known = {e.allocation: e for e in (*run.front, *(e for _, e in run.uniform))}
     known.setdefault(picked.allocation, picked)
-    for each in recommendations(run, picked):
+    for each in advice:
         known.setdefault(each.point.allocation, each.point)
     return sorted(known.values(), key=lambda e: (e.size_bytes, e.loss))
 
@@ -178,12 +179,11 @@ def _cells(run: Run, e: Evaluation) -> list[str]:
 def _allocations(run: Run, points: Sequence[Evaluation], picked: Evaluation) -> list[str | None]:
     """A character per group of each point, an index into the schemes; `None` where there are too many for a page."""
     most = max(MAX_ALLOCATED // max(len(run.space.names), 1), 8)
-    kept = set(range(len(points)))
+    kept = set(evenly(len(points), most))
     if len(points) > most:
         confirmed, uniform = run.on("confirm"), {e.allocation for _, e in run.uniform}
         wanted = [i for i, e in enumerate(points) if e.allocation in confirmed or e.allocation in uniform]
-        even = np.linspace(0, len(points) - 1, most).round().astype(int).tolist()
-        kept = {*wanted[:most], *even, *(i for i, e in enumerate(points) if e.allocation == picked.allocation)}
+        kept |= {*wanted[:most], *(i for i, e in enumerate(points) if e.allocation == picked.allocation)}
     return [run.space.encode(e.allocation) if i in kept else None for i, e in enumerate(points)]
 
 
@@ -232,8 +232,7 @@ def _space(space: SearchSpace) -> dict[str, Any]:
 def _tried(run: Run) -> dict[str, Any]:
     measured = searched(run)
     total = len(measured)
-    if total > MAX_BROWSED:
-        measured = [measured[i] for i in np.linspace(0, total - 1, MAX_BROWSED).round().astype(int)]
+    measured = [measured[i] for i in evenly(total, MAX_BROWSED)]
     scores = {name: numbers([getattr(e, name) for e in measured], 5) for name in ("loss", "quality")}
     costs = {column: numbers([e.cost(column) for e in measured], 7) for column in ("average_bits", *run.objectives)}
     return {"total": total, "size_bytes": [e.size_bytes for e in measured], **costs, **scores}
