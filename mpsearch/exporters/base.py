@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from abc import ABC, abstractmethod
@@ -14,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mpsearch.errors import InputError
 from mpsearch.evaluation import Evaluation
 from mpsearch.files import file_errors
 from mpsearch.graph.channel_scaling import Equalization
@@ -134,6 +136,13 @@ class Exporter(ABC):
         """
         modules = self.open(path, model).named_modules()
         return {name: weight_rows(module).float() for name, module in modules if kind_of(module) is not None}
+
+
+def check_packages(exporter: str, packages: Sequence[str], install: str) -> None:
+    """Raise `InputError`, with the command that installs them, where a package that the exporter needs is not installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise InputError(f"exporter={exporter} needs the package {package}: {install}.")
 
 
 def publish(path: Path, folder: Path, owned: bool = False) -> Path:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mpsearch.errors import InputError, one_line
 from mpsearch.exporters.base import Exporter, Picked
 from mpsearch.exporters.compressed_tensors_forms import FP8, INT8, PACKED, form_of, has_form, stored, tensor_scales
-from mpsearch.exporters.hf_checkpoint import Checkpoint, Recipe, read_shards, recipes, source_of, write_shards
+from mpsearch.exporters.hf_checkpoint import Checkpoint, Origin, origins, read_shards, source_of, write_shards
 from mpsearch.exporters.hf_contents import Contents
 from mpsearch.files import write_atomically
 from mpsearch.graph.projections import expose_projections
@@ -67,10 +67,10 @@ class CompressedTensors(Exporter):
         """Layer -> float32 weight, by the package's own decompressor (`CompressedTensorsDequantizer`)."""
         dense, quantized = _decompressed(path.parent), _targets(json.loads(path.read_text(encoding="utf-8")))
         rows: dict[str, list[tuple[int, Tensor]]] = {}
-        for name, recipe in recipes(expose_projections(model)).items():
-            if name in dense and not recipe.is_stack and recipe.parts[0].name.endswith(".weight"):
-                part, layer = recipe.parts[0], name.removesuffix(".weight")
-                value = dense[name].t() if recipe.is_transposed and layer not in quantized else dense[name]
+        for name, origin in origins(expose_projections(model)).items():
+            if name in dense and not origin.is_stack and origin.parts[0].name.endswith(".weight"):
+                part, layer = origin.parts[0], name.removesuffix(".weight")
+                value = dense[name].t() if origin.is_transposed and layer not in quantized else dense[name]
                 rows.setdefault(part.name.removesuffix(".weight"), []).append((part.rows.start, value.float()))
         return {name: torch.cat([v for _, v in sorted(parts, key=lambda part: part[0])]) for name, parts in rows.items()}
 
@@ -86,9 +86,9 @@ class CompressedTensors(Exporter):
         """
         config = json.loads(path.read_text(encoding="utf-8"))
         conv1d, embeddings = set(), set()
-        for name, recipe in recipes(expose_projections(model)).items():
-            conv1d |= {name} if recipe.is_transposed and not recipe.is_stack else set()
-            owner = model.get_submodule(recipe.parts[0].name.rpartition(".")[0])
+        for name, origin in origins(expose_projections(model)).items():
+            conv1d |= {name} if origin.is_transposed and not origin.is_stack else set()
+            owner = model.get_submodule(origin.parts[0].name.rpartition(".")[0])
             embeddings |= {name} if isinstance(owner, nn.Embedding) else set()
         if _is_loadable(config["quantization_config"]["config_groups"], conv1d | embeddings):
             return huggingface(path.parent)
@@ -102,20 +102,20 @@ class _File(Contents):
         super().__init__(checkpoint, engine, picked)
         if self.unties:
             logger.warning("vLLM 0.33 reads packed embeddings; transformers 5.24 does not.")
-        for name, recipe in checkpoint.recipes.items():
-            used = [(self.owner[part.name], s) for part in recipe.parts if (s := self.scheme(part.name)) is not None]
-            _check(name, recipe, used)
+        for name, origin in checkpoint.origins.items():
+            used = [(self.owner[part.name], s) for part in origin.parts if (s := self.scheme(part.name)) is not None]
+            _check(name, origin, used)
         weights = {name: engine.quantized(name, scheme) for name, scheme in self.quantized.items()}
         nvfp4 = {name: weight for name, weight in weights.items() if "tensor_scale" in weight.tensors}
         self.tensor_scales = tensor_scales(nvfp4, [layer for layer, _ in self.chosen.values()])
 
     def tensors(self) -> Iterator[dict[str, Tensor]]:
         """The tensors of one module of the files after another."""
-        for name, recipe, value in self.entries():
+        for name, origin, value in self.entries():
             if value is not None:
                 yield {name: value}
                 continue
-            part, module = recipe.parts[0], name.removesuffix(".weight")
+            part, module = origin.parts[0], name.removesuffix(".weight")
             scale = self.tensor_scales.get(self.owner[part.name].name, 1.0)
             tensors = stored(self.weight(part.name), part.rows, scale)
             yield {f"{module}.{key}": tensor.clone() for key, tensor in tensors.items()}
@@ -126,12 +126,12 @@ class _File(Contents):
 
         targets: dict[str, list[str]] = {}
         linear, ignored = {id(m) for m in self.engine.model.modules() if isinstance(m, nn.Linear)}, []
-        for name, recipe in self.checkpoint.recipes.items():
-            state = recipe.parts[0].name
+        for name, origin in self.checkpoint.origins.items():
+            state = origin.parts[0].name
             module, scheme = name.removesuffix(".weight"), self.scheme(state)
             if scheme is not None:
                 targets.setdefault(scheme[0], []).append(module)
-            elif state.endswith(".weight") and not recipe.is_stack:
+            elif state.endswith(".weight") and not origin.is_stack:
                 owner = self.engine.model.get_submodule(state.removesuffix(".weight"))
                 ignored += [module] if id(owner) in linear else []
         groups = {}
@@ -152,14 +152,14 @@ class _File(Contents):
         return written
 
 
-def _check(name: str, recipe: Recipe, used: list[tuple[LayerSpec, Any]]) -> None:
+def _check(name: str, origin: Origin, used: list[tuple[LayerSpec, Any]]) -> None:
     """Raise `InputError` for a tensor of the files that the format cannot hold in the schemes of its layers."""
     for layer, (scheme_name, scheme) in used:
         form = form_of(scheme)
         why = ""
-        if recipe.is_stack:
+        if origin.is_stack:
             why = f"the experts of '{name}' are one tensor in the checkpoint, which compressed-tensors does not quantize"
-        elif recipe.is_transposed and form is not None and not form.format.endswith("pack-quantized"):
+        elif origin.is_transposed and form is not None and not form.format.endswith("pack-quantized"):
             why = "of a Conv1D vLLM takes packed codes only"
         elif EXPERTS in name and form is not None and form.inputs is not None:
             why = "transformers runs experts with float inputs"

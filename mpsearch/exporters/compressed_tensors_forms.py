@@ -16,17 +16,16 @@ from torch import Tensor
 from mpsearch.errors import InputError
 from mpsearch.graph.sharing import share
 from mpsearch.layer import LayerSpec
+from mpsearch.runtimes.vllm import FUSED, MXFP8
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
 from mpsearch.schemes.codebook import MXFP4, Codebook
 from mpsearch.schemes.input import InputFormat, IntegerInput
-from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.integer import Integer, signed_codes
 from mpsearch.schemes.level_input import LevelInput
 from mpsearch.schemes.levels import LEVELS
 
 PACKED, INT8, FP8 = "pack-quantized", "int-quantized", "float-quantized"
 NVFP4_FORMAT, MXFP4_FORMAT, MXFP8_FORMAT = "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"
-# Layers that vLLM runs as one matrix, which has one tensor scale.
-FUSED = ("*.q_proj|*.k_proj|*.v_proj", "*.gate_proj|*.up_proj")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def _codebook_form(scheme: Codebook) -> Form | None:
         return Form(FP8, _floats(8, **_strategy(scheme.group_size)), inputs) if fits else None
     if scheme == MXFP4:
         return Form(MXFP4_FORMAT, _floats(4, strategy="group", group_size=32, scale_dtype=torch.uint8))
-    if scheme == Codebook("e4m3", 32, "e8m0", LevelInput("e4m3", "mx")):
+    if scheme == MXFP8:
         return Form(MXFP8_FORMAT, _floats(8, strategy="group", group_size=32, scale_dtype=torch.uint8), inputs)
     if (scheme.levels, scheme.scale, scheme.group_size) == ("e2m1", "e4m3", 16):
         fits = scheme.input in (None, LevelInput("e2m1", "nv"))
@@ -150,16 +149,14 @@ def stored(weight: QuantizedTensor, rows: slice, tensor_scale: float) -> dict[st
 
 
 def _integers(scheme: Integer, form: Form, codes: Tensor, zero_points: Tensor | None, rows: slice) -> dict[str, Tensor]:
-    middle = 2 ** (scheme.bits - 1)
-    signed = (codes.to(torch.int16) - middle).to(torch.int8)
+    signed = signed_codes(codes, scheme.bits)
     if form.format == INT8:
         return {"weight": signed}
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     tensors = {"weight_packed": pack_to_int32(signed, scheme.bits), "weight_shape": torch.tensor(codes.shape)}
     if zero_points is not None:
-        offsets = (zero_points[rows].to(torch.int16) - middle).to(torch.int8)
-        tensors["weight_zero_point"] = pack_to_int32(offsets, scheme.bits, packed_dim=0)
+        tensors["weight_zero_point"] = pack_to_int32(signed_codes(zero_points[rows], scheme.bits), scheme.bits, packed_dim=0)
     return tensors
 
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError, one_line
 from mpsearch.exporters.gguf_architecture import Architecture, import_gguf
 from mpsearch.exporters.gguf_blocks import Stored, ordered_blocks
 from mpsearch.exporters.gguf_tokenizer import add_tokenizer, check_tokenizer
+from mpsearch.exporters.hf_checkpoint import stored_dtypes
 from mpsearch.models.huggingface import check_folder
 from mpsearch.schemes.floating import Float
 
-STORED = {"F16": Float("float16"), "BF16": Float("bfloat16")}  # by the names of safetensors
+STORED: dict[torch.dtype | None, Float] = {torch.float16: Float("float16"), torch.bfloat16: Float("bfloat16")}
 # Keys that are not copied: those of the reader, and those that describe the tensors.
 OWN_KEYS = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version", "split.")
 
@@ -62,14 +62,11 @@ class FolderSource(Source):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.dtypes: dict[str, str] = {}
-        for file in sorted(folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
-                self.dtypes.update({name: tensors.get_slice(name).get_dtype() for name in tensors.keys()})  # noqa: SIM118
+        self.dtypes = stored_dtypes(folder)
 
     def array(self, parameter: str, values: Tensor, architecture: Architecture) -> Stored:
         """See `Source.array`; biases, norms and position embeddings are float32."""
-        name, narrow = architecture.tensor_name(parameter), STORED.get(self.dtypes.get(parameter, ""))
+        name, narrow = architecture.tensor_name(parameter), STORED.get(self.dtypes.get(parameter))
         if narrow is not None and values.dim() > 1 and name != "position_embd.weight":
             weight = narrow.quantize(values)
             if torch.equal(weight.dequantize(), values):

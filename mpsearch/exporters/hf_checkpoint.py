@@ -46,7 +46,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Origin:
     """What a tensor of the files is made of: one part, or one for each expert, stacked; each transposed where said."""
 
     parts: tuple[Part, ...]
@@ -69,15 +69,15 @@ class Checkpoint:
         The folder.
     dtypes
         Tensor of the files -> its dtype.
-    recipes
+    origins
         Tensor of the files -> what it is made of; those that are tied to another one included.
     """
 
     def __init__(self, model: nn.Module, what: str) -> None:
         self.source = source_of(model, what)
-        self.dtypes = dict(_dtypes(self.source))
-        self.recipes = recipes(model)
-        if missing := [name for name in self.dtypes if name not in self.recipes]:
+        self.dtypes = stored_dtypes(self.source)
+        self.origins = origins(model)
+        if missing := [name for name in self.dtypes if name not in self.origins]:
             known = ", ".join(missing[:3])
             raise InputError(
                 f"{self.source} holds {len(missing)} tensors that this {type(model).__name__} has not ({known}), which {what} "
@@ -113,7 +113,7 @@ def source_of(model: nn.Module, what: str) -> Path:
     return source
 
 
-def recipes(model: Any) -> dict[str, Recipe]:
+def origins(model: Any) -> dict[str, Origin]:
     """Tensor of the files -> what it is made of, of a model whose projections are exposed."""
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -139,7 +139,7 @@ def recipes(model: Any) -> dict[str, Recipe]:
         starts.append(count)
         count += size
     return {
-        name: _recipe(name, ids, sources[i], starts[i])
+        name: _origin(name, ids, sources[i], starts[i])
         for name, ids in revert_weight_conversion(model, numbers).items()
         for i in [bisect_right(starts, int(ids.flatten()[0])) - 1]
     }
@@ -153,7 +153,7 @@ def _stacks(name: str, module: Any) -> dict[str, list[str]]:
     return {f"{name}.{fused}": [f"{name}.{i}.{part}" for i in range(module.num_experts)] for part, fused in parts}
 
 
-def _recipe(name: str, ids: Tensor, source: tuple[list[str], int, bool], start: int) -> Recipe:
+def _origin(name: str, ids: Tensor, source: tuple[list[str], int, bool], start: int) -> Origin:
     names, rows, transposed = source
     flat = ids.flatten()
     first = int(flat[0]) - start
@@ -162,18 +162,20 @@ def _recipe(name: str, ids: Tensor, source: tuple[list[str], int, bool], start: 
             f"The tensor '{name}' of the checkpoint is arranged in a way that is not known here. Use exporter=native."
         )
     if len(flat) > rows:
-        return Recipe(tuple(Part(part, slice(0, rows)) for part in names), True, transposed)
+        return Origin(tuple(Part(part, slice(0, rows)) for part in names), True, transposed)
     part, row = divmod(first, rows)
-    return Recipe((Part(names[part], slice(row, row + len(flat))),), False, transposed)
+    return Origin((Part(names[part], slice(row, row + len(flat))),), False, transposed)
 
 
-def _dtypes(source: Path) -> Iterator[tuple[str, torch.dtype]]:
-    """From the headers of the folder's files."""
-    for file in sorted(source.glob("*.safetensors")):
+def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """Tensor -> its dtype, from the headers of the folder's safetensors files."""
+    dtypes = {}
+    for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 dtype = tensors.get_slice(name).get_dtype()
-                yield name, DTYPES[dtype] if dtype in DTYPES else tensors.get_tensor(name).dtype
+                dtypes[name] = DTYPES[dtype] if dtype in DTYPES else tensors.get_tensor(name).dtype
+    return dtypes
 
 
 def write_shards(groups: Iterable[Mapping[str, Tensor]], folder: Path, about: Mapping[str, str] | None = None) -> None:

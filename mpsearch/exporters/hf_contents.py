@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor
 
 from mpsearch.exporters.base import Picked
-from mpsearch.exporters.hf_checkpoint import Checkpoint, Recipe
+from mpsearch.exporters.hf_checkpoint import Checkpoint, Origin
 from mpsearch.packed.model import Weights
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
 from mpsearch.schemes.floating import Float
@@ -58,20 +58,20 @@ class Contents:
         layer = self.owner[state].name
         return self.engine.quantized(layer, self.chosen[layer][1])
 
-    def entries(self) -> Iterator[tuple[str, Recipe, Tensor | None]]:
+    def entries(self) -> Iterator[tuple[str, Origin, Tensor | None]]:
         """Tensor of the files, what it is made of, and its values; `None` where it is quantized."""
         state, biases = self.engine.model.state_dict(), {}
         for layer, scheme in self.chosen.values():
             for module, bias in self.engine.biases(layer.name, scheme).items():
                 biases[f"{module}.bias"] = bias
         copies = {module for layer in self.unties for module in layer.modules}
-        for name, recipe in self.checkpoint.recipes.items():
-            if self.scheme(recipe.parts[0].name) is not None:
-                yield name, recipe, None
+        for name, origin in self.checkpoint.origins.items():
+            if self.scheme(origin.parts[0].name) is not None:
+                yield name, origin, None
             elif name in self.checkpoint.dtypes or name.rpartition(".")[0] in copies:
-                value = recipe([biases[p.name] if p.name in biases else self._dense(p.name, state) for p in recipe.parts])
-                is_chosen = any(part.name in self.owner or part.name in biases for part in recipe.parts)
-                yield name, recipe, value if is_chosen else self.checkpoint.as_stored(name, value)
+                value = origin([biases[p.name] if p.name in biases else self._dense(p.name, state) for p in origin.parts])
+                is_chosen = any(part.name in self.owner or part.name in biases for part in origin.parts)
+                yield name, origin, value if is_chosen else self.checkpoint.as_stored(name, value)
 
     def _dense(self, state: str, values: Mapping[str, Tensor]) -> Tensor:
         """A tensor that is not quantized, in the float format of its scheme."""

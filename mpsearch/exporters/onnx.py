@@ -6,7 +6,6 @@ itself read from an ONNX file, inputs and outputs keep their names. How weights 
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError
-from mpsearch.exporters.base import Exporter, ModelCall, Picked
+from mpsearch.exporters.base import Exporter, ModelCall, Picked, check_packages
 from mpsearch.exporters.onnx_session import RuntimeModule, Session, decoded
 from mpsearch.exporters.onnx_trace import traced
 from mpsearch.exporters.onnx_weights import GraphEditor, store
@@ -51,9 +50,7 @@ class ONNX(Exporter):
 
     def check_installed(self) -> None:
         """See `Exporter.check_installed`."""
-        for package in ("onnx", "onnxscript", self.runtime):
-            if importlib.util.find_spec(package) is None:
-                raise InputError(f"exporter={type(self).__name__.lower()} needs the package {package}: {INSTALL}.")
+        check_packages("onnx", ("onnx", "onnxscript", "onnxruntime"), INSTALL)
 
     def export(self, picked: Picked, engine: Weights, folder: Path) -> Path:
         """The path of `model.onnx`."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import InputError, check_memory, one_line
 from mpsearch.exporters.base import ModelCall
+from mpsearch.exporters.onnx_weights import GraphEditor
 from mpsearch.graph.projections import block_fused_paths
 from mpsearch.tree import map_tensors, tensors_in
 
@@ -96,8 +97,9 @@ def traced(model: nn.Module, call: ModelCall, *, opset: int) -> Any:
                     raise InputError(_refused(model, error)) from error
         _fold_constants(program.model, {f"{PREFIX}{name}" for name, _ in model.named_parameters(remove_duplicate=False)})
     proto = program.model_proto
-    for tensor in proto.graph.initializer:
-        _rename(proto.graph, tensor.name, tensor.name.removeprefix(PREFIX))
+    editor = GraphEditor(proto.graph)
+    for name in list(editor.constants):
+        editor.rename(name, name.removeprefix(PREFIX))
     _strip(proto)
     return proto
 
@@ -148,18 +150,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _rename(graph: Any, old: str, new: str) -> None:
-    if old == new:
-        return
-    for tensor in graph.initializer:
-        if tensor.name == old:
-            tensor.name = new
-    for node in graph.node:
-        for i, name in enumerate(node.input):
-            if name == old:
-                node.input[i] = new
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from mpsearch.layer import LayerSpec
 from mpsearch.schemes.base import QuantizedTensor
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.input import IntegerInput
+from mpsearch.schemes.integer import signed_codes
 
 CODES, SCALE, ZERO = "codes", "scale", "zero_point"  # what the stored tensors of a layer are called, after its name
 
@@ -186,9 +187,7 @@ def unpacked(weight: QuantizedTensor, signed: bool = True) -> tuple[np.ndarray, 
     scheme: Any = weight.scheme
     codes, scales, zero_points, _ = scheme.unpacked(weight.tensors, weight.shape)
     stored: Tensor = weight.tensors["scales"]
-    values = codes.numpy()
-    if zero_points is None and signed:
-        values = (values.astype(np.int16) - 2 ** (scheme.bits - 1)).astype(np.int8)
+    values = (signed_codes(codes, scheme.bits) if zero_points is None and signed else codes).numpy()
     return values, scales.to(stored.dtype).numpy(), None if zero_points is None else zero_points.numpy()
 
 

@@ -7,7 +7,6 @@ integers.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import InputError, one_line
-from mpsearch.exporters.base import Exporter, Picked
+from mpsearch.exporters.base import Exporter, Picked, check_packages
 from mpsearch.exporters.onnx import chosen_layers, float_graph
 from mpsearch.exporters.onnx_session import RuntimeModule
 from mpsearch.exporters.onnx_weights import unpacked
@@ -42,9 +41,7 @@ class OpenVINO(Exporter):
 
     def check_installed(self) -> None:
         """See `Exporter.check_installed`."""
-        for package in ("onnx", "onnxscript", "openvino"):
-            if importlib.util.find_spec(package) is None:
-                raise InputError(f"exporter=openvino needs the package {package}: {INSTALL}.")
+        check_packages("openvino", ("onnx", "onnxscript", "openvino"), INSTALL)
 
     def export(self, picked: Picked, engine: Weights, folder: Path) -> Path:
         """The path of `model.xml`."""

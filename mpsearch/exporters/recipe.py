@@ -26,7 +26,7 @@ from torch import nn
 from mpsearch.errors import InputError, check_choice
 from mpsearch.exporters.base import Exporter, Picked
 from mpsearch.exporters.compressed_tensors_forms import PACKED, form_of
-from mpsearch.exporters.hf_checkpoint import recipes
+from mpsearch.exporters.hf_checkpoint import origins
 from mpsearch.files import file_errors, write_atomically
 from mpsearch.layer import LayerSpec
 from mpsearch.packed.model import Weights
@@ -107,9 +107,9 @@ def _modules(model: nn.Module) -> dict[str, list[str]]:
     if not hasattr(model, "config") or not hasattr(model, "name_or_path"):
         return {}
     names: dict[str, list[str]] = {}
-    for name, recipe in recipes(model).items():
-        part = recipe.parts[0].name
-        if part.endswith(".weight") and not recipe.is_stack:
+    for name, origin in origins(model).items():
+        part = origin.parts[0].name
+        if part.endswith(".weight") and not origin.is_stack:
             names.setdefault(part.removesuffix(".weight"), []).append(name.removesuffix(".weight"))
     return names
 

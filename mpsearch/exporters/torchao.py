@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import InputError
 from mpsearch.exporters.base import Exporter, Picked
-from mpsearch.exporters.hf_checkpoint import Checkpoint, Recipe, recipes, source_of, write_shards
+from mpsearch.exporters.hf_checkpoint import Checkpoint, Origin, origins, source_of, write_shards
 from mpsearch.exporters.hf_contents import Contents
 from mpsearch.files import write_atomically
 from mpsearch.graph.projections import expose_projections
@@ -27,7 +27,7 @@ from mpsearch.packed.model import Weights
 from mpsearch.runtimes.torchao import TorchAO
 from mpsearch.schemes.base import QuantizedTensor
 from mpsearch.schemes.input import IntegerInput
-from mpsearch.schemes.integer import Integer
+from mpsearch.schemes.integer import Integer, signed_codes
 
 logger = logging.getLogger("mpsearch")
 
@@ -56,9 +56,9 @@ class TorchAOFolder(Exporter):
         contents, named, configs, config = Contents(checkpoint, engine, picked), {}, {}, checkpoint.config()
         # What a product with the weight gives: that of the activations, which is the dtype that transformers loads the folder in.
         dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), torch.float32)
-        for name, recipe, value in contents.entries():
+        for name, origin, value in contents.entries():
             if value is None:
-                _check(name, recipe, contents)
+                _check(name, origin, contents)
                 configs[name.removesuffix(".weight")] = _config(contents.weight(name).scheme)
             named[name] = _tensor(contents.weight(name), dtype) if value is None else value
         narrow = [scheme for scheme in contents.quantized.values() if contents.schemes[scheme].weight_bits < 8]
@@ -87,20 +87,20 @@ class TorchAOFolder(Exporter):
         """Layer -> float32 weight, as torchao dequantizes it."""
         loaded, weights = self.open(path, model), {}
         state = loaded.state_dict()
-        for name, recipe in recipes(expose_projections(model)).items():
-            part = recipe.parts[0].name
-            if part.endswith(".weight") and not recipe.is_stack and name in state:
+        for name, origin in origins(expose_projections(model)).items():
+            part = origin.parts[0].name
+            if part.endswith(".weight") and not origin.is_stack and name in state:
                 value: Any = state[name]
                 in_float32 = (torch.float32,) if type(value).__name__ == "Int8Tensor" else ()  # whose `to` leaves its dtype
                 dense = value.dequantize(*in_float32) if hasattr(value, "qdata") else value
-                weights[part.removesuffix(".weight")] = (dense.t() if recipe.is_transposed else dense).float()
+                weights[part.removesuffix(".weight")] = (dense.t() if origin.is_transposed else dense).float()
         return weights
 
 
-def _check(name: str, recipe: Recipe, contents: Contents) -> None:
-    part = recipe.parts[0].name
+def _check(name: str, origin: Origin, contents: Contents) -> None:
+    part = origin.parts[0].name
     scheme_name, scheme = contents.scheme(part) or ("", None)
-    whole = name == part and not recipe.is_stack and not recipe.is_transposed
+    whole = name == part and not origin.is_stack and not origin.is_transposed
     if scheme is not None and not (whole and TorchAO().runs(contents.owner[part], scheme)):
         raise InputError(
             f"Layer '{contents.owner[part].name}' in scheme '{scheme_name}' ({scheme.describe()}) has no tensor of torchao; "
@@ -115,16 +115,14 @@ def _tensor(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
 
     scheme: Any = weight.scheme
     codes, scales, zero_points, size = scheme.unpacked(weight.tensors, weight.shape)
-    middle = 2 ** (scheme.bits - 1)
-    signed, scales = (codes.to(torch.int16) - middle).to(torch.int8), scales.float()
+    signed, scales = signed_codes(codes, scheme.bits), scales.float()
     if scheme.input == IntegerInput(8, "token"):
         from torchao.quantization import PerRow
 
         inputs = QuantizeTensorToInt8Kwargs(PerRow())
         return Int8Tensor(signed, scales, [1, codes.shape[1]], dtype, act_quant_kwargs=inputs)
-    offsets = torch.zeros_like(scales, dtype=torch.int8)
-    if zero_points is not None:
-        offsets = (zero_points.to(torch.int16) - middle).to(torch.int8)
+    has_offsets = zero_points is not None
+    offsets = signed_codes(zero_points, scheme.bits) if has_offsets else torch.zeros_like(scales, dtype=torch.int8)
     return IntxUnpackedToInt8Tensor(signed, scales, offsets, getattr(torch, f"int{scheme.bits}"), (1, size), dtype, None)
 
 

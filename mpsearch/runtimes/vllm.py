@@ -25,6 +25,7 @@ from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
 from mpsearch.schemes.level_input import LevelInput
 
+FUSED = ("*.q_proj|*.k_proj|*.v_proj", "*.gate_proj|*.up_proj")  # layers that it runs as one matrix, which has one tensor scale
 E4M3_INPUTS = (None, LevelInput("e4m3", "token"), LevelInput("e4m3", "static"))
 MXFP8 = Codebook("e4m3", 32, "e8m0", LevelInput("e4m3", "mx"))
 NVFP4 = (Codebook("e2m1", 16, "e4m3"), Codebook("e2m1", 16, "e4m3", LevelInput("e2m1", "nv")))
@@ -39,7 +40,7 @@ class VLLM(Runtime):
         "per-row or per-tensor float32 scales, also with E4M3 inputs, in MXFP4, MXFP8 or NVFP4"
     )
     exporter = "compressed_tensors"
-    shared = ("*.q_proj|*.k_proj|*.v_proj", "*.gate_proj|*.up_proj", "*.experts.**")
+    shared = (*FUSED, "*.experts.**")
 
     def runs(self, layer: LayerSpec, scheme: QuantScheme) -> bool:
         """Linear layers: 2 to 8 bits per row or in whole groups, FP8, MXFP4, MXFP8, NVFP4."""

@@ -24,6 +24,11 @@ from mpsearch.schemes.input import InputFormat
 SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
+def signed_codes(codes: Tensor, bits: int) -> Tensor:
+    """Codes, or zero points, uint8 counted from 0, as int8 around the middle code."""
+    return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+
+
 @dataclass(frozen=True)
 class Integer(DenseScheme):
     """Integer codes with a scale for each group of weights in a row.
