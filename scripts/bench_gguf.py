@@ -18,7 +18,6 @@ from mpsearch.exporters.gguf import GGUF
 from mpsearch.exporters.gguf_architecture import Architecture
 from mpsearch.exporters.llama_cpp_model import import_llama_cpp
 from mpsearch.graph.shared_copy import shared_copy
-from mpsearch.graph.surgery import hooked
 from mpsearch.models.huggingface import huggingface
 from mpsearch.optimize.knapsack import solve
 from mpsearch.pipeline.prepare import prepare
@@ -59,21 +58,10 @@ def write_float(engine: QuantEngine) -> Path:
 
 def importance(engine: QuantEngine) -> dict[str, torch.Tensor]:
     """Mean squares of the inputs of each Linear layer in the calibration split, float32 `[columns]`, by names in the file."""
-    architecture, sums, counts = Architecture.from_model(engine.model), {}, {}
-
-    def collector(name: str) -> Any:
-        def collect(module: Any, args: Any, kwargs: Any) -> None:
-            x = args[0].flatten(0, -2).double()
-            sums[name] = sums.get(name, 0) + x.square().sum(0)
-            counts[name] = counts.get(name, 0) + len(x)
-
-        return collect
-
-    layers = {name: m for name, m in engine.model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"}
-    with torch.no_grad(), hooked([(module, collector(name)) for name, module in layers.items()]):
-        for inputs, _ in engine.batches("calibration"):
-            engine.task.forward(engine.model, inputs)
-    return {architecture.tensor_name(f"{name}.weight"): (sums[name] / counts[name]).float() for name in layers}
+    architecture, calibration = Architecture.from_model(engine.model), engine.bank.calibration
+    linear = [layer for layer in engine.space.layers if layer.kind == "linear" and "lm_head" not in layer.modules]
+    moments = {architecture.tensor_name(layer.weight_name): calibration.input_moments(layer) for layer in linear}
+    return {name: known.second_moment[0] for name, known in moments.items() if known is not None}
 
 
 def quantize(source: Path, target: Path, preset: str, matrix: dict[str, torch.Tensor]) -> Path:

@@ -20,6 +20,7 @@ from mpsearch.exporters.onnx_session import RuntimeModule, Session
 from mpsearch.exporters.onnx_trace import named_inputs, traced
 from mpsearch.graph.shared_copy import shared_copy
 from mpsearch.graph.trace import first_samples
+from mpsearch.pipeline.check_export import tensor_bytes
 from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.registry import resolve
 
@@ -99,9 +100,8 @@ def openers() -> dict[str, tuple[Any, Any, Callable[[Path], Any]]]:
     return known
 
 
-@torch.no_grad()
 def outputs_of(engine: QuantEngine, model: Any) -> torch.Tensor:
-    return torch.cat([engine.task.forward(model, inputs) for inputs, _ in engine.batches("confirm")])
+    return torch.cat(list(engine.scorer.outputs(model, "confirm")))
 
 
 @benchmark(
@@ -148,13 +148,12 @@ def runtimes(network: str, runtime: str, batch: int) -> Iterator[Row]:
             with engine.applied(allocation) as model:
                 ours = outputs_of(engine, model)
             theirs = outputs_of(engine, models[scheme])
-            size = sum(file.stat().st_size for file in exporter.files(path) if file.suffix != ".xml")
             about = {"distance": float((theirs - ours).abs().max() / ours.abs().max()), "same": same(theirs, ours)}
             about |= {
                 "quality": quality(engine, theirs),
                 "ours": quality(engine, ours),
                 "counted": point.size_bytes,
-                "file": size,
+                "file": tensor_bytes(exporter.files(path)),
             }
             rows.append({"case": scheme, **about})
         times = interleaved({name: functools.partial(engine.task.forward, m, inputs) for name, m in models.items()}, SECONDS)
