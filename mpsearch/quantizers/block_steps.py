@@ -249,8 +249,8 @@ def fitted_steps(scheme: KQuant, sums: Sums) -> Tensor:
     largest = blocks.largest_minimum
     dmin = _searched(wanted, sums.one, wanted.amax(1, keepdim=True) / largest, 0, largest)
     minima = _integers(wanted, dmin, 0, largest)
-    d_fit, dmin_fit = map(half, sums.of_blocks(integers, minima).best(True))
     whole = sums.of_blocks(integers, minima)
+    d_fit, dmin_fit = map(half, whole.best(True))
     better = (whole.error(d_fit, dmin_fit) < whole.error(d, dmin)) & (d_fit > 0)
     return _steps(torch.where(better, d_fit, d), integers, torch.where(better, dmin_fit, dmin), minima)
 

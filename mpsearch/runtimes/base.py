@@ -12,6 +12,11 @@ from typing import ClassVar
 
 from mpsearch.layer import LayerSpec
 from mpsearch.schemes.base import QuantScheme
+from mpsearch.schemes.floating import Float
+from mpsearch.schemes.input import IntegerInput
+from mpsearch.schemes.integer import Integer
+
+KINDS = ("linear", "conv1d", "conv2d", "conv3d", "embedding")  # of layers whose weight is a constant of a graph
 
 
 class Runtime(ABC):
@@ -37,6 +42,34 @@ class Runtime(ABC):
     @abstractmethod
     def runs(self, layer: LayerSpec, scheme: QuantScheme) -> bool:
         """Whether the layer can run in the scheme; a float scheme leaves the layer as it is."""
+
+
+class ConstantWeights(Runtime):
+    """A runtime of graphs, which computes float32 weights from constants, so that layers of any kind may have them.
+
+    Attributes
+    ----------
+    widths
+        Bits of the integers that a constant may hold.
+    """
+
+    widths: ClassVar[tuple[int, ...]]
+
+    def runs(self, layer: LayerSpec, scheme: QuantScheme) -> bool:
+        """Integers of `widths` per tensor, per row or in whole groups, 16-bit floats, and 8-bit weights with `runs_input`."""
+        if isinstance(scheme, Float):
+            return scheme.format == "float32" or layer.kind in KINDS
+        if not isinstance(scheme, Integer) or layer.kind not in KINDS:
+            return False
+        if scheme.input is not None:
+            weight = (scheme.bits, scheme.symmetric, scheme.group_size) == (8, True, "channel")
+            return weight and isinstance(scheme.input, IntegerInput) and self.runs_input(layer, scheme.input)
+        fits = isinstance(scheme.group_size, str) or whole_groups(layer, scheme.group_size)
+        return scheme.bits in self.widths and fits
+
+    @abstractmethod
+    def runs_input(self, layer: LayerSpec, x: IntegerInput) -> bool:
+        """Whether the layer, with symmetric 8-bit weights and a scale per row, runs with this input."""
 
 
 def whole_groups(layer: LayerSpec, group_size: int) -> bool:

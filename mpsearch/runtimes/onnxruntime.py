@@ -10,16 +10,11 @@ which a scheme does not say, and its `ConvInteger` takes four times as long as f
 from __future__ import annotations
 
 from mpsearch.layer import LayerSpec
-from mpsearch.runtimes.base import Runtime, whole_groups
-from mpsearch.schemes.base import QuantScheme
-from mpsearch.schemes.floating import Float
+from mpsearch.runtimes.base import ConstantWeights
 from mpsearch.schemes.input import IntegerInput
-from mpsearch.schemes.integer import Integer
-
-KINDS = ("linear", "conv1d", "conv2d", "conv3d", "embedding")
 
 
-class ONNXRuntime(Runtime):
+class ONNXRuntime(ConstantWeights):
     """ONNX Runtime on a CPU."""
 
     name = "onnxruntime"
@@ -28,16 +23,8 @@ class ONNXRuntime(Runtime):
         "floats, and Linear layers at 8 bits, symmetric, per row, with static 8-bit inputs"
     )
     exporter = "onnx"
+    widths = (2, 4, 8)
 
-    def runs(self, layer: LayerSpec, scheme: QuantScheme) -> bool:
-        """2, 4 or 8 bits in whole groups; Linear layers also with static 8-bit inputs; 16-bit floats."""
-        if isinstance(scheme, Float):
-            return scheme.format == "float32" or layer.kind in KINDS
-        if not isinstance(scheme, Integer) or layer.kind not in KINDS:
-            return False
-        if scheme.input is not None:
-            weight = (scheme.bits, scheme.symmetric, scheme.group_size) == (8, True, "channel")
-            x = scheme.input
-            return weight and isinstance(x, IntegerInput) and (x.bits, x.scale) == (8, "static") and layer.kind == "linear"
-        fits = isinstance(scheme.group_size, str) or whole_groups(layer, scheme.group_size)
-        return scheme.bits in (2, 4, 8) and fits
+    def runs_input(self, layer: LayerSpec, x: IntegerInput) -> bool:
+        """Linear layers: static 8-bit inputs."""
+        return (x.bits, x.scale) == (8, "static") and layer.kind == "linear"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -23,6 +24,17 @@ MAX_NAME = 26  # characters of a name
 MAX_TEXTS = 2500  # cells with a text of their own; of more, the colour alone is shown
 
 
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """How cells are drawn: their width in inches, the value `[n_layers]` and text of each layer, and the colours of values."""
+
+    cell: float
+    values: NDArray[np.float64]
+    texts: Sequence[str]
+    cmap: Colormap
+    norm: Normalize
+
+
 def map_figure(
     sections: Sequence[Section],
     values: NDArray[np.float64],
@@ -39,6 +51,7 @@ def map_figure(
     Sections stand side by side as far as the width allows. `label` names the colours, `ticks` are those of their bar.
     """
     cell = max(CELL, CHARACTER * max((len(text) for text in texts), default=1) + 0.1)
+    look = _Look(cell, values, texts, cmap, norm)
     placed, height = _placed(sections, cell)
     width = max(left + _size(section, cell)[0] for section, left, _ in placed)
     width = max(width, CHARACTER * 1.4 * len(title))
@@ -47,9 +60,9 @@ def map_figure(
     axes.set_axis_off()
     for section, left, top in placed:
         if section.rows == ("",):
-            _draw_row(axes, section, left, top, cell, values, texts, cmap, norm)
+            _draw_row(axes, section, left, top, look)
         else:
-            _draw_grid(axes, section, left, top, cell, values, texts, cmap, norm)
+            _draw_grid(axes, section, left, top, look)
     color_bar(axes, ScalarMappable(norm, cmap), label, ticks, shrink=min(1.0, 4 / max(height, 4)))
     return figure
 
@@ -89,18 +102,9 @@ def _per_strip(section: Section, cell: float) -> int:
     return max(1, int((WIDTH - _names(section)) / cell))
 
 
-def _draw_grid(
-    axes: Axes,
-    section: Section,
-    left: float,
-    top: float,
-    cell: float,
-    values: NDArray[np.float64],
-    texts: Sequence[str],
-    cmap: Colormap,
-    norm: Normalize,
-) -> None:
+def _draw_grid(axes: Axes, section: Section, left: float, top: float, look: _Look) -> None:
     """Blocks from left to right, in strips below one another."""
+    cell = look.cell
     names, per_strip = _names(section), _per_strip(section, cell)
     axes.text(left, top + 0.5 * CELL, section.title, fontsize=12, fontweight="bold", va="center")
     every = -(-max(CHARACTER * max(map(len, section.columns)) + 0.08, cell) // cell)
@@ -121,49 +125,31 @@ def _draw_grid(
     for layer, place in section.cells.items():
         shared.setdefault(place, []).append(layer)
     cells = [(corner(*place), layers) for place, layers in shared.items()]
-    _draw_cells(axes, cells, cell, values, texts, cmap, norm)
+    _draw_cells(axes, cells, look)
 
 
-def _draw_row(
-    axes: Axes,
-    section: Section,
-    left: float,
-    top: float,
-    cell: float,
-    values: NDArray[np.float64],
-    texts: Sequence[str],
-    cmap: Colormap,
-    norm: Normalize,
-) -> None:
+def _draw_row(axes: Axes, section: Section, left: float, top: float, look: _Look) -> None:
     """Each cell with its name to the right, column by column."""
-    box, each = _boxes(section, cell)
+    box, each = _boxes(section, look.cell)
     lines = -(-len(section.cells) // each)
     axes.text(left, top + 0.5 * CELL, section.title or "other layers", fontsize=12, fontweight="bold", va="center")
     cells = []
     for layer, (_, position) in section.cells.items():
         x, y = left + position // lines * box, top + CELL * (1 + position % lines)
-        axes.text(x + cell + 0.08, y + CELL / 2, shortened(section.columns[position]), fontsize=11, va="center")
+        axes.text(x + look.cell + 0.08, y + CELL / 2, shortened(section.columns[position]), fontsize=11, va="center")
         cells.append(((x, y), [layer]))
-    _draw_cells(axes, cells, cell, values, texts, cmap, norm)
+    _draw_cells(axes, cells, look)
 
 
-def _draw_cells(
-    axes: Axes,
-    cells: Sequence[tuple[tuple[float, float], list[int]]],
-    cell: float,
-    values: NDArray[np.float64],
-    texts: Sequence[str],
-    cmap: Colormap,
-    norm: Normalize,
-) -> None:
+def _draw_cells(axes: Axes, cells: Sequence[tuple[tuple[float, float], list[int]]], look: _Look) -> None:
     """Rectangles, several layers in one as their mean, with their text where they agree."""
-    boxes = [Rectangle((x + 0.02, y + 0.02), cell - 0.04, CELL - 0.04) for (x, y), _ in cells]
-    shown = np.ma.masked_invalid([np.mean(values[layers]) for _, layers in cells])
-    axes.add_collection(PatchCollection(boxes, cmap=cmap, norm=norm, array=shown, linewidth=0))
-    for ((x, y), layers), value in zip(cells, shown, strict=True) if len(values) <= MAX_TEXTS else ():
-        text = texts[layers[0]] if len({texts[layer] for layer in layers}) == 1 else "…"
-        color = "#57606a" if np.ma.is_masked(value) else ink_on(cmap(norm(value)))
-        axes.text(x + cell / 2, y + CELL / 2, text, fontsize=11, ha="center", va="center", color=color, in_layout=False)
+    boxes = [Rectangle((x + 0.02, y + 0.02), look.cell - 0.04, CELL - 0.04) for (x, y), _ in cells]
+    shown = np.ma.masked_invalid([np.mean(look.values[layers]) for _, layers in cells])
+    axes.add_collection(PatchCollection(boxes, cmap=look.cmap, norm=look.norm, array=shown, linewidth=0))
+    for ((x, y), layers), value in zip(cells, shown, strict=True) if len(look.values) <= MAX_TEXTS else ():
+        text = look.texts[layers[0]] if len({look.texts[layer] for layer in layers}) == 1 else "…"
+        color = "#57606a" if np.ma.is_masked(value) else ink_on(look.cmap(look.norm(value)))
+        axes.text(x + look.cell / 2, y + CELL / 2, text, fontsize=11, ha="center", va="center", color=color, in_layout=False)
 
 
 def shortened(name: str) -> str:
