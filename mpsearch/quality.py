@@ -79,6 +79,12 @@ class Quality:
         """A formatted score, without a unit."""
         return f"{100 * score:.2f}" if self.kind == "share" else f"{score:.4g}"
 
+    def range_text(self, low: float, high: float) -> str:
+        """The formatted ends of a score's interval, without a unit; a share is from 0 to 1, whatever its drop may be."""
+        if self.kind == "share":
+            low, high = max(low, 0.0), min(high, 1.0)
+        return f"{self.text(low)} to {self.text(high)}"
+
     def difference(self, value: float) -> str:
         """A formatted drop, without a unit."""
         return f"{value:z.3g}" if self.kind == "number" else f"{100 * value:z.2f}"

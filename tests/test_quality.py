@@ -43,6 +43,7 @@ def test_each_kind_reads_a_mean_and_a_drop():
     assert number.drop(0.8, 0.79, 0.7, 0.81) == pytest.approx((0.01, -0.01, 0.1))
     assert [q.max_drop for q in (share, number, perplexity)] == [0.005, 0.005, 0.01]
     assert [q.drop_text(0.0123) for q in (share, number, perplexity)] == ["1.23 points", "0.0123", "1.23 %"]
+    assert (share.range_text(0.98, 1.02), number.range_text(0.98, 1.02)) == ("98.00 to 100.00", "0.98 to 1.02")
     assert (share.text(0.9148), number.text(0.86716), perplexity.text(4.51546)) == ("91.48", "0.8672", "4.515")
     assert (share.label, number.label) == ("accuracy %", "spearman")
     assert [q.drop_word for q in (share, number, perplexity)] == ["drop", "drop", "rise"]

@@ -184,11 +184,11 @@ def _run(job: Job, config: DictConfig) -> None:
 
 def _merged(job: Job, config: DictConfig) -> dict[str, Any]:
     """The settings of the run, replaced by those that are given now."""
-    run = job.words.config or {}
-    given = {key: value for key, value in plain_settings(config).items() if value is not None}
+    run, own = job.words.config or {}, plain_settings(config)
+    given = {key: value for key, value in own.items() if value is not None}
     if "cost" in given:  # the run's own costs are as they were
         given["cost"] |= run.get("cost", {})
-    settings = run | given
+    settings = own | run | given
     check(settings)
     return settings
 

@@ -164,9 +164,9 @@ def report(settings: Settings, build: Build, folder: Path) -> None:
 
 
 def compare(folders: list[Path], target: Path) -> None:
-    """Compare finished runs on the confirm split, and print the table."""
+    """Compare finished runs on the confirm split, and print the tables."""
     page = compared(folders, target, [saved(folder) for folder in folders])
-    print(page.read_text(encoding="utf-8").partition("![")[0].strip())
+    print("\n".join(line for line in page.read_text(encoding="utf-8").splitlines() if not line.startswith("![")).strip())
     paths(target, page, "comparison.png", "comparison.csv")
 
 

@@ -219,7 +219,8 @@ def _differs(backend: str, bits: int, symmetric: bool) -> bool:
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    n = torch.get_num_threads()
+    return f"{_processor()}, {n} thread{'s' if n > 1 else ''}"
 
 
 def _processor() -> str:

@@ -16,7 +16,8 @@ A run folder holds the page `index.html`, `report.md` and its figures, and the t
 (everything that was measured), `front.csv` and `uniform.csv` (two rows a point: search and confirm), `confirm.csv`,
 `sensitivity.csv`, `effects.npy` (interactions between groups), `progress.json` (phases and their seconds); `space.json`,
 `config.yaml` and `environment.json` describe what was searched. What is read back has a checksum. `bank/` keeps every layer as it
-was quantized, `refined/` those of refined points; both may be deleted at any time.
+was quantized, `refined/` those of refined points, `confirmed/` what each sample scored at each confirmed point; all three may be
+deleted at any time.
 
 While a search runs, scores are simulated: dequantized weights, float32 arithmetic, inputs rounded where the scheme says so
 (`packed` is `False` in the tables). Confirmed scores are of the packed model (`packed` is `True`) and agree with the simulated

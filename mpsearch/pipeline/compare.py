@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mpsearch.errors import InputError
-from mpsearch.reporting.comparison import compare
+from mpsearch.reporting.comparison import Compared, compare
 from mpsearch.runs.run import Run
+from mpsearch.runs.samples import SampleFiles
+from mpsearch.runs.verified import read_verified
 
 MAX_PARTS = 3  # settings in a name
 TARGET = "._target_"
@@ -23,8 +25,14 @@ def compared(folders: Sequence[Path], target: Path, settings: Sequence[Mapping[s
     """
     if len(folders) < 2:
         raise InputError(f"Give two runs or more to compare; got {len(folders)}.")
-    runs = [Run.load(folder) for folder in folders]
+    runs = [opened(folder) for folder in folders]
     return compare(dict(zip(names(folders, settings), runs, strict=True)), target)
+
+
+def opened(folder: Path) -> Compared:
+    """A finished run, with what its files measure in runtimes and the samples of its confirmed points."""
+    run = Run.load(folder)
+    return Compared(run, read_verified(folder, run.quality), SampleFiles(folder))
 
 
 def names(folders: Sequence[Path], settings: Sequence[Mapping[str, Any]]) -> list[str]:

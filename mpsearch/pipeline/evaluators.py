@@ -27,6 +27,7 @@ from mpsearch.graph.trace import first_samples
 from mpsearch.packed.agreement import agrees
 from mpsearch.packed.hardware import model_latency
 from mpsearch.packed.model import packed
+from mpsearch.runs.samples import SampleFiles
 
 LATENCY_SECONDS = 0.1  # spent on timing each confirmed point
 
@@ -191,8 +192,8 @@ class SearchEvaluator(_Evaluator):
 class ConfirmEvaluator(_Evaluator):
     """Scores allocations on the confirm split in this process, on packed weights.
 
-    A forward pass of `latency_batch_size` samples is timed; for the other parameters see above. An allocation that was confirmed
-    before is not run again.
+    A forward pass of `latency_batch_size` samples is timed, and what each sample scored is kept in `samples`; for the other
+    parameters see above. An allocation that was confirmed before is not run again.
     """
 
     split = "confirm"
@@ -204,9 +205,10 @@ class ConfirmEvaluator(_Evaluator):
         budgets: Sequence[Budget] = (),
         costs: Sequence[CostTable] = (),
         latency_batch_size: int = 1,
+        samples: SampleFiles | None = None,
     ) -> None:
         super().__init__(engine, log, budgets, costs)
-        self.latency_batch_size = latency_batch_size
+        self.latency_batch_size, self.samples = latency_batch_size, samples
         self._qualities: dict[Allocation, np.ndarray] = {}
 
     def __call__(self, allocation: Allocation, origin: str) -> Evaluation:
@@ -217,6 +219,8 @@ class ConfirmEvaluator(_Evaluator):
         start = time.perf_counter()
         score, timing = self.run_packed(allocation)
         self._qualities[allocation] = score.qualities
+        if self.samples is not None and allocation:
+            self.samples.write(allocation, origin, score)  # before the row, which says that the point is confirmed
         return self.add(allocation, origin, None, replace(score, seconds=time.perf_counter() - start), timing)
 
     def qualities(self, allocation: Allocation) -> np.ndarray:

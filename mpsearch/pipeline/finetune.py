@@ -61,7 +61,7 @@ def train_point(
         evaluate.log.append(evaluation)
 
     parts = trained.engine, EvaluationLog(record=record), evaluate.budgets, evaluate.costs
-    after = ConfirmEvaluator(*parts, evaluate.latency_batch_size)
+    after = ConfirmEvaluator(*parts, evaluate.latency_batch_size, evaluate.samples)
     if "search" not in known:
         SearchEvaluator(*parts)(allocation, FINETUNED)
     if "confirm" not in known:

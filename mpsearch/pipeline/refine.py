@@ -81,8 +81,9 @@ class RefiningEvaluator:
             self._last = None  # frees its memory first
             with quiet():  # a step of the phase in which points are confirmed
                 engine = self._refinement(allocation, None if files is None else refined_files(files, *about))
-            parts = self.evaluate.budgets, self.evaluate.costs, self.evaluate.latency_batch_size
-            log = EvaluationLog(record=self.evaluate.log.append)  # an empty one: that of the run has the unrefined evaluations
+            base = self.evaluate
+            parts = base.budgets, base.costs, base.latency_batch_size, base.samples
+            log = EvaluationLog(record=base.log.append)  # an empty one: that of the run has the unrefined evaluations
             self._last = allocation, ConfirmEvaluator(engine, log, *parts)
         return self._last[1]
 
@@ -105,7 +106,8 @@ def start_of_training(evaluate: ConfirmEvaluator | RefiningEvaluator, allocation
     base = evaluate.evaluate
     if not evaluate.keeps(allocation):
         return base
-    return ConfirmEvaluator(evaluate.refined(allocation).engine, base.log, base.budgets, base.costs, base.latency_batch_size)
+    engine = evaluate.refined(allocation).engine
+    return ConfirmEvaluator(engine, base.log, base.budgets, base.costs, base.latency_batch_size, base.samples)
 
 
 def refined_files(files: WeightFiles, refiner: Refiner | Any, allocation: Allocation, folder: Path) -> WeightFiles:

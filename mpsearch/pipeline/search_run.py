@@ -30,6 +30,7 @@ from mpsearch.quality import Quality
 from mpsearch.refiners.base import Refiner
 from mpsearch.registry import fields_of
 from mpsearch.runs.run import Run, RunFolder
+from mpsearch.runs.samples import SampleFiles
 from mpsearch.runtimes.base import Runtime
 from mpsearch.samplers.base import Problem, build_sampler, check_sampler
 from mpsearch.training.finetune import Training
@@ -109,7 +110,7 @@ class SearchRun:
                     in_flight=self.in_flight,
                     finished=finished,
                 )
-            evaluate = ConfirmEvaluator(*shared, goal.batch_size)
+            evaluate = ConfirmEvaluator(*shared, goal.batch_size, SampleFiles(self.run.path))
             refined = evaluate if self.refiner is None else RefiningEvaluator(evaluate, self.refiner, self.run.path)
             run, confirmed = self._confirmed(refined, record, live)
         workspace = Workspace(prepared, engine, self.run.path, self.refiner)

@@ -23,6 +23,7 @@ from mpsearch.quantizers.base import Quantizer
 from mpsearch.refiners.base import Refiner
 from mpsearch.registry import recorded as recorded_choice
 from mpsearch.runs.run import Run, RunFolder
+from mpsearch.runs.samples import SampleFiles
 from mpsearch.tasks.base import Task
 
 
@@ -103,6 +104,6 @@ def reopened(workspace: Workspace, run: Run, costs: Mapping[str, Cost]) -> Itera
         tables = [cost.table(run.space) for cost in costs.values() if cost.column in run.costs]
         budgets = read_budgets(run.budgets, costs, run.space)
         parts = workspace.engine, log, budgets, tables
-        confirm = ConfirmEvaluator(*parts, batch_size)
+        confirm = ConfirmEvaluator(*parts, batch_size, SampleFiles(workspace.folder))
         refined = confirm if workspace.refiner is None else RefiningEvaluator(confirm, workspace.refiner, workspace.folder)
         yield Evaluators(SearchEvaluator(*parts), confirm, refined)

@@ -15,7 +15,7 @@ def verified_sentence(run: Run, v: Verified) -> str:
     tokens = f" {v.same_tokens} of {v.n_tokens} greedily generated tokens are those of the packed model." if v.n_tokens else ""
     return (
         f"Verified in {v.runtime} (exporter={v.exporter}): {v.file_bytes:,} bytes; confirm split: {q.name} {q.text(v.quality)}"
-        f"{unit} (95 % interval {q.text(v.quality_low)} to {q.text(v.quality_high)}), loss {v.loss:.4g} (packed "
+        f"{unit} (95 % interval {q.range_text(v.quality_low, v.quality_high)}), loss {v.loss:.4g} (packed "
         f"{v.packed_loss:.4g}); {v.ms:.3g} ms per forward pass (float model in PyTorch {v.float_ms:.3g}, packed "
         f"{v.packed_ms:.3g}; {v.measured_on}).{tokens}"
     )
@@ -37,7 +37,7 @@ def verified_rows(run: Run, verified: Sequence[Verified]) -> tuple[list[str], li
     latest = {(v.exporter, v.point, v.trained): v for v in verified}
     rows = []
     for v in latest.values():
-        quality = f"{q.text(v.quality)} ({q.text(v.quality_low)} to {q.text(v.quality_high)})"
+        quality = f"{q.text(v.quality)} ({q.range_text(v.quality_low, v.quality_high)})"
         point = f"{v.point}{', trained' if v.trained else ''}"
         times = (f"{ms:.3g}" for ms in (v.ms, v.float_ms, v.packed_ms))
         tokens = f"{v.same_tokens} of {v.n_tokens}" if v.n_tokens else ""

@@ -229,6 +229,13 @@ def test_settings_are_plain_and_saved(door: Door) -> None:
     assert saved(folder) == settings
 
 
+def test_a_setting_of_null_is_that_of_the_run_or_null(door: Door) -> None:
+    assert door("search", "seed=3", "hydra.run.dir=reports/a").code == 0
+    assert door("finetune", "run=reports/a").code == 0
+    settings = door.last.settings
+    assert (settings["seed"], settings["device"], settings["batches"]) == (3, "cpu", None)
+
+
 def test_quick_successive_runs_do_not_collide(door: Door) -> None:
     for _ in range(3):
         assert door("sensitivity").code == 0

@@ -20,6 +20,7 @@ from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
 from mpsearch.pipeline.search import search
 from mpsearch.pipeline.sensitivity import measure_sensitivity
 from mpsearch.runs.run import Run
+from mpsearch.runs.samples import SampleFiles
 from mpsearch.samplers.base import Problem, build_sampler
 
 
@@ -61,7 +62,7 @@ def test_drops_are_paired_with_the_float_model(searched):
         assert c.evaluation.packed
         e = c.evaluation
         assert 0 < e.measured_ms_low <= e.measured_ms <= e.measured_ms_high
-        assert re.fullmatch(r".+, \d+ threads, batch of 1", e.measured_on)
+        assert re.fullmatch(r".+, \d+ threads?, batch of 1", e.measured_on)
         score, _ = evaluate.run_packed(c.evaluation.allocation)
         low, high = paired_interval(score.qualities, baseline.qualities)
         assert c.drop == pytest.approx(baseline.quality - score.quality)
@@ -160,6 +161,24 @@ def test_dominance_by_another_cost_and_by_a_quality_where_lower_is_better(tiny, 
     assert by_allocation[slow].significantly_dominated is better
     assert by_allocation[quick].dominated_by is None
     assert by_allocation[slow].drop == pytest.approx(2.0 / 0.5 - 1), "relative to the float model's error"
+
+
+def test_the_samples_of_confirmed_points_are_kept(searched, tmp_path):
+    evaluate, result, confirmed, _ = searched
+    files = SampleFiles(tmp_path)
+    again = ConfirmEvaluator(evaluate.engine, EvaluationLog(), evaluate.budgets, samples=files)
+    points = [again(c.evaluation.allocation, c.evaluation.origin) for c in confirmed[:2]]
+    again(FLOAT, "float")
+    assert len(list((tmp_path / "confirmed").iterdir())) == len(points)
+    baseline = evaluate.qualities(FLOAT)
+    for e in points:
+        qualities, losses = files.read(e, result.quality)
+        assert (len(qualities), qualities.dtype, losses.dtype) == (e.n_samples, np.float32, np.float32)
+        assert qualities.tolist() == evaluate.qualities(e.allocation).tolist()
+        assert losses.mean() == pytest.approx(e.loss, rel=1e-5)
+        low, high = paired_interval(qualities, baseline)
+        assert (e.quality_low, e.quality_high) == pytest.approx((baseline.mean() + low, baseline.mean() + high), abs=1e-6)
+    assert files.read(dataclasses.replace(points[0], origin="refined"), result.quality) is None, "other weights"
 
 
 def test_confirming_again_measures_nothing(searched):
