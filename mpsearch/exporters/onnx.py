@@ -6,6 +6,7 @@ itself read from an ONNX file, inputs and outputs keep their names. How weights 
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from mpsearch.errors import InputError
 from mpsearch.exporters.base import Exporter, ModelCall, Picked, check_packages
+from mpsearch.exporters.onnx_convolutions import store_convolutions
+from mpsearch.exporters.onnx_graph import GraphEditor
 from mpsearch.exporters.onnx_session import RuntimeModule, Session, decoded
 from mpsearch.exporters.onnx_trace import traced
-from mpsearch.exporters.onnx_weights import GraphEditor, store
+from mpsearch.exporters.onnx_weights import store
 from mpsearch.files import file_errors, write_atomically
 from mpsearch.graph.shared_copy import shared_copy
 from mpsearch.layer import LayerSpec, set_values
@@ -27,12 +30,12 @@ from mpsearch.tree import map_tensors
 
 OPSET, OPSET_2_BITS = 21, 25  # the first with 4-bit and with 2-bit integers
 INSTALL = "pip install 'mpsearch[onnxruntime]'"
-MOST_BYTES = 2**31 - 2**20  # of a protobuf file
+MOST_BYTES = 2**31 - 2**26  # of the tensors in a protobuf file
 
 
 @dataclass(frozen=True)
 class ONNX(Exporter):
-    """Writes `onnx/model.onnx`.
+    """Writes `onnx/model.onnx` and, of more than 2 GB, its tensors next to it: `tensors-<checksum>.data`.
 
     Parameters
     ----------
@@ -57,12 +60,10 @@ class ONNX(Exporter):
         self.check_installed()
         path = folder / "model.onnx"
         proto = self.graph(picked, engine)
-        if proto.ByteSize() > MOST_BYTES:
-            raise InputError(
-                f"The model takes {proto.ByteSize():,} bytes, more than the 2 GB of an ONNX file. Use smaller schemes."
-            )
         with file_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
+            if sum(len(tensor.raw_data) for tensor in proto.graph.initializer) > MOST_BYTES:
+                _move_tensors(proto, folder)
         write_atomically(path, proto.SerializeToString())
         return path
 
@@ -73,12 +74,18 @@ class ONNX(Exporter):
         has_2_bits = any(engine.space.schemes[name].weight_bits == 2 for _, name in chosen)
         _set_opset(proto, OPSET_2_BITS if has_2_bits else OPSET)
         editor = GraphEditor(proto.graph)
+        convolutions = []
         for layer, name in chosen:
             known = [own for module in layer.modules if (own := f"{module}.weight") in editor.constants]
             if not known:
                 raise InputError(f"Layer '{layer.name}' is not a weight of the ONNX graph. Use exporter=native.")
             editor.rename(known[0], f"{layer.name}.weight")
-            store(editor, layer, engine.quantized(layer.name, name), self.packed_products)
+            weight = engine.quantized(layer.name, name)
+            if layer.kind != "linear" and weight.scheme.input_format is not None:
+                convolutions.append((layer, weight))
+            else:
+                store(editor, layer, weight, self.packed_products)
+        store_convolutions(editor, convolutions)
         editor.finish()
         return proto
 
@@ -123,6 +130,19 @@ def float_graph(picked: Picked, engine: Weights, exporter: str) -> Any:
             set_values(module.bias, bias)
     call = ModelCall(*map_tensors(lambda tensor: tensor.cpu(), (picked.call.args, picked.call.kwargs)))
     return traced(model, call, opset=OPSET)
+
+
+def _move_tensors(proto: Any, folder: Path) -> None:
+    """Write the tensors of a graph to a file in `folder`, named by its content, which the graph refers to."""
+    from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
+
+    digest = hashlib.sha256()
+    for tensor in proto.graph.initializer:
+        digest.update(tensor.raw_data)
+    name = f"tensors-{digest.hexdigest()[:12]}.data"
+    (folder / name).unlink(missing_ok=True)  # onnx appends
+    convert_model_to_external_data(proto, all_tensors_to_one_file=True, location=name)
+    write_external_data_tensors(proto, str(folder))
 
 
 def _set_opset(proto: Any, version: int) -> None:

@@ -16,6 +16,8 @@ from mpsearch.exporters.onnx_trace import named_inputs
 from mpsearch.exporters.onnx_weights import CODES
 from mpsearch.tree import map_tensors
 
+IDENTITY = "identity"
+
 
 class RuntimeModule(nn.Module):
     """A model in another runtime, with the inputs and outputs of the float `model`, from which it learns their structure."""
@@ -61,7 +63,7 @@ class Session:
 
 def decoded(proto: Any) -> dict[str, Tensor]:
     """Layer name -> float32 weight, output channels first, of the layers of a file, computed by ONNX Runtime."""
-    from onnx import NodeProto, helper, numpy_helper
+    from onnx import helper, numpy_helper
 
     stored = {tensor.name: tensor for tensor in proto.graph.initializer}
     made_by = {name: node for node in proto.graph.node for name in node.output}
@@ -71,20 +73,34 @@ def decoded(proto: Any) -> dict[str, Tensor]:
     for name in [name.removesuffix(f".{CODES}") for name in stored if name.endswith(f".{CODES}")]:
         reader = next(node for node in proto.graph.node if f"{name}.{CODES}" in node.input)
         feeds: dict[str, np.ndarray] = {}
+        nodes = [made_by[f"{name}.weight"]] if f"{name}.weight" in made_by else [_of_identity(reader)]
         if reader.op_type == "MatMulInteger":
-            scale = made_by[f"{name}.factor"].input[0]
-            last = helper.make_node("DequantizeLinear", [f"{name}.{CODES}", scale], [f"{name}.weight"], axis=1)
+            scale, columns = made_by[f"{name}.factor"].input[0], stored[f"{name}.{CODES}"].dims[0]
+            feeds[IDENTITY] = np.eye(columns, dtype=np.uint8)
+            nodes += [
+                helper.make_node("Cast", [reader.output[0]], ["float"], to=1),
+                helper.make_node("Mul", ["float", scale], ["weight"]),
+            ]
         elif reader.op_type == "MatMulNBits":
-            last = NodeProto()
-            last.CopyFrom(reader)
-            last.input[0] = "identity"
             columns = next(attribute.i for attribute in reader.attribute if attribute.name == "K")
-            feeds["identity"] = np.eye(columns, dtype=np.float32)
-        else:
-            last = made_by[f"{name}.weight"]
-        values = torch.from_numpy(_computed(proto, [*_ancestors(last, made_by), last], feeds, stored))
+            feeds[IDENTITY] = np.eye(columns, dtype=np.float32)
+        others = {output: node for output, node in made_by.items() if output not in nodes[0].output}
+        nodes = [*(before for node in nodes for before in _ancestors(node, others)), *nodes]
+        values = torch.from_numpy(_computed(proto, nodes, feeds, stored))
         weights[name] = values.T if reader.op_type.startswith("MatMul") else values
     return weights
+
+
+def _of_identity(product: Any) -> Any:
+    """A node like `product` that multiplies an identity matrix."""
+    from onnx import NodeProto
+
+    node = NodeProto()
+    node.CopyFrom(product)
+    node.input[0] = IDENTITY
+    if node.op_type == "MatMulInteger":
+        node.input[2] = ""  # the zero point of the input
+    return node
 
 
 def _ancestors(node: Any, made_by: Mapping[str, Any]) -> list[Any]:
@@ -102,7 +118,10 @@ def _computed(proto: Any, nodes: list[Any], feeds: dict[str, np.ndarray], stored
     from onnx import helper
 
     used = {name for node in nodes for name in node.input} & stored.keys()
-    inputs = [helper.make_tensor_value_info(name, 1, list(array.shape)) for name, array in feeds.items()]
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+        for name, array in feeds.items()
+    ]
     outputs = [helper.make_tensor_value_info(nodes[-1].output[0], 1, None)]
     graph = helper.make_graph(nodes, "weight", inputs, outputs, [stored[name] for name in sorted(used)])
     model = helper.make_model(graph, opset_imports=proto.opset_import, ir_version=proto.ir_version)

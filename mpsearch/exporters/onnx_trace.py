@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import InputError, check_memory, one_line
 from mpsearch.exporters.base import ModelCall
-from mpsearch.exporters.onnx_weights import GraphEditor
+from mpsearch.exporters.onnx_graph import GraphEditor
 from mpsearch.graph.projections import block_fused_paths
 from mpsearch.tree import map_tensors, tensors_in
 
@@ -100,8 +100,35 @@ def traced(model: nn.Module, call: ModelCall, *, opset: int) -> Any:
     editor = GraphEditor(proto.graph)
     for name in list(editor.constants):
         editor.rename(name, name.removeprefix(PREFIX))
+    editor.constants_from_nodes()
+    _fold_padding(editor)
+    editor.finish()
     _strip(proto)
     return proto
+
+
+def _fold_padding(editor: GraphEditor) -> None:
+    """Zeros around the input of a convolution become the convolution's own."""
+    from onnx import helper
+
+    for node in editor.graph.node:
+        pad = editor.made_by(node.input[0]) if node.op_type == "Conv" else None
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        if pad is None or pad.op_type != "Pad" or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
+            continue
+        mode = next((attribute.s for attribute in pad.attribute if attribute.name == "mode"), b"constant")
+        sizes, value = pad.input[1], pad.input[2] if len(pad.input) > 2 else ""
+        has_axes = len(pad.input) > 3 and pad.input[3] != ""
+        if mode != b"constant" or has_axes or any(name and name not in editor.constants for name in (sizes, value)):
+            continue
+        added = editor.values(sizes).reshape(2, -1)  # before and after, of each dimension
+        if (value and editor.values(value).any()) or added[:, :2].any() or (added < 0).any():
+            continue
+        pads = added[:, 2:].reshape(-1) + attributes.get("pads", [0] * 2 * (added.shape[1] - 2))
+        for attribute in [attribute for attribute in node.attribute if attribute.name == "pads"]:
+            node.attribute.remove(attribute)
+        node.attribute.append(helper.make_attribute("pads", pads.tolist()))
+        node.input[0] = pad.input[0]
 
 
 def _strip(proto: Any) -> None:

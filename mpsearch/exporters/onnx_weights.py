@@ -16,122 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpsearch.errors import InputError
+from mpsearch.exporters.onnx_graph import GraphEditor, made, packed_bits
+from mpsearch.exporters.onnx_inputs import SCALE, ZERO, input_grid, quantized, weight_codes
 from mpsearch.layer import LayerSpec
 from mpsearch.schemes.base import QuantizedTensor
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import signed_codes
 
-CODES, SCALE, ZERO = "codes", "scale", "zero_point"  # what the stored tensors of a layer are called, after its name
-
-
-class GraphEditor:
-    """Adds nodes and initializers in front of a graph, and replaces nodes in it."""
-
-    def __init__(self, graph: Any) -> None:
-        self.graph = graph
-        self.front: list[Any] = []
-        self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        self._replaced: dict[str, list[Any]] = {}  # first output of a node -> what stands for it
-        self._after: dict[str, list[Any]] = {}  # tensor -> nodes right behind what computes it
-        self._quantized: dict[tuple[str, float, int], str] = {}
-
-    def constant(self, name: str, values: np.ndarray, bits: int | None = None) -> str:
-        """An initializer, added unless one of the name exists; `bits` 2 or 4: integers, packed, signed or not as `values` are."""
-        from onnx import TensorProto, helper, numpy_helper
-
-        if name not in self.constants:
-            if bits in (2, 4):
-                signed = values.dtype == np.int8
-                kind = getattr(TensorProto, f"{'' if signed else 'U'}INT{bits}")
-                tensor = helper.make_tensor(name, kind, values.shape, _packed(values, bits), raw=True)
-            else:
-                tensor = numpy_helper.from_array(np.ascontiguousarray(values), name)
-            self.add(tensor)
-        return name
-
-    def add(self, tensor: Any) -> None:
-        """Add an initializer."""
-        self.graph.initializer.append(tensor)
-        self.constants[tensor.name] = self.graph.initializer[-1]
-
-    def node(self, operator: str, inputs: list[str], output: str, **attributes: Any) -> str:
-        """A node in front of all others; returns its output."""
-        self.front.append(made(operator, inputs, output, **attributes))
-        return output
-
-    def users(self, tensor: str) -> list[Any]:
-        """The nodes that read a tensor."""
-        return [node for node in self.graph.node if tensor in node.input]
-
-    def replace(self, node: Any, nodes: list[Any]) -> None:
-        """Put `nodes` in the place of one."""
-        self._replaced[node.output[0]] = nodes
-
-    def quantized(self, tensor: str, scale: str, zero: str, value: tuple[float, int]) -> str:
-        """The tensor in 8 bits, once for all layers that read it with the same scale and zero point (`value`)."""
-        key = (tensor, *value)
-        if key not in self._quantized:
-            self._quantized[key] = f"{tensor}.quantized.{scale}"
-            self._after.setdefault(tensor, []).append(made("QuantizeLinear", [tensor, scale, zero], self._quantized[key]))
-        return self._quantized[key]
-
-    def dequantized(self, tensor: str, scale: str, zero: str, value: tuple[float, int]) -> str:
-        """The same, as float32."""
-        codes = self.quantized(tensor, scale, zero, value)
-        name = f"{codes}.float"
-        if all(name not in node.output for node in self._after[tensor]):
-            self._after[tensor].append(made("DequantizeLinear", [codes, scale, zero], name))
-        return name
-
-    def set_values(self, name: str, values: np.ndarray) -> None:
-        """Give an initializer other values; `InputError` where there is none of the name."""
-        from onnx import numpy_helper
-
-        if name not in self.constants:
-            raise InputError(
-                f"'{name}' is no tensor of the ONNX graph. Search with bias_correction=false, or use exporter=native."
-            )
-        self.constants[name].CopyFrom(numpy_helper.from_array(values, name))
-
-    def rename(self, old: str, new: str) -> None:
-        """Rename an initializer, also where it is read."""
-        if old == new:
-            return
-        self.constants[new] = self.constants.pop(old)
-        self.constants[new].name = new
-        for node in self.graph.node:
-            for i, name in enumerate(node.input):
-                if name == old:
-                    node.input[i] = new
-
-    def drop(self, name: str) -> None:
-        """Remove an initializer."""
-        self.graph.initializer.remove(self.constants.pop(name))
-
-    def finish(self) -> None:
-        """Write all changes; nodes whose outputs nobody reads any more are removed."""
-        nodes = [*self.front, *(node for value in self.graph.input for node in self._after.get(value.name, ()))]
-        for node in self.graph.node:
-            nodes += self._replaced.get(node.output[0], [node])
-            nodes += [added for name in node.output for added in self._after.get(name, ())]
-        while True:
-            read = {name for node in nodes for name in node.input} | {value.name for value in self.graph.output}
-            kept = [node for node in nodes if any(name in read for name in node.output)]
-            if len(kept) == len(nodes):
-                break
-            nodes = kept
-        del self.graph.node[:]
-        self.graph.node.extend(nodes)
-
-
-def made(operator: str, inputs: list[str], output: str, **attributes: Any) -> Any:
-    """A node, named after its output."""
-    from onnx import helper
-
-    domain = "com.microsoft" if operator == "MatMulNBits" else ""
-    return helper.make_node(operator, inputs, [output], name=output, domain=domain, **attributes)
+CODES = "codes"  # what the stored tensors of a layer are called, after its name
 
 
 def store(editor: GraphEditor, layer: LayerSpec, weight: QuantizedTensor, packed: bool) -> None:
@@ -146,16 +39,20 @@ def store(editor: GraphEditor, layer: LayerSpec, weight: QuantizedTensor, packed
         _cast(editor, layer.name, weight.tensors["values"])
         return
     codes, scales, zero_points = unpacked(weight)
-    shape = tuple(weight.shape)
     if isinstance(scheme.input, IntegerInput):
-        if layer.kind == "linear":
-            _integer_products(editor, layer, weight, initializer, codes, scales)
-            return
-        _quantize_inputs(editor, layer, weight, initializer)
+        _integer_products(editor, layer, weight, initializer, codes, scales)
+        return
     if packed and _fits_nbits(layer, scheme, editor, initializer):
         _block_products(editor, layer, scheme, initializer, codes, scales, zero_points)
         return
-    name, n_groups = layer.name, scales.shape[1]
+    store_constant(editor, layer, weight)
+
+
+def store_constant(editor: GraphEditor, layer: LayerSpec, weight: QuantizedTensor) -> None:
+    """A weight that is computed in float32 from its codes and scales alone."""
+    scheme: Any = weight.scheme
+    codes, scales, zero_points = unpacked(weight)
+    name, n_groups, shape = layer.name, scales.shape[1], tuple(weight.shape)
     tensor = codes.reshape(shape[0], n_groups, -1)
     value = editor.node("Cast", [editor.constant(f"{name}.{CODES}", tensor, scheme.bits)], f"{name}.float", to=1)
     if zero_points is not None:
@@ -166,7 +63,7 @@ def store(editor: GraphEditor, layer: LayerSpec, weight: QuantizedTensor, packed
         scale = editor.node("Cast", [scale], f"{name}.float_scale", to=1)
     value = editor.node("Mul", [value, scale], f"{name}.scaled")
     dims = editor.constant("shape_" + "x".join(map(str, shape)), np.array(shape, dtype=np.int64))
-    editor.node("Reshape", [value, dims], initializer)
+    editor.node("Reshape", [value, dims], f"{name}.weight")
 
 
 def _cast(editor: GraphEditor, name: str, values: Tensor) -> None:
@@ -196,41 +93,23 @@ def _integer_products(
 ) -> None:
     """`MatMulInteger` of codes, in the place of each product with the weight."""
     name = layer.name
-    stored = editor.constant(f"{name}.{CODES}", codes.T)
     scale = editor.constant(f"{name}.{SCALE}", scales[:, 0])
     if scales.dtype != np.float32:
         scale = editor.node("Cast", [scale], f"{name}.float_scale", to=1)
-    x_scale, x_zero, value = _input_params(editor, name, weight)
-    factor = editor.node("Mul", [scale, x_scale], f"{name}.factor")
-    for node, x, bias in _products(editor, initializer):
+    products = [(node, x, bias, input_grid(editor, name, weight, x)) for node, x, bias in _products(editor, initializer)]
+    values = weight_codes(codes, [grid for *_, grid in products])
+    stored = editor.constant(f"{name}.{CODES}", values.T)
+    zero = [editor.code(128)] if values.dtype == np.uint8 else []
+    factor = editor.node("Mul", [scale, f"{name}.input_{SCALE}"], f"{name}.factor")
+    for node, x, bias, grid in products:
         out = node.output[0]
         nodes = [
-            made("MatMulInteger", [editor.quantized(x, x_scale, x_zero, value), stored, x_zero], f"{out}.integer"),
+            made("MatMulInteger", [quantized(editor, x, grid), stored, grid.zero, *zero], f"{out}.integer"),
             made("Cast", [f"{out}.integer"], f"{out}.float", to=1),
             made("Mul", [f"{out}.float", factor], f"{out}.product" if bias else out),
             *([made("Add", [f"{out}.product", bias], out)] if bias else []),
         ]
         editor.replace(node, nodes)
-
-
-def _quantize_inputs(editor: GraphEditor, layer: LayerSpec, weight: QuantizedTensor, initializer: str) -> None:
-    """Round the input of each convolution with the weight, by `QuantizeLinear` and `DequantizeLinear`."""
-    x_scale, x_zero, value = _input_params(editor, layer.name, weight)
-    for node in editor.users(initializer):
-        node.input[0] = editor.dequantized(node.input[0], x_scale, x_zero, value)
-
-
-def _input_params(editor: GraphEditor, name: str, weight: QuantizedTensor) -> tuple[str, str, tuple[float, int]]:
-    """The static scale of the input and its zero point, and both values.
-
-    Codes are uint8, for which ONNX Runtime has the faster kernels: symmetric ones are shifted by 128.
-    """
-    params = weight.input_params
-    own = "input_zero_point" in params
-    zero = int(params["input_zero_point"]) if own else 128
-    scale = editor.constant(f"{name}.input_{SCALE}", params["input_scale"].numpy().reshape(()))
-    name = f"{name}.input_{ZERO}" if own else "input_zero_point_128"
-    return scale, editor.constant(name, np.array(zero, dtype=np.uint8)), (float(params["input_scale"]), zero)
 
 
 def _fits_nbits(layer: LayerSpec, scheme: Any, editor: GraphEditor, initializer: str) -> bool:
@@ -258,13 +137,13 @@ def _block_products(
     name, (n, k), bits = layer.name, layer.shape, scheme.bits
     unsigned = codes if zero_points is not None else (codes.astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
     blocks = unsigned.reshape(n, -1, scheme.group_size)
-    packed = np.frombuffer(_packed(blocks, bits), dtype=np.uint8) if bits < 8 else blocks
+    packed = np.frombuffer(packed_bits(blocks, bits), dtype=np.uint8) if bits < 8 else blocks
     inputs = [editor.constant(f"{name}.{CODES}", packed.reshape(n, blocks.shape[1], -1))]
     scale = editor.constant(f"{name}.{SCALE}", scales)
     inputs.append(scale if scales.dtype == np.float32 else editor.node("Cast", [scale], f"{name}.float_scale", to=1))
     if zero_points is not None:
         padded = np.pad(zero_points, ((0, 0), (0, -zero_points.shape[1] % (8 // bits))))
-        values = np.frombuffer(_packed(padded, bits), dtype=np.uint8) if bits < 8 else padded
+        values = np.frombuffer(packed_bits(padded, bits), dtype=np.uint8) if bits < 8 else padded
         inputs.append(editor.constant(f"{name}.{ZERO}", values.reshape(n, -1)))
     attributes = {"K": k, "N": n, "bits": bits, "block_size": scheme.group_size}
     for node, x, bias in _products(editor, initializer):
@@ -283,12 +162,3 @@ def _products(editor: GraphEditor, initializer: str) -> list[tuple[Any, str, str
             if user.op_type == "MatMul" and user.input[1] == node.output[0]:
                 products.append((user, user.input[0], ""))
     return products
-
-
-def _packed(values: np.ndarray, bits: int) -> bytes:
-    """Codes of 2 or 4 bits in bytes, the first in the lowest bits."""
-    per_byte = 8 // bits
-    flat = values.reshape(-1).view(np.uint8) & (2**bits - 1)
-    flat = np.pad(flat, (0, -len(flat) % per_byte)).reshape(-1, per_byte)
-    shifts = (np.arange(per_byte) * bits).astype(np.uint8)
-    return np.bitwise_or.reduce(flat << shifts, axis=1).astype(np.uint8).tobytes()

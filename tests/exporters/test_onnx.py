@@ -121,6 +121,57 @@ def test_the_runtime_computes_what_was_scored(case, tmp_path, choice, packed):
     assert "DequantizeLinear" not in operators(path), "it would be computed at each call"
 
 
+class Residual(nn.Module):
+    """Images [n, 3, 16, 16] -> logits [n, 5]: convolutions behind activations, pooling and padding, and around an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.next = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3)
+        self.depthwise, self.project = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 32, 1)
+        self.expand, self.last, self.head = nn.Conv2d(32, 16, 1), nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.stem(x)), 2)
+        x = F.hardtanh(self.next(F.pad(x, (1, 1, 1, 1))), 0, 0.3)
+        x = self.expand(self.project(F.relu6(self.depthwise(x))))
+        return self.head(F.relu(x + self.last(F.relu(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("chosen", ["minmax", "mse"])
+def test_convolutions_with_quantized_outputs_are_integer_kernels(tmp_path, symmetric, chosen):
+    """Without its fusions ONNX Runtime computes what was scored; with them it rounds biases, by which a few codes differ."""
+    import onnxruntime
+
+    torch.manual_seed(1)
+    net = Residual().eval()
+    task = mpsearch.fidelity_task(**{split: [torch.randn(16, 3, 16, 16)] for split in ("calibration", "search", "confirm")})
+    schemes = {"s8": Integer(8, input=IntegerInput(8, "static", symmetric, chosen)), "w8": Integer(8)}
+    prepared = prepare(net, task, schemes=schemes, quantizer="round_to_nearest", runtime="onnxruntime")
+    engine = prepared.engine(tmp_path / "bank")
+    e = type("E", (), {"allocation": engine.space.uniform("s8")})
+    call = ModelCall.record(engine.model, task.forward, first_samples(prepared.calibration[0][0], 2))
+    path = ONNX().export(Picked(e, {}, {}, "agreement", "", (), None, call), engine, tmp_path)
+    decoded = ONNX().decode(path, net)
+    for group in engine.space.groups:
+        assert torch.equal(decoded[group.name], engine.quantized(group.name, "s8").dequantize()), group.name
+    with engine.applied(e.allocation) as model:
+        ours = outputs_of(engine, model)
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    onnxruntime.InferenceSession(str(path), options)
+    fused = [node.op_type for node in onnx.load(str(tmp_path / "fused.onnx")).graph.node]
+    assert (fused.count("QLinearConv"), fused.count("Conv") + fused.count("FusedConv")) == (4, 2)
+    assert "Pad" not in operators(path)
+    opened = ONNX().open(path, net)
+    assert (outputs_of(engine, opened) - ours).abs().max() <= 2e-2 * ours.abs().max()
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    opened.session.session = onnxruntime.InferenceSession(str(path), options)
+    assert (outputs_of(engine, opened) - ours).abs().max() <= 2e-3 * ours.abs().max(), "a code of the input"
+
+
 def test_biases_are_the_corrected_ones(case, tmp_path):
     _, engine = case
     _, path, _ = exported(case, "b2", tmp_path)
@@ -128,6 +179,23 @@ def test_biases_are_the_corrected_ones(case, tmp_path):
     corrected = engine.biases("up", "b2")["up"]
     assert torch.equal(torch.from_numpy(onnx.numpy_helper.to_array(stored).copy()), corrected)
     assert not torch.equal(corrected, engine.model.get_submodule("up").bias)
+
+
+def test_tensors_of_more_than_two_gigabytes_are_next_to_the_graph(case, tmp_path, monkeypatch):
+    exporter, path, allocation = exported(case, "b8", tmp_path / "one")
+    monkeypatch.setattr("mpsearch.exporters.onnx.MOST_BYTES", 1000)
+    _, other, _ = exported(case, "b8", tmp_path / "two")
+    (data,) = (file for file in exporter.files(other) if file != other)
+    assert data.suffix == ".data"
+    assert data.stat().st_size > 1000
+    assert other.stat().st_size < path.stat().st_size - 1000
+    _, engine = case
+    results = [outputs_of(engine, exporter.open(file, words())) for file in (path, other)]
+    assert torch.equal(*results)
+    one, two = exporter.decode(path, words()), exporter.decode(other, words())
+    assert all(torch.equal(one[name], two[name]) for name in allocation)
+    exported(case, "b8", tmp_path / "two")
+    assert len(exporter.files(other)) == 2, "the same tensors have the same name"
 
 
 def test_inputs_and_outputs_have_names_and_a_free_batch(case, tmp_path):

@@ -75,7 +75,7 @@ RUNS = {  # a Linear layer of 192 columns, a convolution, an embedding
     ),
     "onnxruntime": (
         {"w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8t", "w8a8s", "w8a8us"} | FLOATS,
-        {"w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8t"} | FLOATS,
+        {"w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8t", "w8a8s", "w8a8us"} | FLOATS,
         {"w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8t"} | FLOATS,
     ),
 }
