@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import Row, UnavailableError, benchmark, interleaved
+from harness import Row, UnavailableError, benchmark, interleaved, ratio_row
 from networks import load
 
 from mpsearch.allocation import Allocation
@@ -18,14 +18,19 @@ from mpsearch.exporters.base import ModelCall, Picked
 from mpsearch.exporters.onnx import ONNX
 from mpsearch.exporters.onnx_session import RuntimeModule, Session
 from mpsearch.exporters.onnx_trace import named_inputs, traced
+from mpsearch.exporters.packed import Packed
 from mpsearch.graph.shared_copy import shared_copy
 from mpsearch.graph.trace import first_samples
+from mpsearch.layer import weight_rows
+from mpsearch.metrics.base import squared_weight_error
+from mpsearch.optimize import knapsack
 from mpsearch.pipeline.check_export import tensor_bytes
 from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.registry import resolve
 
 SCHEMES = ("w8", "w4", "w4g64s", "w2", "w8a8_static", "fp32")
-SECONDS = 1.0
+CASES = ("w8", "w4", "mixed", "w8a8_static")
+BATCHES, SECONDS = (1, 16), 1.0
 SPLITS = {  # fewer samples than the tasks have
     "resnet20": {"n_confirm": 1000, "n_search": 200},
     "efficientnet_lite0": {"n_confirm": 100},
@@ -53,7 +58,7 @@ def float_file(engine: QuantEngine, network: str, folder: str) -> Path:
 
 
 def engine_of(network: str) -> QuantEngine:
-    return load(network, SCHEMES, "round_to_nearest", **SPLITS[network])
+    return load(network, SCHEMES, "clip_search", **SPLITS[network])
 
 
 def call_of(engine: QuantEngine) -> ModelCall:
@@ -85,11 +90,12 @@ def arrays_of(engine: QuantEngine, inputs: Any) -> list[np.ndarray]:
     return [tensor.numpy() for tensor in named_inputs(engine.model, call).values()]
 
 
-def openers() -> dict[str, tuple[Any, Any, Callable[[Path], Any]]]:
-    """Runtime -> its exporter, its profile, and what opens a float ONNX file there."""
-    known: dict[str, tuple[Any, Any, Callable[[Path], Any]]] = {}
+def openers() -> dict[str, tuple[Any, Any, Callable[[Path], Any] | None]]:
+    """Runtime -> its exporter, its profile, and what opens a float ONNX file there; `None`: PyTorch is its float32."""
+    known: dict[str, tuple[Any, Any, Callable[[Path], Any] | None]] = {}
     known["onnxruntime"] = (ONNX(), resolve("runtime", "onnxruntime"), Session)
     known["onnxruntime, MatMulNBits"] = (ONNX(packed_products=True), resolve("runtime", "onnxruntime"), Session)
+    known["mpsearch"] = (Packed(), resolve("runtime", "mpsearch"), None)
     try:
         from mpsearch.exporters.openvino import OpenVINO, Request
 
@@ -107,63 +113,76 @@ def outputs_of(engine: QuantEngine, model: Any) -> torch.Tensor:
 @benchmark(
     "runtimes",
     network=("resnet20", "efficientnet_lite0", "minilm"),
-    runtime=("onnxruntime", "onnxruntime, MatMulNBits", "openvino"),
-    batch=(1, 16),
-    quick={"network": ("digits",), "batch": (4,), "runtime": ("onnxruntime", "openvino")},
+    runtime=("onnxruntime", "onnxruntime, MatMulNBits", "openvino", "mpsearch"),
+    quick={"network": ("digits",)},
 )
-def runtimes(network: str, runtime: str, batch: int) -> Iterator[Row]:
-    """Uniform allocations (round to nearest), exported and opened by the runtime, against the same allocation in our simulation.
+def runtimes(network: str, runtime: str) -> Iterator[Row]:
+    """Allocations (scales by `clip_search`), exported and opened by the runtime, against the same allocation in our simulation.
 
-    `distance`: the largest difference of an output, as a share of the largest output; `same`: the share of samples with the same
-    largest output; `quality` in the runtime, `ours` in the simulation. Milliseconds are medians of interleaved forward passes of
-    one batch on one thread; rivals are the runtime's own float32 (`float32`) and ONNX Runtime's own static int8 quantizer in the
-    same runtime (`quantize_static`, per channel, QDQ; `rival_same` compares it with the float model). Layers that a runtime does
-    not run in the scheme have 8-bit weights.
+    `mixed`: 2, 4 and 8 bits, chosen by an exact knapsack on relative errors of weights, in the bytes of `w4`. `distance`: the
+    norm of the differences of all outputs over the norm of the outputs; `same`: the share of samples with the same largest
+    output; `quality` and `kl` in the runtime, `ours` and `kl / ours` against the simulation, all on the confirm split. `file`:
+    bytes of the files with tensors. Milliseconds are medians of interleaved forward passes on one thread, of batches of 1 and
+    16; `ratio` above 1: ours is faster. Rivals are the runtime's own float32, and ONNX Runtime's own static int8 quantizer
+    (`quantize_static`, per channel, QDQ; its `rival_quality`). Layers that a runtime does not run in the scheme have 8-bit
+    weights.
     """
     known = openers()
     if runtime not in known:
         raise UnavailableError(f"{runtime} is not installed")
+    if "MatMulNBits" in runtime and network in ("resnet20", "efficientnet_lite0"):
+        raise UnavailableError("it has one Linear layer")
     exporter, profile, opened = known[runtime]
     engine = engine_of(network)
-    reference = engine.float_logits("confirm")
-    inputs = first_samples(engine.batches("confirm")[0][0], batch)
-    evaluate = SearchEvaluator(engine)
+    engine.float_logits("confirm")
     with tempfile.TemporaryDirectory() as folder:
-        float_path = float_file(engine, network, folder)
-        models: dict[str, Any] = {"float32": RuntimeModule(opened(float_path), engine.model)}
+        models: dict[str, Any] = {"float32": engine.model}
         static = {}
-        if "onnxruntime" in runtime:
+        if opened is not None:
+            float_path = float_file(engine, network, folder)
+            models["float32"] = RuntimeModule(opened(float_path), engine.model)
+        if opened is not None and "onnxruntime" in runtime:
             models["quantize_static"] = RuntimeModule(opened(statically_quantized(engine, float_path)), engine.model)
-            outputs = outputs_of(engine, models["quantize_static"])
-            static = {"rival_quality": quality(engine, outputs), "rival_same": same(outputs, reference)}
-        rows = []
-        for scheme in SCHEMES[:-1]:
-            if "MatMulNBits" in runtime and scheme != "w4g64s":
-                continue
-            allocation = uniform(engine, scheme, profile)
-            point = evaluate(allocation, "user")
-            picked = Picked(point, {"search": point}, {}, "quality", "", (), None, call_of(engine))
-            path = exporter.export(picked, engine, Path(folder) / scheme)
-            models[scheme] = exporter.open(path, engine.model)
-            with engine.applied(allocation) as model:
-                ours = outputs_of(engine, model)
-            theirs = outputs_of(engine, models[scheme])
-            about = {"distance": float((theirs - ours).abs().max() / ours.abs().max()), "same": same(theirs, ours)}
-            about |= {
-                "quality": quality(engine, theirs),
-                "ours": quality(engine, ours),
-                "counted": point.size_bytes,
-                "file": tensor_bytes(exporter.files(path)),
-            }
-            rows.append({"case": scheme, **about})
-        times = interleaved({name: functools.partial(engine.task.forward, m, inputs) for name, m in models.items()}, SECONDS)
-        for row in rows:
-            seconds = times[row["case"]]
-            for rival in ("float32", "quantize_static"):
-                if rival in times:
+            static = {"rival_quality": quality(engine, outputs_of(engine, models["quantize_static"]))}
+        rows = {}
+        for scheme in ("w4g64s",) if "MatMulNBits" in runtime else CASES:
+            allocation = mixed(engine, profile) if scheme == "mixed" else uniform(engine, scheme, profile)
+            models[scheme], rows[scheme] = exported(engine, allocation, exporter, Path(folder) / scheme)
+        for batch in BATCHES:
+            inputs = first_samples(engine.batches("confirm")[0][0], batch)
+            times = interleaved({name: functools.partial(engine.task.forward, m, inputs) for name, m in models.items()}, SECONDS)
+            for scheme, row in rows.items():
+                for rival in (name for name in ("float32", "quantize_static") if name in times):
                     extra = static if rival == "quantize_static" else {}
-                    milliseconds = {"value": 1e3 * seconds, "unit": "ms", "rival": rival, "rival_value": 1e3 * times[rival]}
-                    yield {**row, **milliseconds, "ratio": times[rival] / seconds, **extra}
+                    yield {"case": f"{scheme}, batch {batch}", **row, **ratio_row(times[scheme], rival, times[rival]), **extra}
+
+
+def exported(engine: QuantEngine, allocation: Allocation, exporter: Any, folder: Path) -> tuple[Any, Row]:
+    """The opened file, and how it agrees with the simulation."""
+    point = SearchEvaluator(engine)(allocation, "user")
+    picked = Picked(point, {"search": point}, {}, "quality", "", (), None, call_of(engine))
+    path = exporter.export(picked, engine, folder)
+    model = exporter.open(path, shared_copy(engine.model))
+    with engine.applied(allocation) as simulated:
+        ours, expected = outputs_of(engine, simulated), engine.score_of(simulated, "confirm")
+    theirs, score = outputs_of(engine, model), engine.score_of(model, "confirm")
+    row = {"distance": float((theirs - ours).norm() / ours.norm()), "same": same(theirs, ours)}
+    row |= {"quality": quality(engine, theirs), "ours": quality(engine, ours), "kl": score.loss}
+    row |= {"kl / ours": score.loss / expected.loss, "counted": point.size_bytes, "file": tensor_bytes(exporter.files(path))}
+    return model, row
+
+
+def mixed(engine: QuantEngine, runtime: Any) -> Allocation:
+    """2, 4 or 8 bits for each group, where the runtime runs them: least relative errors of weights in the bytes of `w4`."""
+    space, schemes = engine.space, ("w2", "w4", "w8")
+    losses, costs = [], []
+    for group in space.groups:
+        weights = [weight_rows(engine.model.get_submodule(layer.name)).square().sum().item() for layer in group.layers]
+        errors = [sum(squared_weight_error(engine, layer.name, scheme) for layer in group.layers) for scheme in schemes]
+        losses.append([error / sum(weights) for error in errors])
+        costs.append([sum(space.schemes[scheme].storage_bits(layer.shape) for layer in group.layers) for scheme in schemes])
+    choice = knapsack.solve(losses, costs, sum(cost[1] for cost in costs))
+    return Allocation({group.name: schemes[int(i)] for group, i in zip(space.groups, choice, strict=True)})
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> float:
