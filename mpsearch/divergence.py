@@ -155,9 +155,11 @@ class SoftmaxKL(KLDivergence):
     def probe(self, outputs: Tensor, signs: Tensor, temperature: float = 1.0) -> Tensor:
         """The Hessian is diag(p) - p p^T, and B = diag(sqrt p) - p sqrt(p)^T."""
         z = self._logits(outputs)
-        p = self._predicted(z.detach().float() / temperature)
-        root = p.sqrt() * signs
-        return (z * (root - p * root.sum(-1, keepdim=True))).sum()
+        weights = torch.empty_like(z, dtype=torch.float32, requires_grad=False)
+        for part, of_z, v in zip(*(x.split(chunk_rows(z)) for x in (weights, z.detach(), signs)), strict=True):
+            p = self._predicted(of_z.float() / temperature)
+            part.copy_((root := p.sqrt() * v) - p * root.sum(-1, keepdim=True))
+        return torch.dot(z.flatten(), weights.to(z).flatten())
 
     def drawn_loss(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         """One class is drawn for each row."""

@@ -25,6 +25,7 @@ from mpsearch.engine.fisher_blocks import fisher_blocks, fisher_bytes, hessian_b
 from mpsearch.engine.sums import LARGE_BYTES, Sums
 from mpsearch.errors import InputError, check_memory
 from mpsearch.files.scratch import joined
+from mpsearch.graph.gradients import GradientTaps
 from mpsearch.graph.products import Product, observe_products
 from mpsearch.graph.surgery import cloned_inputs, hooked
 from mpsearch.graph.trace import overwritten_inputs
@@ -267,35 +268,37 @@ def output_fishers(
     Of a group of more than `fisher_blocks.MOST_ROWS` rows the blocks on the diagonal alone, `[groups * blocks, rows, rows]`.
     The mean over output positions, for the modules of which a product is seen and reaches the loss: the divergence's `probe`, at
     its `temperature` for the first batch, by one backward pass per batch: random signs vary less than drawn labels, of which
-    most are those predicted. In addition to the result, a batch's outputs and gradients are in memory.
+    most are those predicted. In addition to the result, a batch's graph and one gradient are in memory.
     """
     sums = Sums()
-    seen: list[tuple[str, Product, Tensor]] = []
     generator = torch.Generator().manual_seed(0)
     temperature: float | None = None
-
-    def probed(logits: Tensor) -> Tensor:
-        signs = torch.randint(0, 2, logits.shape, generator=generator).to(logits) * 2 - 1
-        return divergence.probe(logits, signs, temperature or 1.0)
-
-    def see(name: str, product: Product, output: Tensor) -> Tensor:
-        output = output if output.requires_grad else output.detach().requires_grad_()
-        seen.append((name, product, output))
-        return output.clone()  # what follows may work in place
-
     with phase("output fishers", len(batches)) as advance:
         for inputs, _ in batches:
-            with torch.enable_grad(), observe_products(model, modules, see):
+            taps = GradientTaps()
+
+            def see(name: str, product: Product, output: Tensor, taps: GradientTaps = taps) -> Tensor:
+                shape, is_conv, rows, groups = product.output.shape, bool(product.kernel), product.rows, product.groups
+
+                def add(gradient: Tensor) -> None:
+                    by_row = gradient.reshape(shape).movedim(1 if is_conv else -1, -1)
+                    n_blocks = groups * fisher_blocks(rows // groups)
+                    sums.add_squares(name, by_row.reshape(-1, n_blocks, rows // n_blocks).transpose(0, 1))
+
+                return taps.tap(output, add)
+
+            with taps.recording(model), observe_products(model, modules, see):
                 logits = task.forward(model, inputs)
             temperature = temperature or divergence.temperature(logits)
-            gradients = _gradients(logits, [output for *_, output in seen], probed)
-            for (name, product, _), gradient in zip(seen, gradients, strict=True):
-                if gradient is not None:
-                    rows = gradient.reshape(product.output.shape).movedim(1 if product.kernel else -1, -1)
-                    n_blocks = product.groups * fisher_blocks(product.rows // product.groups)
-                    grouped = rows.reshape(-1, n_blocks, product.rows // n_blocks).transpose(0, 1)
-                    sums.add_squares(name, grouped)
-            seen.clear()
+            signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8) * 2 - 1
+            try:
+                with torch.enable_grad():  # the caller may be in no_grad
+                    taps.backward(divergence.probe(logits, signs.to(logits), temperature))
+            except RuntimeError as error:
+                check_memory(error)
+                warnings.warn(
+                    f"The model has no gradients, so that layers are quantized without output Fishers: {error}", stacklevel=2
+                )
             advance("")
     return sums.means()
 
@@ -316,17 +319,6 @@ def _moments(product: Product, x: Tensor) -> InputMoments:
 def _in_float32(moments: InputMoments) -> InputMoments:
     rotated = None if moments.rotated is None else _in_float32(moments.rotated)
     return replace(moments, mean=moments.mean.float(), second_moment=moments.second_moment.float(), rotated=rotated)
-
-
-def _gradients(logits: Tensor, outputs: Sequence[Tensor], loss: Callable[[Tensor], Tensor]) -> Sequence[Tensor | None]:
-    """Of the loss; none, and a warning, if the model has no gradients."""
-    try:
-        with torch.enable_grad():  # the caller may be in no_grad
-            return torch.autograd.grad(loss(logits), outputs, allow_unused=True)
-    except RuntimeError as error:
-        check_memory(error)
-        warnings.warn(f"The model has no gradients, so that layers are quantized without output Fishers: {error}", stacklevel=3)
-        return [None] * len(outputs)
 
 
 def _not_finite(layer: str) -> InputError:

@@ -135,9 +135,9 @@ class QuantEngine:
         """See `WeightBank.biases`."""
         return self.bank.biases(layer, scheme)
 
-    def swaps(self, layer: str, scheme: str) -> list[tuple[Tensor, Tensor]]:
+    def swaps(self, layer: str, scheme: str, *, keep: bool = True) -> list[tuple[Tensor, Tensor]]:
         """See `WeightBank.dense`."""
-        return self.bank.dense(layer, scheme)
+        return self.bank.dense(layer, scheme, keep=keep)
 
     def own_inputs(self) -> AbstractContextManager[None]:
         """See `Calibration.own_inputs`."""

@@ -84,6 +84,11 @@ class WeightBank:
         """The bytes of the dense copies in memory."""
         return self._dense.n_bytes
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether the limit allows the dense copies of all layers in all schemes."""
+        return 4 * self.space.numel * len(self.space.schemes) <= self.dense_max_bytes
+
     def release(self) -> None:
         """Let go of matrices that were derived to quantize, and of dense copies: what the next phase does not need."""
         self._latest = None
@@ -116,20 +121,25 @@ class WeightBank:
             self._biases[key] = {} if self.correction is None else self._corrected(self.correction, key)
         return self._biases[key]
 
-    def dense(self, layer: str, scheme: str) -> Swaps:
-        """(parameter, its dense value in the scheme) of the layer's weight and corrected biases; kept while memory allows."""
+    def dense(self, layer: str, scheme: str, *, keep: bool = True) -> Swaps:
+        """(parameter, its dense value in the scheme) of the layer's weight and corrected biases.
+
+        With `keep` in memory as long as it allows; who goes through all of them again and again keeps none, or all.
+        """
         key = (layer, scheme)
         kept = self._dense.get(key)
         if kept is not None:
             return kept
         module: Any = self.model.get_submodule(layer)
+        weight, own = from_rows(module, self.quantized(layer, scheme).dequantize()), module.weight.detach()
         # In the parameter's own memory format: another one would run other kernels, and score other last bits than an export.
-        weight = torch.empty_like(module.weight.detach()).copy_(from_rows(module, self.quantized(layer, scheme).dequantize()))
+        if (weight.stride(), weight.dtype, weight.device) != (own.stride(), own.dtype, own.device):
+            weight = torch.empty_like(own).copy_(weight)
         values = [(module.weight, weight)]
         for name, bias in self.biases(layer, scheme).items():
             parameter: Any = self.model.get_submodule(name).bias
             values.append((parameter, bias.to(parameter.device)))
-        return self._dense.put(key, values, sum(value.nbytes for _, value in values))
+        return self._dense.put(key, values, sum(value.nbytes for _, value in values)) if keep else values
 
     def _quantize(self, layer: LayerSpec, scheme: str) -> QuantizedTensor:
         quantizer = self.quantizers[scheme]

@@ -12,8 +12,8 @@ which makes E[g g^T] the true Fisher and not the empirical one (Kunstner et al. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mpsearch.engine.engine import QuantEngine
 from mpsearch.errors import InputError, check_memory
+from mpsearch.graph.gradients import GradientTaps
 from mpsearch.graph.surgery import hooked
 from mpsearch.graph.uses import Use, observe_uses
 from mpsearch.metrics.base import Pair, SensitivityMetric, layers_by_group, quantize_groups
@@ -43,73 +44,88 @@ class Fisher(SensitivityMetric):
         layer_of = {name: layer.name for layer in engine.space.layers for name in layer.readers}
         for inputs, targets in engine.batches("calibration"):
             n_samples += len(targets)
-            logits, calls = record_calls(engine, list(layer_of), inputs)
-            gradients = gradients_at(calls, engine.divergence.drawn_loss(logits, generator))
-            for (name, call), gradient in zip(calls, gradients, strict=True):
-                if gradient is None:  # the output reached no logit
-                    continue
+            recording = record_calls(engine, list(layer_of), inputs)
+
+            def add(i: int, gradient: Tensor, recording: Recording = recording) -> None:
+                name, call = recording.calls[i]
                 for scheme in [s for layer, s in sums if layer == layer_of[name]]:
                     change = changed(engine, name, layer_of[name], scheme, call)
                     sums[layer_of[name], scheme] += 0.5 * (change * gradient).double().square().sum().item()
+
+            recording.backward(engine.divergence.drawn_loss(recording.logits, generator), add)
         for group, scheme in pairs:
             yield sum(sums[layer.name, scheme] for layer in layers[group]) / n_samples
 
 
 @dataclass(frozen=True)
 class Call:
-    """The inputs and the output of a module's call, or of a `use` of its weight outside of it."""
+    """The inputs of a module's call, or of a `use` of its weight outside of it, and the shape of its output."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    output: Tensor
+    shape: torch.Size
     use: Use | None = None
 
 
-def record_calls(engine: QuantEngine, readers: Sequence[str], inputs: Any) -> tuple[Tensor, list[tuple[str, Call]]]:
-    """Run the float model on one batch so that gradients reach the output of every call of a layer.
+class Recording:
+    """A forward pass of the float model whose graph is kept; gradients reach the output of every call of a layer.
 
-    Parameters
+    Attributes
     ----------
-    readers
-        Names of modules and of weights (`LayerSpec.readers`).
-
-    Returns
-    -------
-    tuple of (Tensor, list of (str, Call))
-        The logits, and each call with its reader, in their order.
+    calls
+        (reader, call), in the order in which they ran.
+    logits
+        What the pass returned.
+    consume
+        `consume(i, gradient)` is called during a backward pass.
     """
-    calls: list[tuple[str, Call]] = []
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Call]] = []
+        self.logits = torch.empty(0)
+        self.taps = GradientTaps()
+        self.consume: Callable[[int, Tensor], None] = lambda i, gradient: None
+
+    def add(self, name: str, call: Call, output: Tensor) -> Tensor:
+        """Record a call; the network goes on with the tensor that is returned."""
+        i = len(self.calls)
+        self.calls.append((name, call))
+        return self.taps.tap(output, lambda gradient: self.consume(i, gradient))
+
+    def backward(self, loss: Tensor, consume: Callable[[int, Tensor], None]) -> None:
+        """Call `consume(i, gradient)` with the gradient of `loss` at the output of each call that it reaches; none is kept."""
+        self.consume = consume
+        try:
+            self.taps.backward(loss)
+        except RuntimeError as error:
+            check_memory(error)
+            raise InputError(
+                f"The model has no gradients, which this metric needs ({str(error).splitlines()[0]}; torch.no_grad in its "
+                "forward?). Use metric=kl, which needs none."
+            ) from None
+
+
+def record_calls(engine: QuantEngine, readers: Sequence[str], inputs: Any) -> Recording:
+    """Run the float model on one batch; `readers` are names of modules and of weights (`LayerSpec.readers`)."""
+    recording = Recording()
     names = {module: name for name, module in engine.model.named_modules() if name in set(readers)}
     weights = {name: engine.model.get_parameter(name) for name in readers if name not in names.values()}
     weight_names = {id(weight): name for name, weight in weights.items()}
 
-    def record(name: str, args: Any, kwargs: Any, output: Tensor, use: Use | None = None) -> Tensor:
-        output = output if output.requires_grad else output.detach().requires_grad_()
-        calls.append((name, Call(args, kwargs, output, use)))
-        return output.clone()  # later code may work in place
-
     def record_use(use: Use) -> Tensor | None:
-        return record(weight_names[id(use.weight)], use.args, use.kwargs, use.output, use) if use.owner is None else None
+        if use.owner is not None:
+            return None
+        call = Call(use.args, use.kwargs, use.output.shape, replace(use, output=use.output.new_empty(0)))
+        return recording.add(weight_names[id(use.weight)], call, use.output)
 
     def record_call(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        return record(names[module], args, kwargs, output)
+        return recording.add(names[module], Call(args, kwargs, output.shape), output)
 
     observed = observe_uses(engine.model, list(weights.values()), record_use)
-    with torch.enable_grad(), engine.own_inputs(), hooked(after=[(module, record_call) for module in names]), observed:
-        return engine.task.forward(engine.model, inputs), calls
-
-
-def gradients_at(calls: Sequence[tuple[str, Call]], loss: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradient of `loss` at each call's output; `None` where it does not reach the loss. The graph is kept."""
-    outputs = [call.output for _, call in calls]
-    try:
-        return torch.autograd.grad(loss, outputs, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        check_memory(error)
-        raise InputError(
-            f"The model has no gradients, which this metric needs ({str(error).splitlines()[0]}; torch.no_grad in its forward?). "
-            "Use metric=kl, which needs none."
-        ) from None
+    after = [(module, record_call) for module in names]
+    with recording.taps.recording(engine.model), engine.own_inputs(), hooked(after=after), observed:
+        recording.logits = engine.task.forward(engine.model, inputs)
+    return recording
 
 
 @torch.no_grad()
@@ -118,10 +134,12 @@ def changed(engine: QuantEngine, reader: str, layer: str, scheme: str, call: Cal
 
     For a use outside of the layer's modules: when it runs on the quantized weight.
     """
+    swaps = engine.swaps(layer, scheme, keep=engine.bank.holds_all)
     if call.use is not None:
-        return call.use.run_with(engine.swaps(layer, scheme)[0][1]) - call.output
-    module = engine.model.get_submodule(reader)
+        return call.use.run_with(swaps[0][1]) - call.use.run_with(call.use.weight)
+    module, args, kwargs = engine.model.get_submodule(reader), call.args, dict(call.kwargs)
     own = dict(module.named_parameters(recurse=False))
-    swapped = {name: value for parameter, value in engine.swaps(layer, scheme) for name, p in own.items() if p is parameter}
+    swapped = {name: value for parameter, value in swaps for name, p in own.items() if p is parameter}
+    output = module(*args, **kwargs)
     with engine.input_quantized(layer, scheme):
-        return torch.func.functional_call(module, swapped, call.args, dict(call.kwargs)) - call.output
+        return torch.func.functional_call(module, swapped, args, kwargs) - output

@@ -25,23 +25,24 @@ on these samples alone. They are shrunk by how far they carry over from one half
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.linalg import eigh
-from torch import Tensor
+from torch import Tensor, nn
 
+from mpsearch.batches import CHUNK
 from mpsearch.divergence import Divergence
 from mpsearch.engine.engine import QuantEngine
-from mpsearch.layer import LayerSpec
+from mpsearch.layer import LayerSpec, runs_as_usual
 from mpsearch.metrics.base import Pair, SensitivityMetric, layers_by_group, quantize_groups
-from mpsearch.metrics.fisher import Call, changed, gradients_at, record_calls
-from mpsearch.metrics.samples import Gradients, Layout, probe_gradients, probe_signs
+from mpsearch.metrics.fisher import Call, Recording, changed, record_calls
+from mpsearch.metrics.samples import Layout, find_layouts, probe_signs
 from mpsearch.progress import phase
 from mpsearch.tree import tensors_in
 
@@ -53,6 +54,7 @@ MOST_DIMENSIONS = 128  # of the features; the rest of a group's sensitivity coun
 ROUNDING = 1e-6  # of inner products in float32, relative
 N_SPLITS = 4  # of the samples into two halves
 GRADIENT_BYTES = 2**28  # of gradients at once
+FEWEST_POSITIONS = 64  # of a sample, for which the gradients of a weight are no more work than the changes of outputs
 
 Columns = dict[str, dict[tuple[LayerSpec, str], list[int]]]  # module -> (its layer, scheme) -> indices of pairs
 
@@ -106,12 +108,13 @@ class GaussNewton(SensitivityMetric):
         as_one: set[tuple[int, ...]] = set()
         with phase("joint effects", len(batches)) as advance:
             for i, (inputs, _) in enumerate(batches):
-                logits, calls = record_calls(engine, list(columns), inputs)
+                recording = record_calls(engine, list(columns), inputs)
+                logits = recording.logits
                 counts = (next(len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), len(logits))
-                first, layouts = probe_gradients(calls, logits, divergence, probe_signs(logits, i, 0), counts, as_one)
+                layouts, counting = find_layouts(recording, divergence, probe_signs(logits, i, 0), counts, as_one)
+                along = _Along(engine, columns, recording, layouts, len(pairs))
                 if layouts[0].n == len(logits) and logits.shape[1] <= MOST_COLUMNS:
-                    of_columns = (gradients_at(calls, column.sum()) for column in logits.unbind(1))
-                    changes = np.concatenate(list(_along(engine, columns, calls, layouts, of_columns, len(pairs))))
+                    changes = np.concatenate(list(along.each([column.sum for column in logits.unbind(1)])))
                     yield (
                         i,
                         _losses(divergence, logits, changes) / n_rows,
@@ -119,52 +122,95 @@ class GaussNewton(SensitivityMetric):
                     )
                 else:
                     most = min(MOST_PROBES, MOST_FOR_A_SAMPLE * max(1, counts[0] // layouts[0].n))
-                    n_probes = min(most, _n_probes(first, layouts, logits.numel() // layouts[0].n, len(batches)))
-                    probes = _probes([first], calls, logits, divergence, i, n_probes)
-                    first = ()  # the generator has it, and lets it go
-                    for features in _along(engine, columns, calls, layouts, probes, len(pairs)):
+                    n_probes = min(most, _n_probes(counting, logits.numel() // layouts[0].n, len(batches)))
+                    probes = [partial(_probe, divergence, logits, i, k) for k in range(n_probes)]
+                    for features in along.each(probes):
                         features /= math.sqrt(n_rows * n_probes)
                         yield i, 0.5 * np.square(features).sum((0, 1)), features
-                del calls, logits, first
+                del recording, logits, along
                 advance("")
         engine.release()
 
 
-def _along(
-    engine: QuantEngine,
-    columns: Columns,
-    calls: Sequence[tuple[str, Call]],
-    layouts: Sequence[Layout],
-    gradients: Iterator[Gradients],
-    n_pairs: int,
-) -> Iterator[NDArray[np.float64]]:
-    """g . dy of each sample and pair, `[probes, samples, n_pairs]`, for some of the probes at once."""
-    call_bytes = sum(call.output.numel() * call.output.element_size() for _, call in calls)
-    at_once: list[Gradients] = []
-    while True:
-        at_once.clear()  # frees its memory before the next are computed
-        at_once.extend(itertools.islice(gradients, max(1, GRADIENT_BYTES // max(call_bytes, 1))))
-        if not at_once:
-            return
-        products = np.zeros((len(at_once), layouts[0].n, n_pairs))
-        for (module, call), layout, *of_probes in zip(calls, layouts, *at_once, strict=True):
-            if of_probes[0] is None:  # the output reached no logit
+class _Along:
+    """g . dy of each sample and pair, from the gradients g of one recorded batch."""
+
+    def __init__(
+        self, engine: QuantEngine, columns: Columns, recording: Recording, layouts: Sequence[Layout], n_pairs: int
+    ) -> None:
+        self.engine, self.columns, self.recording, self.layouts, self.n_pairs = engine, columns, recording, layouts, n_pairs
+        output_bytes = 4 * sum(call.shape.numel() for _, call in recording.calls)
+        self.at_once = max(1, GRADIENT_BYTES // max(output_bytes, 1))
+
+    def each(self, losses: Sequence[Callable[[], Tensor]]) -> Iterator[NDArray[np.float64]]:
+        """Of some losses at once, `[losses, samples, n_pairs]`; a change is computed once for all of them."""
+        for start in range(0, len(losses), self.at_once):
+            some = losses[start : start + self.at_once]
+            products = np.zeros((len(some), self.layouts[0].n, self.n_pairs))
+            kept: dict[int, list[Tensor]] = {}
+
+            def take(i: int, gradient: Tensor, n: int = len(some), kept: Any = kept, products: Any = products) -> None:
+                kept.setdefault(i, []).append(self.layouts[i].by_sample(gradient))
+                if len(kept[i]) == n:  # of a large network one gradient, which is let go of
+                    self._add(i, torch.stack(kept.pop(i), 1), products)
+
+            for loss in some:
+                self.recording.backward(loss(), take)
+            yield products
+
+    def _add(self, i: int, along: Tensor, products: NDArray[np.float64]) -> None:
+        """Add what the gradients `[samples, losses, positions]` at a call's output say of the pairs."""
+        (module, call), layout = self.recording.calls[i], self.layouts[i]
+        x = self._meets_weight(module, call, layout, along)
+        weight_gradients = None if x is None else _weight_gradients(along, layout.by_sample(x), call.shape[-1], x.shape[-1])
+        for (layer, scheme), indices in self.columns[module].items():
+            if weight_gradients is not None and self.engine.space.schemes[scheme].input_format is None:
+                values = self._along_weights(module, layer.name, scheme, along, weight_gradients)
+                products[..., indices] += values.T.double().cpu().numpy()[..., None]
                 continue
-            along = torch.stack([layout.by_sample(g) for g in of_probes], 1)  # [samples, probes, positions]
-            for (layer, scheme), indices in columns[module].items():  # a change is computed once for all these probes
-                change = layout.by_sample(changed(engine, module, layer.name, scheme, call))
-                product = torch.bmm(along, change[:, :, None])[..., 0].T
-                products[..., indices] += product.double().cpu().numpy()[..., None]
-        yield products
+            change = layout.by_sample(changed(self.engine, module, layer.name, scheme, call))
+            product = torch.bmm(along, change[:, :, None])[..., 0].T
+            products[..., indices] += product.double().cpu().numpy()[..., None]
+
+    def _meets_weight(self, name: str, call: Call, layout: Layout, along: Tensor) -> Tensor | None:
+        """The input of a linear layer, if gradients of its weight take less time than the changes of its output.
+
+        g . dy, summed over a sample's positions, is the inner product of the sample's gradient at the weight and the weight's
+        change: one product of the size of the layer's own for each sample and loss, and not one for each scheme.
+        """
+        module = dict(self.engine.model.named_modules()).get(name)
+        if type(module) is not nn.Linear or not runs_as_usual(module) or layout.axis == len(call.shape) - 1:
+            return None
+        samples, losses, positions = along.shape
+        is_long = positions // module.out_features >= FEWEST_POSITIONS and losses < len(self.columns[name])
+        if not is_long or 4 * samples * losses * module.weight.numel() > GRADIENT_BYTES:
+            return None
+        x: Tensor = call.args[0] if call.args else call.kwargs["input"]
+        return x if x.shape[:-1] == call.shape[:-1] else None
+
+    @torch.no_grad()
+    def _along_weights(self, name: str, layer: str, scheme: str, along: Tensor, gradients: Tensor) -> Tensor:
+        """`[samples, losses]`, of gradients `[samples, losses, rows, columns]` of the weight."""
+        module: Any = self.engine.model.get_submodule(name)
+        values = dict(self.engine.swaps(layer, scheme, keep=self.engine.bank.holds_all))
+        total = gradients.new_zeros(gradients.shape[:2])
+        n_rows = max(1, CHUNK // module.in_features)
+        parts = (tensor.split(n_rows) for tensor in (values[module.weight], module.weight))
+        for part, after, before in zip(gradients.split(n_rows, 2), *parts, strict=True):
+            total += part.flatten(2) @ (after - before).flatten()
+        if module.bias is not None and module.bias in values:
+            total += along.unflatten(2, (-1, module.out_features)).sum(2) @ (values[module.bias] - module.bias)
+        return total
 
 
-def _probes(
-    first: list[Gradients], calls: Sequence[tuple[str, Call]], logits: Tensor, divergence: Divergence, seed: int, n: int
-) -> Iterator[Gradients]:
-    """The gradients of `n` probes, the first of which are known; none is kept."""
-    yield first.pop()
-    for k in range(1, n):
-        yield gradients_at(calls, divergence.probe(logits, probe_signs(logits, seed, k)))
+def _weight_gradients(along: Tensor, x: Tensor, rows: int, columns: int) -> Tensor:
+    """`[samples, losses, rows, columns]`, of gradients `[samples, losses, positions]` at outputs and inputs `[samples, …]`."""
+    with torch.no_grad():
+        return along.unflatten(2, (-1, rows)).transpose(2, 3) @ x.unflatten(1, (1, -1, columns))
+
+
+def _probe(divergence: Divergence, logits: Tensor, seed: int, index: int) -> Tensor:
+    return divergence.probe(logits, probe_signs(logits, seed, index))
 
 
 def _losses(divergence: Divergence, logits: Tensor, changes: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -182,16 +228,12 @@ def _weighted(divergence: Divergence, logits: Tensor, changes: NDArray[np.float6
     return np.einsum("knc,cnp->knp", rows.double().cpu().numpy() / math.sqrt(n_probes), changes, optimize=True)
 
 
-def _n_probes(gradients: Gradients, layouts: Sequence[Layout], n_logits: int, n_batches: int) -> int:
-    """For a batch, so that all batches together have `FEWEST_FEATURES` that count.
+def _n_probes(counting: float, n_logits: int, n_batches: int) -> int:
+    """For a batch of which so many samples count, so that all batches together have `FEWEST_FEATURES`.
 
-    A mean of squares of expected sizes w varies like that of (sum w)^2 / sum w^2 squares of one size. Here w are the samples'
-    squared gradients: the loss of samples that are predicted with confidence hardly changes. Probes of a sample's `n_logits` vary
-    like independent ones times the share of the directions that they leave out.
+    Probes of a sample's `n_logits` vary like independent ones times the share of the directions that they leave out.
     """
-    sizes = [layout.by_sample(g).double().square().sum(1) for g, layout in zip(gradients, layouts, strict=True) if g is not None]
-    counting = [float(size.sum().square() / size.square().sum()) for size in sizes if size.any()]
-    independent = FEWEST_FEATURES / n_batches / float(np.median(counting or [1.0]))
+    independent = FEWEST_FEATURES / n_batches / counting
     directions = 2 ** (n_logits - 1).bit_length()  # of which as many probes leave out none (`probe_signs`)
     return math.ceil(independent * directions / (independent + directions - 1))
 

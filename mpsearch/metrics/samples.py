@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mpsearch.batches import CHUNK
 from mpsearch.divergence import Divergence
-from mpsearch.metrics.fisher import Call, gradients_at
-
-Gradients = tuple[Tensor | None, ...]
+from mpsearch.metrics.fisher import Recording
 
 
 @dataclass(frozen=True)
@@ -43,51 +44,52 @@ def layouts(shape: Sequence[int], n: int) -> Iterator[Layout]:
                 yield Layout(n, axis, in_turn=True)
 
 
-def probe_gradients(
-    calls: Sequence[tuple[str, Call]],
-    logits: Tensor,
+def find_layouts(
+    recording: Recording,
     divergence: Divergence,
     signs: Tensor,
     counts: Iterable[int],
     as_one: set[tuple[int, ...]] | None = None,
-) -> tuple[Gradients, list[Layout]]:
-    """The gradients of one probe (`Divergence.probe`) at the calls' outputs, and how the samples lie in each of them.
+) -> tuple[list[Layout], float]:
+    """How the samples lie in each call's output, and how many samples count.
 
-    The logits `[n_rows, columns]` of a random half of the samples are probed, then those of the others; the sum is the whole
-    probe's. `counts` are what the number of samples may be. Where no layout of the rows and of each output
+    The logits `[n_rows, columns]` of a random half of the samples are probed (`Divergence.probe`), then those of the others.
+    `counts` are what the number of samples may be. Where no layout of the rows and of each output
     explains the gradients, for samples reach one another's logits or lie in yet another way, the whole batch is one sample. The
     shape of such a batch's logits is added to `as_one`, and one that is there is not looked at again.
+
+    A mean of squares of expected sizes w varies like that of (sum w)^2 / sum w^2 squares of one size: so many samples count. Here
+    w are the samples' squared gradients: the loss of samples that are predicted with confidence hardly changes.
     """
+    logits, calls = recording.logits, recording.calls
     counts = () if as_one is not None and tuple(logits.shape) in as_one else counts
     for rows in (rows for count in dict.fromkeys(counts) if count > 1 for rows in layouts(logits.shape[:1], count)):
         n = rows.n
         chosen = torch.randperm(n, generator=torch.Generator().manual_seed(n)).to(logits.device) < n // 2
         index = rows.by_sample(torch.arange(len(logits), device=logits.device))
-        halves = []
+        possible = [dict.fromkeys(layouts(call.shape, n), torch.zeros(n, dtype=torch.float64)) for _, call in calls]
         for half in (chosen, ~chosen):
-            probed = torch.zeros_like(logits, dtype=torch.bool).index_fill(0, index[half].flatten(), True)
-            halves.append(gradients_at(calls, divergence.probe(torch.where(probed, logits, logits.detach()), signs)))
-        matching = [
-            next((layout for layout in layouts(call.output.shape, n) if _explains(layout, of_halves, chosen)), None)
-            for (_, call), *of_halves in zip(calls, *halves, strict=True)
-        ]
-        explained = [layout for layout in matching if layout is not None]
-        if len(explained) == len(matching):
-            return tuple(map(_sum, *halves)), explained
-        del halves  # as large as all outputs
+
+            def compare(i: int, gradient: Tensor, others: Tensor = ~half, possible: Any = possible) -> None:
+                """Keep the layouts in which the gradient is 0 at the samples of the other half."""
+                split = {layout: layout.by_sample(gradient) for layout in possible[i]}
+                possible[i] = {
+                    layout: possible[i][layout] + each.double().square().sum(1).cpu()
+                    for layout, each in split.items()
+                    if not each[others].any()
+                }
+
+            probed = signs.index_fill(0, index[~half].flatten(), 0.0)
+            recording.backward(divergence.probe(logits, probed), compare)
+            if not all(possible):
+                break
+        if all(possible):
+            first = [next(iter(each.items())) for each in possible]
+            counting = [float(size.sum().square() / size.square().sum()) for _, size in first if size.any()]
+            return [layout for layout, _ in first], float(np.median(counting or [1.0]))
     if as_one is not None:
         as_one.add(tuple(logits.shape))
-    return gradients_at(calls, divergence.probe(logits, signs)), [Layout(1)] * len(calls)
-
-
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    return second if first is None else first if second is None else first + second
-
-
-def _explains(layout: Layout, halves: Sequence[Tensor | None], chosen: Tensor) -> bool:
-    """Whether the gradients of either half of the logits are 0 at the samples of the other half."""
-    pairs = zip(halves, (~chosen, chosen), strict=True)
-    return not any(bool(layout.by_sample(g)[others].any()) for g, others in pairs if g is not None)
+    return [Layout(1)] * len(calls), 1.0
 
 
 def probe_signs(like: Tensor, seed: int, index: int) -> Tensor:
@@ -96,9 +98,11 @@ def probe_signs(like: Tensor, seed: int, index: int) -> Tensor:
     The i-th row of a Hadamard matrix (Sylvester 1867: -1 where i and the column have an odd number of common bits), repeated,
     times signs that all probes of a `seed` share. The mean of (v . x)^2 over so many probes is |x|^2 for so many elements of x.
     """
-    signs = torch.randint(0, 2, like.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    position = torch.arange(like.numel()).view(like.shape)
-    for bit in range(index.bit_length()):
-        if index >> bit & 1:
-            signs *= 1 - 2 * (position >> bit & 1)
-    return signs.to(like)
+    signs = torch.randint(0, 2, like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8).flatten() * 2 - 1
+    for start in range(0, len(signs), CHUNK):  # positions take eight times as much memory as signs
+        part = signs[start : start + CHUNK]
+        position = torch.arange(start, start + len(part))
+        for bit in range(index.bit_length()):
+            if index >> bit & 1:
+                part *= 1 - 2 * (position >> bit & 1)
+    return signs.view(like.shape).to(like)

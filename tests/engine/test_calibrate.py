@@ -390,7 +390,7 @@ def test_the_fisher_information_of_outputs_is_that_of_their_gradients(conv, monk
     model = nn.Sequential(conv(), nn.ReLU(inplace=True), nn.Flatten(), nn.LazyLinear(3))
     model(x)
     model.eval()
-    monkeypatch.setattr(torch, "randint", lambda low, high, shape, generator: torch.ones(shape, dtype=torch.long))
+    monkeypatch.setattr(torch, "randint", lambda low, high, shape, generator, **_: torch.ones(shape, dtype=torch.long))
     outputs = [model[0](x).detach().requires_grad_()]
     outputs.append(model[3](outputs[0].relu().flatten(1)))
     gradients = torch.autograd.grad(SoftmaxKL().probe(outputs[1], torch.ones(10, 3)), outputs)

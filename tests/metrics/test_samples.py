@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from mpsearch.divergence import SoftmaxKL
-from mpsearch.metrics.fisher import Call
-from mpsearch.metrics.gauss_newton import GaussNewton
+from mpsearch.metrics.fisher import Call, Recording
+from mpsearch.metrics.gauss_newton import GaussNewton, _weight_gradients
 from mpsearch.metrics.kl import KL
-from mpsearch.metrics.samples import Layout, layouts, probe_gradients, probe_signs
+from mpsearch.metrics.samples import Layout, find_layouts, layouts, probe_signs
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
+from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.makers import classification
 
@@ -81,15 +82,51 @@ def test_predicts_the_measured_loss_where_logits_depend_on_several_positions(tin
     assert 0.9 < np.median(ratios) < 1.1
 
 
+class Stack(nn.Module):
+    """Tokens `[n, tokens]` -> logits `[n * tokens, 5]`; the linear layers in the middle are called on `[n, tokens, width]`."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.mix = nn.Embedding(20, 16), nn.Linear(16, 24)
+        self.down, self.head = nn.Linear(24, 16, bias=False), nn.Linear(16, 5)
+
+    def forward(self, x):
+        hidden = self.embed(x)
+        hidden = hidden + self.down(self.mix(hidden).cumsum(1).tanh())
+        return self.head(hidden.relu()).flatten(0, 1)
+
+
+@pytest.mark.parametrize("correct", [False, True])
+def test_gradients_of_weights_give_the_features_that_changes_of_outputs_do(tiny, monkeypatch, correct):
+    schemes = {"w3": Integer(3), "w4": Integer(4), "w4a8": Integer(4, input=IntegerInput(8))}
+    task = data(n=8, batch_size=4, per_token=True)
+    engine = tiny.engine(Stack().eval(), task, schemes, quantizer=RoundToNearest(), bias_correction=correct)
+    pairs = list(itertools.product(engine.space.names, schemes))
+    expected, products = GaussNewton().measure_joint(engine, pairs)
+    monkeypatch.setattr("mpsearch.metrics.gauss_newton.FEWEST_POSITIONS", 2)
+    monkeypatch.setattr("mpsearch.metrics.gauss_newton.GRADIENT_BYTES", 4 * 24 * 16 * 4)
+    calls = []
+    monkeypatch.setattr(
+        "mpsearch.metrics.gauss_newton._weight_gradients", lambda *args: calls.append(0) or _weight_gradients(*args)
+    )
+    values, others = GaussNewton().measure_joint(engine, pairs)
+    assert calls
+    assert values == pytest.approx(expected, rel=1e-4)
+    assert others.T @ others == pytest.approx(products.T @ products, rel=1e-3, abs=1e-5 * float(np.square(products).sum(0).max()))
+
+
 def layout_of(make, n=6, counts=None):
     """The layout found of `hidden`, where `make(x)`, x `[n, 4, 3]`, is (hidden, logits); the gradients are checked."""
     x = torch.randn(n, 4, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
     hidden, logits = make(x)
-    calls = [("layer", Call((), {}, hidden))]
-    signs = probe_signs(logits, 0, 0)
-    (found,), (layout,) = probe_gradients(calls, logits, SoftmaxKL(), signs, counts or [n])
-    (whole,) = torch.autograd.grad(SoftmaxKL().probe(logits, signs), hidden)
-    assert torch.allclose(found, whole, atol=1e-6)
+    recording = Recording()
+    recording.calls.append(("layer", Call((), {}, hidden.shape)))
+    hidden.register_hook(lambda gradient: recording.consume(0, gradient))
+    recording.logits = logits
+    (layout,), counting = find_layouts(recording, SoftmaxKL(), probe_signs(logits, 0, 0), counts or [n])
+    size = layout.by_sample(torch.autograd.grad(SoftmaxKL().probe(logits, probe_signs(logits, 0, 0)), hidden)[0]).square().sum(1)
+    assert counting == pytest.approx((size.sum().square() / size.square().sum()).item(), rel=1e-4)
     return layout
 
 
