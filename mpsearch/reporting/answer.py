@@ -61,7 +61,8 @@ def answer(run: Run, picked: Evaluation) -> str:
     interval = (
         f"{quality.drop_word} {_typeset(quality.difference(drop))}{quality.drop_unit}, 95 % interval {_range(run, low, high)}"
     )
-    where = f"{measured.n_samples:,}{unseen} samples" + ("" if split == "confirm" else " that the search selected it on")
+    where = f"{measured.n_samples:,}{unseen} samples of the {split} split"
+    where += "" if split == "confirm" else ", on which it was selected"
     trained = ", trained" if picked.origin == FINETUNED else ""
     return f"{fits}{trained}; {change} ({interval}, {where})."
 

@@ -1,5 +1,7 @@
 """Each figure of four runs: no text overlaps another, every label and line is inside its axes, and panels are files."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from synthetic import resnet, run_of, transformer
@@ -14,6 +16,7 @@ RUNS = {
     "digits_like": lambda: run_of(resnet()[:10], budgets={"bits": 4.0, "bytes": 30_000}, effects=True, timed=True),
     "overfit": lambda: run_of(resnet(), n=300, floats=(0.999, 0.91)),
     "two_costs": lambda: run_of(resnet(), objectives=("size_bytes", "latency_ms"), quality="perplexity", kind="perplexity"),
+    "nameless": lambda: run_of(["stem", "depthwise", "pointwise", "linear"], timed=True),
     "large": lambda: run_of(transformer(143), n=60, effects=True, schemes=("w2", "w3", "w4", "w4g64", "w6", "w8")),
 }
 
@@ -90,6 +93,26 @@ def test_far_splits_have_axes_of_their_own(monkeypatch):
     assert names == ["pareto_loss", "pareto_quality_confirm", "pareto_quality_search"]
     near = run_of(resnet(), n=60)
     assert list(pareto.panels(near, pick(near))) == ["pareto_loss", "pareto_quality"], "without times no panel of them"
+
+
+def test_a_low_map_has_its_colours_below_and_a_single_section_no_name(monkeypatch):
+    for names, has_name in ((["stem", "depthwise", "pointwise", "linear"], False), (resnet(), True)):
+        figure = drawn(run_of(names), monkeypatch)["layers"]
+        lay_out(figure)
+        cells, bar = (axes.get_window_extent() for axes in figure.axes)
+        assert bar.y1 <= cells.y0
+        assert bar.height < bar.width
+        assert ("other layers" in [text for text, _ in text_boxes(figure)]) is has_name
+
+
+def test_of_many_uniform_allocations_those_of_their_front_and_the_ends_are_labelled(monkeypatch):
+    schemes = ("w2", "w3", "w4", "w6", "w8", "w2g64", "w3g64", "w4g64", "w8g64")
+    run = run_of(resnet(), schemes=schemes)
+    worse = {run.space.uniform(name) for name in schemes if "g64" in name}
+    run = replace(run, evaluations=[replace(e, loss=20 * e.loss) if e.allocation in worse else e for e in run.evaluations])
+    texts = {text for text, _ in text_boxes(drawn(run, monkeypatch)["pareto_loss"])}
+    assert texts & set(schemes) <= {"w2", "w3", "w4", "w6", "w8", "w8g64"}, "w8g64 is the largest"
+    assert len(texts & set(schemes)) >= 3
 
 
 def test_fonts_are_legible_at_half_size(monkeypatch):

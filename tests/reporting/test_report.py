@@ -166,7 +166,7 @@ def test_confirm_table(reported):
 @pytest.mark.parametrize("name", FIGURES)
 def test_figures_show_something(reported, name):
     image = matplotlib.image.imread(reported[1] / name)
-    assert min(image.shape[:2]) > 200
+    assert min(image.shape[:2]) > 150
     assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 50
 
 
@@ -390,3 +390,12 @@ def test_the_report_is_at_most_80_lines(tmp_path, undrawn):
     assert "## After training" in text
     assert len(text.splitlines()) <= 80
     assert answer(run, pick(run)) in text
+
+
+def test_the_answer_names_its_split_and_says_unseen_only_where_that_was_checked():
+    shared = {"search in the calibration": 3, "confirm in the calibration": 0, "confirm in the search": 0}
+    for compared, said in ((None, "400 samples of"), ({"samples": {}, "shared": shared}, "400 unseen samples of")):
+        run = run_of(resnet()[:6], identity={"overlap": compared})
+        assert f"{said} the confirm split)." in answer(run, pick(run))
+    run = run_of(resnet()[:6], confirmed=0)
+    assert "400 samples of the search split, on which it was selected)." in answer(run, pick(run))

@@ -20,6 +20,7 @@ from mpsearch.reporting.layer_map import Section
 WIDTH = 13.2  # inches, of two panels
 CELL = 0.36  # inches
 CHARACTER = 0.105  # inches, about the width of one at 11 points
+LOW = 2.2  # inches; the colour bar of a lower map is below it
 MAX_NAME = 26  # characters of a name
 MAX_TEXTS = 2500  # cells with a text of their own; of more, the colour alone is shown
 
@@ -55,15 +56,18 @@ def map_figure(
     placed, height = _placed(sections, cell)
     width = max(left + _size(section, cell)[0] for section, left, _ in placed)
     width = max(width, CHARACTER * 1.4 * len(title))
-    figure, ((axes,),) = new_figure(width + 1.2, max(height, 2.2) + 0.9)
-    axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal", title=title)
+    top = 0.0 if len(sections) > 1 or sections[0].title else CELL  # a section without a name has a title only among others
+    is_low = height - top < LOW
+    figure, ((axes,),) = new_figure(width + (0.3 if is_low else 1.2), height - top + (1.6 if is_low else 0.9))
+    axes.set(xlim=(0, width), ylim=(height, top), aspect="equal", title=title)
     axes.set_axis_off()
-    for section, left, top in placed:
+    for section, left, at in placed:
         if section.rows == ("",):
-            _draw_row(axes, section, left, top, look)
+            _draw_row(axes, section, left, at, look, has_title=top == 0)
         else:
-            _draw_grid(axes, section, left, top, look)
-    color_bar(axes, ScalarMappable(norm, cmap), label, ticks, shrink=min(1.0, 4 / max(height, 4)))
+            _draw_grid(axes, section, left, at, look)
+    length = min(1.0, 4 / max(width if is_low else height, 4))
+    color_bar(axes, ScalarMappable(norm, cmap), label, ticks, shrink=length, location="bottom" if is_low else "right")
     return figure
 
 
@@ -128,11 +132,12 @@ def _draw_grid(axes: Axes, section: Section, left: float, top: float, look: _Loo
     _draw_cells(axes, cells, look)
 
 
-def _draw_row(axes: Axes, section: Section, left: float, top: float, look: _Look) -> None:
+def _draw_row(axes: Axes, section: Section, left: float, top: float, look: _Look, has_title: bool) -> None:
     """Each cell with its name to the right, column by column."""
     box, each = _boxes(section, look.cell)
     lines = -(-len(section.cells) // each)
-    axes.text(left, top + 0.5 * CELL, section.title or "other layers", fontsize=12, fontweight="bold", va="center")
+    if has_title:
+        axes.text(left, top + 0.5 * CELL, section.title or "other layers", fontsize=12, fontweight="bold", va="center")
     cells = []
     for layer, (_, position) in section.cells.items():
         x, y = left + position // lines * box, top + CELL * (1 + position % lines)

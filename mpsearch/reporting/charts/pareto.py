@@ -12,9 +12,12 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from numpy.typing import NDArray
 
 from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.evaluation import Evaluation
+from mpsearch.optimize.pareto import non_dominated
 from mpsearch.quality import Quality
 from mpsearch.reporting.charts.style import (
     CONFIRM,
@@ -41,6 +44,8 @@ SPLITS: dict[str, dict[str, Any]] = {
     "search": {"color": SEARCH, "marker": "o", "mfc": SEARCH, "ms": 5},
     "confirm": {"color": CONFIRM, "marker": "D", "mfc": "white", "ms": 6},
 }
+MAX_LABELS = 8  # uniform allocations that all have a label
+WIDE = 3.0  # times whose ratio is larger are drawn on a logarithmic axis
 MAX_INTERVALS = 20  # bars of a curve; with more they cover its points
 APART = 2.5  # splits whose qualities take this many times the larger of their ranges together get axes of their own
 ALONG = np.linspace(0.05, 0.95, 15)  # where along a line its label may be
@@ -123,8 +128,8 @@ def _draw_losses(shown: Shown, objective: str, axes: Axes) -> tuple[list[Label],
         marks.append(at)
     axes.set(yscale="log", xlabel=_cost_label(objective, front), ylabel=f"loss: {run.loss_label}", title="Loss")
     _fit(axes, [y for at in marks for y in at[:, 1]], logarithmic=True)
-    labels += _others(shown, axes, objective, "loss", 1.0, [split for split in run.baselines])
-    return labels, [*marks, tried], marks if joined else []
+    others, uniform = _others(shown, axes, objective, "loss", 1.0, [split for split in run.baselines])
+    return labels + others, [*marks, tried, uniform], marks if joined else []
 
 
 def _draw_qualities(shown: Shown, objective: str, splits: Sequence[str], axes: Axes) -> tuple[list[Label], list[Any], list[Any]]:
@@ -161,9 +166,9 @@ def _draw_qualities(shown: Shown, objective: str, splits: Sequence[str], axes: A
     better = "" if quality.sign > 0 else " (lower is better)"
     axes.set(xlabel=_cost_label(objective, shown.front), ylabel=quality.label + better, title=_title(quality, splits))
     _fit(axes, ends)
-    labels += _others(shown, axes, objective, quality.name, quality.scale, splits)
+    others, uniform = _others(shown, axes, objective, quality.name, quality.scale, splits)
     lines += [[(x, level) for x in axes.get_xlim()] for level in levels]
-    return labels, marks, lines
+    return labels + others, [*marks, uniform], lines
 
 
 def _draw_times(shown: Shown, axes: Axes) -> tuple[list[Label], list[Any], list[Any]]:
@@ -178,22 +183,35 @@ def _draw_times(shown: Shown, axes: Axes) -> tuple[list[Label], list[Any], list[
         axes.plot(*level, "*", color=CONFIRM, ms=14, zorder=3)
         labels.append(Label("float model", [level], CONFIRM))
         marks.append(np.array([level]))
+    uniform = shown.uniform[shown.uniform.split == "confirm"]
+    times = np.concatenate(marks)[:, 0]
+    if times.max() > WIDE * times.min():
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="measured milliseconds of a forward pass", ylabel=quality.label, title=f"{_capital(quality)} against time")
-    _fit(axes, _limits(quality, at[:, 1], [m[1] for m in marks[-1]]))
-    labels += _others(shown, axes, "measured_ms", quality.name, quality.scale, ["confirm"])
-    return labels, marks, []
+    _fit(axes, _limits(quality, at[:, 1], [*np.concatenate(marks)[:, 1], *(quality.scale * uniform[quality.name])]))
+    others, uniform_at = _others(shown, axes, "measured_ms", quality.name, quality.scale, ["confirm"])
+    return labels + others, [*marks, uniform_at], []
 
 
-def _others(shown: Shown, axes: Axes, column: str, value: str, scale: float, splits: Sequence[str]) -> list[Label]:
-    """Draw uniform allocations, trained points, budgets and a ring around the picked point; the labels of all of them."""
+def _others(
+    shown: Shown, axes: Axes, column: str, value: str, scale: float, splits: Sequence[str]
+) -> tuple[list[Label], NDArray[np.float64]]:
+    """Draw uniform allocations, trained points, budgets and a ring around the picked point.
+
+    Returns the labels of all of them, and where the uniform allocations are, `[n, 2]`.
+    """
     split = "confirm" if "confirm" in splits and (shown.uniform.split == "confirm").any() else "search"
     uniform, x_scale, labels = shown.uniform[shown.uniform.split == split], _scale(column, shown.front), []
     ends = axes.get_ylim()
     at = np.stack([x_scale * uniform[column], scale * uniform[value]], 1).astype(float)
-    for point, scheme in zip(at, uniform.scheme, strict=True):
-        if min(ends) <= point[1] <= max(ends):
-            axes.plot(*point, "s", color=UNIFORM, ms=6, zorder=2)
-            labels.append(Label(scheme, [point], UNIFORM))
+    inside = (at[:, 1] >= min(ends)) & (at[:, 1] <= max(ends))
+    at, schemes = at[inside], uniform.scheme[inside]
+    axes.plot(*at.T, "s", color=UNIFORM, ms=6, zorder=2)
+    told = _told(at, -shown.run.quality.sign if value == shown.run.quality.name else 1)
+    labels += [Label(scheme, [point], UNIFORM) for point, scheme, is_told in zip(at, schemes, told, strict=True) if is_told]
     for _, row in shown.trained[shown.trained.split.isin(splits)].iterrows() if column in shown.trained else ():
         x, after, before = x_scale * row[column], scale * row[value], scale * row[f"{value}_before"]
         if min(ends) <= after <= max(ends):
@@ -212,7 +230,19 @@ def _others(shown: Shown, axes: Axes, column: str, value: str, scale: float, spl
         axes.axvline(x_scale * position, color="black", lw=1.2, ls=":", zorder=2)
         levels = np.geomspace(*ends, 12)[1:-1] if axes.get_yscale() == "log" else np.linspace(*ends, 12)[1:-1]
         labels.append(Label(name, [(x_scale * position, y) for y in levels], "black"))
-    return labels
+    return labels, at
+
+
+def _told(at: NDArray[np.float64], sign: int) -> NDArray[np.bool_]:
+    """bool `[n]`: which uniform points `at` `[n, 2]` have a label; of many those that no other one dominates, and the ends.
+
+    `sign` is 1 where a lower second coordinate is better, -1 where a higher one is.
+    """
+    if len(at) <= MAX_LABELS:
+        return np.ones(len(at), dtype=bool)
+    told = non_dominated(at * [1, sign])
+    told[[at[:, 0].argmin(), at[:, 0].argmax()]] = True
+    return told
 
 
 def _quality_panels(shown: Shown) -> list[list[str]]:

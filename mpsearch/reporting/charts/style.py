@@ -83,9 +83,16 @@ def heat_map(axes: Axes, values: pd.DataFrame, label: str, ticks: Sequence[float
     axes.set_yticks(range(len(values)), list(values.index), fontsize=11)
 
 
-def color_bar(axes: Axes, shown: ScalarMappable, label: str, ticks: Sequence[float] | None = None, shrink: float = 1.0) -> None:
-    """A colour bar next to the axes; `ticks` are written as plain numbers."""
-    bar = axes.figure.colorbar(shown, ax=axes, label=label, pad=0.01, shrink=shrink)
+def color_bar(
+    axes: Axes,
+    shown: ScalarMappable,
+    label: str,
+    ticks: Sequence[float] | None = None,
+    shrink: float = 1.0,
+    location: str = "right",
+) -> None:
+    """A colour bar next to the axes, "right" or "bottom"; `ticks` are written as plain numbers."""
+    bar = axes.figure.colorbar(shown, ax=axes, label=label, pad=0.01, shrink=shrink, location=location)
     bar.outline.set_visible(False)
     if ticks is not None:
         bar.set_ticks(list(ticks), labels=[f"{tick:g}" for tick in ticks])

@@ -10,8 +10,9 @@ function drawMap(host, data, look) {
   host.replaceChildren(el("div", { class: "sections" }, ...drawn));
 }
 
-function section(title, root) {
-  return el("figure", {}, el("figcaption", {}, title || "other layers"), root);
+// A section without a name has one only among others.
+function section(title, root, data) {
+  return el("figure", {}, title || data.sections.length > 1 ? el("figcaption", {}, title || "other layers") : "", root);
 }
 
 // One rectangle with the text of a layer, or of several that share a cell.
@@ -74,7 +75,7 @@ function strips(part, data, look, width) {
     const strip = Math.floor(column / each);
     layerCell(root, group, look, labels + (column % each) * cell, strip * (height + 8) + (row + 1) * CELL, cell, CELL);
   }
-  return section(part.title, root);
+  return section(part.title, root, data);
 }
 
 // Layers without a place in a grid: a box each, with its name, in rows.
@@ -89,7 +90,7 @@ function chips(part, data, look, width) {
     layerCell(root, [i], look, x, y, box, CELL);
     root.append(svg("text", { class: "axis", x: x + box + 4, y: y + 15 }, shortened(part.columns[column], widest - 12)));
   }
-  return section(part.title, root);
+  return section(part.title, root, data);
 }
 
 // A matrix of `values[row][column]` with names; `paint(value)` is a colour. Names that would collide are thinned.

@@ -316,7 +316,7 @@ function searchCharts() {
       continue;
     }
     const { root, x, y } = axes(by(id), {
-      title: "Hypervolume", about: `against ${label}, search split`, makeX: (a, b) => linear(0, Math.max(...growth[key]), a, b), makeY: (a, b) => linear(...range(growth.volumes), a, b),
+      title: "Hypervolume", about: "search split", makeX: (a, b) => linear(0, Math.max(...growth[key]), a, b), makeY: (a, b) => linear(...range(growth.volumes), a, b),
       xLabel: label, yLabel: "bits × decades of loss",
     });
     polyline(root, growth[key].map((v, i) => [x.at(v), y.at(growth.volumes[i])]), { stroke: "var(--search)", "stroke-width": 2 });
