@@ -1,7 +1,7 @@
 """An ONNX file, which ONNX Runtime and other runtimes open: the float graph, with the codes of the search as its weights.
 
 The graph is what `torch.onnx.export` makes of the folded and equalized model, with a dynamic batch size; of a model that was
-itself read from an ONNX file, inputs and outputs keep their names. How weights are stored: see `onnx_weights`.
+itself read from an ONNX file, it is that file's (`onnx_original`). How weights are stored: see `onnx_weights`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mpsearch.errors import InputError
 from mpsearch.exporters.base import Exporter, ModelCall, Picked, check_packages
 from mpsearch.exporters.onnx_convolutions import store_convolutions
 from mpsearch.exporters.onnx_graph import GraphEditor
+from mpsearch.exporters.onnx_original import original_graph
 from mpsearch.exporters.onnx_session import RuntimeModule, Session, decoded
 from mpsearch.exporters.onnx_trace import traced
 from mpsearch.exporters.onnx_weights import store
@@ -129,7 +130,8 @@ def float_graph(picked: Picked, engine: Weights, exporter: str) -> Any:
             module: Any = model.get_submodule(name)
             set_values(module.bias, bias)
     call = ModelCall(*map_tensors(lambda tensor: tensor.cpu(), (picked.call.args, picked.call.kwargs)))
-    return traced(model, call, opset=OPSET)
+    kept = original_graph(model, call, OPSET)
+    return traced(model, call, opset=OPSET) if kept is None else kept
 
 
 def _move_tensors(proto: Any, folder: Path) -> None:
@@ -146,8 +148,12 @@ def _move_tensors(proto: Any, folder: Path) -> None:
 
 
 def _set_opset(proto: Any, version: int) -> None:
+    """At least `version`; other domains than ONNX's own stay."""
     from onnx import helper
 
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    version = max(version, versions.pop("", 0), versions.pop("ai.onnx", 0))
+    versions = {"": version, "com.microsoft": 1, **versions}
     del proto.opset_import[:]
-    proto.opset_import.extend([helper.make_opsetid("", version), helper.make_opsetid("com.microsoft", 1)])
-    proto.ir_version = 13 if version >= OPSET_2_BITS else 10
+    proto.opset_import.extend(helper.make_opsetid(domain, number) for domain, number in versions.items())
+    proto.ir_version = max(13 if version >= OPSET_2_BITS else 10, proto.ir_version)

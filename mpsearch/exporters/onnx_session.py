@@ -43,16 +43,18 @@ class RuntimeModule(nn.Module):
 class Session:
     """An `InferenceSession` with as many threads as PyTorch uses: arrays in the order of the graph's inputs -> its outputs."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, file: Path | bytes) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        given = file if isinstance(file, bytes) else str(file)
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # of the runtime: a damaged file, an operator that it lacks
-            raise InputError(f"ONNX Runtime cannot open {path}: {one_line(error)}") from error
+            name = "the graph" if isinstance(file, bytes) else file
+            raise InputError(f"ONNX Runtime cannot open {name}: {one_line(error)}") from error
         self.names = [value.name for value in self.session.get_inputs()]
 
     def __call__(self, arrays: list[np.ndarray]) -> list[np.ndarray]:

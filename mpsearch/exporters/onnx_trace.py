@@ -29,7 +29,7 @@ def named_inputs(model: nn.Module, call: ModelCall) -> dict[str, Tensor]:
         bound: Mapping[str, Any] = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
     except (TypeError, ValueError):  # a forward that has no such signature
         bound = {**{f"input_{i}": value for i, value in enumerate(call.args)}, **call.kwargs}
-    given = list(getattr(model, "input_names", ()))
+    given = _given_names(model, "input_names")
     tensors: dict[str, Tensor] = {}
     for name, value in bound.items():
         leaves = list(tensors_in(value))
@@ -38,8 +38,14 @@ def named_inputs(model: nn.Module, call: ModelCall) -> dict[str, Tensor]:
     return dict(zip(given, tensors.values(), strict=True)) if len(given) == len(tensors) else tensors
 
 
+def _given_names(model: nn.Module, which: str) -> list[str]:
+    """Those of the ONNX file that a model was read from; else none."""
+    source = getattr(model, "meta", {}).get("onnx")
+    return list(getattr(source, which, ()))
+
+
 def _named_outputs(model: nn.Module, output: Any) -> list[str]:
-    given = list(getattr(model, "output_names", ()))
+    given = _given_names(model, "output_names")
     n = len(list(tensors_in(output)))
     if len(given) == n:
         return given

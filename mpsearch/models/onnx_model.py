@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,30 @@ from mpsearch.models.without_torchvision import without_torchvision
 INSTALL = "pip install 'mpsearch[onnx]', and pip install --no-deps onnx2torch"  # which asks for torchvision
 
 
+@dataclass(frozen=True)
+class OnnxSource:
+    """What a module was converted from: `meta["onnx"]` of the module, which its copies keep.
+
+    Attributes
+    ----------
+    path
+        The file.
+    input_names, output_names
+        Those of its graph.
+    modules
+        First output of a node -> name of the module that onnx2torch made of the node.
+    """
+
+    path: Path
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    modules: Mapping[str, str]
+
+
 def onnx_model(path: str | Path) -> nn.Module:
     """The network of an ONNX file as a module, in eval mode; it takes the graph's inputs in their order.
 
-    Attributes `input_names` and `output_names` of the module are those of the graph.
+    Its `meta["onnx"]` is an `OnnxSource`.
 
     Parameters
     ----------
@@ -36,6 +58,7 @@ def onnx_model(path: str | Path) -> nn.Module:
 
         with without_torchvision():
             from onnx2torch import convert
+            from onnx2torch.onnx_graph import OnnxGraph
 
             from mpsearch.models._onnx_converters import replaced, unsupported, with_ranks
     except ImportError as error:
@@ -51,8 +74,9 @@ def onnx_model(path: str | Path) -> nn.Module:
             f"{file} has operators for which onnx2torch has no converter: {', '.join(missing)}. Give the network as a PyTorch "
             "module (model=custom), or export it without them."
         )
+    graph = replaced(with_ranks(graph))
     try:
-        model: Any = convert(replaced(with_ranks(graph)))
+        model: Any = convert(graph)
     except NotImplementedError as error:
         raise InputError(
             f"{file} cannot be converted by onnx2torch: {one_line(error)} Give the network as a PyTorch module (model=custom)."
@@ -60,8 +84,10 @@ def onnx_model(path: str | Path) -> nn.Module:
     except Exception as error:
         raise InputError(f"{file} cannot be converted by onnx2torch: {type(error).__name__}: {one_line(error)}") from error
     weights = {tensor.name for tensor in graph.graph.initializer}
-    model.input_names = [value.name for value in graph.graph.input if value.name not in weights]
-    model.output_names = [value.name for value in graph.graph.output]
+    inputs = tuple(value.name for value in graph.graph.input if value.name not in weights)
+    outputs = tuple(value.name for value in graph.graph.output)
+    modules = {node.output_values[0]: name for name, node in OnnxGraph(graph.graph).nodes.items()}
+    model.meta["onnx"] = OnnxSource(file.resolve(), inputs, outputs, modules)
     module: nn.Module = model.eval()
     return module
 

@@ -1,5 +1,6 @@
 """Networks from ONNX files: the same outputs as in onnxruntime, names kept, and what cannot be converted is said."""
 
+import copy
 import sys
 
 import numpy as np
@@ -55,7 +56,8 @@ def test_outputs_are_those_of_the_graph(tmp_path, weights_as):
     expected = reference.ReferenceEvaluator(str(path)).run(None, {"image": x})[0]
     with torch.no_grad():
         assert np.allclose(model(torch.from_numpy(x)).numpy(), expected, atol=1e-5)
-    assert (model.input_names, model.output_names) == (["image"], ["scores"])
+    source = copy.deepcopy(model).meta["onnx"]
+    assert (source.input_names, source.output_names) == (("image",), ("scores",))
     assert not model.training
     assert "torchvision" not in sys.modules, "its stand-in is gone"
 
@@ -135,3 +137,51 @@ def test_operators_of_our_own(tmp_path, name, expected):
     x = torch.from_numpy(RANDOM.standard_normal((2, 3, 4, 4)).astype(np.float32))
     with torch.no_grad():
         torch.testing.assert_close(onnx_model(path)(x), expected(x))
+
+
+def test_an_export_keeps_the_graph_of_the_file(tmp_path, caplog):
+    """Names of nodes, tensors, inputs and outputs, and free dimensions; batch norms are folded into the layers before them."""
+    pytest.importorskip("onnxruntime")
+    from onnx import helper, numpy_helper
+
+    from mpsearch.exporters.base import ModelCall, Picked
+    from mpsearch.exporters.onnx import ONNX
+    from mpsearch.graph.trace import first_samples
+    from mpsearch.pipeline.prepare import prepare
+
+    path = network(tmp_path / "net.onnx")
+    proto = onnx.load(path)
+    norm = [numpy_helper.from_array(np.linspace(0.5, 2, 8, dtype=np.float32), name) for name in ("gamma", "beta", "mean", "var")]
+    proto.graph.initializer.extend(norm)
+    proto.graph.node[0].output[0] = "before"
+    node = helper.make_node("BatchNormalization", ["before", *(tensor.name for tensor in norm)], ["a"], name="norm")
+    proto.graph.node.insert(1, node)
+    onnx.save(proto, path)
+
+    np.savez(tmp_path / "inputs.npz", image=np.random.default_rng(2).standard_normal((36, 3, 8, 8)).astype(np.float32))
+    task = Fidelity(tmp_path / "inputs.npz", n_confirm=20, n_search=8, n_calibration=8)
+    model = onnx_model(path)
+    prepared = prepare(model, task, schemes=["w4", "w2"], quantizer="round_to_nearest", runtime="onnxruntime")
+    engine = prepared.engine(tmp_path / "bank")
+    assert prepared.plan.folds
+    engine.float_logits("confirm")
+    call = ModelCall.record(engine.model, task.forward, first_samples(prepared.calibration[0][0], 2))
+    for scheme in ("w4", "w2"):
+        e = type("E", (), {"allocation": engine.space.uniform(scheme)})
+        written = ONNX().export(Picked(e, {}, {}, "agreement", "", (), None, call), engine, tmp_path / scheme)
+        graph = onnx.load(written).graph
+        nodes = [node for node in graph.node if node.output[0] in ("before", "a", "b", "c", "d", "scores")]
+        assert [node.op_type for node in nodes] == ["Conv", "Identity", "Relu", "GlobalAveragePool", "Flatten", "Gemm"]
+        assert nodes[1].name == "norm"
+        assert [value.name for value in (*graph.input, *graph.output)] == ["image", "scores"]
+        assert graph.input[0].type.tensor_type.shape.dim[0].dim_param == "n"
+        with engine.applied(e.allocation) as simulated:
+            ours = engine.score_of(simulated, "confirm").loss
+        assert engine.score_of(ONNX().open(written, copy.deepcopy(model)), "confirm").loss == pytest.approx(ours, rel=1e-4)
+        for name, weight in ONNX().decode(written, model).items():
+            assert torch.equal(weight, engine.quantized(name, scheme).dequantize())
+
+    path.unlink()
+    with caplog.at_level("INFO", "mpsearch"):
+        ONNX().export(Picked(e, {}, {}, "agreement", "", (), None, call), engine, tmp_path / "traced")
+    assert "cannot be kept" in caplog.text
