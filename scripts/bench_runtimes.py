@@ -14,6 +14,7 @@ from networks import load
 from mpsearch.allocation import Allocation
 from mpsearch.engine.engine import QuantEngine
 from mpsearch.errors import InputError
+from mpsearch.evaluation import Score
 from mpsearch.exporters.base import ModelCall, Picked
 from mpsearch.exporters.onnx import ONNX
 from mpsearch.exporters.onnx_session import RuntimeModule, Session
@@ -164,12 +165,18 @@ def exported(engine: QuantEngine, allocation: Allocation, exporter: Any, folder:
     path = exporter.export(picked, engine, folder)
     model = exporter.open(path, shared_copy(engine.model))
     with engine.applied(allocation) as simulated:
-        ours, expected = outputs_of(engine, simulated), engine.score_of(simulated, "confirm")
-    theirs, score = outputs_of(engine, model), engine.score_of(model, "confirm")
+        ours, expected = scored(engine, simulated)
+    theirs, score = scored(engine, model)
     row = {"distance": float((theirs - ours).norm() / ours.norm()), "same": same(theirs, ours)}
     row |= {"quality": quality(engine, theirs), "ours": quality(engine, ours), "kl": score.loss}
     row |= {"kl / ours": score.loss / expected.loss, "counted": point.size_bytes, "file": tensor_bytes(exporter.files(path))}
     return model, row
+
+
+def scored(engine: QuantEngine, model: Any) -> tuple[torch.Tensor, Score]:
+    """The outputs on the confirm split, and their score."""
+    outputs = list(engine.scorer.outputs(model, "confirm"))
+    return torch.cat(outputs), engine.scorer.score(outputs, "confirm")
 
 
 def mixed(engine: QuantEngine, runtime: Any) -> Allocation:

@@ -24,6 +24,7 @@ from mpsearch.files.tensor_file import opened, tensor_file
 from mpsearch.schemes.base import QuantizedTensor, QuantScheme
 
 WEIGHT, BIASES = "mpsearch-weight", "mpsearch-biases"
+LONGEST = 150  # characters of a file name that name the layer and the scheme; ONNX files have longer names of nodes
 
 
 class WeightFiles:
@@ -96,4 +97,7 @@ class WeightFiles:
 
     def _file(self, kind: str, layer: str, name: str) -> Path:
         suffix = "" if kind == WEIGHT else ".biases"
-        return self.folder / f"{quote(layer, safe='')}.{quote(name, safe='')}{suffix}.safetensors"
+        stem = f"{quote(layer, safe='')}.{quote(name, safe='')}"
+        if len(stem) > LONGEST:
+            stem = f"{stem[:LONGEST]}.{hashlib.sha256(stem.encode()).hexdigest()[:16]}"
+        return self.folder / f"{stem}{suffix}.safetensors"

@@ -97,6 +97,17 @@ def test_an_entry_under_another_layers_name_is_not_taken(tiny, tmp_path):
     assert bank.read("other", "w3g5", SCHEMES["w3g5"], (5, 6)) is None
 
 
+def test_layers_with_long_names_have_files_of_their_own(tiny, tmp_path):
+    engine, bank = tiny.engine(tiny.net(), tiny.task(), SCHEMES), WeightFiles(tmp_path, {"run": 1})
+    layer = engine.space.layers[0]
+    weight = engine.quantized(layer.name, "w3g5")
+    names = ["a/" * 200, "a/" * 199 + "b"]
+    bank.write(names[0], "w3g5", weight)
+    assert bank.read(names[1], "w3g5", SCHEMES["w3g5"], weight.shape) is None
+    kept = bank.read(names[0], "w3g5", SCHEMES["w3g5"], weight.shape)
+    assert torch.equal(kept.dequantize(), weight.dequantize())
+
+
 def test_corrected_biases_are_kept(tiny, tmp_path):
     first = engine_with(tiny, WeightFiles(tmp_path, {"run": 1}), ClipSearch())
     second = engine_with(tiny, WeightFiles(tmp_path, {"run": 1}), ClipSearch())
