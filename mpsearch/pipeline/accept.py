@@ -21,10 +21,11 @@ import numpy as np
 
 from mpsearch.allocation import Allocation
 from mpsearch.budget import Budget
-from mpsearch.evaluation import Evaluation
+from mpsearch.evaluation import REFINED, Evaluation
 from mpsearch.intervals import holm, random_half, smaller_p_value
 from mpsearch.optimize.pareto import non_dominated
 from mpsearch.pipeline.additive import solution
+from mpsearch.pipeline.deadline import Deadline
 from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.samplers.base import Problem
 
@@ -32,16 +33,19 @@ LEVEL = 0.02
 MOST_TESTED = 20  # proposals: each needs an evaluation of its reference, and shares the level with the others
 
 
-def accept(evaluate: SearchEvaluator, problem: Problem) -> None:
+def accept(evaluate: SearchEvaluator, problem: Problem, deadline: Deadline | None = None) -> None:
     """Measure the references of the proposals on the front of the proposal half, and record those that are accepted.
 
-    It depends on the trials alone, and not on what an interrupted run has measured after them.
+    It depends on the trials alone, and not on what an interrupted run has measured after them; with a `deadline` also on how many
+    references can be measured until then.
     """
     columns = [table.column for table in problem.objectives]
     trials = evaluate.log.trials()
     seeds = [e for e in trials if e.accepted]
     # A uniform allocation that is on the front by luck has the additive solution of its size next to it.
-    for additive in evaluate.all((_reference(problem, e) for e in seeds if e.origin == "uniform"), "knapsack"):
+    additives = [_reference(problem, e) for e in seeds if e.origin == "uniform"]
+    deadline, seconds = deadline or Deadline(), seconds_of(evaluate.log)
+    for additive in evaluate.all(additives[: deadline.affordable(len(additives), seconds)], "knapsack"):
         evaluate.accept(additive, "knapsack")
     pairs = []
     for proposal in _front(trials, columns):
@@ -53,9 +57,18 @@ def accept(evaluate: SearchEvaluator, problem: Problem) -> None:
                 pairs.append((proposal, reference))
     pairs.sort(key=lambda pair: pair[0].cost(columns[0]))
     # Spread over the front: where the network is damaged least, relative gains are largest and matter least.
-    parts = np.array_split(np.arange(len(pairs)), min(MOST_TESTED, max(len(pairs), 1)))
+    n_tested = min(MOST_TESTED, len(pairs))
+    if (n := deadline.affordable(n_tested, seconds)) < n_tested:
+        deadline.leave_out(f"the test of {n_tested - n} of {n_tested} proposals")
+    parts = np.array_split(np.arange(len(pairs)), max(n, 1)) if n else []
     best = [max(part, key=lambda i: _gain(pairs[i][0], seeds, columns)) for part in parts if len(part)]
     compare(evaluate, [pairs[i] for i in best])
+
+
+def seconds_of(evaluations: Iterable[Evaluation]) -> float:
+    """The median time of an evaluation on the search split."""
+    seconds = [e.seconds for e in evaluations if e.split == "search" and e.origin != REFINED and e.seconds]
+    return float(np.median(seconds)) if seconds else 0.0
 
 
 def compare(evaluate: SearchEvaluator, pairs: Sequence[tuple[Evaluation, Allocation]]) -> None:

@@ -20,6 +20,7 @@ from mpsearch.evaluation import SensitivityTable
 from mpsearch.graph.channel_scaling import recorded
 from mpsearch.graph.unsearched import sentence
 from mpsearch.metrics.base import SensitivityMetric
+from mpsearch.pipeline.deadline import Deadline
 from mpsearch.pipeline.engine_options import EngineOptions
 from mpsearch.pipeline.goal import goal_of, latency_table, objective_names, resolved_costs
 from mpsearch.pipeline.pick import pick
@@ -116,7 +117,8 @@ def search(
     n_trials, n_seeds : int
         Allocations to evaluate; how many of them are exact solutions of the additive problem along the front.
     max_seconds : float, optional
-        The search ends after this many seconds.
+        The run ends after about this many seconds: trials, confirmed points and refinement are left out for which there is no
+        time. Sensitivities, the uniform allocations and the expected pick are measured however long they take.
     in_flight : int
         Trials that are proposed before the first of them is told; at least two for each worker.
     confirm_points : int, optional
@@ -160,6 +162,7 @@ def search(
     Set `OPENBLAS_NUM_THREADS=1` in the environment before NumPy is imported, as the command does: the matrices of the surrogate
     are small, and on a busy machine OpenBLAS's threads wait for one another many times as long as they compute.
     """
+    deadline = Deadline(max_seconds)
     options = EngineOptions(bias_correction, memory_max_bytes, prefix_max_bytes, device)
     check_integer("in_flight", in_flight)
     if confirm_points is not None:
@@ -209,7 +212,7 @@ def search(
             refiner=None if refiner is None else resolve("refiner", refiner),
             exporter=target.exporter,
         )
-        result = replace(search_run.search(n_trials, n_seeds, max_seconds), keep=kept)
+        result = replace(search_run.search(n_trials, n_seeds, deadline), keep=kept)
         if verify:
             verified(result, pick(result.run), is_held=True)
         return result

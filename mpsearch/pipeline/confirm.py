@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from mpsearch.allocation import Allocation
 from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.engine.engine import FLOAT
-from mpsearch.evaluation import Confirmed, Evaluation
+from mpsearch.evaluation import REFINED, Confirmed, Evaluation
+from mpsearch.pipeline.deadline import Deadline
 from mpsearch.pipeline.evaluators import ConfirmEvaluator
 from mpsearch.pipeline.refine import RefiningEvaluator
 from mpsearch.progress import phase
 from mpsearch.runs.noninferiority import smallest_non_inferior
 from mpsearch.runs.run import Run
 
+REFINED_PASSES = 3  # over the data, of the size of the confirm split's, that a refined point takes in addition to refining
 NEIGHBOURS = 2  # points of the front on either side of the expected pick
 
 
@@ -29,6 +31,8 @@ def confirm(
     result: Run,
     n_points: int | None = None,
     scored: Callable[[Callable[[], list[Confirmed]]], None] = lambda compared: None,
+    deadline: Deadline | None = None,
+    refine_seconds: float = 0.0,
 ) -> list[Confirmed]:
     """Score points of the front, then the uniform allocations, each from large to small, on the confirm split.
 
@@ -38,6 +42,11 @@ def confirm(
         See `selected`.
     scored
         Called after each point with a function that compares all points so far.
+    deadline
+        When this should end: then the expected pick and the uniform allocations are scored first, and of the other points as many
+        as time allows. `None`: no limit.
+    refine_seconds
+        About how long a point takes to refine; none is refined if those that are always scored would end too late.
 
     Returns
     -------
@@ -45,6 +54,9 @@ def confirm(
         Points of the front, then uniform allocations, each from small to large.
     """
     front, uniform = selected(result, n_points), result.unrefined.uniform
+    deadline = deadline or Deadline()
+    if deadline.seconds is not None:
+        evaluate, front = _in_time(evaluate, result, front, deadline, refine_seconds)
     points = [*((e, None) for e in front), *((e, scheme) for scheme, e in uniform)]
     order = [*reversed(points[: len(front)]), *reversed(points[len(front) :])]  # as the points are tested for non-inferiority
     with phase("confirm", len(points) + 1) as advance:
@@ -64,6 +76,41 @@ def confirm(
     return compared()
 
 
+def _in_time(
+    evaluate: ConfirmEvaluator | RefiningEvaluator,
+    result: Run,
+    front: tuple[Evaluation, ...],
+    deadline: Deadline,
+    refine_seconds: float,
+) -> tuple[ConfirmEvaluator | RefiningEvaluator, tuple[Evaluation, ...]]:
+    """Score what always is scored; the evaluator, and the part of the front, for which time is left then.
+
+    Points are taken in the order of `selected`, whatever the scores are, so that the confirm split selects nothing.
+    """
+    plain = evaluate.evaluate if isinstance(evaluate, RefiningEvaluator) else evaluate
+    seconds = plain(FLOAT, "float").seconds
+    result = result.unrefined
+    pick = smallest_non_inferior(result, result.max_drop, split="search").point
+    always = {e.allocation: e for e in (pick, *(e for _, e in result.uniform))}
+    if evaluate is not plain and not any(e.origin == REFINED for e in plain.log):
+        n = len(always)
+        if deadline.affordable(n, refine_seconds + REFINED_PASSES * seconds) < n:
+            deadline.leave_out("refinement")
+            evaluate = plain
+    with phase("confirm first", len(always)) as advance:
+        for point in always.values():
+            evaluate(point.allocation, point.origin)
+            advance(f"{point.average_bits:.2f} bits")
+    of_always = [e for e in plain.log if e.allocation in always and (e.split == "confirm" or e.origin == REFINED)]
+    each = sum(e.seconds for e in of_always) / len(always)
+    others = [i for i in _spread(_axes(front, result), len(front)) if front[i].allocation not in always]
+    n = deadline.affordable(len(others), each)
+    if n < len(others):
+        deadline.leave_out(f"{len(others) - n} of {len(front)} points of the front")
+    taken = {front[i].allocation for i in others[:n]} | always.keys()
+    return evaluate, tuple(e for e in front if e.allocation in taken)
+
+
 def selected(result: Run, n_points: int | None) -> tuple[Evaluation, ...]:
     """The points of the front to confirm, cheapest first.
 
@@ -81,19 +128,24 @@ def selected(result: Run, n_points: int | None) -> tuple[Evaluation, ...]:
     if n_points:
         expected = front.index(smallest_non_inferior(result, result.max_drop, split="search").point)
         taken |= set(range(max(expected - NEIGHBOURS, 0), min(expected + NEIGHBOURS + 1, len(front))))
-        columns = [[e.cost(column) for e in front] for column in result.objectives]
-        taken |= _spread(np.array([*columns, np.log(np.maximum([e.loss for e in front], LOSS_FLOOR))]).T, n_points)
+        taken |= set(_spread(_axes(front, result), n_points))
     return tuple(front[i] for i in sorted(taken))
 
 
-def _spread(points: NDArray[np.float64], n: int) -> set[int]:
+def _axes(front: Sequence[Evaluation], result: Run) -> NDArray[np.float64]:
+    """Costs and ln loss of each point, `[n_points, n_axes]`."""
+    columns = [[e.cost(column) for e in front] for column in result.objectives]
+    return np.array([*columns, np.log(np.maximum([e.loss for e in front], LOSS_FLOOR))]).T
+
+
+def _spread(points: NDArray[np.float64], n: int) -> list[int]:
     """Indices of `n` of `points` `[n_points, n_axes]`, each axis scaled to 0…1: the first, the last, then the farthest."""
     scaled = (points - points.min(0)) / np.maximum(np.ptp(points, axis=0), 1e-300)
-    taken = [0, len(points) - 1][:n]
+    taken = list(dict.fromkeys([0, len(points) - 1]))[:n]
     while len(taken) < n:
         distances = np.linalg.norm(scaled[:, None] - scaled[taken], axis=2).min(1)
         taken.append(int(distances.argmax()))
-    return set(taken)
+    return taken
 
 
 def _compared(

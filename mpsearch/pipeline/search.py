@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
 
 from mpsearch.engine.engine import FLOAT
 from mpsearch.evaluation import Evaluation, EvaluationLog
-from mpsearch.pipeline.accept import accept
+from mpsearch.pipeline.accept import accept, seconds_of
+from mpsearch.pipeline.deadline import Deadline
 from mpsearch.pipeline.evaluators import Pending, SearchEvaluator
 from mpsearch.pipeline.seeds import Seeds, uniform_allocations
 from mpsearch.progress import phase
 from mpsearch.samplers.base import Choice, Sampler
+
+TRIALS_SHARE = 0.7  # of the time for the search; the rest is for the references of proposals
 
 
 def search(
@@ -21,7 +23,7 @@ def search(
     *,
     n_trials: int,
     n_seeds: int = 20,
-    max_seconds: float | None = None,
+    deadline: Deadline | None = None,
     in_flight: int = 1,
     finished: Callable[[Evaluation], None] = lambda evaluation: None,
 ) -> EvaluationLog:
@@ -37,32 +39,34 @@ def search(
         Proposes what follows the seeds.
     n_seeds
         Exact knapsack solutions, at most, that the study begins with after the uniform allocations; see `Seeds`.
-    max_seconds
-        No new proposal is made after this time.
+    deadline
+        When all of this should end; `None`: no limit. The uniform allocations are measured however late it is.
     in_flight
         Trials that are proposed before the first of them is told. They are told in the order proposed, so that the trials depend
         on this number, and not on the number of workers or their speed.
     finished
         Called with each trial when it is told.
     """
-    space = evaluate.engine.space
+    space, deadline = evaluate.engine.space, deadline or Deadline()
     evaluate(FLOAT, "float")
     seeds = Seeds(sampler.problem, n_seeds)
     evaluate.all(seeds.infeasible, "uniform")
     trials = _Trials(evaluate, sampler, seeds)
-    start = time.monotonic()
+    trials_end = deadline.part(TRIALS_SHARE)
     with phase("search", n_trials, done=trials.n_recorded) as advance:
         pending = _InFlight(evaluate, sampler, trials.n_recorded, finished, advance)
         for trial in range(n_trials):
             pending.tell(leave=in_flight - 1)
-            late = max_seconds is not None and time.monotonic() - start > max_seconds
+            late = not trials_end.affordable(1, seconds_of(evaluate.log))
             if trial >= trials.n_recorded and (late or sampler.exhausted()):
+                if late:
+                    deadline.leave_out(f"{n_trials - trial} of {n_trials} trials")
                 break
             allocation = space.allocation(sampler.ask(trials.given(trial)))
             pending.add(evaluate.submit(allocation, seeds.origin(allocation), trial))
         pending.tell(leave=0)
     evaluate.all(uniform_allocations(space), "uniform")  # also those that no trial reached
-    accept(evaluate, sampler.problem)
+    accept(evaluate, sampler.problem, deadline)
     return evaluate.log
 
 

@@ -13,6 +13,7 @@ from mpsearch.evaluation import Confirmed, Evaluation, EvaluationLog
 from mpsearch.executors.base import Executor
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.pipeline.confirm import confirm, selected
+from mpsearch.pipeline.deadline import SEARCH_SHARE, Deadline
 from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
 from mpsearch.pipeline.finetune import train_point
 from mpsearch.pipeline.goal import Goal
@@ -25,7 +26,7 @@ from mpsearch.pipeline.resume import check_resumed
 from mpsearch.pipeline.search import search
 from mpsearch.pipeline.sensitivity import measured_sensitivity
 from mpsearch.pipeline.workspace import Workspace
-from mpsearch.progress import phase, quiet
+from mpsearch.progress import phase, quiet, read_phases
 from mpsearch.quality import Quality
 from mpsearch.refiners.base import Refiner
 from mpsearch.registry import fields_of
@@ -72,7 +73,7 @@ class SearchRun:
             **({} if self.exporter == Runtime.exporter else {"exporter": self.exporter}),
         }
 
-    def search(self, n_trials: int, n_seeds: int, max_seconds: float | None) -> Result:
+    def search(self, n_trials: int, n_seeds: int, deadline: Deadline) -> Result:
         """Measure, search and confirm; or resume."""
         goal, prepared, space = self.goal, self.prepared, self.prepared.space
         check_sampler(self.sampler, space, goal.objectives, goal.budgets, self.seed)
@@ -106,13 +107,13 @@ class SearchRun:
                     build_sampler(self.sampler, Problem(sensitivity, goal.objectives, goal.budgets, self.seed)),
                     n_trials=n_trials,
                     n_seeds=n_seeds,
-                    max_seconds=max_seconds,
+                    deadline=deadline.part(SEARCH_SHARE),
                     in_flight=self.in_flight,
                     finished=finished,
                 )
             evaluate = ConfirmEvaluator(*shared, goal.batch_size, SampleFiles(self.run.path))
             refined = evaluate if self.refiner is None else RefiningEvaluator(evaluate, self.refiner, self.run.path)
-            run, confirmed = self._confirmed(refined, record, live)
+            run, confirmed = self._confirmed(refined, record, live, deadline)
         workspace = Workspace(prepared, engine, self.run.path, self.refiner)
         return Result(run, self.run.path, workspace, goal.costs, confirmed)
 
@@ -130,13 +131,19 @@ class SearchRun:
         name = "/".join(self.run.path.parts[-2:])  # the runs of a sweep are 0, 1, 2
         return Mirror(self.mirror, name, self.prepared.space, objectives) if self.mirror else None
 
+    def _refine_seconds(self) -> float:
+        """About how long an allocation takes to refine: twice as long as to quantize each layer in one scheme."""
+        seconds = sum(each.seconds for each in read_phases(self.run.path) if each.what == "quantize")
+        return 2 * seconds / len(self.prepared.space.schemes)
+
     def _confirmed(
-        self, evaluate: ConfirmEvaluator | RefiningEvaluator, record: Callable[[], Run], live: LiveReport
+        self, evaluate: ConfirmEvaluator | RefiningEvaluator, record: Callable[[], Run], live: LiveReport, deadline: Deadline
     ) -> tuple[Run, list[Confirmed]]:
         run = record()
         if not run.front:
             raise InputError("No trial was run, so there is no front. Give n_trials above 0.")
-        confirmed = confirm(evaluate, run, self.confirm_points, live.confirmed)
+        confirmed = confirm(evaluate, run, self.confirm_points, live.confirmed, deadline, self._refine_seconds())
+        deadline.record(self.run.path)
         if self.training is not None:
             points = selected(run, self.confirm_points)
             with phase("finetune", len(points)) as advance:

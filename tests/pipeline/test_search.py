@@ -18,6 +18,7 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import EvaluationLog
 from mpsearch.metrics.kl import KL
 from mpsearch.optimize.pareto import non_dominated
+from mpsearch.pipeline.deadline import Deadline
 from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.pipeline.search import search
 from mpsearch.pipeline.seeds import knapsack_seeds
@@ -55,7 +56,7 @@ def run(engine, table, sampler="nsga2", *, n_trials=15, n_seeds=4, seed=0, known
         build_sampler(SAMPLERS[sampler], Problem(table, (), budgets, seed)),
         n_trials=n_trials,
         n_seeds=n_seeds,
-        max_seconds=max_seconds,
+        deadline=Deadline(max_seconds),
     )
     return evaluate
 

@@ -20,6 +20,7 @@ from mpsearch.reporting.layer_map import layer_sections
 from mpsearch.reporting.summary import next_steps
 from mpsearch.reporting.tables import evenly
 from mpsearch.reporting.verified import verified_rows
+from mpsearch.runs.left_out import read_left_out
 from mpsearch.runs.run import Run
 from mpsearch.runs.verified import Verified
 
@@ -83,7 +84,7 @@ def content(
         "interactions": _interactions(run, picked),
         "splits": _splits(run),
         "phases": [[p.what, p.done, p.total, number(p.seconds), p.finished] for p in phases],
-        "warnings": cautions(run),
+        "warnings": [*cautions(run), *read_left_out(folder)],
         "times": times_sentence(run).strip() if times_differ(run) else "",
         "verified": dict(zip(("header", "rows"), verified_rows(run, verified), strict=True)),
     }
