@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import InputError
+from mpsearch.quantizers.block_fit import LARGEST_HALF, TINY, half
 from mpsearch.quantizers.grids import float_zeros
 from mpsearch.schemes.base import Codes
 from mpsearch.schemes.k_quant import KQuant
@@ -30,9 +31,7 @@ SYMMETRIC = tuple(torch.linspace(1.2, 0.5, 12).tolist())
 BELOW, MORE = (-0.2, 0.2, 0.6), tuple(torch.linspace(-1.4, 1.6, 10).tolist())
 RATIOS = 32
 LEAST_RATIO, LARGEST_RATIO = 0.7, 1.3
-LARGEST_HALF = 65504.0
 TABLE_STEP = 113 / 7  # units of the table in a step of `KQuant.dense`
-TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -78,11 +77,6 @@ class Sums:
         """The error, up to what does not depend on either."""
         linear = self.x * minimum - self.vx * scale
         return self.vv * scale.square() - 2 * self.v * scale * minimum + self.one * minimum.square() + 2 * linear
-
-
-def half(x: Tensor) -> Tensor:
-    """Rounded to float16, finite."""
-    return x.clamp(-LARGEST_HALF, LARGEST_HALF).half().float()
 
 
 def in_blocks(matrix: Tensor, scheme: KQuant, dense_codes: Codes) -> Codes:
