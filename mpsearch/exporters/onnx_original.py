@@ -26,6 +26,7 @@ from mpsearch.tree import tensors_in
 
 logger = logging.getLogger("mpsearch")
 TOLERANCE = 1e-3  # of the largest output
+SMALLEST = 1e-2  # outputs below are compared as if the largest were this
 
 
 def original_graph(model: nn.Module, call: ModelCall, opset: int) -> Any | None:
@@ -69,7 +70,7 @@ def _with_parameters(editor: GraphEditor, model: nn.Module, source: OnnxSource) 
         if isinstance(module, nn.Identity) and node.op_type == "BatchNormalization":
             node.op_type = "Identity"
             del node.input[1:], node.output[1:], node.attribute[:]
-        elif node.op_type == "Conv" and isinstance(module, _ConvNd):
+        elif node.op_type in ("Conv", "ConvTranspose") and isinstance(module, _ConvNd):
             _set_parameters(editor, node, name, module)
         elif node.op_type == "Gemm" and isinstance(module, nn.Linear):
             from onnx import helper
@@ -99,5 +100,5 @@ def _check(proto: Any, model: nn.Module, call: ModelCall) -> None:
     expected = [tensor.numpy() for tensor in tensors_in(model(*call.args, **call.kwargs))]
     got = Session(proto.SerializeToString())([tensor.numpy() for tensor in named_inputs(model, call).values()])
     for ours, theirs in zip(expected, got, strict=True):
-        if np.shape(ours) != np.shape(theirs) or np.abs(ours - theirs).max() > TOLERANCE * np.abs(ours).max():
+        if np.shape(ours) != np.shape(theirs) or np.abs(ours - theirs).max() > TOLERANCE * max(np.abs(ours).max(), SMALLEST):
             raise InputError("its outputs are not those of the module")
