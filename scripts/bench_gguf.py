@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import PARTIAL, ROOT, Row, UnavailableError, benchmark
+from harness import PARTIAL, ROOT, Row, UnavailableError, benchmark, ratio_interval
 
 from mpsearch.allocation import Allocation
 from mpsearch.engine.engine import QuantEngine
@@ -28,7 +28,7 @@ from mpsearch.tasks.text import Text
 
 LLAMA = Path(os.environ.get("MPSEARCH_LLAMA", ROOT / "build" / "llama"))
 FOLDER = PARTIAL / "gguf"
-FTYPES = {"Q4_0": 2, "Q2_K": 10, "Q3_K_M": 12, "Q4_K_M": 15}  # `llama_ftype` of include/llama.h
+FTYPES = {"Q2_K": 10, "Q3_K_M": 12, "Q4_0": 2, "Q4_K_M": 15, "Q5_K_M": 17}  # `llama_ftype` of include/llama.h
 SCHEMES = {
     "legacy": ("q4_0", "q5_0", "q8_0", "fp16"),
     "k_quants": ("q2_k", "q3_k", "iq4_xs", "q4_k", "q5_k", "q6_k", "q8_0"),
@@ -100,7 +100,10 @@ def file_within(limit: int, schemes: str, preset: str) -> Path:
     return written(refined, allocation, FOLDER / f"{schemes}-{preset}")
 
 
-@benchmark("gguf", schemes=tuple(SCHEMES), preset=tuple(FTYPES), quick={"preset": ("Q4_0",), "schemes": ("legacy",)})
+CHART = {"x": "bytes", "y": "kl_ratio", "line": "schemes", "panel": "case", "log": ""}
+
+
+@benchmark("gguf", schemes=tuple(SCHEMES), preset=tuple(FTYPES), quick={"preset": ("Q4_0",), "schemes": ("legacy",)}, chart=CHART)
 def gguf(schemes: str, preset: str) -> Iterator[Row]:
     """KL of the logits from those of the float model on unseen text: our file within the bytes of llama.cpp's file of a preset.
 
@@ -109,7 +112,7 @@ def gguf(schemes: str, preset: str) -> Iterator[Row]:
     "legacy" are Q4_0, Q5_0, Q8_0 and F16, "k_quants" are Q2_K to Q6_K with IQ4_XS and Q8_0. llama.cpp's file is made by its
     `llama_model_quantize` with an importance matrix (mean squares of the inputs of each layer in the calibration split). Both
     files are decoded by the package gguf ("decoded"), and opened by llama.cpp, whose CPU kernels round inputs to 8 bits ("in
-    llama.cpp").
+    llama.cpp"). `kl_ratio` is ours over llama.cpp's, with its 95 % interval (a bootstrap of the windows).
     """
     engine, exporter = float_engine(), GGUF()
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -118,6 +121,8 @@ def gguf(schemes: str, preset: str) -> Iterator[Row]:
     sizes = {"bytes": ours.stat().st_size, "rival_bytes": rival.stat().st_size}
     for place in ("decoded", "in llama.cpp"):
         opened = exporter.load if place == "decoded" else exporter.open
-        kl, other = (engine.score_of(opened(path, shared_copy(engine.model)), "confirm").loss for path in (ours, rival))
+        scores = [engine.score_of(opened(path, shared_copy(engine.model)), "confirm") for path in (ours, rival)]
+        kl, other = (score.loss for score in scores)
+        low, high = ratio_interval(*(score.losses for score in scores))
         row = {"value": kl, "unit": "nats", "rival": f"llama.cpp {preset}", "rival_value": other, "ratio": other / kl}
-        yield {"what": "KL", "case": place, **row, "kl_ratio": kl / other, **sizes}
+        yield {"what": "KL", "case": place, **row, "kl_ratio": kl / other, "low": low, "high": high, **sizes}

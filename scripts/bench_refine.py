@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from harness import Row, benchmark
+from harness import Row, benchmark, ratio_interval
 from networks import choice, load
 
 from mpsearch.allocation import Allocation
@@ -28,7 +28,6 @@ SPLITS: dict[str, dict[str, Any]] = {
     "minilm": {"n_calibration": 100, "n_search": 50, "n_confirm": 400},
     "efficientnet_lite0": {"n_calibration": 128, "n_search": 72},
 }
-N_RESAMPLES = 2000
 
 
 class Method(NamedTuple):
@@ -74,14 +73,6 @@ def sample_losses(engine: QuantEngine, allocation: Allocation) -> np.ndarray:
     losses = engine.divergence.rows(outputs, reference).double().cpu().numpy()
     clusters = engine.task.clusters("confirm")
     return losses if clusters is None else cluster_values(losses, clusters.numpy())
-
-
-def ratio_interval(losses: np.ndarray, rival: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of mean(losses) / mean(rival) by a bootstrap of the samples, which both have in one order."""
-    random = np.random.default_rng(0)
-    drawn = random.integers(len(losses), size=(N_RESAMPLES, len(losses)))
-    low, high = np.quantile(losses[drawn].mean(1) / rival[drawn].mean(1), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def compared(network: str, bits: float, methods: Sequence[str]) -> Iterator[Row]:
