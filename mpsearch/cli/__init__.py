@@ -8,6 +8,7 @@ refuses, `commands` the calls of the public API. Everything heavy is imported la
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import shlex
 import signal
@@ -18,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -127,6 +129,8 @@ def _dispatch(job: Job, words: list[str]) -> None:
         raise InputError(f"There is no command '{job.command}'.{did_you_mean(job.command, COMMANDS)}")
     import hydra
 
+    if {"-h", "--help"} & set(words[1:]):
+        print(settings_text(job.command), flush=True)  # Hydra prints the settings without what they mean
     job.words = prepare(job.command, words[1:])
     if job.words.runs:
         _compare(job.words.runs, Path("reports") / f"comparison-{time.strftime('%Y%m%d_%H%M%S')}")
@@ -251,6 +255,13 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def settings_text(command: str) -> str:
+    """The settings of a command with their meanings and defaults, as its file in `conf/` has them."""
+    lines = resources.files("mpsearch.conf").joinpath(f"{command}.yaml").read_text(encoding="utf-8").splitlines()
+    own = itertools.takewhile(lambda line: not line.startswith("hydra:"), lines)
+    return "\n".join(line for line in own if "_self_" not in line and " override hydra/" not in line)
 
 
 def leave_working_directory() -> None:

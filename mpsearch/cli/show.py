@@ -111,8 +111,11 @@ def progress_lines(now: Progress) -> list[str]:
     lines = ["no phase has begun"]
     if now.phases:
         last = now.phases[-1]
-        left = "" if last.left is None else f", {last.left:.0f} s left"
-        lines = [f"{last.what}: {last.done}/{last.total} in {last.seconds:.0f} s{left} {last.note}".rstrip()]
+        left = "" if last.left is None or now.finished else f", {last.left:.0f} s left"
+        latest = f"; latest: {last.note}" if last.note else ""
+        lines = [f"{last.what}: {last.done} of {last.total} in {last.seconds:.0f} s{left}{latest}"]
+        if now.finished:
+            lines.append("no phase is at work: the run is finished, or was interrupted")
     if now.front:
         sizes = f"{now.front[0].size_bytes:,} to {now.front[-1].size_bytes:,} bytes"
         lines.append(f"{now.n_evaluations} evaluations, {len(now.front)} points on the front, {sizes}")
@@ -121,9 +124,12 @@ def progress_lines(now: Progress) -> list[str]:
 
 def progress_table(now: Progress) -> Table:
     """At most twelve points of the front, evenly spread, on the search split."""
-    table = Table(title="front so far (search split)")
-    for column in ("bits", "bytes", "loss"):
+    table = Table(title="front so far, on the search split")
+    if now.run is None:
+        return table
+    quality = now.run.quality
+    for column in ("bits per weight", "bytes", f"loss: {now.run.loss_label}", quality.label):
         table.add_column(column, justify="right")
     for e in (now.front[i] for i in evenly(len(now.front), 12)):
-        table.add_row(f"{e.average_bits:.2f}", f"{e.size_bytes:,}", f"{e.loss:.4g}")
+        table.add_row(f"{e.average_bits:.2f}", f"{e.size_bytes:,}", f"{e.loss:.4g}", quality.text(e.quality))
     return table

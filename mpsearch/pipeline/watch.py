@@ -15,11 +15,20 @@ from mpsearch.runs.run import Run
 
 @dataclass(frozen=True)
 class Progress:
-    """A run as it is now; `front` is empty before the first evaluations."""
+    """A run as it is now; `run` is `None` before the sensitivities are measured."""
 
     phases: tuple[Phase, ...]
-    n_evaluations: int
-    front: tuple[Evaluation, ...]
+    run: Run | None = None
+
+    @property
+    def n_evaluations(self) -> int:
+        """How many there are so far."""
+        return 0 if self.run is None else len(self.run.evaluations)
+
+    @property
+    def front(self) -> tuple[Evaluation, ...]:
+        """Empty before the first evaluations."""
+        return () if self.run is None else self.run.front
 
     @property
     def finished(self) -> bool:
@@ -35,8 +44,8 @@ def look(folder: Path) -> Progress:
     try:
         run = Run.load(folder)
     except InputError:  # the sensitivities are not complete yet, or a row was being written
-        return Progress(phases, 0, ())
-    return Progress(phases, len(run.evaluations), run.front)
+        return Progress(phases)
+    return Progress(phases, run)
 
 
 def watched(folder: Path, every_seconds: float) -> Iterator[Progress]:

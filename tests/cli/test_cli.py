@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -161,6 +162,7 @@ def test_search_help_names_what_there_is_to_choose(tmp_path: Path) -> None:
     assert ended.returncode == 0
     assert "quantizer: adaround, clip_search, coordinate_descent, entropy, gptq, hqq, kronecker_descent," in ended.stdout
     assert "n_trials: 100" in ended.stdout
+    assert re.search(r"^n_seeds: 20 +# initial trials", ended.stdout, re.MULTILINE), "settings with their meanings"
     assert not (tmp_path / "reports").exists()
 
 

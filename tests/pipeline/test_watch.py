@@ -1,10 +1,12 @@
 """What a watcher sees of a run in progress."""
 
+import re
 import threading
 
 import pytest
 
 from mpsearch import progress
+from mpsearch.cli.show import progress_lines, progress_table
 from mpsearch.errors import InputError
 from mpsearch.files import locked
 from mpsearch.pipeline.watch import look, watched
@@ -37,8 +39,14 @@ def test_the_command_watches_a_finished_run(mpsearch, undrawn, capsys, tmp_path)
     assert now.finished
     assert now.n_evaluations > 6
     assert {phase.what for phase in now.phases} >= {"calibrate", "search", "confirm"}
+    capsys.readouterr()
     code, errors = mpsearch("watch", f"run={folder}", "every_seconds=0.01")
     assert code == 0, errors
+    text = "\n".join(progress_lines(now))
+    assert re.search(r"confirm: (\d+) of \1 in \d+ s; latest: \d\.\d\d bits", text)
+    assert "the run is finished" in text
+    columns = [str(column.header) for column in progress_table(now).columns]
+    assert columns == ["bits per weight", "bytes", "loss: softmax KL (nats)", "accuracy %"]
     code, errors = mpsearch("watch", f"run={folder}", "every_seconds=0")
     assert code == 2
     assert "every_seconds must be a number above 0" in errors
