@@ -17,7 +17,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtri, stdtr, stdtrit
+from scipy.special import ndtr, ndtri, stdtr, stdtrit
 
 from mpsearch.errors import InputError
 
@@ -120,6 +120,16 @@ def smaller_p_value(values: ArrayLike, reference: ArrayLike) -> float:
     skew = max(float(((differences - mean) ** 3).mean()), 0.0)
     corrected = mean + skew / (6 * n * variance) + skew * mean**2 / (3 * variance**2)
     return float(stdtr(n - 1, corrected * math.sqrt(n / variance)))
+
+
+def combined_p_value(p_values: ArrayLike, weights: ArrayLike) -> float:
+    """One-sided p-value of independent tests of one hypothesis, `[n]`, each weighted by the root of its number of samples.
+
+    The weighted sum of normal deviates (Stouffer et al. 1949, The American Soldier; Liptak 1958).
+    """
+    weights = np.sqrt(np.asarray(weights, dtype=np.float64))
+    deviates = -ndtri(np.clip(p_values, 1e-300, 1 - 1e-16))
+    return float(ndtr(-(weights @ deviates) / np.linalg.norm(weights)))
 
 
 def holm(p_values: ArrayLike, level: float) -> NDArray[np.bool_]:

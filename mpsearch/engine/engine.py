@@ -176,8 +176,8 @@ class QuantEngine:
             self.float_logits(split)
             with self.applied(allocation):
                 score = self.scorer.score(self.outputs(allocation, split) if allocation else None, split)
-            # Of the samples of ten thousand trials, only what is compared is kept: losses of the search split.
-            losses = score.losses if split == "search" else score.losses[:0]
+            # Of the samples of ten thousand trials, only what is compared is kept: losses where proposals are accepted.
+            losses = score.losses[:0] if split == "confirm" else score.losses
             seconds = time.perf_counter() - start
             self._scores[key] = replace(score, qualities=score.qualities[:0], losses=losses, seconds=seconds)
         return self._scores[key]

@@ -15,7 +15,8 @@ its group. An allocation's distance to the bound is the sum of its reduced costs
 reduced cost exceeds the gap of a known allocation is in no better one. A dynamic programme over the groups that have several
 choices left closes the gap.
 
-`front` solves it for several limits, `repair` brings an allocation within several constraints by moves of least added loss.
+`front` solves it for several limits, `vertices` for some of those at which the bound is exact. `repair` brings an allocation
+within several constraints by moves of least added loss.
 
 Everywhere: `loss` float64 `[n_groups, n_choices]`, infinite where a choice is not allowed; `cost` int64 or float64 of the
 same shape (sums are exact below 2^53); an allocation is `choice`, intp `[n_groups]`. No argument is modified.
@@ -83,6 +84,16 @@ def front(loss: ArrayLike, cost: ArrayLike, n: int, limit: float = np.inf) -> li
         if total(loss, best) < total(loss, choice) < total(loss, distinct[-1]):
             distinct.append(choice)
     return distinct if (best == cheapest).all() else [*distinct, best]
+
+
+def vertices(loss: ArrayLike, cost: ArrayLike, n: int) -> list[Choice]:
+    """At most `n` (2 or more) optimal allocations, each for its own cost as the limit, distinct, ascending in cost.
+
+    They are evenly drawn from the points on the lower convex hull of all allocations' (cost, loss), and take one sort.
+    """
+    steps = _upward(*_checked(loss, cost))
+    taken = np.unique(np.linspace(0, len(steps.group), n).round().astype(int))
+    return [_walk(steps, k) for k in taken]
 
 
 def repair(choice: ArrayLike, loss: ArrayLike, costs: Sequence[ArrayLike], limits: Sequence[float]) -> Choice:

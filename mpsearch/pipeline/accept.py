@@ -2,15 +2,17 @@
 
 A search measures many allocations on few samples, and the best of them is partly the luckiest: on other data such a front is no
 better than the additive solution, which needs no trial. So samplers are told the loss of one half of the search samples
-(`Evaluation.proposal_loss`). When all trials are done, each proposal that is not dominated on that half is compared with the
-additive solution of the same costs on the other half, sample by sample, by a one-sided paired test (`smaller_p_value`). Those
-that are better after Holm's correction for the number of tests are accepted, and the front consists of accepted evaluations
-alone: a point of it is the additive solution, a uniform allocation, or better than the former.
+(`Evaluation.proposal_loss`). When all trials are done, proposals that are not dominated on that half are compared with the
+additive solution of the same costs on the other half and on the calibration split, sample by sample, by one-sided paired tests
+(`smaller_p_value`), whose results are combined (`combined_p_value`). Those that are better after Holm's correction for the number
+of proposals are accepted, and the front consists of accepted evaluations alone: a point of it is the additive solution, a uniform
+allocation, or better than the former.
 
 The chance that anything is accepted that is not better on such data is about `LEVEL`, more for very skewed samples. The
-sensitivities, of which reference and proposals are made, have seen both halves. A run that is resumed with more trials looks
-once more, and what was accepted before stays. What holds on the search data holds elsewhere only if they are like it: of
-samples that the network was trained on that is not sure.
+sensitivities, of which reference and proposals are made, have seen both halves, and the quantizers the calibration split; neither
+knows which of the two allocations is the proposal. A run that is resumed with more trials looks once more, and what was accepted
+before stays. What holds on these data holds elsewhere only if they are like it: of samples that the network was trained on that
+is not sure. Losses there are small, and weigh little in the test for it is made on either split apart.
 """
 
 from __future__ import annotations
@@ -18,18 +20,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpsearch.allocation import Allocation
 from mpsearch.budget import Budget
+from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.evaluation import REFINED, Evaluation
-from mpsearch.intervals import holm, random_half, smaller_p_value
+from mpsearch.intervals import combined_p_value, holm, random_half, smaller_p_value
 from mpsearch.optimize.pareto import non_dominated
 from mpsearch.pipeline.additive import solution
 from mpsearch.pipeline.deadline import Deadline
 from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.samplers.base import Problem
 
-LEVEL = 0.02
+LEVEL = 0.05
+HOPELESS = 0.5  # p-value: what is no better on the search split is not accepted, whatever the calibration split says
 MOST_TESTED = 20  # proposals: each needs an evaluation of its reference, and shares the level with the others
 
 
@@ -56,12 +61,13 @@ def accept(evaluate: SearchEvaluator, problem: Problem, deadline: Deadline | Non
             else:
                 pairs.append((proposal, reference))
     pairs.sort(key=lambda pair: pair[0].cost(columns[0]))
+    gains = _gains([proposal for proposal, _ in pairs], seeds, columns[0])
     # Spread over the front: where the network is damaged least, relative gains are largest and matter least.
     n_tested = min(MOST_TESTED, len(pairs))
-    if (n := deadline.affordable(n_tested, seconds)) < n_tested:
+    if (n := deadline.affordable(n_tested, 3 * seconds)) < n_tested:  # the reference, and both on the calibration split
         deadline.leave_out(f"the test of {n_tested - n} of {n_tested} proposals")
     parts = np.array_split(np.arange(len(pairs)), max(n, 1)) if n else []
-    best = [max(part, key=lambda i: _gain(pairs[i][0], seeds, columns)) for part in parts if len(part)]
+    best = [part[gains[part].argmax()] for part in parts if len(part)]
     compare(evaluate, [pairs[i] for i in best])
 
 
@@ -83,12 +89,16 @@ def compare(evaluate: SearchEvaluator, pairs: Sequence[tuple[Evaluation, Allocat
 
 
 def _p_value(evaluate: SearchEvaluator, proposal: Evaluation, reference: Evaluation) -> float:
-    """That the proposal is not better, on the half that no sampler was told of; a score without samples has no noise."""
+    """That the proposal is not better, on samples of which no sampler was told; a score without samples has no noise."""
     ours, theirs = (evaluate.losses(e.allocation) for e in (proposal, reference))
     if not len(ours):
         return float(not proposal.loss < reference.loss)
     fresh = ~random_half(len(ours))
-    return smaller_p_value(ours[fresh], theirs[fresh])
+    p_value = smaller_p_value(ours[fresh], theirs[fresh])
+    if p_value > HOPELESS:
+        return p_value
+    calibration = [evaluate.losses(e.allocation, "calibration") for e in (proposal, reference)]
+    return combined_p_value([p_value, smaller_p_value(*calibration)], [fresh.sum(), len(calibration[0])])
 
 
 def _reference(problem: Problem, proposal: Evaluation) -> Allocation:
@@ -109,7 +119,14 @@ def _front(evaluations: Iterable[Evaluation], columns: Sequence[str]) -> list[Ev
     return [e for e, kept in zip(measured, non_dominated(points.reshape(-1, 1 + len(columns))), strict=True) if kept]
 
 
-def _gain(proposal: Evaluation, seeds: Sequence[Evaluation], columns: Sequence[str]) -> float:
-    """By how much, relatively, it is below the best of the seeds that cost at least as much; infinite without one."""
-    at_least = [e.told_loss for e in seeds if proposal.costs_at_most(e, columns)]
-    return min(at_least, default=np.inf) / proposal.told_loss if proposal.told_loss else np.inf
+def _gains(proposals: Sequence[Evaluation], seeds: Sequence[Evaluation], column: str) -> NDArray[np.float64]:
+    """By how much ln loss is below the line through the front of the seeds, over a cost; float64 `[n]`, of what is told."""
+
+    def points(evaluations: Sequence[Evaluation]) -> NDArray[np.float64]:
+        return np.array([[e.cost(column), np.log(max(e.told_loss, LOSS_FLOOR))] for e in evaluations]).reshape(-1, 2).T
+
+    costs, levels = points(sorted(seeds, key=lambda e: e.cost(column)))
+    at, told = points(proposals)
+    if not len(costs):
+        return -told
+    return np.interp(at, costs, np.minimum.accumulate(levels)) - told

@@ -164,8 +164,13 @@ class SearchEvaluator(_Evaluator):
             self._collect(timeout=0)
         return pending
 
-    def losses(self, allocation: Allocation) -> np.ndarray:
-        """The loss of each sample, float32 `[n]`; an allocation that this process did not score is scored again."""
+    def losses(self, allocation: Allocation, split: str = "search") -> np.ndarray:
+        """The loss of each sample, float32 `[n]`; an allocation that this process did not score is scored again.
+
+        On the calibration split it is scored in this process.
+        """
+        if split == "calibration":
+            return self.engine.score(allocation, split).losses
         if allocation not in self._losses:
             self._losses[allocation] = self.executor.submit(allocation).result().losses
         return self._losses[allocation]

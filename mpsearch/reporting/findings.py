@@ -116,7 +116,7 @@ def accepted_sentences(run: Run) -> list[str]:
         ]
     return [
         f"{len(better)} of {len(front)} points of the front, of at most {max(e.average_bits for e in better):.2f} bits, are "
-        "proposals that fresh samples of the search split show to be better than the additive solution of their size, the "
+        "proposals that samples of which no sampler was told show to be better than the additive solution of their size, the "
         "allocation of least summed sensitivity; the others are such solutions and uniform allocations."
     ]
 

@@ -2,7 +2,8 @@
 
 The study begins with exact knapsack solutions (`pipeline/search.py`). Then the surrogate (`optimize/surrogate.py`) is fitted to
 the evaluations, and the proposal is the allocation of largest expected hypervolume improvement (Emmerich, Giannakoglou and
-Naujoks 2006; the cost is known, so it is a sum of expected improvements over the steps of the front) among
+Naujoks 2006; the cost is known, so it is a sum of expected improvements over the steps of the front) over what is measured and
+what the surrogate predicts of the additive solutions between, which need no trial, among
 
 - knapsack solutions of the surrogate's first-order table near points of the front, at random sizes, wide gaps first;
 - moves of single groups by a level, from points of the front;
@@ -41,6 +42,7 @@ GROWTH = 1.4  # the variances are chosen again when there are so many times the 
 POOL = 2e9  # multiplications that may be spent on predicting a pool of candidates
 MIN_CANDIDATES, MAX_CANDIDATES = 96, 400
 CENTERS = 6  # points of the front that moves start from
+ADDITIVE = 128  # solutions of the additive problem that an improvement is counted over
 TARGETS = 3  # sizes that the knapsack is solved for
 MAX_STATES = 5_000  # of its dynamic programme: a proposal need not be the exact optimum of a model
 
@@ -64,13 +66,22 @@ class Front(Proposer):
         if history.running.any():
             log_losses[history.running] = surrogate.predict(history.choices[history.running])[0]
         usable = np.isfinite(log_losses) & self.feasible.contains(history.choices)
-        front = _Staircase(history.choices[usable], history.sizes[usable], log_losses[usable], self._largest())
+        additive = self._additive()
+        choices = np.concatenate([history.choices[usable], additive])
+        log_losses = np.concatenate([log_losses[usable], surrogate.predict(additive)[0]])
+        front = _Staircase(choices, self.sizes(choices), log_losses, self._largest())
         n = int(np.clip(POOL / (self.losses.size * max(1, min(len(history.sizes), MAX_FITTED))), MIN_CANDIDATES, MAX_CANDIDATES))
         steps = neighbours(self.size, self.space.allowed)
         best = self._best(self._candidates(front, surrogate, steps, n, rng), front, surrogate, 4)
         moves = [self._moves(center, surrogate.table(center), steps, n // (2 * len(best)), rng) for center in best]
         best = self._best(np.concatenate([best, *moves]), front, surrogate, 1)
         return best[0] if len(best) else self.smallest()
+
+    def _additive(self) -> Choice:
+        """intp `[n, n_groups]`: solutions of the additive problem within the budgets that no trial has."""
+        solutions = np.array(knapsack.vertices(self.losses, self.size, ADDITIVE))
+        solutions = solutions[self.feasible.contains(solutions)]
+        return solutions[[row.tobytes() not in self.asked for row in solutions]]
 
     def _from_tpe(self, choices: Choice, log_losses: Floats, seed: int) -> Choice:
         """What TPE proposes after trials of `choices` `[n, n_groups]` with `log_losses` `[n]`."""
@@ -105,7 +116,8 @@ class Front(Proposer):
 
     def _best(self, pool: Choice, front: _Staircase, surrogate: Surrogate, n: int) -> Choice:
         """The `n` candidates of largest expected improvement, in descending order, that are new and within the budgets."""
-        pool = pool[self.feasible.contains(pool)]
+        finite = np.isfinite(self.problem.sensitivity.values)  # what breaks the network alone breaks it with others
+        pool = pool[finite[np.arange(len(finite)), pool].all(1) & self.feasible.contains(pool)]
         pool = pool[[row.tobytes() not in self.asked for row in pool]]
         if not len(pool):
             return pool

@@ -144,6 +144,18 @@ def test_front_spans_the_costs_and_is_not_dominated(kind):
         np.testing.assert_array_equal(point, knapsack.solve(loss, cost, knapsack.total(cost, point)))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_vertices_are_optimal_for_their_own_cost(kind):
+    loss, cost = instance(20, 6, kind)
+    points = knapsack.vertices(loss, cost, 40)
+    spent, lost = ([knapsack.total(table, point) for point in points] for table in (cost, loss))
+    assert 10 < len(points) <= 40
+    assert all(a < b for a, b in itertools.pairwise(spent))
+    assert all(a > b for a, b in itertools.pairwise(lost))
+    for own_cost, own_loss in list(zip(spent, lost, strict=True))[::5]:
+        assert own_loss == pytest.approx(knapsack.total(loss, knapsack.solve(loss, cost, own_cost)))
+
+
 def test_front_of_no_choice_is_one_point():
     assert [point.tolist() for point in knapsack.front(np.ones((3, 1)), np.ones((3, 1)), 5)] == [[0, 0, 0]]
     with pytest.raises(ValueError, match="two ends"):

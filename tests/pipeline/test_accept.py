@@ -4,15 +4,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scipy.stats import ttest_1samp
+from scipy.stats import norm, ttest_1samp
 
-from mpsearch.allocation import SearchSpace
+from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.budget import Budget
 from mpsearch.evaluation import Score, SensitivityTable
-from mpsearch.intervals import holm, random_half, smaller_p_value
+from mpsearch.intervals import combined_p_value, holm, random_half, smaller_p_value
 from mpsearch.layer import LayerGroup, LayerSpec
 from mpsearch.optimize.pareto import non_dominated
-from mpsearch.pipeline.accept import accept
+from mpsearch.pipeline.accept import accept, compare
 from mpsearch.pipeline.additive import solution
 from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.pipeline.seeds import Seeds
@@ -32,7 +32,8 @@ class Network:
         schemes = {f"w{b}": Integer(b) for b in BITS}
         self.space = SearchSpace(tuple(LayerGroup(x.name, (x,)) for x in layers), schemes, (tuple(schemes),) * N_GROUPS, 0)
         self.sensitivities = rng.lognormal(0, 1, (N_GROUPS, 1)) * 4.0 ** -np.array(BITS)
-        self.weights = rng.lognormal(-0.5, 1, (n_samples, N_GROUPS))
+        drawn = rng.lognormal(-0.5, 1, (2, n_samples, N_GROUPS))
+        self.weights = dict(zip(("search", "calibration"), drawn, strict=True))
         self.gain = gain
 
     def true_loss(self, choice):
@@ -41,10 +42,10 @@ class Network:
 
     def score(self, allocation, split="search"):
         choice = self.space.choice(allocation) if allocation else None
-        losses = np.zeros(len(self.weights))
+        losses = np.zeros(len(self.weights[split]))
         if choice is not None:
             saved = 1 - self.gain * (choice[0] == choice[1])
-            losses = saved * self.weights @ self.sensitivities[np.arange(N_GROUPS), choice]
+            losses = saved * self.weights[split] @ self.sensitivities[np.arange(N_GROUPS), choice]
         half = losses[random_half(len(losses))].mean()
         return Score(losses.mean(), 0, 1, 1, 1, 0, len(losses), np.empty(0), proposal_loss=half, losses=losses)
 
@@ -154,6 +155,37 @@ def test_holm():
     assert holm([0.01, 0.04, 0.03, 0.005], 0.05).tolist() == [True, False, False, True]
     assert holm([0.5, 0.01], 0.05).tolist() == [False, True]
     assert holm([], 0.05).tolist() == []
+
+
+def test_combined_p_values():
+    assert combined_p_value([0.05, 0.05], [100, 100]) == pytest.approx(norm.sf(np.sqrt(2) * norm.isf(0.05)))
+    assert combined_p_value([0.05, 0.5], [300, 100]) == pytest.approx(norm.sf(norm.isf(0.05) * np.sqrt(0.75)))
+    assert 0 <= combined_p_value([0.0, 1.0], [1, 1]) <= 1
+    rng = np.random.default_rng(0)
+    combined = [combined_p_value(rng.random(2), [200, 500]) for _ in range(4000)]
+    assert np.mean(np.array(combined) < 0.05) == pytest.approx(0.05, abs=0.01)
+
+
+@pytest.mark.parametrize(("on_search", "accepted"), [(-0.02, True), (0.01, False)])
+def test_the_calibration_split_decides_with_the_search_split_and_not_against_it(on_search, accepted):
+    rng = np.random.default_rng(0)
+    noise = {split: rng.normal(0, 0.1, 200) for split in ("search", "calibration")}
+    noise = {split: values - values[~random_half(200)].mean() for split, values in noise.items()}
+    changes = {"search": on_search, "calibration": -0.05}
+
+    def losses(allocation, split="search"):
+        return 1 + noise[split] + changes[split] if allocation["g0"] == "w2" else np.ones(200)
+
+    proposal, reference = (
+        SimpleNamespace(allocation=Allocation({"g0": name}), told_loss=t) for name, t in (("w2", 0.9), ("w3", 1))
+    )
+    kept = []
+    evaluate = SimpleNamespace(losses=losses, all=lambda *_: [reference], accept=lambda e, origin: kept.append((e, origin)))
+    compare(evaluate, [(proposal, reference.allocation)])
+    assert smaller_p_value(losses(proposal.allocation)[~random_half(200)], np.ones(100)) > 0.01, (
+        "else the other split decides nothing"
+    )
+    assert kept == [(reference, "knapsack"), (proposal, "sampler")][: 1 + accepted]
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 100])
