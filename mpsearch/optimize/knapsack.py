@@ -67,7 +67,8 @@ def solve(loss: ArrayLike, cost: ArrayLike, limit: float, max_states: int = MAX_
 def front(loss: ArrayLike, cost: ArrayLike, n: int, limit: float = np.inf) -> list[Choice]:
     """At most `n` (2 or more) optimal allocations within `limit`, distinct, ascending in cost, strictly falling in loss.
 
-    Their own limits are evenly spread in cost from the cheapest allocation to the one of lowest loss, both of which are in it.
+    Their own limits are evenly spread, in cost and ln loss together, from the cheapest allocation to the one of lowest loss, both
+    of which are in it: a front is steep at its cheap end. In cost alone where a sum of losses is not positive.
     """
     if n < 2:
         raise ValueError(f"A front has two ends: n must be 2 or more, not {n}.")
@@ -76,7 +77,7 @@ def front(loss: ArrayLike, cost: ArrayLike, n: int, limit: float = np.inf) -> li
     cheapest, best = steps.start, _walk(steps, len(steps.group))
     if total(cost, best) > limit:
         best = _solve(loss, cost, limit, steps, MAX_STATES)
-    limits = np.linspace(total(cost, cheapest), total(cost, best), n)[1:-1]
+    limits = _spread(loss, cost, steps, total(cost, best), n)[1:-1]
     solutions = [_solve(loss, cost, limit, steps, MAX_STATES) for limit in limits]
     solutions.sort(key=lambda choice: (total(cost, choice), total(loss, choice)))
     distinct = [cheapest]
@@ -208,6 +209,21 @@ def _walk(steps: _Steps, taken: int) -> Choice:
     choice = steps.start.copy()
     choice[steps.group[:taken]] = steps.to[:taken]  # a group's steps stand in order, and of repeated indices the last one stays
     return choice
+
+
+def _spread(loss: Floats, cost: NDArray, steps: _Steps, end: float, n: int) -> Floats:
+    """`n` costs from that of the cheapest allocation to `end`; see `front`."""
+    sums = (total(t, steps.start) + np.cumsum(t[steps.group, steps.to] - t[steps.group, steps.before]) for t in (cost, loss))
+    spent, lost = (np.append(total(t, steps.start), each) for t, each in zip((cost, loss), sums, strict=True))
+    within = spent < end
+    if not within.any():
+        return np.full(n, end)
+    spent, lost = np.append(spent[within], end), np.append(lost[within], lost[within][-1:])
+    progress = spent - spent[0]
+    if lost.min() > 0 and progress[-1] > 0:
+        fallen = np.log(lost[0] / np.minimum.accumulate(lost))
+        progress = progress / progress[-1] + fallen / max(fallen[-1], 1e-300)
+    return np.interp(np.linspace(0, progress[-1], n), progress, spent)
 
 
 def _relaxed(cost: NDArray, limit: float, steps: _Steps) -> tuple[int, float]:
