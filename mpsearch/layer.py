@@ -1,12 +1,13 @@
 """The description of a layer, and its weight as a matrix of output channels.
 
 Every weight is handled as a matrix `[rows, columns]`, one row per output channel, so that quantizers, kernels and costs do not
-depend on the kind of layer. `weight_rows` and `from_rows` are the only two places that know a module's own layout.
+depend on the kind of layer. Only this file knows a module's own layout.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,21 +118,28 @@ def weight_rows(module: Any) -> Tensor:
     A view where the layout already has output channels first. A transposed convolution holds `[in, out / groups, *kernel]`;
     its rows come back as a copy in which row `o` of group `g` holds what reaches output channel `g * out / groups + o`.
     """
-    weight = module.weight.detach()
-    if not _is_transposed(module):
-        return weight
-    groups = module.groups
-    split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-    return split.transpose(1, 2).reshape(groups * weight.shape[1], weight.shape[0] // groups, *weight.shape[2:])
+    return to_rows(module, module.weight.detach())
+
+
+def to_rows(module: Any, weight: Tensor) -> Tensor:
+    """A tensor in the layout of the module's weight, as `weight_rows`."""
+    return _swapped(weight, module.groups) if _is_transposed(module) else weight
 
 
 def from_rows(module: Any, rows: Tensor) -> Tensor:
     """The inverse of `weight_rows`: `rows` in the module's own layout."""
-    if not _is_transposed(module):
-        return rows
-    groups = module.groups
-    split = rows.reshape(groups, rows.shape[0] // groups, *rows.shape[1:])
-    return split.transpose(1, 2).reshape(groups * rows.shape[1], rows.shape[0] // groups, *rows.shape[2:])
+    return _swapped(rows, module.groups) if _is_transposed(module) else rows
+
+
+def in_layout(layer: LayerSpec, rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """`rows` of the layer as a parameter of this shape holds them, as `from_rows` does for a module."""
+    return _swapped(rows, rows.shape[0] // shape[1]) if layer.kind.startswith("conv_transpose") else rows
+
+
+def _swapped(weight: Tensor, groups: int) -> Tensor:
+    """Input and output channels of a grouped weight, exchanged within each group."""
+    split = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    return split.transpose(1, 2).reshape(groups * weight.shape[1], weight.shape[0] // groups, *weight.shape[2:])
 
 
 def set_values(parameter: nn.Parameter, values: Tensor) -> None:

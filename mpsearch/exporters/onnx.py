@@ -23,7 +23,7 @@ from mpsearch.exporters.onnx_trace import traced
 from mpsearch.exporters.onnx_weights import store
 from mpsearch.files import file_errors, write_atomically
 from mpsearch.graph.shared_copy import shared_copy
-from mpsearch.layer import LayerSpec, set_values
+from mpsearch.layer import LayerSpec, set_values, to_rows
 from mpsearch.packed.model import Weights
 from mpsearch.runtimes.base import Runtime
 from mpsearch.runtimes.onnxruntime import ONNXRuntime
@@ -100,11 +100,12 @@ class ONNX(Exporter):
         return RuntimeModule(Session(path), model)
 
     def decode(self, path: Path, model: nn.Module) -> dict[str, Tensor]:
-        """Layer name -> float32 weight, output channels first, computed by ONNX Runtime; `model` is not used."""
+        """Layer name -> float32 weight, output channels first, computed by ONNX Runtime; `model` says which are transposed."""
         import onnx
 
         self.check_installed()
-        return decoded(onnx.load(str(path)))
+        modules = dict(model.named_modules())
+        return {name: to_rows(modules.get(name), weight) for name, weight in decoded(onnx.load(str(path))).items()}
 
 
 def chosen_layers(picked: Picked, engine: Weights, runtime: Runtime) -> list[tuple[LayerSpec, str]]:

@@ -64,7 +64,7 @@ class Session:
 
 
 def decoded(proto: Any) -> dict[str, Tensor]:
-    """Layer name -> float32 weight, output channels first, of the layers of a file, computed by ONNX Runtime."""
+    """Layer name -> float32 weight as the graph holds it, of the layers of a file, computed by ONNX Runtime."""
     from onnx import helper, numpy_helper
 
     stored = {tensor.name: tensor for tensor in proto.graph.initializer}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mpsearch.exporters.onnx_graph import GraphEditor, made, packed_bits
 from mpsearch.exporters.onnx_inputs import SCALE, ZERO, input_grid, quantized, weight_codes
-from mpsearch.layer import LayerSpec
+from mpsearch.layer import LayerSpec, in_layout
 from mpsearch.schemes.base import QuantizedTensor
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.input import IntegerInput
@@ -28,16 +28,13 @@ CODES = "codes"  # what the stored tensors of a layer are called, after its name
 
 
 def store(editor: GraphEditor, layer: LayerSpec, weight: QuantizedTensor, packed: bool) -> None:
-    """Put the quantized weight in the place of the layer's float initializer, which has output channels first."""
+    """Put the quantized weight in the place of the layer's float initializer."""
     scheme: Any = weight.scheme
     initializer = f"{layer.name}.weight"
-    if scheme == Float("float32"):
-        editor.set_values(initializer, weight.dequantize().numpy())
+    if isinstance(scheme, Float):
+        _store_float(editor, layer, weight.tensors["values"])
         return
     editor.drop(initializer)
-    if isinstance(scheme, Float):
-        _cast(editor, layer.name, weight.tensors["values"])
-        return
     codes, scales, zero_points = unpacked(weight)
     if isinstance(scheme.input, IntegerInput):
         _integer_products(editor, layer, weight, initializer, codes, scales)
@@ -66,14 +63,20 @@ def store_constant(editor: GraphEditor, layer: LayerSpec, weight: QuantizedTenso
     editor.node("Reshape", [value, dims], f"{name}.weight")
 
 
-def _cast(editor: GraphEditor, name: str, values: Tensor) -> None:
-    """A weight in float16 or bfloat16."""
+def _store_float(editor: GraphEditor, layer: LayerSpec, values: Tensor) -> None:
+    """A weight in float32, or in float16 or bfloat16 and computed in float32."""
     from onnx import TensorProto, helper
 
+    name = f"{layer.name}.weight"
+    values = in_layout(layer, values, editor.constants[name].dims).contiguous()
+    if values.dtype == torch.float32:
+        editor.set_values(name, values.numpy())
+        return
+    editor.drop(name)
     kind = TensorProto.FLOAT16 if values.dtype == torch.float16 else TensorProto.BFLOAT16
-    raw = values.contiguous().view(torch.int16).numpy().tobytes()
-    editor.add(helper.make_tensor(f"{name}.{CODES}", kind, list(values.shape), raw, raw=True))
-    editor.node("Cast", [f"{name}.{CODES}"], f"{name}.weight", to=1)
+    raw = values.view(torch.int16).numpy().tobytes()
+    editor.add(helper.make_tensor(f"{layer.name}.{CODES}", kind, list(values.shape), raw, raw=True))
+    editor.node("Cast", [f"{layer.name}.{CODES}"], name, to=1)
 
 
 def unpacked(weight: QuantizedTensor, signed: bool = True) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

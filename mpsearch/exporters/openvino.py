@@ -24,7 +24,7 @@ from mpsearch.exporters.onnx_session import RuntimeModule
 from mpsearch.exporters.onnx_weights import unpacked
 from mpsearch.files import file_errors
 from mpsearch.kernels import available_backends
-from mpsearch.layer import LayerSpec
+from mpsearch.layer import LayerSpec, in_layout, to_rows
 from mpsearch.packed.model import Weights
 from mpsearch.runtimes.openvino import OpenVINO as Profile
 from mpsearch.schemes.base import QuantizedTensor
@@ -82,17 +82,17 @@ class OpenVINO(Exporter):
         return RuntimeModule(Request(path), model)
 
     def decode(self, path: Path, model: nn.Module) -> dict[str, Tensor]:
-        """Layer name -> float32 weight, output channels first, computed by OpenVINO; `model` is not used."""
+        """Layer name -> float32 weight, output channels first, computed by OpenVINO; `model` says which are transposed."""
         self.check_installed()
         import openvino
 
-        weights = {}
+        weights, modules = {}, dict(model.named_modules())
         for node in _core().read_model(path).get_ops():
             name, _, last = node.get_friendly_name().rpartition(".")
             if last == "weight" and node.get_output_size() == 1:
                 part = openvino.Model([openvino.opset13.result(node.output(0))], [])
                 (values,) = _compiled(part, path)([]).values()
-                weights[name] = torch.from_numpy(np.array(values))
+                weights[name] = to_rows(modules.get(name), torch.from_numpy(np.array(values)))
         return weights
 
 
@@ -134,14 +134,14 @@ def saturates() -> bool:
 
 
 def _store(layer: LayerSpec, weight: QuantizedTensor, constant: Any) -> None:
-    """Put the quantized weight in the place of a float constant, which has output channels first."""
+    """Put the quantized weight in the place of a float constant."""
     import openvino
     from openvino import opset13 as ops
 
     scheme: Any = weight.scheme
     readers = list(constant.output(0).get_target_inputs())
     if isinstance(scheme, Float):
-        values = weight.tensors["values"]
+        values = in_layout(layer, weight.tensors["values"], constant.output(0).shape)
         value = ops.constant(values.float().numpy(), dtype=getattr(openvino.Type, FORMATS[values.dtype]))
         if values.dtype != torch.float32:
             value = ops.convert(value, "f32")
