@@ -15,8 +15,7 @@ its group. An allocation's distance to the bound is the sum of its reduced costs
 reduced cost exceeds the gap of a known allocation is in no better one. A dynamic programme over the groups that have several
 choices left closes the gap.
 
-`front` solves it for several limits, `vertices` for some of those at which the bound is exact. `repair` brings an allocation
-within several constraints by moves of least added loss.
+`front` solves it for several limits, `vertices` for some at which the bound is exact; `repair` keeps several constraints.
 
 Everywhere: `loss` float64 `[n_groups, n_choices]`, infinite where a choice is not allowed; `cost` int64 or float64 of the
 same shape (sums are exact below 2^53); an allocation is `choice`, intp `[n_groups]`. No argument is modified.
@@ -67,8 +66,8 @@ def solve(loss: ArrayLike, cost: ArrayLike, limit: float, max_states: int = MAX_
 def front(loss: ArrayLike, cost: ArrayLike, n: int, limit: float = np.inf) -> list[Choice]:
     """At most `n` (2 or more) optimal allocations within `limit`, distinct, ascending in cost, strictly falling in loss.
 
-    Their own limits are evenly spread, in cost and ln loss together, from the cheapest allocation to the one of lowest loss, both
-    of which are in it: a front is steep at its cheap end. In cost alone where a sum of losses is not positive.
+    Their limits are evenly spread in cost and, if positive, ln loss (a front is steep at its cheap end), from the cheapest
+    allocation to the one of lowest loss.
     """
     if n < 2:
         raise ValueError(f"A front has two ends: n must be 2 or more, not {n}.")
@@ -93,8 +92,7 @@ def vertices(loss: ArrayLike, cost: ArrayLike, n: int) -> list[Choice]:
     They are evenly drawn from the points on the lower convex hull of all allocations' (cost, loss), and take one sort.
     """
     steps = _upward(*_checked(loss, cost))
-    taken = np.unique(np.linspace(0, len(steps.group), n).round().astype(int))
-    return [_walk(steps, k) for k in taken]
+    return [_walk(steps, taken) for taken in np.unique(np.linspace(0, len(steps.group), n).round().astype(int))]
 
 
 def repair(choice: ArrayLike, loss: ArrayLike, costs: Sequence[ArrayLike], limits: Sequence[float]) -> Choice:
@@ -213,17 +211,13 @@ def _walk(steps: _Steps, taken: int) -> Choice:
 
 def _spread(loss: Floats, cost: NDArray, steps: _Steps, end: float, n: int) -> Floats:
     """`n` costs from that of the cheapest allocation to `end`; see `front`."""
-    sums = (total(t, steps.start) + np.cumsum(t[steps.group, steps.to] - t[steps.group, steps.before]) for t in (cost, loss))
-    spent, lost = (np.append(total(t, steps.start), each) for t, each in zip((cost, loss), sums, strict=True))
-    within = spent < end
-    if not within.any():
-        return np.full(n, end)
-    spent, lost = np.append(spent[within], end), np.append(lost[within], lost[within][-1:])
-    progress = spent - spent[0]
+    moved = (np.append(total(t, steps.start), t[steps.group, steps.to] - t[steps.group, steps.before]) for t in (cost, loss))
+    spent, lost = (np.cumsum(each) for each in moved)
+    progress = np.minimum(spent, end) - spent[0]
     if lost.min() > 0 and progress[-1] > 0:
-        fallen = np.log(lost[0] / np.minimum.accumulate(lost))
-        progress = progress / progress[-1] + fallen / max(fallen[-1], 1e-300)
-    return np.interp(np.linspace(0, progress[-1], n), progress, spent)
+        fallen = -np.log(lost / lost[0]) * (spent <= end)
+        progress = progress / progress[-1] + np.maximum.accumulate(fallen) / max(fallen.max(), 1e-300)
+    return np.interp(np.linspace(0, progress[-1], n), progress, np.minimum(spent, end))
 
 
 def _relaxed(cost: NDArray, limit: float, steps: _Steps) -> tuple[int, float]:
