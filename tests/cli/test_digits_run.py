@@ -21,6 +21,5 @@ def test_the_default_run_shows_a_trade_off(mpsearch, tmp_path):
     picked = json.loads((tmp_path / "run" / "allocation.json").read_text())
     accuracy, size = picked["scores"]["confirm"]["accuracy"], picked["size_bytes"]
     assert float_accuracy - accuracy <= 0.02
-    equal = confirmed[confirmed.accuracy >= accuracy]
-    assert len(equal) >= 1
-    assert size < equal.size_bytes.min()
+    at_least = min(accuracy, confirmed.accuracy.max())  # it may be better than all uniform ones, on few samples
+    assert size < confirmed[confirmed.accuracy >= at_least].size_bytes.min()
