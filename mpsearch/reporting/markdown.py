@@ -41,18 +41,19 @@ def page(
     confirmed: pd.DataFrame | None,
     figures: Sequence[str] = (),
     verified: Sequence[Verified] = (),
+    left_out: Sequence[str] = (),
 ) -> str:
     """`report.md`, at most 80 lines.
 
     `confirmed` is the table of `confirm.csv`, where there is one; `figures` are the names of those that were drawn, `verified` is
-    what exported files measure in their runtimes.
+    what exported files measure in their runtimes, `left_out` says what the run did not do to end in time.
     """
     trained, opened = _trained(run), _verified(run, verified[-MAX_VERIFIED:])
     n_rows = MAX_FRONT - (4 if trained else 0) - (4 if opened else 0)
     blocks = [
         f"# {run.identity.get('model_name', 'Model')} on {run.identity.get('task_name', 'its task')}",
         f"**{answer(run, picked)}** The page `index.html` in this folder shows each point with its layers and commands.",
-        _setting(run),
+        " ".join([_setting(run), *left_out]),
         "\n".join(f"![{FIGURES[name]}]({name}.png)" for name in figures if name in FIGURES),
         "## Findings",
         "\n".join(findings(run, picked, confirmed)),

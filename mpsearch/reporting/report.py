@@ -21,6 +21,7 @@ from mpsearch.reporting.markdown import page
 from mpsearch.reporting.page.content import content
 from mpsearch.reporting.page.document import document
 from mpsearch.reporting.tables import confirm_table, front_table, read_confirm, uniform_table
+from mpsearch.runs.left_out import read_left_out
 from mpsearch.runs.run import Run
 from mpsearch.runs.verified import Verified, read_verified
 
@@ -44,7 +45,7 @@ def write_report(
     figures = _draw(run, picked, folder, every_figure)
     file = folder / "report.md"
     compared, verified = read_confirm(run, folder), read_verified(folder, run.quality)
-    write_atomically(file, page(run, picked, compared, figures, verified))
+    write_atomically(file, page(run, picked, compared, figures, verified, read_left_out(folder)))
     _write_page(run, folder, picked, compared, verified)
     return file
 

@@ -176,7 +176,7 @@ def test_what_was_left_out_is_said_and_in_the_report_until_a_resumed_run_does_it
     assert sentence in capsys.readouterr().err
     assert read_left_out(tmp_path)[0].startswith(sentence)
     result.report()
-    assert sentence in (tmp_path / "index.html").read_text()
+    assert all(sentence in (tmp_path / page).read_text() for page in ("index.html", "report.md"))
     assert result.confirmed is not None
     resumed = run(None)
     assert sum(e.trial is not None for e in resumed.run.evaluations) == 8
