@@ -139,6 +139,7 @@ class _Along:
         self, engine: QuantEngine, columns: Columns, recording: Recording, layouts: Sequence[Layout], n_pairs: int
     ) -> None:
         self.engine, self.columns, self.recording, self.layouts, self.n_pairs = engine, columns, recording, layouts, n_pairs
+        self.modules: dict[str, Any] = dict(engine.model.named_modules())
         output_bytes = 4 * sum(call.shape.numel() for _, call in recording.calls)
         self.at_once = max(1, GRADIENT_BYTES // max(output_bytes, 1))
 
@@ -178,7 +179,7 @@ class _Along:
         g . dy, summed over a sample's positions, is the inner product of the sample's gradient at the weight and the weight's
         change: one product of the size of the layer's own for each sample and loss, and not one for each scheme.
         """
-        module = dict(self.engine.model.named_modules()).get(name)
+        module = self.modules.get(name)
         if type(module) is not nn.Linear or not runs_as_usual(module) or layout.axis == len(call.shape) - 1:
             return None
         samples, losses, positions = along.shape
@@ -191,7 +192,7 @@ class _Along:
     @torch.no_grad()
     def _along_weights(self, name: str, layer: str, scheme: str, along: Tensor, gradients: Tensor) -> Tensor:
         """`[samples, losses]`, of gradients `[samples, losses, rows, columns]` of the weight."""
-        module: Any = self.engine.model.get_submodule(name)
+        module = self.modules[name]
         values = dict(self.engine.swaps(layer, scheme, keep=self.engine.bank.holds_all))
         total = gradients.new_zeros(gradients.shape[:2])
         n_rows = max(1, CHUNK // module.in_features)

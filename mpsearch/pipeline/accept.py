@@ -12,7 +12,7 @@ The chance that anything is accepted that is not better on such data is about `L
 sensitivities, of which reference and proposals are made, have seen both halves, and the quantizers the calibration split; neither
 knows which of the two allocations is the proposal. A run that is resumed with more trials looks once more, and what was accepted
 before stays. What holds on these data holds elsewhere only if they are like it: of samples that the network was trained on that
-is not sure. Losses there are small, and weigh little in the test for it is made on either split apart.
+is not sure. Losses there are small, so that either split has a test of its own.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def accept(evaluate: SearchEvaluator, problem: Problem, deadline: Deadline | Non
     n_tested = min(MOST_TESTED, len(pairs))
     if (n := deadline.affordable(n_tested, 3 * seconds)) < n_tested:  # the reference, and both on the calibration split
         deadline.leave_out(f"the test of {n_tested - n} of {n_tested} proposals")
-    parts = np.array_split(np.arange(len(pairs)), max(n, 1)) if n else []
-    best = [part[gains[part].argmax()] for part in parts if len(part)]
+    parts = np.array_split(np.arange(len(pairs)), n) if n else []
+    best = [part[gains[part].argmax()] for part in parts]
     compare(evaluate, [pairs[i] for i in best])
 
 
