@@ -48,8 +48,9 @@ class Fisher(SensitivityMetric):
 
             def add(i: int, gradient: Tensor, recording: Recording = recording) -> None:
                 name, call = recording.calls[i]
+                before = float_output(engine, name, call)
                 for scheme in [s for layer, s in sums if layer == layer_of[name]]:
-                    change = changed(engine, name, layer_of[name], scheme, call)
+                    change = changed(engine, name, layer_of[name], scheme, call, before)
                     sums[layer_of[name], scheme] += 0.5 * (change * gradient).double().square().sum().item()
 
             recording.backward(engine.divergence.drawn_loss(recording.logits, generator), add)
@@ -129,17 +130,25 @@ def record_calls(engine: QuantEngine, readers: Sequence[str], inputs: Any) -> Re
 
 
 @torch.no_grad()
-def changed(engine: QuantEngine, reader: str, layer: str, scheme: str, call: Call) -> Tensor:
-    """The change of a call's output when the module runs on the layer's quantized weight and input and its corrected bias.
+def float_output(engine: QuantEngine, reader: str, call: Call) -> Tensor:
+    """What the call returned, computed again: outputs are not kept."""
+    if call.use is not None:
+        return call.use.run_with(call.use.weight)
+    output: Tensor = engine.model.get_submodule(reader)(*call.args, **call.kwargs)
+    return output
+
+
+@torch.no_grad()
+def changed(engine: QuantEngine, reader: str, layer: str, scheme: str, call: Call, before: Tensor) -> Tensor:
+    """The change of a call's output from `before`, when the module runs on the quantized weight and input and the corrected bias.
 
     For a use outside of the layer's modules: when it runs on the quantized weight.
     """
     swaps = engine.swaps(layer, scheme, keep=engine.bank.holds_all)
     if call.use is not None:
-        return call.use.run_with(swaps[0][1]) - call.use.run_with(call.use.weight)
-    module, args, kwargs = engine.model.get_submodule(reader), call.args, dict(call.kwargs)
+        return call.use.run_with(swaps[0][1]) - before
+    module = engine.model.get_submodule(reader)
     own = dict(module.named_parameters(recurse=False))
     swapped = {name: value for parameter, value in swaps for name, p in own.items() if p is parameter}
-    output = module(*args, **kwargs)
     with engine.input_quantized(layer, scheme):
-        return torch.func.functional_call(module, swapped, args, kwargs) - output
+        return torch.func.functional_call(module, swapped, call.args, dict(call.kwargs)) - before

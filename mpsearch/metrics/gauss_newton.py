@@ -41,7 +41,7 @@ from mpsearch.divergence import Divergence
 from mpsearch.engine.engine import QuantEngine
 from mpsearch.layer import LayerSpec, runs_as_usual
 from mpsearch.metrics.base import Pair, SensitivityMetric, layers_by_group, quantize_groups
-from mpsearch.metrics.fisher import Call, Recording, changed, record_calls
+from mpsearch.metrics.fisher import Call, Recording, changed, float_output, record_calls
 from mpsearch.metrics.samples import Layout, find_layouts, probe_signs
 from mpsearch.progress import phase
 from mpsearch.tree import tensors_in
@@ -164,12 +164,15 @@ class _Along:
         (module, call), layout = self.recording.calls[i], self.layouts[i]
         x = self._meets_weight(module, call, layout, along)
         weight_gradients = None if x is None else _weight_gradients(along, layout.by_sample(x), call.shape[-1], x.shape[-1])
+        before: Tensor | None = None
         for (layer, scheme), indices in self.columns[module].items():
             if weight_gradients is not None and self.engine.space.schemes[scheme].input_format is None:
                 values = self._along_weights(module, layer.name, scheme, along, weight_gradients)
                 products[..., indices] += values.T.double().cpu().numpy()[..., None]
                 continue
-            change = layout.by_sample(changed(self.engine, module, layer.name, scheme, call))
+            if before is None:
+                before = float_output(self.engine, module, call)
+            change = layout.by_sample(changed(self.engine, module, layer.name, scheme, call, before))
             product = torch.bmm(along, change[:, :, None])[..., 0].T
             products[..., indices] += product.double().cpu().numpy()[..., None]
 

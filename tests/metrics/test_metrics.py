@@ -329,8 +329,8 @@ def test_a_scheme_that_breaks_the_model_has_an_infinite_value_and_no_effects(tra
     pairs = all_pairs(trained)
     monkeypatch.setattr(
         "mpsearch.metrics.gauss_newton.changed",
-        lambda engine, module, layer, scheme, call: (
-            changed(engine, module, layer, scheme, call) * (np.nan if scheme == "w2" else 1)
+        lambda engine, module, layer, scheme, call, before: (
+            changed(engine, module, layer, scheme, call, before) * (np.nan if scheme == "w2" else 1)
         ),
     )
     values, effects = GaussNewton().measure_joint(trained, pairs)
