@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,14 +16,16 @@ from mpsearch.tasks.records import TABLES, decoded, load_tokenizer, read_columns
 from mpsearch.tasks.sources import named_files, read_once
 
 SUFFIXES = (".txt", ".md", *TABLES)
-PARAGRAPH = re.compile(r"\n[ \t]*\n")
+PARAGRAPH, LINE = re.compile(r"\n[ \t]*\n"), re.compile(r"\n")
+FEWEST = 10  # a text with more than this part of all characters is cut, so that each split gets its share
 
 
 class Text(Language):
     """Next-token prediction on windows of the user's text: perplexity, and the KL divergence from the float model.
 
     The texts are dealt out to the splits whole, in an order drawn with `seed`. A text is a record of a table (`records.TABLES`),
-    or a `.txt` or `.md` file of a folder; of a single `.txt` or `.md` file it is a run of paragraphs of at least a window.
+    or a `.txt` or `.md` file. One with more than a tenth of all characters, such as a single file, is cut: into runs of
+    paragraphs of at least a window, or of lines where a paragraph is longer than that, or of tokens where a line is.
 
     Parameters
     ----------
@@ -67,9 +70,9 @@ class Text(Language):
 
         def read(path: Path) -> list[np.ndarray]:
             texts = list(read_texts(path, field))
-            if len(texts) == 1:
-                return _joined([encode(part, add_special_tokens=False)["input_ids"] for part in _paragraphs(texts[0])], window)
-            return [ids for ids in (np.array(encode(text)["input_ids"], dtype=np.int64) for text in texts) if len(ids)]
+            longest = sum(map(len, texts)) / FEWEST
+            parts = (_runs(text, encode, window) if len(text) > longest else [encode(text)["input_ids"]] for text in texts)
+            return [np.array(ids, dtype=np.int64) for part in parts for ids in part if ids]
 
         files = named_files((calibration_data, search_data, confirm_data), source)
         texts = read_once(files, read)
@@ -103,18 +106,23 @@ def read_texts(path: Path, field: str = "text") -> Iterator[str]:
             yield decoded(file)
 
 
-def _paragraphs(text: str) -> list[str]:
-    """The paragraphs of a text, each with the blank line that follows it."""
-    ends = [match.end() for match in PARAGRAPH.finditer(text)]
-    parts = [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True)]
-    return [part for part in parts if part.strip()]
+def _pieces(text: str, end: re.Pattern[str]) -> list[str]:
+    """`text` cut behind each match of `end`, without blank pieces."""
+    ends = [match.end() for match in end.finditer(text)]
+    pieces = [text[start:stop] for start, stop in zip([0, *ends], [*ends, len(text)], strict=True)]
+    return [piece for piece in pieces if piece.strip()]
 
 
-def _joined(parts: list[list[int]], window: int) -> list[np.ndarray]:
-    """Adjacent paragraphs joined until each run has a window and the token after it; the last run may be shorter."""
+def _runs(text: str, encode: Callable[..., Any], window: int) -> list[list[int]]:
+    """The tokens of adjacent paragraphs, joined until each run has a window and the token after it; the last may be shorter."""
     runs: list[list[int]] = [[]]
-    for part in parts:
-        if len(runs[-1]) > window:
-            runs.append([])
-        runs[-1].extend(part)
-    return [np.array(run, dtype=np.int64) for run in runs]
+    for paragraph in _pieces(text, PARAGRAPH):
+        ids = encode(paragraph, add_special_tokens=False)["input_ids"]
+        lines = [ids]
+        if len(ids) > window:
+            lines = [encode(line, add_special_tokens=False)["input_ids"] for line in _pieces(paragraph, LINE)]
+        for part in (line[start : start + window] for line in lines for start in range(0, len(line), window)):
+            if len(runs[-1]) > window:
+                runs.append([])
+            runs[-1].extend(part)
+    return runs

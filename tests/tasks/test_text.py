@@ -76,6 +76,26 @@ def test_a_single_file_is_cut_between_paragraphs(tmp_path, tokenizer):
     assert same.fingerprint() == task.fingerprint() != other.fingerprint()
 
 
+@pytest.mark.parametrize("separator", ["\n", " "])
+def test_a_single_paragraph_is_cut_at_lines_or_at_tokens(tmp_path, tokenizer, separator):
+    path = tmp_path / "my.txt"
+    path.write_text(separator.join(texts(40)))
+    task = Text(path, tokenizer, **SIZES)
+    of_split = ids(task)
+    assert all(len(tokens) == 3 * 16 for tokens in of_split.values())
+    whole = transformers.AutoTokenizer.from_pretrained(tokenizer)(path.read_text(), add_special_tokens=False)["input_ids"]
+    windows = {bytes(tokens[:16].astype(np.uint16)) for tokens in of_split.values()}
+    assert len(windows) == 3, "the splits differ"
+    assert windows <= {bytes(np.array(whole[i : i + 16], np.uint16)) for i in range(len(whole))}, "tokens keep their order"
+
+
+def test_the_longest_of_a_few_texts_is_cut(tmp_path, tokenizer):
+    for name, part in (("a", texts(40)[:2]), ("b", texts(40)[2:])):
+        (tmp_path / f"{name}.txt").write_text("\n".join(part))
+    task = Text(tmp_path, tokenizer, **SIZES)
+    assert all(len(tokens) == 3 * 16 for tokens in ids(task).values())
+
+
 def test_what_cannot_be_read_is_one_sentence(tmp_path, tokenizer):
     def refused(sentence, path, folder=tokenizer, **options):
         with pytest.raises(InputError, match=sentence):
