@@ -36,11 +36,13 @@ class GradientTaps:
 
     def tap(self, output: Tensor, see: Callable[[Tensor], None]) -> Tensor:
         """What takes the output's place; `see` is called with its gradient in each backward pass that reaches it."""
-        if not output.requires_grad:
-            output = output.detach().requires_grad_()
-            self._leaves.append(output)
-        output.register_hook(see)
-        return output.clone()  # later code may work in place
+        if output.requires_grad:  # its hook sees the gradient as of now, also where later code works in place
+            output.register_hook(see)
+            return output
+        leaf = output.detach().requires_grad_()
+        self._leaves.append(leaf)
+        leaf.register_hook(see)
+        return leaf.clone()  # no later code may work in place on a leaf
 
     def backward(self, loss: Tensor) -> None:
         """Hand over the gradients of `loss`, from the last output to the first; the graph is kept."""
