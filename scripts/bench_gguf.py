@@ -14,6 +14,7 @@ from harness import PARTIAL, ROOT, Row, UnavailableError, benchmark, ratio_inter
 
 from mpsearch.allocation import Allocation
 from mpsearch.engine.engine import QuantEngine
+from mpsearch.errors import InfeasibleBudget
 from mpsearch.exporters.gguf import GGUF
 from mpsearch.exporters.gguf_architecture import Architecture
 from mpsearch.exporters.llama_cpp_model import import_llama_cpp
@@ -95,7 +96,10 @@ def file_within(limit: int, schemes: str, preset: str) -> Path:
     header = write_float(float_engine()).stat().st_size - tensors
     engine, losses = quantized(schemes)
     space = engine.space
-    allocation = space.allocation(solve(losses, space.storage_bits, 8 * (limit - header) - space.other_bits))
+    try:
+        allocation = space.allocation(solve(losses, space.storage_bits, 8 * (limit - header) - space.other_bits))
+    except InfeasibleBudget:
+        raise UnavailableError(f"no allocation of {schemes} has at most {limit:,} bytes") from None
     refined = ErrorPropagation().start(engine)(allocation)
     return written(refined, allocation, FOLDER / f"{schemes}-{preset}")
 
@@ -109,10 +113,11 @@ def gguf(schemes: str, preset: str) -> Iterator[Row]:
 
     The model is that of scripts/train_llama.py, a Llama whose rows are multiples of 256; all text is of files that it was not
     trained on. Ours is the exact knapsack solution of the default sensitivities, refined, without a search after it; schemes:
-    "legacy" are Q4_0, Q5_0, Q8_0 and F16, "k_quants" are Q2_K to Q6_K with IQ4_XS and Q8_0. llama.cpp's file is made by its
-    `llama_model_quantize` with an importance matrix (mean squares of the inputs of each layer in the calibration split). Both
-    files are decoded by the package gguf ("decoded"), and opened by llama.cpp, whose CPU kernels round inputs to 8 bits ("in
-    llama.cpp"). `kl_ratio` is ours over llama.cpp's, with its 95 % interval (a bootstrap of the windows).
+    "legacy" are Q4_0, Q5_0, Q8_0 and F16 (skipped where a preset is smaller than Q4_0), "k_quants" are Q2_K to Q6_K with IQ4_XS
+    and Q8_0. llama.cpp's file is made by its `llama_model_quantize` with an importance matrix (mean squares of the inputs of
+    each layer in the calibration split). Both files are decoded by the package gguf ("decoded"), and opened by llama.cpp, whose
+    CPU kernels round inputs to 8 bits ("in llama.cpp"). `kl_ratio` is ours over llama.cpp's, with its 95 % interval (a
+    bootstrap of the windows).
     """
     engine, exporter = float_engine(), GGUF()
     FOLDER.mkdir(parents=True, exist_ok=True)
