@@ -38,7 +38,7 @@ def node(group: str, name: str) -> Node:
     text = resources.files("mpsearch.conf").joinpath(group, f"{name}.yaml").read_text(encoding="utf-8")
     content = yaml.safe_load(text)
     choice: Node = content[group][name] if "# @package _global_" in text else content
-    return choice
+    return {key: value for key, value in choice.items() if key != "defaults"}  # which only the command line knows
 
 
 def resolve(group: str, choice: Any, key: str = "", **extra: Any) -> Any:

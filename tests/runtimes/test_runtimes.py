@@ -4,13 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from mpsearch.allocation import SearchSpace
 from mpsearch.errors import InputError
 from mpsearch.graph.sharing import share
 from mpsearch.layer import LayerSpec
+from mpsearch.registry import resolve
 from mpsearch.runs.space_json import read_space
 from mpsearch.runtimes.base import Runtime
 from mpsearch.runtimes.vllm import VLLM
@@ -90,7 +89,7 @@ def test_all_runtimes_are_here():
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_shelf(name):
-    runtime = instantiate(OmegaConf.load(CONF / f"{name}.yaml"))
+    runtime = resolve("runtime", name)
     assert isinstance(runtime, Runtime)
     assert runtime.name == name
     for layer, expected in zip((LINEAR, CONV, EMBEDDING), RUNS[name], strict=True):
@@ -99,7 +98,7 @@ def test_the_shelf(name):
 
 @pytest.mark.parametrize("name", ["torchao", "vllm", "llama_cpp", "onnxruntime"])
 def test_rows_of_broken_groups_are_not_known_to_run(name):
-    runtime = instantiate(OmegaConf.load(CONF / f"{name}.yaml"))
+    runtime = resolve("runtime", name)
     assert runtime.runs(LINEAR, SCHEMES["w4g32"])
     odd = LayerSpec("odd", "linear", (8, 200), 1600, "odd", ("odd",))
     assert not any(runtime.runs(odd, SCHEMES[name]) for name in ("w4g32", "mxfp4"))
