@@ -27,7 +27,7 @@ RESUMABLE = (
     "study.mirror",
     "confirm.n_points",
     "confirm.finetune_steps",
-    "confirm.verify",
+    "verify",
 )
 
 READING = ("report", "watch")  # build nothing that a saved config names

@@ -69,12 +69,12 @@ def search(settings: Settings, build: Build, folder: Path) -> None:
         mirror=settings["study"]["mirror"],
         confirm_points=settings["confirm"]["n_points"],
         finetune_steps=settings["confirm"]["finetune_steps"],
-        verify=settings["confirm"]["verify"],
+        verify=settings["verify"],
         folder=RunFolder(folder, is_held=True),
     )
     picked = result.pick()
     page = result.report()
-    said = [verified_sentence(result.run, result.verified[-1])] if settings["confirm"]["verify"] else []
+    said = [verified_sentence(result.run, result.verified[-1])] if settings["verify"] else []
     said += path_lines(folder, folder / "index.html", page.name, "front.csv")
     print_summary(result.run, picked.evaluation, folder, said=said)
     check_verified(result.run.on("confirm").values())

@@ -491,7 +491,7 @@ class TestRun:
             ended = door("search", "run=reports/a", word)
             assert ended.code == 2
             may = "n_trials, max_seconds, device, executor, study.mirror, confirm.n_points, confirm.finetune_steps, "
-            may += "confirm.verify can."
+            may += "verify can."
             assert f"'{word.partition('=')[0].lstrip('+')}' cannot change when a run is resumed; {may}" in ended.err
         assert "--multirun" in door("search", "run=reports/a", "--multirun").err
         assert "n_trials must be" in door("search", "run=reports/a", "n_trials=x").err

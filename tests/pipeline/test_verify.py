@@ -110,7 +110,7 @@ def test_greedy_tokens_follow_the_model(window, n):
 
 def test_the_command(mpsearch, undrawn, capsys, tmp_path):
     words = ["scheme=[w2,w8]", "quantizer=round_to_nearest", "metric=weight_mse", "n_trials=4", "n_seeds=2", "refiner=null"]
-    assert mpsearch("search", *words, "confirm.verify=true", "confirm.n_points=1", "hydra.run.dir=run")[0] == 0
+    assert mpsearch("search", *words, "verify=true", "confirm.n_points=1", "hydra.run.dir=run")[0] == 0
     assert mpsearch("verify", "run=run", "exporter=packed", "pick.bits=3")[0] == 0
     first, second = read_verified(tmp_path / "run", Run.load(tmp_path / "run").quality)
     assert (first.exporter, second.exporter) == ("native", "packed")
