@@ -104,20 +104,22 @@ def file_within(limit: int, schemes: str, preset: str) -> Path:
     return written(refined, allocation, FOLDER / f"{schemes}-{preset}")
 
 
-CHART = {"x": "bytes", "y": "kl_ratio", "line": "schemes", "panel": "case", "log": ""}
+CHART = {"x": "bytes", "y": "kl_ratio", "line": "schemes", "panel": "reader", "log": "y"}
 
 
 @benchmark("gguf", schemes=tuple(SCHEMES), preset=tuple(FTYPES), quick={"preset": ("Q4_0",), "schemes": ("legacy",)}, chart=CHART)
 def gguf(schemes: str, preset: str) -> Iterator[Row]:
     """KL of the logits from those of the float model on unseen text: our file within the bytes of llama.cpp's file of a preset.
 
-    The model is that of scripts/train_llama.py, a Llama whose rows are multiples of 256; all text is of files that it was not
-    trained on. Ours is the exact knapsack solution of the default sensitivities, refined, without a search after it; schemes:
-    "legacy" are Q4_0, Q5_0, Q8_0 and F16 (skipped where a preset is smaller than Q4_0), "k_quants" are Q2_K to Q6_K with IQ4_XS
-    and Q8_0. llama.cpp's file is made by its `llama_model_quantize` with an importance matrix (mean squares of the inputs of
-    each layer in the calibration split). Both files are decoded by the package gguf ("decoded"), and opened by llama.cpp, whose
-    CPU kernels round inputs to 8 bits ("in llama.cpp"). `kl_ratio` is ours over llama.cpp's, with its 95 % interval (a
-    bootstrap of the windows).
+    The model is that of scripts/train_llama.py, a Llama of 4.2 million parameters whose rows are multiples of 256, after 500
+    steps: 5.14 nats a token on files that it was not trained on, of which all text here is. So early its activations are of low
+    rank (of the 256 inputs of an attention projection 43 to 74 directions hold more than 1e-4 of the power, all but the first
+    layer's), which favours quantizers that compensate errors. Ours is the exact knapsack solution of the default sensitivities,
+    refined, without a search after it; schemes: "legacy" are Q4_0, Q5_0, Q8_0 and F16 (skipped where a preset is smaller than
+    Q4_0), "k_quants" are Q2_K to Q6_K with IQ4_XS and Q8_0. llama.cpp's file is made by its `llama_model_quantize` with an
+    importance matrix (mean squares of the inputs of each layer in the calibration split). Both files are decoded by the package
+    gguf ("decoded"), and opened by llama.cpp, whose CPU kernels round inputs to 8 bits ("in llama.cpp"). `kl_ratio` is ours
+    over llama.cpp's, with its 95 % interval (a bootstrap of the windows).
     """
     engine, exporter = float_engine(), GGUF()
     FOLDER.mkdir(parents=True, exist_ok=True)
@@ -130,4 +132,4 @@ def gguf(schemes: str, preset: str) -> Iterator[Row]:
         kl, other = (score.loss for score in scores)
         low, high = ratio_interval(*(score.losses for score in scores))
         row = {"value": kl, "unit": "nats", "rival": f"llama.cpp {preset}", "rival_value": other, "ratio": other / kl}
-        yield {"what": "KL", "case": place, **row, "kl_ratio": kl / other, "low": low, "high": high, **sizes}
+        yield {"what": "KL", "case": place, "reader": place, **row, "kl_ratio": kl / other, "low": low, "high": high, **sizes}
