@@ -31,6 +31,7 @@ from mpsearch.optimize.pareto import non_dominated
 from mpsearch.pipeline.additive import solution
 from mpsearch.pipeline.deadline import Deadline
 from mpsearch.pipeline.evaluators import SearchEvaluator
+from mpsearch.progress import phase
 from mpsearch.samplers.base import Problem
 
 LEVEL = 0.05
@@ -79,11 +80,22 @@ def seconds_of(evaluations: Iterable[Evaluation]) -> float:
 
 def compare(evaluate: SearchEvaluator, pairs: Sequence[tuple[Evaluation, Allocation]]) -> None:
     """Measure the references and record them as accepted, and the proposals that are better than theirs by Holm's test."""
-    references = evaluate.all((reference for _, reference in pairs), "knapsack")
-    for reference in references:
-        evaluate.accept(reference, "knapsack")
-    promising = [(p, r) for (p, _), r in zip(pairs, references, strict=True) if p.told_loss < r.told_loss]
-    for (proposal, _), is_better in zip(promising, holm([_p_value(evaluate, *pair) for pair in promising], LEVEL), strict=True):
+    if not pairs:
+        return
+    with phase("test proposals", 2 * len(pairs)) as advance:
+        pending = []
+        for _, allocation in pairs:
+            pending.append(evaluate.submit(allocation, "knapsack"))  # which in this process measures it
+            advance("")
+        references = [evaluate.result(each) for each in pending]
+        promising, p_values = [], []
+        for (proposal, _), reference in zip(pairs, references, strict=True):
+            evaluate.accept(reference, "knapsack")
+            if proposal.told_loss < reference.told_loss:
+                promising.append(proposal)
+                p_values.append(_p_value(evaluate, proposal, reference))
+            advance("")
+    for proposal, is_better in zip(promising, holm(p_values, LEVEL), strict=True):
         if is_better:
             evaluate.accept(proposal, "sampler")
 

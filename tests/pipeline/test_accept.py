@@ -180,7 +180,8 @@ def test_the_calibration_split_decides_with_the_search_split_and_not_against_it(
         SimpleNamespace(allocation=Allocation({"g0": name}), told_loss=t) for name, t in (("w2", 0.9), ("w3", 1))
     )
     kept = []
-    evaluate = SimpleNamespace(losses=losses, all=lambda *_: [reference], accept=lambda e, origin: kept.append((e, origin)))
+    evaluate = SimpleNamespace(losses=losses, submit=lambda *_: None, result=lambda _: reference)
+    evaluate.accept = lambda e, origin: kept.append((e, origin))
     compare(evaluate, [(proposal, reference.allocation)])
     assert smaller_p_value(losses(proposal.allocation)[~random_half(200)], np.ones(100)) > 0.01, (
         "else the other split decides nothing"
