@@ -270,7 +270,11 @@ def _absent_data(settings: Settings) -> str | None:
 
 
 def _short(node: Mapping[str, Any]) -> str:
-    """The name of a model in reports: the last part of its target, and its integers: "resnet depth=20"."""
+    """The name of a model in reports: its file's or folder's, timm's, or the last part of its target and its integers."""
+    if isinstance(path := node.get("path"), str):
+        return Path(path).expanduser().resolve().name.removesuffix(".gguf").removesuffix(".onnx")
+    if isinstance(name := node.get("model_name"), str):
+        return name
     words = [f"{key}={value}" for key, value in node.items() if isinstance(value, int) and not isinstance(value, bool)]
     return " ".join([str(node.get("_target_", "?")).rpartition(".")[2], *words])
 

@@ -36,6 +36,7 @@ def test_from_a_folder_to_an_exported_allocation(folder):
     assert status == 0, said
     assert "perplexity" in said
     page = (folder / "run" / "report.md").read_text()
+    assert page.startswith("# my-model on Text")
     assert "16 windows of 32 tokens from" in page
     for command in (["search", "run=run", "n_trials=8"], ["solve", "run=run", "budget.bits=3"], ["export", "run=run"]):
         status, said = run(folder, *command)
