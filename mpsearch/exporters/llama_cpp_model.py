@@ -99,7 +99,7 @@ def import_llama_cpp() -> Any:
     """The package llama_cpp, silent; `InputError` with the command that installs it where it is missing."""
     try:
         import llama_cpp
-    except ImportError:
+    except (ImportError, OSError, RuntimeError):  # or its library is missing, or built for another processor
         raise InputError("Opening GGUF files in llama.cpp needs llama-cpp-python: pip install llama-cpp-python.") from None
     logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
     return llama_cpp

@@ -108,7 +108,14 @@ def test_a_mixture_is_in_shares_of_each_costs_range():
 def test_by_commands(mpsearch):
     """A run, gone on with, drawn, solved and exported; and what makes no sense is refused."""
     costs = ["scheme=[w2a8,w8,w8a8]", "cost=[bytes,bits,bit_operations]"]
-    first = [*costs, "objective=[bytes,bit_operations]", "n_seeds=6", "hydra.run.dir=run"]
+    first = [
+        *costs,
+        "objective=[bytes,bit_operations]",
+        "quantizer=clip_search",
+        "n_seeds=6",
+        "confirm.n_points=3",
+        "hydra.run.dir=run",
+    ]
     assert mpsearch("search", *first, "n_trials=12")[0] == 0
     assert mpsearch("search", "run=run", "n_trials=16")[0] == 0
     assert mpsearch("report", "run=run")[0] == 0

@@ -21,7 +21,7 @@ sys.argv[0] = "mpsearch"
 main()
 """
 N_TRIALS = 60
-SEARCH = (f"n_trials={N_TRIALS}", "n_seeds=12", "seed=3", "scheme=[w2,w3,w4,w8]", "budget.bits=4.5")
+SEARCH = (f"n_trials={N_TRIALS}", "n_seeds=12", "seed=3", "scheme=[w2,w3,w4,w8]", "budget.bits=4.5", "confirm.n_points=4")
 
 
 def start(*words, cwd):
