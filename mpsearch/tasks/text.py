@@ -17,7 +17,7 @@ from mpsearch.tasks.sources import named_files, read_once
 
 SUFFIXES = (".txt", ".md", *TABLES)
 PARAGRAPH, LINE = re.compile(r"\n[ \t]*\n"), re.compile(r"\n")
-FEWEST = 10  # a text with more than this part of all characters is cut, so that each split gets its share
+SHARES = 10  # a text with more than one of so many equal shares of all characters is cut: each split gets a part of it
 
 
 class Text(Language):
@@ -70,7 +70,7 @@ class Text(Language):
 
         def read(path: Path) -> list[np.ndarray]:
             texts = list(read_texts(path, field))
-            longest = sum(map(len, texts)) / FEWEST
+            longest = sum(map(len, texts)) / SHARES
             parts = (_runs(text, encode, window) if len(text) > longest else [encode(text)["input_ids"]] for text in texts)
             return [np.array(ids, dtype=np.int64) for part in parts for ids in part if ids]
 
