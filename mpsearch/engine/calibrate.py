@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from mpsearch import kernels
 from mpsearch.divergence import Divergence
 from mpsearch.engine.fisher_blocks import fisher_blocks, fisher_bytes, hessian_bytes, say_if_in_blocks
-from mpsearch.engine.sums import LARGE_BYTES, Sums
+from mpsearch.engine.sums import Sums
 from mpsearch.errors import InputError, check_memory
-from mpsearch.files.scratch import joined
 from mpsearch.graph.gradients import GradientTaps
 from mpsearch.graph.products import Product, observe_products
 from mpsearch.graph.surgery import cloned_inputs, hooked
@@ -44,7 +43,7 @@ class Calibration:
 
     Hessians and output Fishers are computed by one pass over the data for as many layers, in forward order, as
     `hessian_max_bytes` hold (at least one). Hessians are kept until another layer is asked for, output Fishers as long as the
-    object, in a file where they are large. A pass runs the model as it is then.
+    object. Both are in files where they are large (`Sums`). A pass runs the model as it is then.
 
     Parameters
     ----------
@@ -59,11 +58,11 @@ class Calibration:
     with_fishers
         Whether `with_hessian` adds the output Fishers.
     hessian_max_bytes
-        Limit on the matrices in memory.
+        Limit on the matrices of one pass.
     with_hessians
         Names of the layers that will ask for a Hessian; `None`: all.
     scratch
-        The folder of files of output Fishers (`mpsearch.files.scratch`).
+        The folder of files of large matrices and graphs (`mpsearch.files.scratch`).
     """
 
     def __init__(
@@ -164,7 +163,7 @@ class Calibration:
                 break
             wanted.append(other)
         names = [name for each in wanted for name in self._readers(each)]
-        self._hessians = dict.fromkeys(names) | hessians(self.model, self.task, names, self.batches)
+        self._hessians = dict.fromkeys(names) | hessians(self.model, self.task, names, self.batches, self.scratch)
         if self.with_fishers:
             for each in wanted:
                 say_if_in_blocks(each.name, each.shape[0] // getattr(self.model.get_submodule(each.name), "groups", 1))
@@ -175,12 +174,8 @@ class Calibration:
         if not (wanted := [name for name in names if name not in self._fishers]):
             return
         with self.own_inputs():
-            new = output_fishers(self.model, self.task, wanted, self.batches, self.divergence)
-        all_bytes = sum(fisher_bytes(self.model.get_submodule(layer.modules[0])) for layer in self.layers)
-        self._fishers |= dict.fromkeys(wanted)
-        while new:
-            name, fisher = new.popitem()
-            self._fishers[name] = joined([fisher], 0, self.scratch) if all_bytes > LARGE_BYTES else fisher
+            new = output_fishers(self.model, self.task, wanted, self.batches, self.divergence, self.scratch)
+        self._fishers |= dict.fromkeys(wanted) | new
 
     def _matrix_bytes(self, layer: LayerSpec) -> int:
         module = self.model.get_submodule(layer.modules[0])
@@ -236,7 +231,9 @@ def calibrate(
 
 
 @torch.no_grad()
-def hessians(model: nn.Module, task: Task, modules: Sequence[str], batches: Batches) -> dict[str, Tensor]:
+def hessians(
+    model: nn.Module, task: Task, modules: Sequence[str], batches: Batches, scratch: Path | None = None
+) -> dict[str, Tensor]:
     """Module name -> E[x x^T] of what meets the columns of its weight, float32 `[groups, columns, columns]` on the CPU.
 
     Half the Hessian of the mean squared error of a row's output (Frantar et al. 2023, section 3.1), for the modules of which a
@@ -245,7 +242,7 @@ def hessians(model: nn.Module, task: Task, modules: Sequence[str], batches: Batc
 
     Raises `InputError` where a layer's input is NaN or infinite.
     """
-    sums = Sums()
+    sums = Sums(scratch)
 
     def see(name: str, product: Product, output: Tensor) -> None:
         for patches in product.patches():
@@ -261,7 +258,7 @@ def hessians(model: nn.Module, task: Task, modules: Sequence[str], batches: Batc
 
 
 def output_fishers(
-    model: nn.Module, task: Task, modules: Sequence[str], batches: Batches, divergence: Divergence
+    model: nn.Module, task: Task, modules: Sequence[str], batches: Batches, divergence: Divergence, scratch: Path | None = None
 ) -> dict[str, Tensor]:
     """Module name -> E[g g^T] of the gradient g at its output, float32 `[groups, rows, rows]` on the CPU, rows of a group.
 
@@ -270,12 +267,12 @@ def output_fishers(
     its `temperature` for the first batch, by one backward pass per batch: random signs vary less than drawn labels, of which
     most are those predicted. In addition to the result, a batch's graph and one gradient are in memory.
     """
-    sums = Sums()
+    sums = Sums(scratch)
     generator = torch.Generator().manual_seed(0)
     temperature: float | None = None
     with phase("output fishers", len(batches)) as advance:
         for inputs, _ in batches:
-            taps = GradientTaps()
+            taps = GradientTaps(model, scratch)
 
             def see(name: str, product: Product, output: Tensor, taps: GradientTaps = taps) -> Tensor:
                 shape, is_conv, rows, groups = product.output.shape, bool(product.kernel), product.rows, product.groups
@@ -287,7 +284,7 @@ def output_fishers(
 
                 return taps.tap(output, add)
 
-            with taps.recording(model), observe_products(model, modules, see):
+            with taps.recording(), observe_products(model, modules, see):
                 logits = task.forward(model, inputs)
             temperature = temperature or divergence.temperature(logits)
             signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8) * 2 - 1

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 from torch import Tensor
 
-LARGE_BYTES = 2**26  # of matrices of which no second copy should be in memory
+from mpsearch.files.scratch import zeros
+
+LARGE_BYTES = 2**26  # of matrices in memory; others are in files
 
 
 class Sums:
-    """Sums of tensors by name, with the number of rows that each sums over."""
+    """Sums of tensors by name, with the number of rows that each sums over.
 
-    def __init__(self) -> None:
+    Matrices on the CPU of more than `LARGE_BYTES` in all lie in files in the folder `scratch` (`mpsearch.files.scratch`).
+    """
+
+    def __init__(self, scratch: Path | None = None) -> None:
+        self.scratch = scratch
         self.totals: dict[str, Tensor] = {}
         self.counts: Counter[str] = Counter()
+        self._in_memory = 0
 
     def add(self, name: str, total: Tensor, count: int) -> None:
         """Add a tensor that is a sum over `count` rows."""
@@ -23,12 +31,19 @@ class Sums:
 
     def add_squares(self, name: str, x: Tensor) -> None:
         """Add x^T x of `[groups, n, columns]`."""
-        total = self.totals.get(name)
-        if total is None or total.nbytes < LARGE_BYTES:
-            self.add(name, x.transpose(1, 2) @ x, x.shape[1])
-        else:  # without a second matrix of that size
-            total.baddbmm_(x.transpose(1, 2), x)
-            self.counts[name] += x.shape[1]
+        if name in self.totals:
+            self.totals[name].baddbmm_(x.transpose(1, 2), x)
+        else:
+            self.totals[name] = self._first_square(x)
+        self.counts[name] += x.shape[1]
+
+    def _first_square(self, x: Tensor) -> Tensor:
+        groups, _, columns = x.shape
+        n_bytes = 4 * groups * columns**2
+        if x.device.type == "cpu" and self._in_memory + n_bytes > LARGE_BYTES:
+            return zeros((groups, columns, columns), self.scratch).baddbmm_(x.transpose(1, 2), x)
+        self._in_memory += n_bytes
+        return x.transpose(1, 2) @ x
 
     def means(self) -> dict[str, Tensor]:
         """On the CPU; may be called once."""

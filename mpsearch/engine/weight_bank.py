@@ -1,12 +1,13 @@
 """The weight bank: every (layer, scheme) is quantized once and kept, as stored, in the run's files or in memory.
 
-Weights that can be read from the files again, and dense copies, which are swapped into the model, are in memory as long as it
-allows.
+Weights of large networks are read from mapped files, whose pages the operating system drops where memory is short. Dense copies,
+which are swapped into the model, are in memory as long as it allows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from mpsearch.schemes.floating import Float
 
 Key = tuple[str, str]  # (layer, scheme)
 Swaps = list[tuple[Tensor, Tensor]]
-STORED_SHARE = 0.25  # of the memory for dense copies: for weights as stored, which are smaller
+STORED_SHARE = 0.25  # of the memory for dense copies: for weights as stored
 
 
 class WeightBank:
@@ -45,7 +46,8 @@ class WeightBank:
     files
         Where weights and biases are also kept; `None` for memory alone.
     dense_max_bytes
-        Limit on the dense copies in memory; a share of it, `STORED_SHARE`, limits stored weights that are in the files too.
+        Limit on the dense copies in memory; a share of it, `STORED_SHARE`, limits copies of weights in files, and as much
+        limits weights in float formats, which are rounded again in no time.
     weights, biases
         What is known already, as from training. It is not in the files, and not written to them.
     """
@@ -70,7 +72,8 @@ class WeightBank:
         self._biases = {key: dict(of_modules) for key, of_modules in (biases or {}).items()}
         self._given = frozenset(self._weights)
         self._latest: tuple[tuple[str, bool], InputMoments | None] | None = None
-        self._readable: Recent[QuantizedTensor] = Recent(int(STORED_SHARE * dense_max_bytes))
+        self._floats: Recent[QuantizedTensor] = Recent(int(STORED_SHARE * dense_max_bytes))
+        self._left_for_copies = int(STORED_SHARE * dense_max_bytes)
         self._dense: Recent[Swaps] = Recent(dense_max_bytes)
 
     def with_weights(self, weights: Mapping[Key, QuantizedTensor], biases: Mapping[Key, Mapping[str, Tensor]]) -> WeightBank:
@@ -99,19 +102,22 @@ class WeightBank:
     def quantized(self, layer: str, scheme: str) -> QuantizedTensor:
         """The layer's weight in the scheme; quantized at the first call, unless the files have it."""
         key = (layer, scheme)
-        weight = self._weights.get(key) or self._readable.get(key)
+        weight = self._weights.get(key) or self._floats.get(key)
         if weight is not None:
             return weight
         spec, scheme_object = self._layers[layer], self.space.schemes[scheme]
-        weight = None if self.files is None else self.files.read(layer, scheme, scheme_object, spec.shape)
-        in_files = weight is not None
+        about = layer, scheme, scheme_object, spec.shape
+        weight = None if self.files is None else self.files.read(*about)
         if weight is None:
             weight = self._quantize(spec, scheme)
-            in_files = self.files is not None and self.files.write(layer, scheme, weight)
-        if in_files or isinstance(scheme_object, Float):  # which is rounded again in no time
-            self._readable.put(key, weight, sum(tensor.nbytes for tensor in weight.tensors.values()))
-        else:
-            self._weights[key] = weight
+            if self.files is not None and self.files.write(layer, scheme, weight):
+                weight = self.files.read(*about) or weight
+            elif isinstance(scheme_object, Float):
+                return self._floats.put(key, weight, weight.nbytes)
+        if self.files is not None and weight.nbytes <= self._left_for_copies:
+            self._left_for_copies -= weight.nbytes
+            weight = replace(weight, tensors={name: tensor.clone() for name, tensor in weight.tensors.items()})
+        self._weights[key] = weight
         return weight
 
     def biases(self, layer: str, scheme: str) -> dict[str, Tensor]:
@@ -153,7 +159,7 @@ class WeightBank:
 
     def work(self, layer: str, scheme: str) -> float:
         """About how many multiplications `quantized` takes; 0 where the weight is known."""
-        if (layer, scheme) in self._weights or (layer, scheme) in self._readable:
+        if (layer, scheme) in self._weights or (layer, scheme) in self._floats:
             return 0.0
         module: Any = self.model.get_submodule(layer)
         rows, k = len(weight_rows(module)), getattr(module, "groups", 1)

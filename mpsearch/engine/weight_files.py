@@ -76,8 +76,8 @@ class WeightFiles:
                 stored.verify()
                 if stored.about.data != self._about(layer, name):
                     return None
-                # Copies: the file may be replaced while they are in use.
-                return {key: stored.tensor(key).clone() for key in stored.names}
+                # Views of the file's memory, which last: a file that is replaced meanwhile is another one.
+                return {key: stored.tensor(key) for key in stored.names}
         except InputError as error:
             if not self._warned:
                 self._warned = True

@@ -1,4 +1,4 @@
-"""Tensors that are larger than memory should hold: in a file without a name, mapped into memory.
+"""Tensors that are larger than memory should hold: in files without a name, mapped into memory.
 
 The operating system reads pages of such a file when they are used, and drops them where memory is short.
 """
@@ -6,14 +6,18 @@ The operating system reads pages of such a file when they are used, and drops th
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mpsearch.errors import InputError
 from mpsearch.files import file_errors
@@ -41,8 +45,45 @@ def joined(parts: Iterable[Tensor], max_bytes: int, folder: Path | None = None) 
     for part in remaining:
         kept.append(part)
         if sum(x.nbytes for x in kept) > max_bytes and part.device.type == "cpu":
-            return _mapped(itertools.chain(_popped(kept), remaining), folder or Path(tempfile.gettempdir()))
+            return _mapped(itertools.chain(_popped(kept), remaining), folder)
     return torch.cat(kept)
+
+
+class Kept:
+    """Tensors that are kept as they are now: the first `max_bytes` of them in memory, later ones in files.
+
+    Parameters
+    ----------
+    max_bytes
+        Limit on those in memory.
+    folder
+        Of the files; `None`: the system's folder for temporary files.
+    held
+        Tensors that are in memory anyway, such as a network's weights.
+    """
+
+    def __init__(self, max_bytes: int, folder: Path | None = None, held: Iterable[Tensor] = ()) -> None:
+        self.max_bytes, self.folder = max_bytes, folder
+        self._held = {tensor.untyped_storage().data_ptr() for tensor in held}
+        self._known = WeakTensorKeyDictionary()  # one copy of what several layers read
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """The tensor, or its contiguous copy in a file; raises `InputError` as `joined` does."""
+        storage = tensor.untyped_storage()
+        if tensor.device.type != "cpu" or storage.data_ptr() in self._held or storage.nbytes() < tensor.nbytes:
+            return tensor
+        known: tuple[int, Tensor] | None = self._known.get(tensor)
+        if known is None or known[0] != version(tensor):
+            fits = tensor.nbytes <= self.max_bytes
+            self.max_bytes -= tensor.nbytes * fits
+            kept = tensor.detach() if fits else joined([tensor.detach()[None]], 0, self.folder)[0]
+            known = self._known[tensor] = version(tensor), kept
+        return known[1]
+
+
+def version(tensor: Tensor) -> int:
+    """Counts the operations in place on the tensor's memory; 0 where PyTorch does not count them."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _popped(parts: list[Tensor]) -> Iterable[Tensor]:
@@ -50,22 +91,44 @@ def _popped(parts: list[Tensor]) -> Iterable[Tensor]:
         yield parts.pop(0)
 
 
-def _mapped(parts: Iterable[Tensor], folder: Path) -> Tensor:
+def zeros(shape: Sequence[int], folder: Path | None = None) -> Tensor:
+    """Zeros, float32, in a file; raises `InputError` as `joined` does."""
+    with _new_file(folder) as (file, name):
+        n = math.prod(shape)
+        _check_space(Path(name).parent, 4 * n)
+        os.posix_fallocate(file.fileno(), 0, max(4 * n, 1))  # a disk that is full later would end the process
+        return torch.from_file(name, shared=True, size=n).view(*shape)
+
+
+def _mapped(parts: Iterable[Tensor], folder: Path | None) -> Tensor:
     shape, dtype, n = torch.Size(), torch.float32, 0
+    with _new_file(folder) as (file, name):
+        for part in parts:
+            _check_space(Path(name).parent, part.nbytes)
+            file.write(part.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+            shape, dtype, n = part.shape[1:], part.dtype, n + len(part)
+        file.flush()
+        # Private: the tensor may be written into, the file stays.
+        return torch.from_file(name, shared=False, size=n * shape.numel(), dtype=dtype).view(n, *shape)
+
+
+@contextmanager
+def _new_file(folder: Path | None) -> Iterator[tuple[BinaryIO, str]]:
+    """An open file and its name, which is gone after the block."""
+    folder = folder or Path(tempfile.gettempdir())
     with file_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=folder, prefix=".outputs-")
+        descriptor, name = tempfile.mkstemp(dir=folder, prefix=".tensor-")
         try:
             with os.fdopen(descriptor, "wb") as file:
-                for part in parts:
-                    if shutil.disk_usage(folder).free - part.nbytes < LEAST_FREE:
-                        raise InputError(
-                            f"{folder} has too little space for the float model's outputs, of which {file.tell() / 1e9:.1f} GB "
-                            "are written. Free some, choose a folder on another disk, or ask for fewer samples."
-                        )
-                    file.write(part.detach().contiguous().flatten().view(torch.uint8).numpy().data)
-                    shape, dtype, n = part.shape[1:], part.dtype, n + len(part)
-            # Private: the tensor may be written into, the file stays.
-            return torch.from_file(name, shared=False, size=n * shape.numel(), dtype=dtype).view(n, *shape)
+                yield file, name
         finally:
             os.unlink(name)
+
+
+def _check_space(folder: Path, n_bytes: int) -> None:
+    if shutil.disk_usage(folder).free - n_bytes < LEAST_FREE:
+        raise InputError(
+            f"{folder} has too little space for what does not fit into memory: {n_bytes / 1e9:.1f} GB more, and "
+            f"{LEAST_FREE / 1e9:g} GB for others. Free some, choose a folder on another disk, or ask for fewer samples."
+        )

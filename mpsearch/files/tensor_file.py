@@ -54,7 +54,7 @@ class TensorFile:
         self.names: tuple[str, ...] = tuple(sorted(file.keys()))
 
     def tensor(self, name: str) -> Tensor:
-        """A view of the file's memory: valid while it is open."""
+        """A view of the file's memory, which is mapped as long as the tensor lasts."""
         if name not in self.names:
             raise self.about.damaged(f"the tensor '{name}' is missing")
         try:

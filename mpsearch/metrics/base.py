@@ -22,6 +22,7 @@ from mpsearch.executors.base import Executor
 from mpsearch.executors.in_process import InProcess
 from mpsearch.layer import LayerSpec, weight_rows
 from mpsearch.progress import phase
+from mpsearch.runs.deadline import Deadline
 
 Pair = tuple[str, str]
 
@@ -51,8 +52,13 @@ class SensitivityMetric(ABC):
     def measure(self, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[float]:
         """One value for each (group, scheme) of `pairs`, in their order; each is yielded as soon as it is known."""
 
-    def measure_joint(self, engine: QuantEngine, pairs: Sequence[Pair]) -> tuple[NDArray[np.float64], NDArray[np.float32]] | None:
-        """The values of `pairs` and their Gauss-Newton features `[n, n_pairs]` (`SensitivityTable.effects`), if it has any."""
+    def measure_joint(
+        self, engine: QuantEngine, pairs: Sequence[Pair], deadline: Deadline | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32]] | None:
+        """The values of `pairs` and their Gauss-Newton features `[n, n_pairs]` (`SensitivityTable.effects`), if it has any.
+
+        A metric that needs fewer passes for less exact values leaves some out where `deadline` allows no more.
+        """
         return None
 
     def measure_on(self, executor: Executor, engine: QuantEngine, pairs: Sequence[Pair]) -> Iterator[tuple[Pair, float]]:

@@ -13,7 +13,9 @@ which makes E[g g^T] the true Fisher and not the empirical one (Kunstner et al. 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from mpsearch.graph.gradients import GradientTaps
 from mpsearch.graph.surgery import hooked
 from mpsearch.graph.uses import Use, observe_uses
 from mpsearch.metrics.base import Pair, SensitivityMetric, layers_by_group, quantize_groups
+from mpsearch.tree import map_tensors
 
 
 class Fisher(SensitivityMetric):
@@ -44,16 +47,16 @@ class Fisher(SensitivityMetric):
         layer_of = {name: layer.name for layer in engine.space.layers for name in layer.readers}
         for inputs, targets in engine.batches("calibration"):
             n_samples += len(targets)
-            recording = record_calls(engine, list(layer_of), inputs)
+            with record_calls(engine, list(layer_of), inputs) as recording:
 
-            def add(i: int, gradient: Tensor, recording: Recording = recording) -> None:
-                name, call = recording.calls[i]
-                before = float_output(engine, name, call)
-                for scheme in [s for layer, s in sums if layer == layer_of[name]]:
-                    change = changed(engine, name, layer_of[name], scheme, call, before)
-                    sums[layer_of[name], scheme] += 0.5 * (change * gradient).double().square().sum().item()
+                def add(i: int, gradient: Tensor, recording: Recording = recording) -> None:
+                    name, call = recording.calls[i]
+                    before = float_output(engine, name, call)
+                    for scheme in [s for layer, s in sums if layer == layer_of[name]]:
+                        change = changed(engine, name, layer_of[name], scheme, call, before)
+                        sums[layer_of[name], scheme] += 0.5 * (change * gradient).double().square().sum().item()
 
-            recording.backward(engine.divergence.drawn_loss(recording.logits, generator), add)
+                recording.backward(engine.divergence.drawn_loss(recording.logits, generator), add)
         for group, scheme in pairs:
             yield sum(sums[layer.name, scheme] for layer in layers[group]) / n_samples
 
@@ -81,11 +84,15 @@ class Recording:
         `consume(i, gradient)` is called during a backward pass.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module, scratch: Path | None = None) -> None:
         self.calls: list[tuple[str, Call]] = []
         self.logits = torch.empty(0)
-        self.taps = GradientTaps()
-        self.consume: Callable[[int, Tensor], None] = lambda i, gradient: None
+        self.taps = GradientTaps(model, scratch)
+        self.consume: Callable[[int, Tensor], None] = _ignore
+
+    def taken(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """A call's arguments, kept in memory or in files as the graph's tensors are."""
+        return map_tensors(self.taps.kept.keep, (args, kwargs))
 
     def add(self, name: str, call: Call, output: Tensor) -> Tensor:
         """Record a call; the network goes on with the tensor that is returned."""
@@ -104,11 +111,21 @@ class Recording:
                 f"The model has no gradients, which this metric needs ({str(error).splitlines()[0]}; torch.no_grad in its "
                 "forward?). Use metric=kl, which needs none."
             ) from None
+        finally:
+            self.consume = _ignore  # which may refer to this recording, and would keep its graph
 
 
-def record_calls(engine: QuantEngine, readers: Sequence[str], inputs: Any) -> Recording:
-    """Run the float model on one batch; `readers` are names of modules and of weights (`LayerSpec.readers`)."""
-    recording = Recording()
+def _ignore(i: int, gradient: Tensor) -> None:
+    pass
+
+
+@contextmanager
+def record_calls(engine: QuantEngine, readers: Sequence[str], inputs: Any) -> Iterator[Recording]:
+    """Run the float model on one batch; `readers` are names of modules and of weights (`LayerSpec.readers`).
+
+    The graph is let go of after the block.
+    """
+    recording = Recording(engine.model, engine.scorer.scratch)
     names = {module: name for name, module in engine.model.named_modules() if name in set(readers)}
     weights = {name: engine.model.get_parameter(name) for name in readers if name not in names.values()}
     weight_names = {id(weight): name for name, weight in weights.items()}
@@ -116,17 +133,20 @@ def record_calls(engine: QuantEngine, readers: Sequence[str], inputs: Any) -> Re
     def record_use(use: Use) -> Tensor | None:
         if use.owner is not None:
             return None
-        call = Call(use.args, use.kwargs, use.output.shape, replace(use, output=use.output.new_empty(0)))
+        call = Call(*recording.taken(use.args, use.kwargs), use.output.shape, replace(use, output=use.output.new_empty(0)))
         return recording.add(weight_names[id(use.weight)], call, use.output)
 
     def record_call(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        return recording.add(names[module], Call(args, kwargs, output.shape), output)
+        return recording.add(names[module], Call(*recording.taken(args, kwargs), output.shape), output)
 
     observed = observe_uses(engine.model, list(weights.values()), record_use)
     after = [(module, record_call) for module in names]
-    with recording.taps.recording(engine.model), engine.own_inputs(), hooked(after=after), observed:
+    with recording.taps.recording(), engine.own_inputs(), hooked(after=after), observed:
         recording.logits = engine.task.forward(engine.model, inputs)
-    return recording
+    try:
+        yield recording
+    finally:
+        recording.taps.close()
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ on these samples alone. They are shrunk by how far they carry over from one half
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -39,11 +40,13 @@ from torch import Tensor, nn
 from mpsearch.batches import CHUNK
 from mpsearch.divergence import Divergence
 from mpsearch.engine.engine import QuantEngine
+from mpsearch.files.scratch import joined
 from mpsearch.layer import LayerSpec, runs_as_usual
 from mpsearch.metrics.base import Pair, SensitivityMetric, layers_by_group, quantize_groups
 from mpsearch.metrics.fisher import Call, Recording, changed, float_output, record_calls
 from mpsearch.metrics.samples import Layout, find_layouts, probe_signs
 from mpsearch.progress import phase
+from mpsearch.runs.deadline import Deadline
 from mpsearch.tree import tensors_in
 
 FEWEST_FEATURES = 500  # that count, of all batches; a value's standard error is then 6 %
@@ -54,6 +57,9 @@ MOST_DIMENSIONS = 128  # of the features; the rest of a group's sensitivity coun
 ROUNDING = 1e-6  # of inner products in float32, relative
 N_SPLITS = 4  # of the samples into two halves
 GRADIENT_BYTES = 2**28  # of gradients at once
+TIME_SHARE = 0.25  # of the time that a run with a deadline has left after quantizing
+PASSES_OF_RECORDING = 0.25  # backward passes in the time of a forward pass, with what is done with their gradients
+WEIGHT_BYTES = 2**25  # of gradients of a weight in memory; larger ones are in a file
 FEWEST_POSITIONS = 64  # of a sample, for which the gradients of a weight are no more work than the changes of outputs
 
 Columns = dict[str, dict[tuple[LayerSpec, str], list[int]]]  # module -> (its layer, scheme) -> indices of pairs
@@ -72,13 +78,15 @@ class GaussNewton(SensitivityMetric):
             total += losses
         yield from np.where(np.isfinite(total), total, np.inf).tolist()
 
-    def measure_joint(self, engine: QuantEngine, pairs: Sequence[Pair]) -> tuple[NDArray[np.float64], NDArray[np.float32]] | None:
+    def measure_joint(
+        self, engine: QuantEngine, pairs: Sequence[Pair], deadline: Deadline | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32]] | None:
         """The values, and features in at most `MOST_DIMENSIONS`, as far as they carry over; `None` for too many pairs."""
         n = len(pairs)
         if n > MOST_PAIRS:
             return None
         values, products, halves = np.zeros(n), np.zeros((n, n)), np.zeros((N_SPLITS, n, n), dtype=np.float32)
-        for batch, losses, features in self._features(engine, pairs):
+        for batch, losses, features in self._features(engine, pairs, deadline):
             values += losses
             products += _products(features)
             in_half = np.random.default_rng(batch).random((N_SPLITS, features.shape[1])) < 0.5
@@ -94,7 +102,7 @@ class GaussNewton(SensitivityMetric):
         return values, (np.sqrt(np.maximum(carried * sizes, 0.0)) * directions).T.astype(np.float32)
 
     def _features(
-        self, engine: QuantEngine, pairs: Sequence[Pair]
+        self, engine: QuantEngine, pairs: Sequence[Pair], deadline: Deadline | None = None
     ) -> Iterator[tuple[int, NDArray[np.float64], NDArray[np.float64]]]:
         """(batch, its part of the losses `[n_pairs]`, features `[probes, samples, n_pairs]`), some probes of a batch at once."""
         columns: Columns = {}
@@ -104,41 +112,69 @@ class GaussNewton(SensitivityMetric):
                 for module in layer.readers:
                     columns.setdefault(module, {}).setdefault((layer, scheme), []).append(column)
         quantize_groups(engine, pairs)
-        batches, n_rows, divergence = engine.batches("search"), len(engine.float_logits("search")), engine.divergence
+        batches, n_rows = engine.batches("search"), len(engine.float_logits("search"))
         as_one: set[tuple[int, ...]] = set()
+        passes = _Passes(len(batches), deadline)
         with phase("joint effects", len(batches)) as advance:
             for i, (inputs, _) in enumerate(batches):
-                recording = record_calls(engine, list(columns), inputs)
-                logits = recording.logits
-                counts = (next(len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), len(logits))
-                layouts, counting = find_layouts(recording, divergence, probe_signs(logits, i, 0), counts, as_one)
-                along = _Along(engine, columns, recording, layouts, len(pairs))
-                if layouts[0].n == len(logits) and logits.shape[1] <= MOST_COLUMNS:
-                    changes = np.concatenate(list(along.each([column.sum for column in logits.unbind(1)])))
-                    yield (
-                        i,
-                        _losses(divergence, logits, changes) / n_rows,
-                        _weighted(divergence, logits, changes) / math.sqrt(n_rows),
-                    )
-                else:
-                    most = min(MOST_PROBES, MOST_FOR_A_SAMPLE * max(1, counts[0] // layouts[0].n))
-                    n_probes = min(most, _n_probes(counting, logits.numel() // layouts[0].n, len(batches)))
-                    probes = [partial(_probe, divergence, logits, i, k) for k in range(n_probes)]
-                    for features in along.each(probes):
-                        features /= math.sqrt(n_rows * n_probes)
-                        yield i, 0.5 * np.square(features).sum((0, 1)), features
-                del recording, logits, along
+                with record_calls(engine, list(columns), inputs) as recording:
+                    along = _Along(engine, columns, recording, len(pairs))
+                    counts = (next(len(tensor) for tensor in tensors_in(inputs) if tensor.dim()), len(recording.logits))
+                    for losses, features in _of_batch(i, along, counts, as_one, passes, len(batches)):
+                        yield i, losses / n_rows, features / math.sqrt(n_rows)
+                del recording, along
                 advance("")
+        passes.say_left_out()
         engine.release()
+
+
+def _of_batch(
+    i: int, along: _Along, counts: Sequence[int], as_one: set[tuple[int, ...]], passes: _Passes, n_batches: int
+) -> Iterator[tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """(losses `[n_pairs]`, features `[probes, samples, n_pairs]`), summed over the rows of the batch, some probes at once."""
+    logits, divergence = along.recording.logits, along.engine.divergence
+    layouts, counting = find_layouts(along.recording, divergence, probe_signs(logits, i, 0), counts, as_one)
+    along.layouts = layouts
+    if layouts[0].n == len(logits) and logits.shape[1] <= MOST_COLUMNS:
+        changes = np.concatenate(list(along.each([column.sum for column in logits.unbind(1)])))
+        yield _losses(divergence, logits, changes), _weighted(divergence, logits, changes)
+        return
+    most = min(MOST_PROBES, MOST_FOR_A_SAMPLE * max(1, counts[0] // layouts[0].n))
+    n_probes = passes.affordable(min(most, _n_probes(counting, logits.numel() // layouts[0].n, n_batches)))
+    for features in along.each([partial(_probe, divergence, logits, i, k) for k in range(n_probes)]):
+        features /= math.sqrt(n_probes)
+        yield 0.5 * np.square(features).sum((0, 1)), features
+
+
+class _Passes:
+    """How many backward passes of each batch end before a share of the time that is left when this is made."""
+
+    def __init__(self, n_batches: int, deadline: Deadline | None) -> None:
+        self.deadline = (deadline or Deadline()).part(TIME_SHARE)
+        self.n_batches, self.n_wanted, self.n_run = n_batches, 0, 0
+        self._start = time.perf_counter()
+
+    def affordable(self, n_wanted: int) -> int:
+        """Of the passes wanted for the next batch, one at least: as many as each batch that is left can have."""
+        seconds = (time.perf_counter() - self._start) / max(self.n_run, PASSES_OF_RECORDING)
+        n = max(1, min(n_wanted, self.deadline.affordable(n_wanted * self.n_batches, seconds) // self.n_batches))
+        self.n_batches -= 1
+        self.n_wanted += n_wanted
+        self.n_run += n
+        return n
+
+    def say_left_out(self) -> None:
+        """Record how many were."""
+        if self.n_run < self.n_wanted:
+            self.deadline.leave_out(f"{self.n_wanted - self.n_run} of {self.n_wanted} backward passes for the sensitivities")
 
 
 class _Along:
     """g . dy of each sample and pair, from the gradients g of one recorded batch."""
 
-    def __init__(
-        self, engine: QuantEngine, columns: Columns, recording: Recording, layouts: Sequence[Layout], n_pairs: int
-    ) -> None:
-        self.engine, self.columns, self.recording, self.layouts, self.n_pairs = engine, columns, recording, layouts, n_pairs
+    def __init__(self, engine: QuantEngine, columns: Columns, recording: Recording, n_pairs: int) -> None:
+        self.engine, self.columns, self.recording, self.n_pairs = engine, columns, recording, n_pairs
+        self.layouts: Sequence[Layout] = ()
         self.modules: dict[str, Any] = dict(engine.model.named_modules())
         output_bytes = 4 * sum(call.shape.numel() for _, call in recording.calls)
         self.at_once = max(1, GRADIENT_BYTES // max(output_bytes, 1))
@@ -162,8 +198,7 @@ class _Along:
     def _add(self, i: int, along: Tensor, products: NDArray[np.float64]) -> None:
         """Add what the gradients `[samples, losses, positions]` at a call's output say of the pairs."""
         (module, call), layout = self.recording.calls[i], self.layouts[i]
-        x = self._meets_weight(module, call, layout, along)
-        weight_gradients = None if x is None else _weight_gradients(along, layout.by_sample(x), call.shape[-1], x.shape[-1])
+        weight_gradients = self._weight_gradients(module, call, layout, along)
         before: Tensor | None = None
         for (layer, scheme), indices in self.columns[module].items():
             if weight_gradients is not None and self.engine.space.schemes[scheme].input_format is None:
@@ -176,8 +211,9 @@ class _Along:
             product = torch.bmm(along, change[:, :, None])[..., 0].T
             products[..., indices] += product.double().cpu().numpy()[..., None]
 
-    def _meets_weight(self, name: str, call: Call, layout: Layout, along: Tensor) -> Tensor | None:
-        """The input of a linear layer, if gradients of its weight take less time than the changes of its output.
+    @torch.no_grad()
+    def _weight_gradients(self, name: str, call: Call, layout: Layout, along: Tensor) -> Tensor | None:
+        """`[rows, samples, losses, columns]` of a linear layer, if they take less time than the changes of its output.
 
         g . dy, summed over a sample's positions, is the inner product of the sample's gradient at the weight and the weight's
         change: one product of the size of the layer's own for each sample and loss, and not one for each scheme.
@@ -190,27 +226,26 @@ class _Along:
         if not is_long or 4 * samples * losses * module.weight.numel() > GRADIENT_BYTES:
             return None
         x: Tensor = call.args[0] if call.args else call.kwargs["input"]
-        return x if x.shape[:-1] == call.shape[:-1] else None
+        if x.shape[:-1] != call.shape[:-1]:
+            return None
+        inputs = layout.by_sample(x).unflatten(1, (1, -1, module.in_features))
+        parts = along.unflatten(2, (-1, module.out_features)).split(max(1, CHUNK // module.in_features), 3)
+        gradients = ((part.transpose(2, 3) @ inputs).permute(2, 0, 1, 3) for part in parts)
+        return joined(gradients, WEIGHT_BYTES, self.engine.scorer.scratch)
 
     @torch.no_grad()
     def _along_weights(self, name: str, layer: str, scheme: str, along: Tensor, gradients: Tensor) -> Tensor:
-        """`[samples, losses]`, of gradients `[samples, losses, rows, columns]` of the weight."""
+        """`[samples, losses]`, of gradients `[rows, samples, losses, columns]` of the weight."""
         module = self.modules[name]
         values = dict(self.engine.swaps(layer, scheme, keep=self.engine.bank.holds_all))
-        total = gradients.new_zeros(gradients.shape[:2])
+        total = gradients.new_zeros(gradients.shape[1:3])
         n_rows = max(1, CHUNK // module.in_features)
-        parts = (tensor.split(n_rows) for tensor in (values[module.weight], module.weight))
-        for part, after, before in zip(gradients.split(n_rows, 2), *parts, strict=True):
-            total += part.flatten(2) @ (after - before).flatten()
+        parts = (tensor.split(n_rows) for tensor in (gradients, values[module.weight], module.weight))
+        for part, after, before in zip(*parts, strict=True):
+            total += torch.einsum("rslc,rc->sl", part, after - before)
         if module.bias is not None and module.bias in values:
             total += along.unflatten(2, (-1, module.out_features)).sum(2) @ (values[module.bias] - module.bias)
         return total
-
-
-def _weight_gradients(along: Tensor, x: Tensor, rows: int, columns: int) -> Tensor:
-    """`[samples, losses, rows, columns]`, of gradients `[samples, losses, positions]` at outputs and inputs `[samples, …]`."""
-    with torch.no_grad():
-        return along.unflatten(2, (-1, rows)).transpose(2, 3) @ x.unflatten(1, (1, -1, columns))
 
 
 def _probe(divergence: Divergence, logits: Tensor, seed: int, index: int) -> Tensor:

@@ -29,9 +29,9 @@ from mpsearch.evaluation import REFINED, Evaluation
 from mpsearch.intervals import combined_p_value, holm, random_half, smaller_p_value
 from mpsearch.optimize.pareto import non_dominated
 from mpsearch.pipeline.additive import solution
-from mpsearch.pipeline.deadline import Deadline
 from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.progress import phase
+from mpsearch.runs.deadline import Deadline
 from mpsearch.samplers.base import Problem
 
 LEVEL = 0.05

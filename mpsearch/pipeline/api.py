@@ -20,7 +20,6 @@ from mpsearch.evaluation import SensitivityTable
 from mpsearch.graph.channel_scaling import recorded
 from mpsearch.graph.unsearched import sentence
 from mpsearch.metrics.base import SensitivityMetric
-from mpsearch.pipeline.deadline import Deadline
 from mpsearch.pipeline.engine_options import EngineOptions
 from mpsearch.pipeline.goal import goal_of, latency_table, objective_names, resolved_costs
 from mpsearch.pipeline.pick import pick
@@ -31,6 +30,7 @@ from mpsearch.pipeline.sensitivity import measured_sensitivity
 from mpsearch.progress import recorded as recorded_phases
 from mpsearch.quality import Quality
 from mpsearch.registry import resolve
+from mpsearch.runs.deadline import Deadline
 from mpsearch.runs.run import RunFolder
 from mpsearch.runtimes.base import Runtime
 from mpsearch.tasks.base import Task

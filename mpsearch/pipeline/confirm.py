@@ -15,10 +15,10 @@ from mpsearch.allocation import Allocation
 from mpsearch.divergence import LOSS_FLOOR
 from mpsearch.engine.engine import FLOAT
 from mpsearch.evaluation import REFINED, Confirmed, Evaluation
-from mpsearch.pipeline.deadline import Deadline
 from mpsearch.pipeline.evaluators import ConfirmEvaluator
 from mpsearch.pipeline.refine import RefiningEvaluator
 from mpsearch.progress import phase
+from mpsearch.runs.deadline import Deadline
 from mpsearch.runs.noninferiority import smallest_non_inferior
 from mpsearch.runs.run import Run
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from mpsearch.engine.engine import FLOAT
 from mpsearch.evaluation import Evaluation, EvaluationLog
 from mpsearch.pipeline.accept import accept, seconds_of
-from mpsearch.pipeline.deadline import Deadline
 from mpsearch.pipeline.evaluators import Pending, SearchEvaluator
 from mpsearch.pipeline.seeds import Seeds, uniform_allocations
 from mpsearch.progress import phase
+from mpsearch.runs.deadline import Deadline
 from mpsearch.samplers.base import Choice, Sampler
 
 TRIALS_SHARE = 0.7  # of the time for the search; the rest is for the references of proposals

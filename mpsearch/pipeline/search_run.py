@@ -13,7 +13,6 @@ from mpsearch.evaluation import Confirmed, Evaluation, EvaluationLog
 from mpsearch.executors.base import Executor
 from mpsearch.metrics.base import SensitivityMetric
 from mpsearch.pipeline.confirm import confirm, selected
-from mpsearch.pipeline.deadline import SEARCH_SHARE, Deadline
 from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
 from mpsearch.pipeline.finetune import train_point
 from mpsearch.pipeline.goal import Goal
@@ -30,6 +29,7 @@ from mpsearch.progress import phase, quiet, read_phases
 from mpsearch.quality import Quality
 from mpsearch.refiners.base import Refiner
 from mpsearch.registry import fields_of
+from mpsearch.runs.deadline import SEARCH_SHARE, Deadline
 from mpsearch.runs.run import Run, RunFolder
 from mpsearch.runs.samples import SampleFiles
 from mpsearch.runtimes.base import Runtime
@@ -85,7 +85,7 @@ class SearchRun:
             quality = Quality(prepared.task.quality_name, prepared.task.quality_kind)
             known_sensitivity, known = self._known(identity, quality)
             check_resumed(engine, self.run, known)
-            sensitivity = measured_sensitivity(engine, self.metric, self.run, known_sensitivity, self.executor)
+            sensitivity = measured_sensitivity(engine, self.metric, self.run, known_sensitivity, self.executor, deadline)
             log = EvaluationLog(known, self.run.recorder(space, quality.name, identity["costs"]))
             shared = engine, log, goal.budgets, goal.other_costs
             mirror = self._mirror(identity["objectives"])

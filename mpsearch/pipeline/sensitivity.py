@@ -13,6 +13,7 @@ from mpsearch.executors.base import Executor
 from mpsearch.executors.in_process import InProcess
 from mpsearch.metrics.base import Pair, SensitivityMetric
 from mpsearch.progress import phase
+from mpsearch.runs.deadline import Deadline
 from mpsearch.runs.run import RunFolder
 
 Effects = NDArray[np.float32]
@@ -26,12 +27,14 @@ def measure_sensitivity(
     executor: Executor | None = None,
     effects: Effects | None = None,
     keep: Callable[[Effects], None] = lambda effects: None,
+    deadline: Deadline | None = None,
 ) -> SensitivityTable:
     """The metric's value for every group and every scheme that it may take.
 
     `known` values (of an interrupted run) are not measured again; `record` is called with each new one as soon as it is there.
     `executor`, started, is where they are measured; `None`: here. A metric that knows effects gives them with the values, all at
-    once, and `keep` is called with them before any value is recorded; `effects` are those of an interrupted run.
+    once, and `keep` is called with them before any value is recorded; `effects` are those of an interrupted run. It makes fewer
+    passes over the data where the `deadline` is near.
     """
     if executor is None:
         executor = InProcess()
@@ -41,7 +44,7 @@ def measure_sensitivity(
     pairs = [(name, scheme) for name, choices in zip(space.names, space.choices, strict=True) for scheme in choices]
     todo = [pair for pair in pairs if pair not in known]
     if todo or effects is None:
-        joint = metric.measure_joint(engine, pairs)
+        joint = metric.measure_joint(engine, pairs, deadline)
         if joint is not None:
             effects = np.zeros((len(joint[1]), len(space.names), len(space.scheme_names)), dtype=np.float32)
             groups, schemes = zip(*((space.names.index(g), space.scheme_names.index(s)) for g, s in pairs), strict=True)
@@ -67,6 +70,7 @@ def measured_sensitivity(
     run: RunFolder,
     known: Mapping[Pair, float],
     executor: Executor | None = None,
+    deadline: Deadline | None = None,
 ) -> SensitivityTable:
     """`measure_sensitivity`, with every new row in the run's folder before the next is measured."""
     space = engine.space
@@ -76,4 +80,4 @@ def measured_sensitivity(
         row = {"group": group, "scheme": scheme, "metric": metric.name, "value": value, "size_bits": bits[group, scheme]}
         run.append("sensitivity", row)
 
-    return measure_sensitivity(engine, metric, known, record, executor, run.read_effects(space), run.write_effects)
+    return measure_sensitivity(engine, metric, known, record, executor, run.read_effects(space), run.write_effects, deadline)

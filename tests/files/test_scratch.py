@@ -5,7 +5,7 @@ import torch
 
 from mpsearch.errors import InputError
 from mpsearch.files import scratch
-from mpsearch.files.scratch import joined
+from mpsearch.files.scratch import Kept, joined
 
 
 def parts(dtype=torch.float32):
@@ -24,6 +24,22 @@ def test_parts_are_joined_wherever_they_are_kept(tmp_path, max_bytes, dtype):
 
 def test_a_full_disk_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(scratch, "LEAST_FREE", 10**18)
-    with pytest.raises(InputError, match=r"too little space for the float model's outputs, of which 0.0 GB are written"):
+    with pytest.raises(InputError, match=r"too little space for what does not fit into memory"):
         joined(parts(), 0, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_beyond_the_limit_are_kept_as_they_were(tmp_path):
+    kept, weight = Kept(48, tmp_path, [held := torch.ones(50)]), torch.arange(12.0).reshape(3, 4)
+    first, second, third = weight.clone(), weight.t(), torch.rand(2, 3)
+    assert kept.keep(first).data_ptr() == first.data_ptr(), "the first fits"
+    assert kept.keep(held).data_ptr() == held.data_ptr(), "it is in memory anyway"
+    assert kept.keep(wide := torch.ones(1).expand(100)) is wide, "a copy would take more"
+    copies = [kept.keep(second), kept.keep(third)]
+    assert kept.keep(third) is copies[1], "one copy of each"
+    assert torch.equal(copies[0], weight.t())
+    before = third.clone()
+    third.add_(1)
+    assert torch.equal(copies[1], before)
+    assert torch.equal(kept.keep(third), before + 1)
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,10 @@
 """Gauss-Newton features need all positions that reach a sample's logits, wherever a network keeps them."""
 
+import gc
 import itertools
+import re
+import weakref
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -9,11 +13,13 @@ import torch
 from torch import nn
 
 from mpsearch.divergence import SoftmaxKL
-from mpsearch.metrics.fisher import Call, Recording
-from mpsearch.metrics.gauss_newton import GaussNewton, _weight_gradients
+from mpsearch.files.scratch import joined
+from mpsearch.metrics.fisher import Call, Recording, record_calls
+from mpsearch.metrics.gauss_newton import GaussNewton
 from mpsearch.metrics.kl import KL
 from mpsearch.metrics.samples import Layout, find_layouts, layouts, probe_signs
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
+from mpsearch.runs.deadline import Deadline
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
 from mpsearch.tasks.makers import classification
@@ -97,8 +103,8 @@ class Stack(nn.Module):
         return self.head(hidden.relu()).flatten(0, 1)
 
 
-@pytest.mark.parametrize("correct", [False, True])
-def test_gradients_of_weights_give_the_features_that_changes_of_outputs_do(tiny, monkeypatch, correct):
+@pytest.mark.parametrize(("correct", "max_bytes"), [(False, 2**25), (True, 2**25), (True, 0)])
+def test_gradients_of_weights_give_the_features_that_changes_of_outputs_do(tiny, monkeypatch, correct, max_bytes):
     schemes = {"w3": Integer(3), "w4": Integer(4), "w4a8": Integer(4, input=IntegerInput(8))}
     task = data(n=8, batch_size=4, per_token=True)
     engine = tiny.engine(Stack().eval(), task, schemes, quantizer=RoundToNearest(), bias_correction=correct)
@@ -107,20 +113,53 @@ def test_gradients_of_weights_give_the_features_that_changes_of_outputs_do(tiny,
     monkeypatch.setattr("mpsearch.metrics.gauss_newton.FEWEST_POSITIONS", 2)
     monkeypatch.setattr("mpsearch.metrics.gauss_newton.GRADIENT_BYTES", 4 * 24 * 16 * 4)
     calls = []
-    monkeypatch.setattr(
-        "mpsearch.metrics.gauss_newton._weight_gradients", lambda *args: calls.append(0) or _weight_gradients(*args)
-    )
+    monkeypatch.setattr("mpsearch.metrics.gauss_newton.WEIGHT_BYTES", max_bytes)
+    monkeypatch.setattr("mpsearch.metrics.gauss_newton.joined", lambda *args: calls.append(0) or joined(*args))
     values, others = GaussNewton().measure_joint(engine, pairs)
     assert calls
     assert values == pytest.approx(expected, rel=1e-4)
     assert others.T @ others == pytest.approx(products.T @ products, rel=1e-3, abs=1e-5 * float(np.square(products).sum(0).max()))
 
 
+def test_a_near_end_leaves_out_passes_and_says_so(tiny):
+    task = data(n=96, batch_size=4, per_token=True)
+    engine = tiny.engine(Stack().eval(), task, {"w3": Integer(3)}, quantizer=RoundToNearest())
+    pairs = [(name, "w3") for name in engine.space.names]
+    ample, near = Deadline(1e6), Deadline(1e-3)
+    exact, _ = GaussNewton().measure_joint(engine, pairs, ample)
+    assert not ample.sentence()
+    values, effects = GaussNewton().measure_joint(engine, pairs, near)
+    assert re.search(r"the run left out \d+ of \d+ backward passes for the sensitivities\.$", near.sentence())
+    assert len(effects) == len(pairs)
+    assert 0.5 < values.sum() / exact.sum() < 2, "still an estimate of the same"
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_the_graph_of_a_batch_is_let_go_of_before_the_next(tiny, monkeypatch, per_token):
+    net, logits = SequenceFirst(per_token).eval(), []
+
+    @contextmanager
+    def recorded(*args):
+        assert [each() for each in logits] == [None] * len(logits)
+        with record_calls(*args) as recording:
+            logits.append(weakref.ref(recording.logits))
+            yield recording
+
+    engine = tiny.engine(net, data(per_token=per_token), {"w3": Integer(3)}, quantizer=RoundToNearest())
+    monkeypatch.setattr("mpsearch.metrics.gauss_newton.record_calls", recorded)
+    gc.disable()
+    try:
+        GaussNewton().measure_joint(engine, [(name, "w3") for name in engine.space.names])
+    finally:
+        gc.enable()
+    assert len(logits) == 3
+
+
 def layout_of(make, n=6, counts=None):
     """The layout found of `hidden`, where `make(x)`, x `[n, 4, 3]`, is (hidden, logits); the gradients are checked."""
     x = torch.randn(n, 4, 3, generator=torch.Generator().manual_seed(1), requires_grad=True)
     hidden, logits = make(x)
-    recording = Recording()
+    recording = Recording(nn.Module())
     recording.calls.append(("layer", Call((), {}, hidden.shape)))
     hidden.register_hook(lambda gradient: recording.consume(0, gradient))
     recording.logits = logits

@@ -11,11 +11,11 @@ import mpsearch
 from mpsearch.executors.in_process import InProcess
 from mpsearch.metrics.kl import KL
 from mpsearch.pipeline.confirm import confirm
-from mpsearch.pipeline.deadline import Deadline
 from mpsearch.pipeline.evaluators import ConfirmEvaluator, SearchEvaluator
 from mpsearch.pipeline.refine import RefiningEvaluator
 from mpsearch.pipeline.search import search
 from mpsearch.pipeline.sensitivity import measure_sensitivity
+from mpsearch.runs.deadline import Deadline
 from mpsearch.runs.left_out import read_left_out, write_left_out
 from mpsearch.runs.run import Run
 from mpsearch.samplers.base import Problem, build_sampler

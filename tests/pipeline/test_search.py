@@ -18,11 +18,11 @@ from mpsearch.errors import InputError
 from mpsearch.evaluation import EvaluationLog
 from mpsearch.metrics.kl import KL
 from mpsearch.optimize.pareto import non_dominated
-from mpsearch.pipeline.deadline import Deadline
 from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.pipeline.search import search
 from mpsearch.pipeline.seeds import knapsack_seeds
 from mpsearch.pipeline.sensitivity import measure_sensitivity
+from mpsearch.runs.deadline import Deadline
 from mpsearch.runs.run import Run
 from mpsearch.samplers.base import Problem, build_sampler
 

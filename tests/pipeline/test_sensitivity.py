@@ -76,7 +76,7 @@ def test_losses_forbid_what_may_not_be_taken_even_where_it_was_measured(engine):
 class Joint(Numbered):
     """Knows effects too: of the n-th pair, n and 2 n."""
 
-    def measure_joint(self, engine, pairs):
+    def measure_joint(self, engine, pairs, deadline=None):
         self.log.append(("joint",))
         numbers = np.arange(len(pairs), dtype=np.float64)
         return numbers, np.stack([numbers, 2 * numbers]).astype(np.float32)

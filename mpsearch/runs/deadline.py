@@ -1,7 +1,7 @@
 """When a run with `max_seconds` should end, and what it leaves out to end then.
 
-What a step takes is estimated from the steps before it. Sensitivities, the uniform allocations and the expected pick are always
-measured, however late it is.
+What a step takes is estimated from the steps before it. Sensitivities (from fewer passes), the uniform allocations and the
+expected pick are always measured, however late it is.
 """
 
 from __future__ import annotations
