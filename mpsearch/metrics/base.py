@@ -6,6 +6,7 @@ for every pair), and `conf/metric/<name>.yaml` with its `_target_`.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -21,10 +22,12 @@ from mpsearch.evaluation import Score
 from mpsearch.executors.base import Executor
 from mpsearch.executors.in_process import InProcess
 from mpsearch.layer import LayerSpec, weight_rows
-from mpsearch.progress import phase
+from mpsearch.progress import phase, say_once
 from mpsearch.runs.deadline import Deadline
 
 Pair = tuple[str, str]
+LONG_SECONDS, LONG_SHARE = 1200.0, 0.4  # of quantizing: as long, or this share of what a deadline leaves, is worth a remark
+ESTIMATE_SHARE = 0.05  # of the work is done when the time of all is estimated
 
 
 class SensitivityMetric(ABC):
@@ -91,22 +94,36 @@ class MeasuredMetric(SensitivityMetric):
                 yield running.pop(future), self.value(future.result(), baseline)
 
 
-def quantize_groups(engine: QuantEngine, pairs: Sequence[Pair]) -> None:
+def quantize_groups(engine: QuantEngine, pairs: Sequence[Pair], deadline: Deadline | None = None) -> None:
     """Quantize the layers of all (group, scheme) in a phase of its own, for metrics that then use all of them per batch.
 
     All schemes of a layer follow one another, so that they share what they can. The time left is estimated from the work that
-    quantizers expect.
+    quantizers expect; where it is too long for a run that ends at the `deadline`, a faster quantizer is proposed.
     """
     layers = layers_by_group(engine)
     steps = list(
         dict.fromkeys((layer, scheme) for name in dict(pairs) for layer in layers[name] for g, scheme in pairs if g == name)
     )
     work = [engine.bank.work(layer.name, scheme) for layer, scheme in steps]
+    limit = LONG_SECONDS if deadline is None or deadline.seconds is None else LONG_SHARE * max(deadline.left, 0.0)
+    start, done, all_work = time.monotonic(), 0.0, sum(work)
     with phase("quantize", len(steps), work=work) as advance:
-        for layer, scheme in steps:
+        for (layer, scheme), size in zip(steps, work, strict=True):
             engine.quantized(layer.name, scheme)
             advance(f"{layer.name} at {scheme}")
+            before, done = done, done + size
+            if before < ESTIMATE_SHARE * all_work <= done and engine.bank.quantizers[scheme].needs_fisher:
+                _propose_faster((time.monotonic() - start) * all_work / done, limit)
     engine.bank.release()
+
+
+def _propose_faster(seconds: float, limit: float) -> None:
+    """Name a faster quantizer where quantizing takes more than `limit` of `seconds`."""
+    if seconds > limit:
+        say_once(
+            f"Quantizing all layers in all schemes will take about {seconds / 60:.0f} min, longer than the {limit / 60:.0f} min "
+            "that suit this run. quantizer=gptq takes a quarter of that or less, with larger errors; so do fewer schemes."
+        )
 
 
 def layers_by_group(engine: QuantEngine) -> dict[str, tuple[LayerSpec, ...]]:

@@ -111,11 +111,11 @@ class GaussNewton(SensitivityMetric):
             for layer in layers[group]:
                 for module in layer.readers:
                     columns.setdefault(module, {}).setdefault((layer, scheme), []).append(column)
-        quantize_groups(engine, pairs)
+        quantize_groups(engine, pairs, deadline)
         batches, n_rows = engine.batches("search"), len(engine.float_logits("search"))
         as_one: set[tuple[int, ...]] = set()
         passes = _Passes(len(batches), deadline)
-        with phase("joint effects", len(batches)) as advance:
+        with phase("backward passes", len(batches)) as advance:
             for i, (inputs, _) in enumerate(batches):
                 with record_calls(engine, list(columns), inputs) as recording:
                     along = _Along(engine, columns, recording, len(pairs))

@@ -1,4 +1,4 @@
-"""The shelf of metrics: the promises of `metrics/base.py`, kept by every one, and each against its formula."""
+"""The contract of `metrics/base.py`, which every metric fulfils, and each metric against its formula."""
 
 import itertools
 from pathlib import Path
@@ -13,7 +13,7 @@ from torch import nn
 from mpsearch.allocation import Allocation
 from mpsearch.engine.engine import FLOAT
 from mpsearch.errors import InputError
-from mpsearch.metrics.base import SensitivityMetric
+from mpsearch.metrics.base import SensitivityMetric, quantize_groups
 from mpsearch.metrics.fisher import Fisher, changed
 from mpsearch.metrics.gauss_newton import GaussNewton, _carried_over
 from mpsearch.metrics.hawq import HAWQ
@@ -21,7 +21,10 @@ from mpsearch.metrics.kl import KL
 from mpsearch.metrics.sqnr import SQNR
 from mpsearch.metrics.task_loss import TaskLoss
 from mpsearch.metrics.weight_mse import WeightMSE
+from mpsearch.quantizers.gptq import GPTQ
+from mpsearch.quantizers.kronecker_descent import KroneckerDescent
 from mpsearch.quantizers.round_to_nearest import RoundToNearest
+from mpsearch.runs.deadline import Deadline
 from mpsearch.schemes.integer import Integer
 
 CONF = Path(__file__).parents[2] / "conf" / "metric"
@@ -362,3 +365,11 @@ def test_effects_count_as_far_as_they_carry_over_from_half_to_half(trained):
     kept = np.square(effects).sum(0) / (2 * values)
     assert kept == pytest.approx(kept[0], rel=1e-3)
     assert 0.05 < kept[0] < 0.95
+
+
+@pytest.mark.parametrize(("quantizer", "seconds"), [(KroneckerDescent(), 1e-9), (KroneckerDescent(), None), (GPTQ(), 1e-9)])
+def test_a_faster_quantizer_is_proposed_where_quantizing_takes_long(tiny, capsys, quantizer, seconds):
+    engine = tiny.engine(tiny.net(), tiny.task(), {"w2": Integer(2), "w4": Integer(4)}, quantizer=quantizer)
+    quantize_groups(engine, all_pairs(engine), Deadline(seconds))
+    is_said = "quantizer=gptq takes a quarter of that or less" in capsys.readouterr().err
+    assert is_said == (quantizer.needs_fisher and seconds is not None)
