@@ -1,10 +1,46 @@
-"""Memory that was freed goes back to the operating system."""
+"""The memory of this process: how much it holds, and freed memory given back to the operating system."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+STATUS = Path("/proc/self/status")
+WATCH_EVERY_SECONDS = 0.5
+
+
+def anonymous_bytes() -> int | None:
+    """What is in memory and not part of a mapped file, which could be read again; `None` where the system does not say."""
+    try:
+        held = re.search(r"^RssAnon:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if held is None else 1024 * int(held[1])
+
+
+@contextmanager
+def watched(see: Callable[[int], None]) -> Iterator[None]:
+    """While the block runs, call `see` with `anonymous_bytes` now and then, in a thread of its own."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while (held := anonymous_bytes()) is not None:
+            see(held)
+            if stop.wait(WATCH_EVERY_SECONDS):
+                return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def trim() -> None:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mpsearch.errors import InputError
 from mpsearch.files import is_locked, read_regular, write_atomically
+from mpsearch.memory import watched
 
 FILE = "progress.json"  # of a run's folder
 RECORD_EVERY_SECONDS = 2.0
@@ -31,7 +32,10 @@ _bar: Progress | None = None
 
 @dataclass
 class Phase:
-    """A phase of a run as `progress.json` records it: `done` of `total` steps after `seconds`, `left` more to be expected."""
+    """A phase of a run as `progress.json` records it: `done` of `total` steps after `seconds`, `left` more to be expected.
+
+    `peak_bytes` is the most memory that the process held meanwhile (`mpsearch.memory.anonymous_bytes`), if it is known.
+    """
 
     what: str
     total: int
@@ -40,6 +44,7 @@ class Phase:
     left: float | None = None
     note: str = ""
     finished: bool = False
+    peak_bytes: int | None = None
 
 
 class _Record:
@@ -49,6 +54,12 @@ class _Record:
         self.file, self.phases, self.written = file, read_phases(file.parent), 0.0
         for each in self.phases:  # of a process that was killed
             each.finished, each.left = True, None
+
+    def hold(self, n_bytes: int) -> None:
+        """Count memory for the phases that are not finished."""
+        for each in self.phases:
+            if not each.finished:
+                each.peak_bytes = max(each.peak_bytes or 0, n_bytes)
 
     def write(self) -> None:
         """Replace the file; a run does not end because its progress cannot be written."""
@@ -66,7 +77,8 @@ def recorded(folder: Path) -> Iterator[None]:
     global _record
     before, _record = _record, _Record(folder / FILE)
     try:
-        yield
+        with watched(_record.hold):
+            yield
     finally:
         _record = before
 
@@ -90,10 +102,13 @@ def read_phases(folder: Path) -> list[Phase]:
 
 
 def _phase(entry: Any) -> Phase:
+    entry = {"peak_bytes": None, **entry}  # which older files lack
     numbers = [entry[name] for name in ("total", "done", "seconds")]
     if set(entry) != {f.name for f in fields(Phase)} or not all(type(x) in (int, float) for x in numbers):
         raise ValueError
     if not all(isinstance(entry[name], str) for name in ("what", "note")) or type(entry["left"]) not in (int, float, type(None)):
+        raise ValueError
+    if type(entry["peak_bytes"]) not in (int, type(None)):
         raise ValueError
     return Phase(**entry)
 

@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import json
+import time
 
 import pytest
 from rich.console import Console
 
-from mpsearch import progress
+from mpsearch import memory, progress
 from mpsearch.files import locked
 
 
@@ -100,6 +102,7 @@ def test_phases_are_recorded_for_the_page_and_for_watchers(written, tmp_path):
     first, second = progress.read_phases(tmp_path)
     assert (first.what, first.done, first.total, first.finished, first.note) == ("calibrate", 2, 2, True, "done")
     assert (second.what, second.done, second.total, second.finished) == ("search", 5, 10, True)
+    assert first.peak_bytes is None or 10**7 < first.peak_bytes < 10**11
     with progress.recorded(tmp_path), progress.phase("search", 10, done=5):
         pass
     assert [each.what for each in progress.read_phases(tmp_path)] == ["calibrate", "search", "search"]
@@ -112,7 +115,35 @@ def test_phases_are_recorded_for_the_page_and_for_watchers(written, tmp_path):
     assert len(progress.read_phases(tmp_path)) == 4, "outside of a run nothing is recorded"
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"what": 3}]', '[{"what": "a", "total": "x", "done": 0}]', "[null]"])
+TEXT_AS_BYTES = json.dumps([vars(progress.Phase("search", 1)) | {"peak_bytes": "1"}])
+
+
+def test_a_phase_knows_the_most_memory_that_the_process_held(written, tmp_path, monkeypatch):
+    held = iter([3, 5, 4])
+    monkeypatch.setattr(memory, "WATCH_EVERY_SECONDS", 0.001)
+    monkeypatch.setattr(memory, "anonymous_bytes", lambda: next(held, None))
+    with progress.recorded(tmp_path), progress.phase("search", 1):
+        time.sleep(0.2)
+    assert progress.read_phases(tmp_path)[0].peak_bytes in (5, 4), "the first may be before the phase"
+
+
+def test_memory_is_known_where_the_system_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
+    assert memory.anonymous_bytes() is None
+    (tmp_path / "status").write_text("VmHWM:\t 9 kB\nRssAnon:\t  2048 kB\nRssFile: 1 kB\n")
+    assert memory.anonymous_bytes() == 2**21
+
+
+def test_a_record_without_memory_is_read(tmp_path):
+    old = vars(progress.Phase("search", 1))
+    del old["peak_bytes"]
+    (tmp_path / progress.FILE).write_text(json.dumps([old]))
+    assert progress.read_phases(tmp_path)[0].peak_bytes is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[1]", '[{"what": 3}]', '[{"what": "a", "total": "x", "done": 0}]', "[null]", TEXT_AS_BYTES]
+)
 def test_a_damaged_record_of_progress_is_none(tmp_path, text):
     (tmp_path / progress.FILE).write_text(text)
     assert progress.read_phases(tmp_path) == []

@@ -83,7 +83,7 @@ def content(
         "hypervolume": _hypervolume(run),
         "interactions": _interactions(run, picked),
         "splits": _splits(run),
-        "phases": [[p.what, p.done, p.total, number(p.seconds), p.finished] for p in phases],
+        "phases": [[p.what, p.done, p.total, number(p.seconds), p.finished, p.peak_bytes] for p in phases],
         "warnings": [*cautions(run), *read_left_out(folder)],
         "times": times_sentence(run).strip() if times_differ(run) else "",
         "verified": dict(zip(("header", "rows"), verified_rows(run, verified), strict=True)),

@@ -343,15 +343,17 @@ function phases() {
   const figure = by("c-time"), width = Math.max(figure.clientWidth, 260), left = 150, right = 150, high = 24;
   const most = Math.max(...list.map((p) => p[3]), 0.1), total = list.reduce((sum, p) => sum + p[3], 0);
   const root = svg("svg", { width, height: list.length * high + 4, role: "img", "aria-label": list.map(([what, , , s]) => `${what}: ${s} s`).join(", ") });
-  list.forEach(([what, done, steps, seconds, finished], r) => {
+  list.forEach(([what, done, steps, seconds, finished, bytes], r) => {
+    const memory = bytes ? `, ${plain(bytes / 1e9)} GB` : "";
     const span = Math.max((seconds / most) * (width - left - right), 1), y = r * high;
     root.append(
       svg("text", { class: "axis", x: left - 8, y: y + 16, "text-anchor": "end" }, shortened(what, left - 12)),
       svg("rect", { x: left, y: y + 4, width: span, height: high - 8, rx: 2, style: `fill: var(--${finished ? "search" : "picked"})` }),
-      svg("text", { x: left + span + 6, y: y + 16 }, `${plain(seconds)} s${finished ? "" : `, ${done} of ${steps}`}`),
+      svg("text", { x: left + span + 6, y: y + 16 }, `${plain(seconds)} s${memory}${finished ? "" : `, ${done} of ${steps}`}`),
     );
   });
-  figure.replaceChildren(el("figcaption", {}, `${plain(total)} s in all`), root);
+  const held = Math.max(...list.map((p) => p[5] || 0));
+  figure.replaceChildren(el("figcaption", {}, `${plain(total)} s in all${held ? `; memory: at most ${plain(held / 1e9)} GB` : ""}`), root);
 }
 
 function tables() {
