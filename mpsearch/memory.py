@@ -6,12 +6,14 @@ import ctypes
 import functools
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 STATUS = Path("/proc/self/status")
 WATCH_EVERY_SECONDS = 0.5
+TRIM_BYTES, TRIM_EVERY_SECONDS = 2**27, 1.0  # memory that is taken again costs time; so much more of it is looked through
 
 
 def anonymous_bytes() -> int | None:
@@ -25,12 +27,17 @@ def anonymous_bytes() -> int | None:
 
 @contextmanager
 def watched(see: Callable[[int], None]) -> Iterator[None]:
-    """While the block runs, call `see` with `anonymous_bytes` now and then, in a thread of its own."""
+    """While the block runs, call `see` with `anonymous_bytes` now and then, and `trim` where it grows; in a thread of its own."""
     stop = threading.Event()
 
     def watch() -> None:
+        least, last = anonymous_bytes() or 0, time.monotonic()
         while (held := anonymous_bytes()) is not None:
             see(held)
+            least = min(least, held)
+            if held > least + TRIM_BYTES and time.monotonic() > last + TRIM_EVERY_SECONDS:
+                trim()
+                least, last = anonymous_bytes() or 0, time.monotonic()
             if stop.wait(WATCH_EVERY_SECONDS):
                 return
 
