@@ -122,7 +122,7 @@ def _propose_faster(seconds: float, limit: float) -> None:
     if seconds > limit:
         say_once(
             f"Quantizing all layers in all schemes will take about {seconds / 60:.0f} min, longer than the {limit / 60:.0f} min "
-            "that suit this run. quantizer=gptq takes a quarter of that or less, with larger errors; so do fewer schemes."
+            "that suit this run. quantizer=gptq takes a third of that or less, with larger errors."
         )
 
 

@@ -371,5 +371,5 @@ def test_effects_count_as_far_as_they_carry_over_from_half_to_half(trained):
 def test_a_faster_quantizer_is_proposed_where_quantizing_takes_long(tiny, capsys, quantizer, seconds):
     engine = tiny.engine(tiny.net(), tiny.task(), {"w2": Integer(2), "w4": Integer(4)}, quantizer=quantizer)
     quantize_groups(engine, all_pairs(engine), Deadline(seconds))
-    is_said = "quantizer=gptq takes a quarter of that or less" in capsys.readouterr().err
+    is_said = "quantizer=gptq takes a third of that or less" in capsys.readouterr().err
     assert is_said == (quantizer.needs_fisher and seconds is not None)
