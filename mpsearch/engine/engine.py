@@ -90,7 +90,7 @@ class QuantEngine:
         )
         correction = BiasCorrection(model, calibration) if bias_correction else None
         bank = WeightBank(model, space, quantizers, calibration, correction, files=files, dense_max_bytes=bank_max_bytes)
-        self._compose(scorer, bank, PrefixCache(model, task, space, prefix_max_bytes) if prefix_max_bytes else None)
+        self._compose(scorer, bank, PrefixCache(model, task, space, prefix_max_bytes, scratch) if prefix_max_bytes else None)
 
     @classmethod
     def from_parts(cls, scorer: Scorer, bank: WeightBank, prefix_cache: PrefixCache | None = None) -> QuantEngine:

@@ -7,6 +7,7 @@ same prefix, so that a prefix seen once never displaces a useful one; of two in 
 
 from __future__ import annotations
 
+import pathlib
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from mpsearch.allocation import ALPHABET, Allocation, SearchSpace
 from mpsearch.errors import check_memory
+from mpsearch.files.scratch import Kept
 from mpsearch.graph.calls import Call, Path, find_runs, follow, owned_by, version
 from mpsearch.graph.surgery import Handler, intercepted, swapped_data
 from mpsearch.graph.trace import first_samples
@@ -26,6 +28,7 @@ from mpsearch.tasks.base import Task
 
 N_REMEMBERED = 10**7  # groups of the allocations whose prefixes are known to have been asked for, a character each
 N_CHECKED = 2  # samples on which a restart is checked
+COPY_BYTES = 2**27  # of copies of weights in memory
 FLOAT = "-"
 
 Key = tuple[str, int, int, str]
@@ -56,10 +59,15 @@ class _Output:
 
 
 class PrefixCache:
-    """Runs `model` batch by batch under the allocations of `space`, and keeps at most `max_bytes` of outputs to start from."""
+    """Runs `model` batch by batch under the allocations of `space`, and keeps at most `max_bytes` of outputs to start from.
 
-    def __init__(self, model: nn.Module, task: Task, space: SearchSpace, max_bytes: int) -> None:
-        self.model, self.task, self.space, self.max_bytes = model, task, space, max_bytes
+    Copies of a large network's weights are in files in the folder `scratch` (`mpsearch.files.scratch`).
+    """
+
+    def __init__(
+        self, model: nn.Module, task: Task, space: SearchSpace, max_bytes: int, scratch: pathlib.Path | None = None
+    ) -> None:
+        self.model, self.task, self.space, self.max_bytes, self.scratch = model, task, space, max_bytes, scratch
         self.n_bytes = 0
         self._kept: dict[Key, _Output] = {}
         self._prefixes: dict[str, _Prefixes] = {}
@@ -74,7 +82,7 @@ class PrefixCache:
 
     def emptied(self) -> PrefixCache:
         """One for the same model and space that holds no outputs, as for other weights."""
-        return PrefixCache(self.model, self.task, self.space, self.max_bytes)
+        return PrefixCache(self.model, self.task, self.space, self.max_bytes, self.scratch)
 
     @torch.no_grad()
     def forward(self, split: str, i: int, inputs: Any, allocation: Allocation) -> Tensor:
@@ -188,7 +196,7 @@ class PrefixCache:
         """Whether the outputs are the same bit for bit if the output of `run[start:end]` is given instead of computed.
 
         Tried once, with other weights behind it, after a pass with other weights everywhere, so that a value that a module
-        stored itself is a wrong one. In the meantime there is a second copy of the layers' weights.
+        stored itself is a wrong one.
         """
         ends = run[start], run[end - 1]
         if ends not in self._holds:
@@ -204,17 +212,22 @@ class PrefixCache:
             with intercepted(_catch(run[-1], 0, caught, key)):
                 self.task.forward(self.model, self._sample)
             output = caught[key]
-            with swapped_data(_changed(behind)):
+            with swapped_data(self._changed(behind)):
                 expected = self.task.forward(self.model, self._sample)
-            with swapped_data(_changed(everywhere)):
+            with swapped_data(self._changed(everywhere)):
                 self.task.forward(self.model, self._sample)
-            with swapped_data(_changed(behind)), intercepted(_replay(run, output.tensor)):
+            with swapped_data(self._changed(behind)), intercepted(_replay(run, output.tensor)):
                 logits = self.task.forward(self.model, self._sample)
         except Exception as error:  # random weights may break code that looks at values
             check_memory(error)
             return False
         same = logits.shape == expected.shape and torch.allclose(logits, expected, rtol=0, atol=0, equal_nan=True)
         return same and output.is_intact
+
+    def _changed(self, parameters: Sequence[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Each parameter and its own values in other places, slightly larger."""
+        copies = Kept(COPY_BYTES, self.scratch)
+        return ((p, copies.keep(torch.empty_like(p.data).copy_(p.data.roll(1) * (1 + 1 / 64)))) for p in parameters)
 
     def _keep(self, key: Key, output: _Output) -> None:
         """Keep the output if it fits, perhaps in place of outputs that are worth less or were not used lately."""
@@ -282,8 +295,3 @@ def _catch(call: Call, macs: float, caught: dict[Key, _Output], key: Key) -> dic
         return output
 
     return {call.module: run}
-
-
-def _changed(parameters: Sequence[nn.Parameter]) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Each parameter and its own values in other places, slightly larger."""
-    return ((p, torch.empty_like(p.data).copy_(p.data.roll(1) * (1 + 1 / 64))) for p in parameters)

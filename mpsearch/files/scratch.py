@@ -73,15 +73,15 @@ class Kept:
         if tensor.device.type != "cpu" or storage.data_ptr() in self._held or storage.nbytes() < tensor.nbytes:
             return tensor
         known: tuple[int, Tensor] | None = self._known.get(tensor)
-        if known is None or known[0] != version(tensor):
+        if known is None or known[0] != n_writes(tensor):
             fits = tensor.nbytes <= self.max_bytes
             self.max_bytes -= tensor.nbytes * fits
             kept = tensor.detach() if fits else joined([tensor.detach()[None]], 0, self.folder)[0]
-            known = self._known[tensor] = version(tensor), kept
+            known = self._known[tensor] = n_writes(tensor), kept
         return known[1]
 
 
-def version(tensor: Tensor) -> int:
+def n_writes(tensor: Tensor) -> int:
     """Counts the operations in place on the tensor's memory; 0 where PyTorch does not count them."""
     return 0 if tensor.is_inference() else tensor._version
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 
-from mpsearch.files.scratch import Kept, version
+from mpsearch.files.scratch import Kept, n_writes
 
 GRAPH_BYTES = 2**28  # of a graph's tensors in memory
 
@@ -53,7 +53,7 @@ class GradientTaps:
 
     def _save(self, tensor: Tensor) -> tuple[Tensor, int]:
         kept = self.kept.keep(tensor)
-        return kept, version(kept)
+        return kept, n_writes(kept)
 
     def tap(self, output: Tensor, see: Callable[[Tensor], None]) -> Tensor:
         """What takes the output's place; `see` is called with its gradient in each backward pass that reaches it."""
@@ -82,7 +82,7 @@ class GradientTaps:
 
 
 def _saved(kept: tuple[Tensor, int]) -> Tensor:
-    tensor, of_version = kept
-    if version(tensor) != of_version:  # autograd's own check, which hooks turn off
+    tensor, n_then = kept
+    if n_writes(tensor) != n_then:  # autograd's own check, which hooks turn off
         raise RuntimeError("one of the variables needed for gradient computation has been modified by an inplace operation")
     return tensor

@@ -101,7 +101,7 @@ class PairedModels:
         groups = tuple(LayerGroup(layer.name, (layer,)) for layer in space.layers)
         single = SearchSpace(groups, space.schemes, tuple(tuple(space.schemes) for _ in groups))
         self._caches = [
-            PrefixCache(model, engine.task, single, prefix_max_bytes // 4) if prefix_max_bytes else None
+            PrefixCache(model, engine.task, single, prefix_max_bytes // 4, engine.scorer.scratch) if prefix_max_bytes else None
             for model in (engine.model, self.copy)
         ]
         self._float_rows: dict[tuple[str, int], dict[str, Rows]] = {}  # (first layer of a stage, batch)
