@@ -134,9 +134,9 @@ def search(
     fold_batch_norms, bias_correction : bool
         Fold batch norms into the layers before them; correct biases for the mean error of the outputs.
     memory_max_bytes, prefix_max_bytes : str or float, optional
-        Memory for what is kept in addition to the model: Hessians while layers are quantized, then quantized weights and layer
-        outputs from which evaluations start; by default 800 MB, or the size of the weights in float32 and 256 MB. The part for
-        layer outputs; by default what dense weights leave.
+        Memory for what is kept in addition to the model: quantized weights, and layer outputs from which evaluations start; by
+        default 800 MB, or the size of the weights in float32 and 256 MB. While layers are quantized, Hessians are in files of at
+        most four times that. The part for layer outputs; by default what dense weights leave.
     mirror : str, optional
         URL of an Optuna storage to which finished trials are written, for optuna-dashboard.
     seed : int
