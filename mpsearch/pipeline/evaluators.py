@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,6 +28,7 @@ from mpsearch.graph.trace import first_samples
 from mpsearch.packed.agreement import agrees
 from mpsearch.packed.hardware import model_latency
 from mpsearch.packed.model import packed
+from mpsearch.progress import phase
 from mpsearch.runs.samples import SampleFiles
 
 LATENCY_SECONDS = 0.1  # spent on timing each confirmed point
@@ -137,8 +139,18 @@ class SearchEvaluator(_Evaluator):
         return self.result(self.submit(allocation, origin, trial))
 
     def all(self, allocations: Iterable[Allocation], origin: str) -> list[Evaluation]:
-        """The evaluations of several allocations, measured at the same time."""
-        return [self.result(pending) for pending in [self.submit(allocation, origin) for allocation in allocations]]
+        """The evaluations of several allocations, measured at the same time where there are workers."""
+        allocations = list(allocations)
+        new = {allocation for allocation in allocations if self.log.find(self.split, allocation) is None}
+        title = "uniform allocations" if origin == "uniform" else "additive solutions"
+        with phase(title, len(new)) if new else nullcontext(lambda note: None) as advance:
+            pending = []
+            for allocation in allocations:
+                pending.append(self.submit(allocation, origin))  # which in this process measures it
+                if allocation in new:
+                    new.remove(allocation)
+                    advance("")
+            return [self.result(each) for each in pending]
 
     def submit(self, allocation: Allocation, origin: str, trial: int | None = None) -> Pending:
         """Begin to measure an allocation; `result` waits for it."""
