@@ -258,6 +258,8 @@ class ConfirmEvaluator(_Evaluator):
         if allocation:
             with torch.no_grad(), engine.applied(allocation) as model:
                 simulated = engine.task.forward(model, batch)
+        if not engine.bank.holds_all:
+            engine.release()  # packed weights take the place of a large network's dense ones
         with packed(engine, allocation) as model:
             if simulated is None:
                 score = engine.scorer.score(None, self.split)
