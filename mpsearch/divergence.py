@@ -64,7 +64,7 @@ class Divergence(ABC):
 
     @abstractmethod
     def probe(self, outputs: Tensor, signs: Tensor, temperature: float = 1.0) -> Tensor:
-        """The differentiable sum of (B v)^T y over rows, v their `signs` `[n, columns]`; B B^T is the Hessian at the minimum.
+        """The differentiable sum of (B v)^T y over rows, v their `signs` `[n, columns]` of any dtype; B B^T is the Hessian.
 
         With a `temperature` t the Hessian is that of predictions by y / t, with respect to y / t; of no prediction, the same.
         """
@@ -116,10 +116,10 @@ class KLDivergence(Divergence):
     def temperature(self, outputs: Tensor) -> float:
         """See `Divergence`."""
         z = self._logits(outputs.detach()).float()
-        for temperature in TEMPERATURES:
-            traces = torch.cat([(p - p.square()).sum(-1).double() for p in map(self._predicted, (z / temperature).split(1024))])
+        for t in TEMPERATURES:
+            traces = torch.cat([(p - p.square()).sum(-1).double() for p in (self._predicted(part / t) for part in z.split(64))])
             if traces.sum().square() >= COUNTING * len(traces) * traces.square().sum():
-                return temperature
+                return t
         return TEMPERATURES[-1]
 
     def describe(self) -> str:

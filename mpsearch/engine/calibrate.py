@@ -290,7 +290,7 @@ def output_fishers(
             signs = torch.randint(0, 2, logits.shape, generator=generator, dtype=torch.int8) * 2 - 1
             try:
                 with torch.enable_grad():  # the caller may be in no_grad
-                    taps.backward(divergence.probe(logits, signs.to(logits), temperature))
+                    taps.backward(divergence.probe(logits, signs.to(logits.device), temperature))
             except RuntimeError as error:
                 check_memory(error)
                 warnings.warn(

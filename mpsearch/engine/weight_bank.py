@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mpsearch.allocation import SearchSpace
 from mpsearch.engine.bias_correction import BiasCorrection
 from mpsearch.engine.calibrate import Calibration
+from mpsearch.engine.fisher_blocks import fisher_blocks
 from mpsearch.engine.recent import Recent
 from mpsearch.engine.weight_files import WeightFiles
 from mpsearch.errors import InputError
@@ -163,7 +164,8 @@ class WeightBank:
             return 0.0
         module: Any = self.model.get_submodule(layer)
         rows, k = len(weight_rows(module)), getattr(module, "groups", 1)
-        return self.quantizers[scheme].work(rows // k, self._layers[layer].numel // rows, k)
+        n_blocks = fisher_blocks(rows // k)
+        return n_blocks * self.quantizers[scheme].work(rows // k // n_blocks, self._layers[layer].numel // rows, k)
 
     def _moments(self, layer: LayerSpec, with_hessian: bool) -> InputMoments | None:
         """The layer's moments, the same object from one scheme to the next: what was derived from them is not derived again."""

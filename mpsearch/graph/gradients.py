@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mpsearch.files.scratch import Kept, n_writes
 
-GRAPH_BYTES = 2**28  # of a graph's tensors in memory
+GRAPH_BYTES = 2**26  # of a graph's tensors in memory
 
 
 class GradientTaps:

@@ -106,20 +106,25 @@ def quantize_groups(engine: QuantEngine, pairs: Sequence[Pair], deadline: Deadli
     )
     work = [engine.bank.work(layer.name, scheme) for layer, scheme in steps]
     limit = LONG_SECONDS if deadline is None or deadline.seconds is None else LONG_SHARE * max(deadline.left, 0.0)
-    start, done, all_work = time.monotonic(), 0.0, sum(work)
+    start, all_work, done = time.monotonic(), sum(work), 0.0
+    first, first_seconds, is_estimated = 0.0, 0.0, False
     with phase("quantize", len(steps), work=work) as advance:
         for (layer, scheme), size in zip(steps, work, strict=True):
             engine.quantized(layer.name, scheme)
             advance(f"{layer.name} at {scheme}")
-            before, done = done, done + size
-            if before < ESTIMATE_SHARE * all_work <= done and engine.bank.quantizers[scheme].needs_fisher:
-                _propose_faster((time.monotonic() - start) * all_work / done, limit)
+            if not done:  # this step also ran the network for the matrices of many layers
+                first, first_seconds = size, time.monotonic() - start
+            done += size
+            if not is_estimated and done - first > ESTIMATE_SHARE * all_work:
+                seconds = (time.monotonic() - start - first_seconds) / (done - first) * (all_work - first)
+                _propose_faster(engine, scheme, first_seconds + seconds, limit)
+                is_estimated = True
     engine.bank.release()
 
 
-def _propose_faster(seconds: float, limit: float) -> None:
-    """Name a faster quantizer where quantizing takes more than `limit` of `seconds`."""
-    if seconds > limit:
+def _propose_faster(engine: QuantEngine, scheme: str, seconds: float, limit: float) -> None:
+    """Name a faster quantizer where quantizing takes so many `seconds`, more than the `limit`."""
+    if seconds > limit and engine.bank.quantizers[scheme].needs_fisher:
         say_once(
             f"Quantizing all layers in all schemes will take about {seconds / 60:.0f} min, longer than the {limit / 60:.0f} min "
             "that suit this run. quantizer=gptq takes a third of that or less, with larger errors."

@@ -189,7 +189,8 @@ class _Along:
             def take(i: int, gradient: Tensor, n: int = len(some), kept: Any = kept, products: Any = products) -> None:
                 kept.setdefault(i, []).append(self.layouts[i].by_sample(gradient))
                 if len(kept[i]) == n:  # of a large network one gradient, which is let go of
-                    self._add(i, torch.stack(kept.pop(i), 1), products)
+                    gradients = kept.pop(i)
+                    self._add(i, torch.stack(gradients, 1) if n > 1 else gradients[0][:, None], products)
 
             for loss in some:
                 self.recording.backward(loss(), take)

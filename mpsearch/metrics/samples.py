@@ -79,7 +79,7 @@ def find_layouts(
                     if not each[others].any()
                 }
 
-            probed = signs.index_fill(0, index[~half].flatten(), 0.0)
+            probed = signs.index_fill(0, index[~half].flatten(), 0)
             recording.backward(divergence.probe(logits, probed), compare)
             if not all(possible):
                 break
@@ -93,10 +93,11 @@ def find_layouts(
 
 
 def probe_signs(like: Tensor, seed: int, index: int) -> Tensor:
-    """Random signs for one of up to 2^k probes, in the shape of `like`; over all 2^k, 2^k consecutive elements are orthogonal.
+    """Random signs for one of up to 2^k probes, int8 in the shape of `like`.
 
-    The i-th row of a Hadamard matrix (Sylvester 1867: -1 where i and the column have an odd number of common bits), repeated,
-    times signs that all probes of a `seed` share. The mean of (v . x)^2 over so many probes is |x|^2 for so many elements of x.
+    Over all 2^k, 2^k consecutive elements are orthogonal: the i-th probe is the i-th row of a Hadamard matrix (Sylvester 1867: -1
+    where i and the column have an odd number of common bits), repeated, times signs that all probes of a `seed` share. The mean
+    of (v . x)^2 over so many probes is |x|^2 for so many elements of x.
     """
     signs = torch.randint(0, 2, like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8).flatten() * 2 - 1
     for start in range(0, len(signs), CHUNK):  # positions take eight times as much memory as signs
@@ -105,4 +106,4 @@ def probe_signs(like: Tensor, seed: int, index: int) -> Tensor:
         for bit in range(index.bit_length()):
             if index >> bit & 1:
                 part *= 1 - 2 * (position >> bit & 1)
-    return signs.view(like.shape).to(like)
+    return signs.view(like.shape).to(like.device)
