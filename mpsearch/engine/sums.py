@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mpsearch.files.scratch import zeros
 
-LARGE_BYTES = 2**26  # of matrices in memory; others are in files
+LARGE_BYTES = 2**25  # of matrices in memory; others are in files
 
 
 class Sums:

@@ -28,7 +28,7 @@ from mpsearch.schemes.floating import Float
 
 Key = tuple[str, str]  # (layer, scheme)
 Swaps = list[tuple[Tensor, Tensor]]
-STORED_SHARE = 0.25  # of the memory for dense copies: for weights as stored
+FLOAT_SHARE = 0.25  # of the memory for dense copies: for weights in 16 bits, which are rounded again in no time
 
 
 class WeightBank:
@@ -47,8 +47,8 @@ class WeightBank:
     files
         Where weights and biases are also kept; `None` for memory alone.
     dense_max_bytes
-        Limit on the dense copies in memory; a share of it, `STORED_SHARE`, limits copies of weights in files, and as much
-        limits weights in float formats, which are rounded again in no time.
+        Limit on the dense copies in memory; a share of it, `FLOAT_SHARE`, limits weights in float formats. Where it
+        is less than all layers take in all schemes, stored weights stay in their files.
     weights, biases
         What is known already, as from training. It is not in the files, and not written to them.
     """
@@ -73,8 +73,7 @@ class WeightBank:
         self._biases = {key: dict(of_modules) for key, of_modules in (biases or {}).items()}
         self._given = frozenset(self._weights)
         self._latest: tuple[tuple[str, bool], InputMoments | None] | None = None
-        self._floats: Recent[QuantizedTensor] = Recent(int(STORED_SHARE * dense_max_bytes))
-        self._left_for_copies = int(STORED_SHARE * dense_max_bytes)
+        self._floats: Recent[QuantizedTensor] = Recent(int(FLOAT_SHARE * dense_max_bytes))
         self._dense: Recent[Swaps] = Recent(dense_max_bytes)
 
     def with_weights(self, weights: Mapping[Key, QuantizedTensor], biases: Mapping[Key, Mapping[str, Tensor]]) -> WeightBank:
@@ -115,8 +114,7 @@ class WeightBank:
                 weight = self.files.read(*about) or weight
             elif isinstance(scheme_object, Float):
                 return self._floats.put(key, weight, weight.nbytes)
-        if self.files is not None and weight.nbytes <= self._left_for_copies:
-            self._left_for_copies -= weight.nbytes
+        if self.files is not None and self.holds_all:
             weight = replace(weight, tensors={name: tensor.clone() for name, tensor in weight.tensors.items()})
         self._weights[key] = weight
         return weight
