@@ -71,6 +71,7 @@ class Scorer:
             with torch.no_grad():
                 outputs = self.task.forward(model, inputs)
             yield outputs
+            del outputs  # before the next
 
     def has_float_outputs(self, split: str) -> bool:
         """Whether `float_outputs` are known without running the model."""
@@ -132,7 +133,10 @@ class Scorer:
             measured.qualities.append(torch.as_tensor(task.quality(part, target)))
             noise, signal = _powers(part, of_float)
             measured.noise, measured.signal = measured.noise + noise, measured.signal + signal
-            measured.last, start = (part, target), start + len(part)
+            if not measured.qualities[-1].dim():
+                measured.last = part, target
+            start += len(part)
+            del part, of_float, target  # before the next, which may be large
         return measured
 
     def _losses(self, rows: Tensor, split: str, n_samples: int) -> NDArray[np.float64]:

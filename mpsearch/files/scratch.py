@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mpsearch.errors import InputError
 from mpsearch.files import file_errors
 
+WEIGHT_BYTES = 2**27  # of a network's weights in memory
 LEAST_FREE = 10**9  # bytes of the disk that are left to others
 
 
@@ -79,6 +80,13 @@ class Kept:
             kept = tensor.detach() if fits else joined([tensor.detach()[None]], 0, self.folder)[0]
             known = self._known[tensor] = n_writes(tensor), kept
         return known[1]
+
+
+def weights_in_files(model: nn.Module) -> None:
+    """Put the weights of a network that nobody else holds into files where they are more than `WEIGHT_BYTES` on the CPU."""
+    kept = Kept(WEIGHT_BYTES)
+    for parameter in model.parameters():
+        parameter.data = kept.keep(parameter.data)
 
 
 def n_writes(tensor: Tensor) -> int:

@@ -25,6 +25,7 @@ from mpsearch.engine.scoring import load_batches
 from mpsearch.engine.weight_files import WeightFiles
 from mpsearch.equalizers.base import Equalizer
 from mpsearch.errors import InputError, check_memory
+from mpsearch.files.scratch import weights_in_files
 from mpsearch.graph.activation_memory import measure_activations
 from mpsearch.graph.channel_scaling import FILE, Equalization
 from mpsearch.graph.fold import TOLERANCE, apply_folds, fold_batch_norms
@@ -257,12 +258,15 @@ def resolved_schemes(schemes: Mapping[str, Choice] | Sequence[str]) -> dict[str,
 
 
 def built_model(model: Model, seed: int) -> Any:
-    """The model itself, or what the function returns, from the seed's random numbers."""
+    """The model itself, or what the function returns, from the seed's random numbers; its large weights are in files then."""
     if isinstance(model, nn.Module) or not callable(model):
         return model
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they are
         torch.manual_seed(seed)
-        return model()
+        built = model()
+    if isinstance(built, nn.Module):
+        weights_in_files(built)
+    return built
 
 
 def check_weights(sha256: str, plan: Plan) -> None:

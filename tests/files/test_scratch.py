@@ -5,7 +5,7 @@ import torch
 
 from mpsearch.errors import InputError
 from mpsearch.files import scratch
-from mpsearch.files.scratch import Kept, joined
+from mpsearch.files.scratch import Kept, joined, weights_in_files
 
 
 def parts(dtype=torch.float32):
@@ -43,3 +43,18 @@ def test_tensors_beyond_the_limit_are_kept_as_they_were(tmp_path):
     assert torch.equal(copies[1], before)
     assert torch.equal(kept.keep(third), before + 1)
     assert not list(tmp_path.iterdir())
+
+
+def test_large_weights_lie_in_files_and_are_the_same(monkeypatch):
+    monkeypatch.setattr(scratch, "WEIGHT_BYTES", 100)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4, bias=False))
+    net[1].weight = net[0].weight  # tied
+    net.append(torch.nn.Linear(4, 4))
+    x, before = torch.randn(2, 4), [parameter.detach().clone() for parameter in net.parameters()]
+    expected, places = net(x), [parameter.data_ptr() for parameter in net.parameters()]
+    weights_in_files(net)
+    moved = [parameter.data_ptr() != place for parameter, place in zip(net.parameters(), places, strict=True)]
+    assert moved == [False, False, True, False], "64 and 16 bytes fit, 64 do not, 16 do"
+    assert net[1].weight is net[0].weight
+    assert all(torch.equal(parameter, value) for parameter, value in zip(net.parameters(), before, strict=True))
+    assert torch.equal(net(x), expected)
