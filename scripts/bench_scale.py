@@ -20,7 +20,7 @@ MODELS = {  # name -> (blocks, width, key and value width, hidden width, vocabul
     "Llama-3.2-1B": (16, 2048, 512, 8192, 128_256),
     "Llama-3.1-8B": (32, 4096, 1024, 14_336, 128_256),
 }
-WITH_DENSE = ("search", "test proposals", "refine", "confirm")  # hold an allocation's dense weights next to the float ones
+WITH_DENSE = ("search", "additive solutions", "uniform allocations", "test proposals", "refine", "confirm first", "confirm")
 
 
 def shapes_of(model: str) -> Shapes:
@@ -38,6 +38,11 @@ def shapes_in(space: SearchSpace) -> Shapes:
 def weights(shapes: Shapes) -> int:
     """How many there are."""
     return sum(rows * columns for rows, columns in shapes)
+
+
+def largest(shapes: Shapes) -> int:
+    """How many the largest layer has."""
+    return max(rows * columns for rows, columns in shapes)
 
 
 def work(shapes: Shapes) -> float:
@@ -70,8 +75,8 @@ def scale(folder: str) -> Iterator[Row]:
     The same schemes, windows, trials and confirmed points are assumed. Passes over the data take time in proportion to the
     weights, quantizing and refining in proportion to the multiplications of the default quantizer; passes for Hessians within the
     phase "quantize" are counted as passes. Memory is what the process holds apart from mapped files: what the run held, and four
-    bytes more for each weight more, twice that in phases that hold an allocation's dense weights too. "files" are the quantized
-    weights of all schemes, and Hessians and output Fishers while layers are quantized.
+    bytes more for each weight more of the largest layer, or of all layers in phases that hold an allocation's dense weights.
+    "files" are the float weights, the quantized weights of all schemes, and Hessians and output Fishers.
     """
     run, phases = of_run(folder)
     space = run.space
@@ -88,11 +93,11 @@ def scale(folder: str) -> Iterator[Row]:
                 taken = max(seconds - passes, 0.0) * harder + passes * more
             else:
                 taken = seconds * (harder if name == "refine" else more)
-            copies = 2 if name in WITH_DENSE else 1
-            held = max(p.peak_bytes or 0 for p in phases if p.what == name) + 4 * copies * (weights(others) - weights(shapes))
+            dense = weights if name in WITH_DENSE else largest
+            held = max(p.peak_bytes or 0 for p in phases if p.what == name) + 4 * (dense(others) - dense(shapes))
             total, most = total + taken, max(most, held)
             yield {"what": model, "case": f"{model}, {name}", "value": taken / 3600, "unit": "hours", "memory_gb": held / 1e9}
         bits = sum(scheme.weight_bits for scheme in space.schemes.values())
-        files = (bits / 8 * weights(others) + matrix_bytes(others)) / 1e9
+        files = ((4 + bits / 8) * weights(others) + matrix_bytes(others)) / 1e9
         about = {"memory_gb": most / 1e9, "files_gb": files, "weights": weights(others)}
         yield {"what": model, "case": f"{model}, in all", "value": total / 3600, "unit": "hours", **about}
