@@ -63,8 +63,8 @@ SAMPLERS = {
 
 
 @functools.lru_cache(maxsize=4)
-def searched(name: str, sampler: str, seed: int, total: int) -> tuple[int, EvaluationLog, float]:
-    """Evaluations of the sensitivity, the log of a search, and the seconds that are not spent on scoring."""
+def searched(name: str, sampler: str, seed: int, total: int) -> tuple[int, EvaluationLog]:
+    """Evaluations of the sensitivity, and the log of a search."""
     engine, entry = problem_of(name), SAMPLERS[sampler]
     table = sensitivity(name, entry.metric or "gauss_newton")
     n_before = int(engine.space.allowed.sum()) if entry.metric == "kl" else 0
@@ -72,10 +72,9 @@ def searched(name: str, sampler: str, seed: int, total: int) -> tuple[int, Evalu
     made, run = build_sampler(make, Problem(table, seed=seed)), RunFolder(folder(f"{name}-{sampler}-{seed}-{total}"))
     known = [] if isinstance(engine, Synthetic) else run.read_evaluations(engine.space, engine.quality)
     record = [] if isinstance(engine, Synthetic) else [run.recorder(engine.space, engine.quality.name, ())]
-    start = time.perf_counter()
     evaluate = SearchEvaluator(engine, EvaluationLog(known, *record))
     log = search(evaluate, made, n_trials=total - n_before, n_seeds=entry.n_seeds, in_flight=4)
-    return n_before, log, time.perf_counter() - start - sum(e.seconds for e in log[len(known) :])
+    return n_before, log
 
 
 def front_of(name: str, log: EvaluationLog) -> tuple[Evaluation, ...]:
@@ -127,7 +126,7 @@ def unseen(problem: str, seed: int, n_trials: int) -> Iterator[Row]:
     split, which the search has seen, is a diagnosis. Summaries: the median of our loss over the ILP's, its geometric mean over
     the tightest third of the budgets, and the hypervolumes of the points on the confirm split.
     """
-    _, log, seconds = searched(problem, "front", seed, n_trials)
+    _, log = searched(problem, "front", seed, n_trials)
     front, rows, pairs = front_of(problem, log), [], []
     for bits in BUDGETS:
         within = [e for e in front if e.average_bits <= bits]
@@ -140,7 +139,7 @@ def unseen(problem: str, seed: int, n_trials: int) -> Iterator[Row]:
     row = {"what": "summary", "unit": "of the ILP's loss", "rival": "additive ILP", "rival_value": 1.0}
     median, tight = float(np.median(ratios)), float(np.exp(np.log(ratios[: len(BUDGETS) // 3]).mean()))
     yield row | {"case": "median", "value": median, "ratio": 1 / median}
-    yield row | {"case": "tightest third", "value": tight, "ratio": 1 / tight, "seconds_proposing": seconds}
+    yield row | {"case": "tightest third", "value": tight, "ratio": 1 / tight}
     ours, theirs = (confirmed_volume(problem, some) for some in zip(*pairs, strict=True))
     row |= {"case": "hypervolume", "value": ours, "unit": "bits x decades", "rival_value": theirs}
     yield row | {"ratio": ours / theirs}
@@ -183,10 +182,10 @@ def compare(problem: str, sampler: str, seed: int, total: int) -> Iterator[Row]:
     solution at many sizes (ILP) on the Gauss-Newton sensitivities. `seeded`: Optuna's samplers that start from points of the
     additive front, as ours does. The hypervolume of all that was measured on the search split is a diagnosis: what a search fits.
     """
-    _, log, seconds = searched(problem, sampler, seed, total)
-    _, additive, _ = searched(problem, ADDITIVE, 0, total)
+    _, log = searched(problem, sampler, seed, total)
+    _, additive = searched(problem, ADDITIVE, 0, total)
     ours, theirs = (confirmed_volume(problem, [e.allocation for e in front_of(problem, some)]) for some in (log, additive))
-    row = {"case": "front, confirm split", "value": ours, "unit": "bits x decades", "seconds_proposing": seconds}
+    row = {"case": "front, confirm split", "value": ours, "unit": "bits x decades"}
     yield row | {"rival": ADDITIVE, "rival_value": theirs, "ratio": ours / theirs}
     ours, theirs = (volume(problem, [(e.average_bits, e.loss) for e in some.on("search")]) for some in (log, additive))
     row = {"case": "all measured, search split", "value": ours, "unit": "bits x decades"}
