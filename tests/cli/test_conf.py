@@ -142,7 +142,9 @@ def test_a_scheme_spells_every_field(path: Path) -> None:
             scheme = scheme.dense
         bits, _, group = text.partition("g")
         bits, _, input_params = bits.partition("a")
+        input_bits, _, scale = input_params.partition("_")
         assert scheme.bits == int(bits)
-        assert scheme.input == (IntegerInput(int(input_params), symmetric=int(input_params) >= 8) if input_params else None)
+        how = {"symmetric": int(input_bits or 0) >= 8, **({"scale": scale, "range": "mse"} if scale else {})}
+        assert scheme.input == (IntegerInput(int(input_bits), **how) if input_bits else None)
         assert scheme.group_size == (int(group) if group else "channel")
         assert scheme.symmetric == (not group)
