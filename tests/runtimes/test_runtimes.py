@@ -88,7 +88,7 @@ def test_all_runtimes_are_here():
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_shelf(name):
+def test_what_each_runtime_runs(name):
     runtime = resolve("runtime", name)
     assert isinstance(runtime, Runtime)
     assert runtime.name == name
