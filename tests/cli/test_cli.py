@@ -1,4 +1,4 @@
-"""The front door: commands, sentences and exit codes, run folders, resuming, completion; with stand-ins for the commands."""
+"""The entry point: commands, sentences and exit codes, run folders, resuming, completion; with stand-ins for the commands."""
 
 import functools
 import json

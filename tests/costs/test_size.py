@@ -1,4 +1,4 @@
-"""The shelf of costs: what each says of an allocation, and how its limit is written."""
+"""The costs of an allocation, and how their limits are written."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def npu_csv(tmp_path, space):
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_shelf(path, space, latency_csv, npu_csv):
+def test_every_choice_can_be_built(path, space, latency_csv, npu_csv):
     assert path.read_text().startswith("# @package _global_\n")
     config = OmegaConf.load(path)
     assert list(config.cost) == list(config.budget) == [path.stem]

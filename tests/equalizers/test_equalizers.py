@@ -1,4 +1,4 @@
-"""The shelf of equalizers: the promises of `equalizers/base.py`, kept by every one, and what each is for."""
+"""The contract of `equalizers/base.py`, which every equalizer fulfils, and what each is for."""
 
 import copy
 from pathlib import Path

@@ -17,7 +17,7 @@ from mpsearch.schemes.integer import Integer
 
 @dataclasses.dataclass(frozen=True)
 class Halved(QuantScheme):
-    """A scheme that is not on our shelf: float16 of half the weight."""
+    """A scheme that is not in our registry: float16 of half the weight."""
 
     weight_bits = 16
 

@@ -1,4 +1,4 @@
-"""The shelf of models: what every one promises, the published figures, and weights that do not fit."""
+"""The contract of every model, the published figures, and weights that do not fit."""
 
 import copy
 import importlib.util
@@ -33,7 +33,7 @@ def accuracy(model, task, split):
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_shelf(path):
+def test_every_choice_can_be_built(path):
     """Each YAML opens with the command that uses it and points at a callable; the models of ours are float32, in eval mode."""
     assert path.read_text().startswith("# mpsearch search model=" + path.stem)
     config = OmegaConf.load(path)

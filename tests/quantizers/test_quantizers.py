@@ -1,4 +1,4 @@
-"""The shelf of quantizers: the promises of `quantizers/base.py`, kept by every one, and what sets them apart."""
+"""The contract of `quantizers/base.py`, which every quantizer fulfils, and where quantizers differ."""
 
 import itertools
 import math
@@ -279,7 +279,7 @@ def test_hqq_lets_a_few_err_much_so_that_many_err_little(group_size, symmetric):
 
 @pytest.mark.parametrize("path", sorted((CONF.parent / "scheme").glob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.thin(6)
-def test_every_scheme_of_the_shelf_is_taken(quantizer, path):
+def test_every_scheme_of_the_registry_is_taken(quantizer, path):
     """With and without a Hessian: one default quantizer serves a mixed list of schemes."""
     scheme = instantiate(OmegaConf.load(path), _convert_="object")
     shape = (4, 256) if isinstance(scheme, KQuant) else (4, 3, 2, 2)

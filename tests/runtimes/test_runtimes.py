@@ -1,4 +1,4 @@
-"""The shelf of runtimes: what each is known to run, and how the space is pruned by it."""
+"""What each runtime runs, and how it restricts the space."""
 
 import json
 from pathlib import Path

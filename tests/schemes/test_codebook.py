@@ -22,7 +22,7 @@ from mpsearch.schemes.codebook import SCALE_DTYPES, Codebook
 from mpsearch.schemes.levels import LEVELS
 
 NEAREST = RoundToNearest()
-SHELF = {
+SCHEMES = {
     path.stem: instantiate(OmegaConf.load(path))
     for path in sorted((Path(__file__).parents[2] / "conf" / "scheme").glob("*.yaml"))
     if "codebook.Codebook" in path.read_text().split("\n")[1]
@@ -113,7 +113,7 @@ def test_the_nearest_level_is_taken(name):
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp8_e4m3", "mxfp8_e5m2"])
 def test_mx_is_what_the_standard_says(name):
     """MX v1.0, section 6.3, in numpy: X = 2^(floor(log2(max|V|)) - emax), elements V/X rounded to nearest even, saturated."""
-    scheme, weight = SHELF[name], weights((6, 70))  # two blocks and a ragged one
+    scheme, weight = SCHEMES[name], weights((6, 70))  # two blocks and a ragged one
     weight[1] *= 2.0 ** torch.linspace(-60, 30, 70)
     weight[2, :32], weight[3] = 0.0, weight[3] * 1e-37
     quantized = NEAREST.quantize(weight, scheme)
@@ -136,7 +136,7 @@ def test_nvfp4_is_what_nvidia_says():
     """Blocks of 16, an E4M3 scale of max|block| / 6 over the tensor's scale, the power of two from max|W| / (6 x 448)."""
     weight = weights((6, 40))
     weight[2], weight[3] = 0.0, weight[3] * 1e-4
-    quantized = NEAREST.quantize(weight, SHELF["nvfp4"])
+    quantized = NEAREST.quantize(weight, SCHEMES["nvfp4"])
     whole = torch.tensor(2.0) ** (weight.abs().max() / (6 * 448)).log2().ceil()
     assert torch.equal(quantized.tensors["tensor_scale"], whole.reshape(1))
     blocks = torch.nn.functional.pad(weight, (0, 8)).reshape(6, 3, 16) / whole
@@ -145,7 +145,7 @@ def test_nvfp4_is_what_nvidia_says():
     assert 224 <= scales.float().max() <= 448, "the largest block has a scale of the topmost octave"
     each = scales.float()[..., None]
     elements = (blocks / each).nan_to_num(0.0).clamp(-6, 6).numpy().astype(ml_dtypes.float4_e2m1fn)
-    codes, _ = SHELF["nvfp4"].unpacked(quantized.tensors, (6, 40))
+    codes, _ = SCHEMES["nvfp4"].unpacked(quantized.tensors, (6, 40))
     nonzero = each.expand(6, 3, 16).reshape(6, 48)[:, :40] > 0
     assert np.array_equal(codes[nonzero], elements.view(np.uint8).reshape(6, 48)[:, :40][nonzero.numpy()])
     expected = torch.from_numpy(elements.astype(np.float32)) * (each * whole)
@@ -157,7 +157,7 @@ def test_fp8_with_a_scale_a_channel_is_torchs():
     for name, dtype in (("fp8_e4m3", TORCH["e4m3"]), ("fp8_e5m2", TORCH["e5m2"])):
         scale = weight.abs().amax(1, keepdim=True) / torch.finfo(dtype).max
         theirs = (weight / scale).clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
-        quantized = NEAREST.quantize(weight, SHELF[name])
+        quantized = NEAREST.quantize(weight, SCHEMES[name])
         assert torch.equal(quantized.tensors["codes"].reshape(5, 33), theirs.view(torch.uint8))
         assert torch.equal(quantized.dequantize(), theirs.float() * scale)
 
@@ -182,10 +182,10 @@ BITS = {  # of a weight [64, 128], by hand: codes, scales, the tensor's scale
 }
 
 
-def test_bits_of_the_shelf():
-    assert BITS.keys() == SHELF.keys()
+def test_bits_of_the_schemes():
+    assert BITS.keys() == SCHEMES.keys()
     for name, (codes, scales, once) in BITS.items():
-        assert SHELF[name].storage_bits((64, 128)) == 64 * 128 * (codes + scales) + once
+        assert SCHEMES[name].storage_bits((64, 128)) == 64 * 128 * (codes + scales) + once
 
 
 @pytest.mark.parametrize("levels", LEVELS)
@@ -229,8 +229,8 @@ def test_clip_search_is_never_worse_than_nearest_and_weighs_errors(levels):
 def test_a_searched_scale_is_worth_most_where_levels_are_few():
     weight = weights((64, 256))
     for name, factor in {"nf4": 1.04, "fp4": 1.1, "mxfp4": 1.04, "nvfp4": 1.1, "ternary": 2.0}.items():
-        searched = squared(ClipSearch().quantize(weight, SHELF[name]), weight)
-        assert factor * searched < squared(NEAREST.quantize(weight, SHELF[name]), weight), name
+        searched = squared(ClipSearch().quantize(weight, SCHEMES[name]), weight)
+        assert factor * searched < squared(NEAREST.quantize(weight, SCHEMES[name]), weight), name
 
 
 def test_searched_ternary_is_better_than_twn():
@@ -240,21 +240,21 @@ def test_searched_ternary_is_better_than_twn():
     above = size > 0.7 * size.mean(1, keepdim=True)
     scale = (size * above).sum(1, keepdim=True) / above.sum(1, keepdim=True)
     twn = (weight.sign() * above * scale - weight).square().sum()
-    assert squared(ClipSearch().quantize(weight, SHELF["ternary"]), weight) < twn
+    assert squared(ClipSearch().quantize(weight, SCHEMES["ternary"]), weight) < twn
 
 
 def test_a_percentile_clips_codebooks_too():
     weight = weights((8, 40))
     high = torch.quantile(weight.abs(), 0.9, dim=1, keepdim=True)
     for name in ("fp8_e4m3", "ternary"):
-        expected = NEAREST.quantize(weight.clamp(-high, high), SHELF[name]).dequantize()
-        assert torch.allclose(Percentile(90.0).quantize(weight, SHELF[name]).dequantize(), expected, rtol=1e-5)
+        expected = NEAREST.quantize(weight.clamp(-high, high), SCHEMES[name]).dequantize()
+        assert torch.allclose(Percentile(90.0).quantize(weight, SCHEMES[name]).dequantize(), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", [*BITS, "nf4 per tensor"])
 def test_feedback_beats_the_clip_search_and_descent_beats_feedback(name):
     """Of the outputs on correlated inputs; a grouped convolution, and a ragged last block."""
-    scheme = Codebook("nf4", "tensor") if name == "nf4 per tensor" else SHELF[name]
+    scheme = Codebook("nf4", "tensor") if name == "nf4 per tensor" else SCHEMES[name]
     torch.manual_seed(2)
     weight, x = weights((12, 4, 3, 3)), torch.randn(3, 400, 36).cumsum(-1) * 0.3 + 0.5
     given = InputMoments(x.mean(1), x.square().mean(1), 400, hessian=x.transpose(1, 2) @ x / 400)
@@ -324,11 +324,11 @@ def test_what_cannot_be_stored_is_said(quantizer):
         quantizer.quantize(weight, Codebook("nf4"))
     assert torch.allclose(quantizer.quantize(weight, Codebook("nf4", scale="float32")).dequantize(), weight)
     weight[0, 1] = torch.nan
-    for scheme in SHELF.values():
+    for scheme in SCHEMES.values():
         with pytest.raises(InputError, match="1 of 8 weights are NaN or infinite"):
             quantizer.quantize(weight, scheme)
 
 
 def test_descriptions():
-    assert SHELF["nf4"].describe() == "nf4 levels, float16 scale per 64 weights"
-    assert SHELF["nvfp4"].describe() == "e2m1 levels with a per-tensor float32 scale, e4m3 scale per 16 weights"
+    assert SCHEMES["nf4"].describe() == "nf4 levels, float16 scale per 64 weights"
+    assert SCHEMES["nvfp4"].describe() == "e2m1 levels with a per-tensor float32 scale, e4m3 scale per 16 weights"

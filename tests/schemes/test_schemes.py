@@ -1,4 +1,4 @@
-"""The shelf of schemes: what each weighs, what its stored tensors stand for, and the checks at its door."""
+"""Schemes: their sizes, what their stored tensors stand for, and the checks of their arguments."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ ROUNDING = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 0}
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_shelf(path):
+def test_every_choice_can_be_built(path):
     assert path.read_text().startswith(f"# @package scheme.{path.stem}\n")
     config = OmegaConf.load(path)
     scheme = instantiate(config, _convert_="object")

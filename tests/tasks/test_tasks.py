@@ -1,4 +1,4 @@
-"""The shelf of tasks: the promises of `tasks/base.py`, kept by every task, and the checks at the door of each."""
+"""The contract of `tasks/base.py`, which every task fulfils, and the checks of its arguments."""
 
 import importlib.util
 import io
@@ -100,7 +100,7 @@ def samples(task, split):
 
 
 @pytest.mark.parametrize("path", sorted(CONF.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_shelf(path, needed):
+def test_every_choice_can_be_built(path, needed):
     assert path.read_text().startswith("# mpsearch search ")
     assert f"task={path.stem}" in path.read_text().splitlines()[0]
     config = OmegaConf.load(path)
