@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -83,10 +83,14 @@ class Kept:
 
 
 def weights_in_files(model: nn.Module) -> None:
-    """Put the weights of a network that nobody else holds into files where they are more than `WEIGHT_BYTES` on the CPU."""
+    """Put the weights of a network that nobody else holds into files where they are more than `WEIGHT_BYTES` on the CPU.
+
+    They stay in memory where the system's folder for temporary files has no space.
+    """
     kept = Kept(WEIGHT_BYTES)
-    for parameter in model.parameters():
-        parameter.data = kept.keep(parameter.data)
+    with suppress(InputError):
+        for parameter in model.parameters():
+            parameter.data = kept.keep(parameter.data)
 
 
 def n_writes(tensor: Tensor) -> int:

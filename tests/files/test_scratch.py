@@ -58,3 +58,12 @@ def test_large_weights_lie_in_files_and_are_the_same(monkeypatch):
     assert net[1].weight is net[0].weight
     assert all(torch.equal(parameter, value) for parameter, value in zip(net.parameters(), before, strict=True))
     assert torch.equal(net(x), expected)
+
+
+def test_weights_stay_in_memory_where_the_disk_is_full(monkeypatch):
+    monkeypatch.setattr(scratch, "WEIGHT_BYTES", 0)
+    monkeypatch.setattr(scratch, "LEAST_FREE", 10**18)
+    net = torch.nn.Linear(4, 4)
+    place = net.weight.data_ptr()
+    weights_in_files(net)
+    assert net.weight.data_ptr() == place
