@@ -44,4 +44,4 @@ def test_the_first_forward_pass(tiny, monkeypatch):
 def test_the_gradients_of_a_metric(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", allocate)
     with pytest.raises(InputError, match=SENTENCE):
-        Recording().backward(torch.zeros(()), lambda i, gradient: None)
+        Recording(torch.nn.Linear(1, 1)).backward(torch.zeros(()), lambda i, gradient: None)

@@ -55,7 +55,8 @@ def test_names_say_the_bits():
         of_outliers = f"o{100 * whole.share:g}" if isinstance(whole, Outliers) else ""
         input_params = "" if scheme.input is None else f"a{scheme.input.bits}"
         of_groups = "" if scheme.group_size == "channel" else f"g{scheme.group_size}"
-        assert path.stem == f"w{scheme.bits}{input_params}{of_groups}{of_outliers}{of_rotation}"
+        static = "_static" if scheme.input is not None and scheme.input.scale == "static" else ""
+        assert path.stem == f"w{scheme.bits}{input_params}{of_groups}{of_outliers}{of_rotation}{static}"
 
 
 @pytest.mark.parametrize(
