@@ -14,8 +14,9 @@
 
 A run folder holds the page `index.html`, `report.md` and its figures, and the tables that they are drawn from: `evaluations.csv`
 (everything that was measured), `front.csv` and `uniform.csv` (two rows a point: search and confirm), `confirm.csv`,
-`sensitivity.csv`, `effects.npy` (interactions between groups), `progress.json` (phases and their seconds); `space.json`,
-`config.yaml` and `environment.json` describe what was searched. What is read back has a checksum. `bank/` keeps every layer as it
+`sensitivity.csv`, `effects.npy` (interactions between groups), `proposal_tests.csv` (which proposals are better than the additive
+solution), `progress.json` (phases and their seconds); `space.json`, `config.yaml` and `environment.json` describe what was
+searched. What is read back has a checksum. `bank/` keeps every layer as it
 was quantized, `refined/` those of refined points, `confirmed/` what each sample scored at each confirmed point; all three may be
 deleted at any time.
 

@@ -101,7 +101,17 @@ def compare(evaluate: SearchEvaluator, pairs: Sequence[tuple[Evaluation, Allocat
 
 
 def _p_value(evaluate: SearchEvaluator, proposal: Evaluation, reference: Evaluation) -> float:
-    """That the proposal is not better, on samples of which no sampler was told; a score without samples has no noise."""
+    """That the proposal is not better; what an interrupted run has tested is not tested again."""
+    pair = proposal.allocation, reference.allocation
+    p_value = evaluate.tests.find(*pair)
+    if p_value is None:
+        p_value = _tested(evaluate, proposal, reference)
+        evaluate.tests.add(*pair, p_value)
+    return p_value
+
+
+def _tested(evaluate: SearchEvaluator, proposal: Evaluation, reference: Evaluation) -> float:
+    """The p-value, on samples of which no sampler was told; a score without samples has no noise."""
     ours, theirs = (evaluate.losses(e.allocation) for e in (proposal, reference))
     if not len(ours):
         return float(not proposal.loss < reference.loss)

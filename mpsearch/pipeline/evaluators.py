@@ -29,6 +29,7 @@ from mpsearch.packed.agreement import agrees
 from mpsearch.packed.hardware import model_latency
 from mpsearch.packed.model import packed
 from mpsearch.progress import phase
+from mpsearch.runs.proposal_tests import ProposalTests
 from mpsearch.runs.samples import SampleFiles
 
 LATENCY_SECONDS = 0.1  # spent on timing each confirmed point
@@ -111,9 +112,9 @@ class Pending:
 class SearchEvaluator(_Evaluator):
     """Scores allocations on the search split.
 
-    `executor` is where they are scored, started (by default: this process); for the other parameters see above. An allocation
-    that was measured before is not measured again, but a trial gets an evaluation of its own. A trial that is in the log
-    already must have the same allocation.
+    `executor` is where they are scored, started (by default: this process), `tests` the tests of proposals so far; for the
+    other parameters see above. An allocation that was measured before is not measured again, but a trial gets an evaluation of
+    its own. A trial that is in the log already must have the same allocation.
     """
 
     split = "search"
@@ -125,12 +126,13 @@ class SearchEvaluator(_Evaluator):
         budgets: Sequence[Budget] = (),
         costs: Sequence[CostTable] = (),
         executor: Executor | None = None,
+        tests: ProposalTests | None = None,
     ) -> None:
         super().__init__(engine, log, budgets, costs)
         if executor is None:
             executor = InProcess()
             executor.start(engine)
-        self.executor = executor
+        self.executor, self.tests = executor, tests or ProposalTests()
         self._running: dict[Future[Score], list[Pending]] = {}
         self._losses: dict[Allocation, np.ndarray] = {}
 

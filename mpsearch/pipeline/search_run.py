@@ -30,6 +30,7 @@ from mpsearch.quality import Quality
 from mpsearch.refiners.base import Refiner
 from mpsearch.registry import fields_of
 from mpsearch.runs.deadline import SEARCH_SHARE, Deadline
+from mpsearch.runs.proposal_tests import ProposalTests
 from mpsearch.runs.run import Run, RunFolder
 from mpsearch.runs.samples import SampleFiles
 from mpsearch.runtimes.base import Runtime
@@ -103,7 +104,7 @@ class SearchRun:
 
             with mirror or contextlib.nullcontext():
                 search(
-                    SearchEvaluator(*shared, self.executor),
+                    SearchEvaluator(*shared, self.executor, ProposalTests(self.run)),
                     build_sampler(self.sampler, Problem(sensitivity, goal.objectives, goal.budgets, self.seed)),
                     n_trials=n_trials,
                     n_seeds=n_seeds,

@@ -8,7 +8,8 @@ from scipy.stats import norm, ttest_1samp
 
 from mpsearch.allocation import Allocation, SearchSpace
 from mpsearch.budget import Budget
-from mpsearch.evaluation import Score, SensitivityTable
+from mpsearch.errors import InputError
+from mpsearch.evaluation import EvaluationLog, Score, SensitivityTable
 from mpsearch.intervals import combined_p_value, holm, random_half, smaller_p_value
 from mpsearch.layer import LayerGroup, LayerSpec
 from mpsearch.optimize.pareto import non_dominated
@@ -16,7 +17,8 @@ from mpsearch.pipeline.accept import accept, compare
 from mpsearch.pipeline.additive import solution
 from mpsearch.pipeline.evaluators import SearchEvaluator
 from mpsearch.pipeline.seeds import Seeds
-from mpsearch.runs.run import Run
+from mpsearch.runs.proposal_tests import ProposalTests
+from mpsearch.runs.run import Run, RunFolder
 from mpsearch.samplers.base import Problem
 from mpsearch.schemes.integer import Integer
 
@@ -128,6 +130,28 @@ def test_acceptance_depends_on_the_trials_alone():
     assert list(evaluate.log) == rows
 
 
+def test_a_resumed_run_does_not_test_its_proposals_again(tmp_path):
+    network = Network(0, gain=0.5)
+    evaluate, problem = network.searched(0)
+    evaluate.tests = ProposalTests(RunFolder(tmp_path))
+    accept(evaluate, problem)
+    rows, tests = list(evaluate.log), (tmp_path / "proposal_tests.csv").read_bytes()
+    assert any(e.accepted and e.origin == "sampler" for e in rows)
+
+    def measured(allocation, split="search"):
+        raise AssertionError("measured again")
+
+    engine = SimpleNamespace(space=network.space, score=measured)
+    resumed = SearchEvaluator(engine, EvaluationLog(rows), tests=ProposalTests(RunFolder(tmp_path)))
+    accept(resumed, problem)
+    assert list(resumed.log) == rows
+    assert (tmp_path / "proposal_tests.csv").read_bytes() == tests
+
+    (tmp_path / "proposal_tests.csv").write_bytes(tests.replace(b"e-", b"e-1", 1))
+    with pytest.raises(InputError, match=r"proposal_tests.csv is damaged.*the proposals are tested again"):
+        ProposalTests(RunFolder(tmp_path))
+
+
 def test_a_proposal_that_is_an_additive_solution_is_accepted_without_a_test():
     network = Network(0)
     evaluate, problem = network.searched(0, n_proposals=0)
@@ -180,7 +204,7 @@ def test_the_calibration_split_decides_with_the_search_split_and_not_against_it(
         SimpleNamespace(allocation=Allocation({"g0": name}), told_loss=t) for name, t in (("w2", 0.9), ("w3", 1))
     )
     kept = []
-    evaluate = SimpleNamespace(losses=losses, submit=lambda *_: None, result=lambda _: reference)
+    evaluate = SimpleNamespace(losses=losses, submit=lambda *_: None, result=lambda _: reference, tests=ProposalTests())
     evaluate.accept = lambda e, origin: kept.append((e, origin))
     compare(evaluate, [(proposal, reference.allocation)])
     assert smaller_p_value(losses(proposal.allocation)[~random_half(200)], np.ones(100)) > 0.01, (
