@@ -243,7 +243,8 @@ class _Along:
         n_rows = max(1, CHUNK // module.in_features)
         parts = (tensor.split(n_rows) for tensor in (gradients, values[module.weight], module.weight))
         for part, after, before in zip(*parts, strict=True):
-            total += torch.einsum("rslc,rc->sl", part, after - before)
+            rows = torch.bmm(part.flatten(1, 2), (after - before)[:, :, None])  # einsum copies its operand
+            total += rows.sum(0).view_as(total)
         if module.bias is not None and module.bias in values:
             total += along.unflatten(2, (-1, module.out_features)).sum(2) @ (values[module.bias] - module.bias)
         return total
