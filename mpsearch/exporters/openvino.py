@@ -1,9 +1,10 @@
 """OpenVINO IR: the float graph, with the codes of the search as constants of 2, 3, 4, 6 or 8 bits.
 
-A weight is `Reshape((Convert(codes) - zero_point) * scale)`; OpenVINO computes it when it compiles the model for a CPU, or keeps
-the codes where a kernel takes them. Inputs with a static scale are rounded by `FakeQuantize`, from which it makes products of
-integers. On x86 CPUs without VNNI these saturate (outputs of a small network differed by 7 %): there the files compute what was
-scored only with the option `LP_TRANSFORMS_MODE=NO`, in float32, as they are opened here.
+A weight is `(Convert(codes) - zero_point) * scale`; OpenVINO computes it when it compiles the model for a CPU, or keeps the codes
+where a kernel takes them. Inputs with a static scale are rounded by `FakeQuantize`, from which it makes products of integers: for
+convolutions where the codes have the weight's own shape, and exactly for 256 levels. On x86 CPUs without VNNI these saturate
+(outputs of a small network differed by 7 %): there the files compute what was scored only with the option
+`LP_TRANSFORMS_MODE=NO`, in float32, as they are opened here.
 """
 
 from __future__ import annotations
@@ -147,15 +148,19 @@ def _store(layer: LayerSpec, weight: QuantizedTensor, constant: Any) -> None:
             value = ops.convert(value, "f32")
     else:
         codes, scales, zero_points = unpacked(weight, signed=scheme.bits == 8)
-        shape = weight.shape
+        # Behind a Reshape, convolutions would be computed in float32.
+        by_row, shape = scales.shape[1] == 1, tuple(weight.shape)
+        whole = shape if by_row else (shape[0], scales.shape[1], -1)
+        ends = (1,) * (len(whole) - 2)
         dtype = getattr(openvino.Type, f"{'i' if codes.dtype == np.int8 else 'u'}{scheme.bits}")
-        value = ops.convert(ops.constant(codes.reshape(shape[0], scales.shape[1], -1), dtype=dtype), "f32")
+        value = ops.convert(ops.constant(codes.reshape(whole), dtype=dtype), "f32")
         if codes.dtype != np.int8:
             zeros = np.full((1, 1), 2 ** (scheme.bits - 1), np.uint8) if zero_points is None else zero_points
-            value = ops.subtract(value, ops.convert(ops.constant(zeros[:, :, None]), "f32"))
-        scale = ops.constant(scales[:, :, None])
+            value = ops.subtract(value, ops.convert(ops.constant(zeros.reshape(*zeros.shape, *ends)), "f32"))
+        scale = ops.constant(scales.reshape(*scales.shape, *ends))
         value = ops.multiply(value, scale if scales.dtype == np.float32 else ops.convert(scale, "f32"))
-        value = ops.reshape(value, np.array(shape, dtype=np.int64), special_zero=False)
+        if not by_row:
+            value = ops.reshape(value, np.array(shape, dtype=np.int64), special_zero=False)
     if scheme.input_format is not None:
         _round_inputs(constant, weight)
     value.set_friendly_name(f"{layer.name}.weight")
@@ -164,15 +169,26 @@ def _store(layer: LayerSpec, weight: QuantizedTensor, constant: Any) -> None:
 
 
 def _round_inputs(constant: Any, weight: QuantizedTensor) -> None:
-    """`FakeQuantize` in front of each product with the weight: codes and saturation are those of `IntegerInput`."""
+    """`FakeQuantize` in front of each product with the weight: codes and saturation are those of `IntegerInput`.
+
+    OpenVINO's products of integers are exact for 256 levels, and not for the 255 of our codes: one is added, and cut off before.
+    """
     from openvino import opset13 as ops
 
     scheme: Any = weight.scheme
-    high = scheme.input.largest_code
-    ends = [np.float32(end * float(weight.input_params["input_scale"])) for end in (-high, high)]
+    params, n_codes = weight.input_params, 256
+    step, most = float(params["input_scale"]), scheme.input.largest_code
+    if scheme.input.symmetric:
+        low, high = -most - 1, most
+        kept = (low + 1, high)
+    else:
+        low = -int(params["input_zero_point"])
+        high = low + n_codes - 1
+        kept = (low, low + most)
     for product in list(_products(constant)):
         x = product.input(0).get_source_output()
-        rounded = ops.fake_quantize(x, *ends, *ends, 2 * high + 1)
+        ends = [np.float32(code * step) for code in (low, high)]
+        rounded = ops.fake_quantize(ops.clamp(x, *(code * step for code in kept)), *ends, *ends, n_codes)
         product.input(0).replace_source_output(rounded.output(0))
 
 

@@ -1,12 +1,13 @@
 """OpenVINO IR: OpenVINO computes what was scored, also where inputs of convolutions are quantized."""
 
+import numpy as np
 import pytest
 import torch
 
 import mpsearch
 from mpsearch.errors import InputError
 from mpsearch.exporters.base import ModelCall, Picked
-from mpsearch.exporters.openvino import OpenVINO
+from mpsearch.exporters.openvino import OpenVINO, Request, saturates
 from mpsearch.graph.trace import first_samples
 from mpsearch.pipeline.prepare import prepare
 from mpsearch.schemes.floating import Float
@@ -31,7 +32,7 @@ def engine(tmp_path_factory):
 
 
 def exported(engine, choice, folder):
-    allowed = zip(engine.space.names, engine.space.choices, strict=True)  # no static inputs of embeddings and 1-D convolutions
+    allowed = zip(engine.space.names, engine.space.choices, strict=True)  # no static inputs of embeddings
     allocation = mpsearch.Allocation({name: choice if choice in choices else "w8" for name, choices in allowed})
     call = ModelCall.record(engine.model, engine.task.forward, first_samples(engine.batches("calibration")[0][0], 2))
     e = type("E", (), {"allocation": allocation})
@@ -48,25 +49,47 @@ def test_the_runtime_computes_what_was_scored(engine, tmp_path, choice):
     decoded = OpenVINO().decode(path, words())
     for name, scheme in allocation.items():
         assert torch.equal(decoded[name], engine.quantized(name, scheme).dequantize()), name
-    assert path.read_text().count('type="FakeQuantize"') == (3 if choice[0] == "s" else 0)
+    assert path.read_text().count('type="FakeQuantize"') == (4 if choice[0] == "s" else 0)
 
 
-@pytest.mark.parametrize("padding", [0, 1])
-def test_convolutions_of_images_run_in_integers(tmp_path, padding):
+LAYERS = {
+    "linear": (lambda: torch.nn.Linear(24, 16), (24,)),
+    "padded": (lambda: torch.nn.Conv2d(16, 16, 3, padding=1), (16, 8, 8)),
+    "strided": (lambda: torch.nn.Conv2d(3, 16, 3, stride=2), (3, 9, 9)),
+    "depthwise": (lambda: torch.nn.Conv2d(16, 16, 3, padding=1, groups=16), (16, 8, 8)),
+    "of sequences": (lambda: torch.nn.Conv1d(16, 24, 3, padding=1), (16, 20)),
+}
+
+
+@pytest.mark.parametrize("before", [torch.nn.Identity, torch.nn.ReLU])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_with_quantized_inputs_run_in_integers_exactly(tmp_path, name, symmetric, before):
+    make, shape = LAYERS[name]
+
     def net():
         torch.manual_seed(0)
-        return torch.nn.Sequential(torch.nn.Conv2d(16, 16, 3, padding=padding), torch.nn.Flatten()).eval()
+        return torch.nn.Sequential(before(), make(), torch.nn.Flatten()).eval()
 
-    x = torch.randn(24, 16, 8, 8, generator=torch.Generator().manual_seed(0))
-    task = mpsearch.fidelity_task(calibration=x[:8], search=x[8:16], confirm=x[16:])
-    prepared = prepare(net(), task, schemes=["w8a8_static"], quantizer="round_to_nearest", runtime="openvino")
-    engine = prepared.engine(tmp_path)
-    path, allocation = exported(engine, "w8a8_static", tmp_path / "exported")
-    outputs = outputs_of(engine, OpenVINO().open(path, net()))
-    with engine.applied(allocation) as model:
-        ours = outputs_of(engine, model)
-    assert (outputs - ours).abs().max() <= 1e-5 * ours.abs().max()
+    x = torch.randn(24, *shape, generator=torch.Generator().manual_seed(0))
+    task = mpsearch.fidelity_task(calibration=x[:8], search=x[8:16] * 2, confirm=x[16:])
+    schemes = {"a8": Integer(8, input=IntegerInput(8, "static", symmetric, "mse"))}
+    engine = prepare(net(), task, schemes=schemes, quantizer="round_to_nearest", runtime="openvino").engine(tmp_path)
+    path, allocation = exported(engine, "a8", tmp_path / "exported")
+    request = Request(path)
+    with engine.applied(allocation) as model, torch.no_grad():
+        ours = model(x * 2)  # some of it is beyond the range
+    (theirs,) = request([(x * 2).numpy()])
+    assert np.abs(theirs - ours.numpy()).max() <= 1e-5 * ours.abs().max()
     assert path.read_text().count('type="FakeQuantize"') == 1
+    if not saturates():
+        about = [op.get_rt_info() for op in request.compiled.get_runtime_model().get_ops()]
+        (kernel,) = (
+            info["primitiveType"].astype(str)
+            for info in about
+            if info["layerType"].astype(str) in ("Convolution", "FullyConnected", "GroupConvolution")
+        )
+        assert kernel.lower().endswith("i8"), kernel
 
 
 def test_from_a_search_to_a_verified_file(tiny, undrawn, tmp_path):

@@ -68,8 +68,8 @@ RUNS = {  # a Linear layer of 192 columns, a convolution, an embedding
     "vllm": (VLLM_LINEAR | FLOATS, FLOATS, FLOATS),
     "llama_cpp": ({"w4g32", "mxfp4"} | FLOATS, FLOATS, {"w4g32", "mxfp4"} | FLOATS),
     "openvino": (
-        {"w3", "w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8t", "w8a8s"} | FLOATS,
-        {"w3", "w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8t", "w8a8s"} | FLOATS,
+        {"w3", "w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8t", "w8a8s", "w8a8us"} | FLOATS,
+        {"w3", "w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8t", "w8a8s", "w8a8us"} | FLOATS,
         {"w3", "w4", "w4g32", "w4g32f", "w4g64", "w4g48", "w8t"} | FLOATS,
     ),
     "onnxruntime": (
