@@ -133,7 +133,13 @@ def from_rows(module: Any, rows: Tensor) -> Tensor:
 
 def in_layout(layer: LayerSpec, rows: Tensor, shape: Sequence[int]) -> Tensor:
     """`rows` of the layer as a parameter of this shape holds them, as `from_rows` does for a module."""
-    return _swapped(rows, rows.shape[0] // shape[1]) if layer.kind.startswith("conv_transpose") else rows
+    groups = n_swapped(layer, shape)
+    return _swapped(rows, groups) if groups else rows
+
+
+def n_swapped(layer: LayerSpec, shape: Sequence[int]) -> int:
+    """Groups within which a parameter of this shape has output and input channels exchanged; 0: its rows come first."""
+    return layer.shape[0] // shape[1] if layer.kind.startswith("conv_transpose") else 0
 
 
 def _swapped(weight: Tensor, groups: int) -> Tensor:

@@ -52,7 +52,7 @@ def store_convolutions(editor: GraphEditor, layers: Stored) -> None:
         if outputs <= in_integers:
             _integer_weight(editor, layer, weight, [grids[output] for output in outputs])
         else:
-            store_constant(editor, layer, weight)
+            store_constant(editor, layer, weight, layer.shape)
 
 
 def _path(editor: GraphEditor, tensor: str, nodes: list[tuple[Any, InputGrid]], quantized: dict[str, Any]) -> _Path | None:

@@ -1,15 +1,16 @@
 """Quantized weights in an ONNX graph, in the place of float initializers.
 
 A weight is stored as integer codes and scales, and computed by standard operators from these constants alone:
-`Reshape((Cast(codes) - zero_point) * Cast(scale))`. ONNX Runtime computes them once, when it loads the file: inputs are then
-multiplied as fast as by a float model. With `DequantizeLinear` in their place it would do so at every call (1.32; it keeps that
-operator for its own fusions, and a convolution then misses its blocked layout). Linear layers whose inputs have a static 8-bit
-scale become `QuantizeLinear` and `MatMulInteger`, integer kernels of ONNX Runtime; with `packed` those of blocks become
-`com.microsoft.MatMulNBits`, whose weights stay packed in memory.
+`Reshape((Cast(codes) - zero_point) * Cast(scale))`, of a transposed convolution with its channels exchanged. ONNX Runtime
+computes them once, when it loads the file: inputs are then multiplied as fast as by a float model. With `DequantizeLinear` in
+their place it would do so at every call (1.32; it keeps that operator for its own fusions, and a convolution then misses its
+blocked layout). Linear layers whose inputs have a static 8-bit scale become `QuantizeLinear` and `MatMulInteger`, integer
+kernels of ONNX Runtime; with `packed` those of blocks become `com.microsoft.MatMulNBits`, whose weights stay packed in memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from mpsearch.exporters.onnx_graph import GraphEditor, made, packed_bits
 from mpsearch.exporters.onnx_inputs import SCALE, ZERO, input_grid, quantized, weight_codes
-from mpsearch.layer import LayerSpec, in_layout
+from mpsearch.layer import LayerSpec, in_layout, n_swapped
 from mpsearch.schemes.base import QuantizedTensor
 from mpsearch.schemes.floating import Float
 from mpsearch.schemes.input import IntegerInput
@@ -34,6 +35,7 @@ def store(editor: GraphEditor, layer: LayerSpec, weight: QuantizedTensor, packed
     if isinstance(scheme, Float):
         _store_float(editor, layer, weight.tensors["values"])
         return
+    dims = list(editor.constants[initializer].dims)
     editor.drop(initializer)
     codes, scales, zero_points = unpacked(weight)
     if isinstance(scheme.input, IntegerInput):
@@ -42,11 +44,11 @@ def store(editor: GraphEditor, layer: LayerSpec, weight: QuantizedTensor, packed
     if packed and _fits_nbits(layer, scheme, editor, initializer):
         _block_products(editor, layer, scheme, initializer, codes, scales, zero_points)
         return
-    store_constant(editor, layer, weight)
+    store_constant(editor, layer, weight, dims)
 
 
-def store_constant(editor: GraphEditor, layer: LayerSpec, weight: QuantizedTensor) -> None:
-    """A weight that is computed in float32 from its codes and scales alone."""
+def store_constant(editor: GraphEditor, layer: LayerSpec, weight: QuantizedTensor, dims: Sequence[int]) -> None:
+    """A weight that is computed in float32 from its codes and scales alone; `dims` are those of the float one."""
     scheme: Any = weight.scheme
     codes, scales, zero_points = unpacked(weight)
     name, n_groups, shape = layer.name, scales.shape[1], tuple(weight.shape)
@@ -59,8 +61,15 @@ def store_constant(editor: GraphEditor, layer: LayerSpec, weight: QuantizedTenso
     if scales.dtype != np.float32:
         scale = editor.node("Cast", [scale], f"{name}.float_scale", to=1)
     value = editor.node("Mul", [value, scale], f"{name}.scaled")
+    if groups := n_swapped(layer, dims):
+        split = _reshaped(editor, value, (groups, shape[0] // groups, *shape[1:]), f"{name}.split")
+        value = editor.node("Transpose", [split], f"{name}.exchanged", perm=[0, 2, 1, *range(3, 1 + len(shape))])
+    _reshaped(editor, value, dims, f"{name}.weight")
+
+
+def _reshaped(editor: GraphEditor, value: str, shape: Sequence[int], name: str) -> str:
     dims = editor.constant("shape_" + "x".join(map(str, shape)), np.array(shape, dtype=np.int64))
-    editor.node("Reshape", [value, dims], f"{name}.weight")
+    return editor.node("Reshape", [value, dims], name)
 
 
 def _store_float(editor: GraphEditor, layer: LayerSpec, values: Tensor) -> None:

@@ -10,7 +10,7 @@ convolutions where the codes have the weight's own shape, and exactly for 256 le
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from mpsearch.exporters.onnx_session import RuntimeModule
 from mpsearch.exporters.onnx_weights import unpacked
 from mpsearch.files import file_errors
 from mpsearch.kernels import available_backends
-from mpsearch.layer import LayerSpec, in_layout, to_rows
+from mpsearch.layer import LayerSpec, in_layout, n_swapped, to_rows
 from mpsearch.packed.model import Weights
 from mpsearch.runtimes.openvino import OpenVINO as Profile
 from mpsearch.schemes.base import QuantizedTensor
@@ -159,13 +159,23 @@ def _store(layer: LayerSpec, weight: QuantizedTensor, constant: Any) -> None:
             value = ops.subtract(value, ops.convert(ops.constant(zeros.reshape(*zeros.shape, *ends)), "f32"))
         scale = ops.constant(scales.reshape(*scales.shape, *ends))
         value = ops.multiply(value, scale if scales.dtype == np.float32 else ops.convert(scale, "f32"))
-        if not by_row:
-            value = ops.reshape(value, np.array(shape, dtype=np.int64), special_zero=False)
+        if groups := n_swapped(layer, constant.output(0).shape):
+            split = _reshaped(value, (groups, shape[0] // groups, *shape[1:]))
+            swapped = ops.transpose(split, np.array([0, 2, 1, *range(3, 1 + len(shape))], dtype=np.int64))
+            value = _reshaped(swapped, constant.output(0).shape)
+        elif not by_row:
+            value = _reshaped(value, shape)
     if scheme.input_format is not None:
         _round_inputs(constant, weight)
     value.set_friendly_name(f"{layer.name}.weight")
     for reader in readers:
         reader.replace_source_output(value.output(0))
+
+
+def _reshaped(value: Any, shape: Sequence[int]) -> Any:
+    from openvino import opset13 as ops
+
+    return ops.reshape(value, np.array(shape, dtype=np.int64), special_zero=False)
 
 
 def _round_inputs(constant: Any, weight: QuantizedTensor) -> None:

@@ -16,7 +16,8 @@ from mpsearch.schemes.floating import Float
 from mpsearch.schemes.input import IntegerInput
 from mpsearch.schemes.integer import Integer
 
-KINDS = ("linear", "conv1d", "conv2d", "conv3d", "embedding")  # of layers whose weight is a constant of a graph
+TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+KINDS = ("linear", "conv1d", "conv2d", "conv3d", "embedding", *TRANSPOSED)  # of layers whose weight is a constant of a graph
 
 
 class Runtime(ABC):

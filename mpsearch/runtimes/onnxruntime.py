@@ -10,7 +10,7 @@ with such inputs run in integers where all that reads their output is quantized 
 from __future__ import annotations
 
 from mpsearch.layer import LayerSpec
-from mpsearch.runtimes.base import ConstantWeights
+from mpsearch.runtimes.base import TRANSPOSED, ConstantWeights
 from mpsearch.schemes.input import IntegerInput
 
 
@@ -26,5 +26,5 @@ class ONNXRuntime(ConstantWeights):
     widths = (2, 4, 8)
 
     def runs_input(self, layer: LayerSpec, x: IntegerInput) -> bool:
-        """Linear layers and convolutions: static 8-bit inputs."""
-        return (x.bits, x.scale) == (8, "static") and layer.kind != "embedding"
+        """Linear layers and convolutions that are not transposed: static 8-bit inputs."""
+        return (x.bits, x.scale) == (8, "static") and layer.kind not in ("embedding", *TRANSPOSED)

@@ -7,7 +7,7 @@ layers and convolutions of 8-bit weights with a static 8-bit scale of their inpu
 from __future__ import annotations
 
 from mpsearch.layer import LayerSpec
-from mpsearch.runtimes.base import ConstantWeights
+from mpsearch.runtimes.base import TRANSPOSED, ConstantWeights
 from mpsearch.schemes.input import IntegerInput
 
 
@@ -23,5 +23,5 @@ class OpenVINO(ConstantWeights):
     widths = (2, 3, 4, 6, 8)
 
     def runs_input(self, layer: LayerSpec, x: IntegerInput) -> bool:
-        """Linear layers and convolutions: static 8-bit inputs."""
-        return (x.bits, x.scale) == (8, "static") and layer.kind != "embedding"
+        """Linear layers and convolutions that are not transposed: static 8-bit inputs."""
+        return (x.bits, x.scale) == (8, "static") and layer.kind not in ("embedding", *TRANSPOSED)
