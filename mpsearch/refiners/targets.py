@@ -72,6 +72,7 @@ class Regression:
         residual_cross = means.get("residual_cross", torch.zeros_like(weight))
         if centred:
             hessian = hessian - mean[:, :, None] * mean[:, None, :]
+            hessian.diagonal(dim1=1, dim2=2).clamp_(min=0)  # of an input that is constant it is rounding of either sign
             cross = cross - float_mean[:, :, None] * mean[:, None, :]
             residual_cross = residual_cross - residual_mean[:, :, None] * mean[:, None, :]
         return cls(mean, float_mean, residual_mean, hessian, weight @ (cross - hessian) + residual_cross)

@@ -261,6 +261,20 @@ def test_the_regression_is_least_squares():
     assert torch.allclose((weight + centred)[0].T, solution, atol=1e-5)
 
 
+def test_the_variance_of_a_constant_input_is_not_negative():
+    generator = torch.Generator().manual_seed(0)
+    sums = Sums()
+    for _ in range(5):
+        x = torch.randn(1, 1001, 64, generator=generator) * 1e-3 + torch.rand(64, generator=generator)
+        x[..., :32] = 0.1 * torch.arange(1, 33)
+        sums.add(Rows(x, None, (1001, 4)), Rows(x, None, (1001, 4)))
+    plain = Regression.from_sums(sums, torch.ones(1, 4, 64, dtype=torch.float64), centred=False)
+    raw = plain.hessian.diagonal(dim1=1, dim2=2) - plain.mean**2
+    assert raw.min() < 0, "rounding of the sums"
+    centred = Regression.from_sums(sums, torch.ones(1, 4, 64, dtype=torch.float64), centred=True)
+    assert centred.hessian.diagonal(dim1=1, dim2=2).min() == 0
+
+
 def test_held_out_samples_choose_no_step_where_there_is_nothing_to_learn():
     weight = torch.randn(1, 3, 5, dtype=torch.float64)
     good = [Regression.from_sums(random_sums(500, seed, shift=0.5)[0], weight, centred=True) for seed in (0, 1)]
